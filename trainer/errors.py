@@ -1,0 +1,8 @@
+"""The one exception for input that a person can mend: a job, a file, a setting.
+
+The command line prints its sentence and exits with 2, without a traceback. Anything else that is raised is a bug of ours.
+"""
+
+
+class InputError(ValueError):
+    """A sentence for the person at the terminal: what was found, what was expected, which setting changes it."""
