@@ -1,0 +1,103 @@
+"""Embeddings of a corpus in shards of fixed size, kept on disk under a fingerprint of all they depend on.
+
+Shards do not depend on who encodes them or on how many do: the trainer's evaluation, the miner and `negpool search` read
+and add to the same folder. A shard is a version (see handoff/manifest.py): whole or absent.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from trainer.encoder.encode import ENCODE_TOKENS, encode_rows
+from trainer.encoder.tokens import TokenTable
+from trainer.handoff.manifest import MANIFEST, TornVersion, open_version, publish_version
+
+SHARD_ROWS = 1024  # rows of one shard: what a crash costs
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The embeddings of `num_rows` texts under one fingerprint; parts of them may not be encoded yet."""
+
+    folder: Path
+    num_rows: int
+    shard_rows: int = SHARD_ROWS
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_rows // self.shard_rows)
+
+    def rows(self, shard: int) -> np.ndarray:
+        """Return the row numbers of a shard, (rows,) int64."""
+        return np.arange(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.num_rows))
+
+    def missing(self) -> list[int]:
+        """Return the shards that are not there yet."""
+        return [i for i in range(self.num_shards) if not (self._path(i) / MANIFEST).is_file()]
+
+    def encode(self, shard: int, encoder: nn.Module, tokens: TokenTable, on_progress: Callable[[int], None]) -> None:
+        """Encode one shard and publish it whole."""
+        embedding_nD = encode_rows(encoder, tokens, self.rows(shard), on_progress)
+        self._publish(shard, embedding_nD)
+
+    def read(self, shard: int) -> np.ndarray:
+        """Return the verified embeddings of a shard, (rows, D) float32, memory-mapped; raises TornVersion."""
+        open_version(self._path(shard))
+        return np.load(self._path(shard) / "embeddings.npy", mmap_mode="r", allow_pickle=False)
+
+    def read_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Return the embeddings of any rows, (len(rows), D) float32, in their order."""
+        shard_of_row = rows // self.shard_rows
+        parts = {s: self.read(int(s)) for s in np.unique(shard_of_row)}
+        return np.stack([parts[s][row - s * self.shard_rows] for s, row in zip(shard_of_row, rows, strict=True)])
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"shard-{shard:06d}"
+
+    def _publish(self, shard: int, embedding_nD: np.ndarray) -> None:
+        def write(folder: Path) -> None:
+            np.save(folder / "embeddings.npy", embedding_nD, allow_pickle=False)
+
+        publish_version(self._path(shard), write, {"shard": shard, "rows": len(embedding_nD)})
+
+
+def open_shards(root: Path, weights_digest: str, pooling: str, tokens: TokenTable) -> Shards:
+    """Return the shards of a token table under given weights; makes their folder."""
+    depends_on = {
+        "weights": weights_digest,
+        "pooling": pooling,
+        "tokens": tokens.digest,  # texts, tokenizer, prefix, maximum length
+        "dtype": "float32",
+        "budget": ENCODE_TOKENS,
+        "shard_rows": SHARD_ROWS,
+    }
+    fingerprint = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:24]
+    folder = root / fingerprint
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.touch()  # prune_shards keeps the youngest
+    return Shards(folder, len(tokens.lengths))
+
+
+def drop_torn(shards: Shards) -> list[int]:
+    """Delete the shards that do not verify, so that they are encoded again; return their numbers."""
+    torn = []
+    for shard in sorted(set(range(shards.num_shards)) - set(shards.missing())):
+        try:
+            shards.read(shard)
+        except TornVersion:
+            shutil.rmtree(shards._path(shard), ignore_errors=True)
+            torn.append(shard)
+    return torn
+
+
+def prune_shards(root: Path, keep: int) -> None:
+    """Delete all fingerprints but the `keep` youngest."""
+    by_age = sorted((p for p in root.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)
+    for folder in by_age[keep:]:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,177 @@
+"""Versions that other processes may read: staged beside, hashed, renamed into place once.
+
+A version is a folder with a `manifest.json`, written last, that names every file with its size and SHA-256. Readers open
+only what a manifest names and verify it first, so a version is whole or absent, whoever is killed and when. The price is
+one pass of SHA-256 over the files at each end.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import InputError
+
+MANIFEST = "manifest.json"
+LATEST = "LATEST"
+PINS = ".pins"
+STAGING = ".staging-"
+
+
+class TornVersion(Exception):
+    """A version is absent, incomplete or altered; the message names the file."""
+
+
+def publish_version(folder: Path, write: Callable[[Path], None], fields: dict[str, Any]) -> dict[str, Any]:
+    """Write a version into `folder` so that it appears whole or not at all, and return its manifest.
+
+    write: called with an empty staging folder; fills it.
+    fields: JSON values kept in the manifest beside the list of files.
+    Raises InputError when the disk is full or the folder cannot be written; nothing half-written stays behind.
+    One process at a time may publish below `folder.parent`.
+    """
+    staging = folder.parent / f"{STAGING}{folder.name}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)  # what a killed writer left
+        staging.mkdir()
+        write(staging)
+        files = {str(p.relative_to(staging)): _size_and_hash(p) for p in sorted(staging.rglob("*")) if p.is_file()}
+        manifest = {**fields, "files": files}
+        (staging / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for path in [*staging.rglob("*"), staging]:
+            _fsync(path)
+        if folder.exists():  # torn or from an abandoned line of the run: never mixed with the new one
+            shutil.rmtree(folder)
+        os.rename(staging, folder)
+        _fsync(folder.parent)
+    except OSError as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise disk_error(error, folder) from error
+    return manifest
+
+
+def disk_error(error: OSError, path: Path) -> InputError:
+    """Return the sentence for a write that the disk refused."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return InputError(f"no room left on the disk for {path}; free some space or set run.folder to another disk")
+    return InputError(f"cannot write {path}: {error.strerror or error}; run.folder must be a folder you may write to")
+
+
+def open_version(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a version after verifying the size and SHA-256 of every file it names.
+
+    Raises TornVersion, naming the file, if the manifest or any file is missing or altered.
+    """
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        try:
+            actual = _size_and_hash(folder / name)
+        except OSError as error:
+            raise TornVersion(f"{folder / name} is missing") from error
+        if actual != expected:
+            raise TornVersion(
+                f"{folder / name} is not what its manifest says: {actual['bytes']} bytes, SHA-256 {actual['sha256'][:12]}… "
+                f"instead of {expected['bytes']} bytes, {expected['sha256'][:12]}…"
+            )
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a version without verifying its files; raises TornVersion if there is none."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest["files"].items()
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise TornVersion(f"{folder} has no readable {MANIFEST}") from error
+    return manifest
+
+
+def versions(parent: Path) -> list[Path]:
+    """Return the versions below a folder in the order of their names, complete ones only, unverified."""
+    if not parent.is_dir():
+        return []
+    found = (p for p in parent.iterdir() if not p.name.startswith("."))
+    return sorted(p for p in found if (p / MANIFEST).is_file())
+
+
+def write_latest(parent: Path, name: str) -> None:
+    """Point `parent/LATEST` at a version, by one rename."""
+    write_atomically(parent / LATEST, name + "\n")
+
+
+def read_latest(parent: Path) -> str | None:
+    """Return the name that `parent/LATEST` holds, or None."""
+    try:
+        return (parent / LATEST).read_text().strip() or None
+    except OSError:
+        return None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file by one rename; raises InputError when the disk refuses."""
+    # The process id keeps two writers apart that share a folder, such as the two sides' status files.
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise disk_error(error, path) from error
+
+
+def pin(folder: Path, holder: str, seconds: float) -> None:
+    """Keep retention away from a version for some seconds; pinning again extends it."""
+    pins = folder.parent / PINS
+    pins.mkdir(exist_ok=True)
+    write_atomically(pins / f"{folder.name}.{holder}", str(time.time() + seconds))
+
+
+def unpin(folder: Path, holder: str) -> None:
+    """Let go of a version."""
+    (folder.parent / PINS / f"{folder.name}.{holder}").unlink(missing_ok=True)
+
+
+def is_pinned(folder: Path) -> bool:
+    """Tell whether anyone holds an unexpired pin on a version."""
+    for lease in (folder.parent / PINS).glob(f"{folder.name}.*"):
+        with contextlib.suppress(OSError, ValueError):
+            if float(lease.read_text()) > time.time():
+                return True
+    return False
+
+
+def prune(parent: Path, keep: int, needed: Callable[[Path], bool] = lambda _: False) -> list[Path]:
+    """Delete all versions but the newest `keep`, the pinned ones and those still needed; return what was deleted."""
+    deleted = []
+    for folder in versions(parent)[:-keep]:
+        if is_pinned(folder) or needed(folder) or folder.name == read_latest(parent):
+            continue
+        (folder / MANIFEST).unlink(missing_ok=True)  # first: from here on nobody opens it
+        shutil.rmtree(folder, ignore_errors=True)
+        deleted.append(folder)
+    return deleted
+
+
+def _size_and_hash(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
