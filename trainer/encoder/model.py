@@ -150,14 +150,21 @@ def _traits(source: str, settings: ModelSettings, max_positions: int, tokenizer_
     limit = min(max_positions, tokenizer_max)
     found = _read_json(source, TRAITS_FILE) or _sentence_transformers_traits(source)
     default = Traits(
-        pooling="mean", normalize=True, query_prefix="", passage_prefix="", max_query_tokens=limit, max_passage_tokens=limit
+        pooling="mean",
+        normalize=True,
+        query_prefix="",
+        passage_prefix="",
+        max_query_tokens=limit,
+        max_passage_tokens=limit,
     )
     chosen = {key: value for key, value in asdict(settings).items() if key != "name" and value is not None}
     traits = replace(default, **{**found, **chosen})
     for field in ("max_query_tokens", "max_passage_tokens"):
         tokens = getattr(traits, field)
         if not 3 <= tokens <= limit:
-            raise InputError(f"model.{field}={tokens} is not between 3 and {limit}, the longest text that {source} takes")
+            raise InputError(
+                f"model.{field}={tokens} is not between 3 and {limit}, the longest text that {source} takes"
+            )
     return traits
 
 
@@ -166,7 +173,9 @@ def _sentence_transformers_traits(source: str) -> dict:
     traits: dict = {}
     pooling = _read_json(source, "1_Pooling/config.json")
     for ours, theirs in SENTENCE_TRANSFORMERS_NAMES.items():
-        old_flag = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}.get(ours, f"pooling_mode_{theirs}")
+        old_flag = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}.get(
+            ours, f"pooling_mode_{theirs}"
+        )
         if pooling.get("pooling_mode") == theirs or pooling.get(old_flag):
             traits["pooling"] = ours
     prompts = _read_json(source, "config_sentence_transformers.json").get("prompts") or {}

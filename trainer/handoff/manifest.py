@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,12 +35,12 @@ def publish_version(folder: Path, write: Callable[[Path], None], fields: dict[st
     write: called with an empty staging folder; fills it.
     fields: JSON values kept in the manifest beside the list of files.
     Raises InputError when the disk is full or the folder cannot be written; nothing half-written stays behind.
-    One process at a time may publish below `folder.parent`.
     """
-    staging = folder.parent / f"{STAGING}{folder.name}"
+    # Two processes may encode the same shard: each stages its own.
+    staging = folder.parent / f"{STAGING}{folder.name}-{socket.gethostname()}-{os.getpid()}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staging, ignore_errors=True)  # what a killed writer left
+        shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         write(staging)
         files = {str(p.relative_to(staging)): _size_and_hash(p) for p in sorted(staging.rglob("*")) if p.is_file()}
@@ -47,7 +48,11 @@ def publish_version(folder: Path, write: Callable[[Path], None], fields: dict[st
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in [*staging.rglob("*"), staging]:
             _fsync(path)
-        if folder.exists():  # torn or from an abandoned line of the run: never mixed with the new one
+        if folder.exists():
+            with contextlib.suppress(TornVersion):
+                whole = open_version(folder)  # versions never change: the first one stays
+                shutil.rmtree(staging)
+                return whole
             shutil.rmtree(folder)
         os.rename(staging, folder)
         _fsync(folder.parent)
@@ -55,6 +60,12 @@ def publish_version(folder: Path, write: Callable[[Path], None], fields: dict[st
         shutil.rmtree(staging, ignore_errors=True)
         raise disk_error(error, folder) from error
     return manifest
+
+
+def clean_staging(parent: Path) -> None:
+    """Delete what killed writers left below a folder; only for the one process that may write there."""
+    for leftover in parent.glob(f"{STAGING}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def disk_error(error: OSError, path: Path) -> InputError:
