@@ -1,6 +1,7 @@
 """The one exception for input that a person can mend: a job, a file, a setting.
 
-The command line prints its sentence and exits with 2, without a traceback. Anything else that is raised is a bug of ours.
+The command line prints its sentence and exits with 2, without a traceback. Anything else that is
+raised is a bug of ours.
 """
 
 

@@ -173,10 +173,8 @@ def _sentence_transformers_traits(source: str) -> dict:
     traits: dict = {}
     pooling = _read_json(source, "1_Pooling/config.json")
     for ours, theirs in SENTENCE_TRANSFORMERS_NAMES.items():
-        old_flag = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}.get(
-            ours, f"pooling_mode_{theirs}"
-        )
-        if pooling.get("pooling_mode") == theirs or pooling.get(old_flag):
+        flag = {"mean": "mean_tokens", "cls": "cls_token"}.get(ours, theirs)  # how older folders say it
+        if pooling.get("pooling_mode") == theirs or pooling.get(f"pooling_mode_{flag}"):
             traits["pooling"] = ours
     prompts = _read_json(source, "config_sentence_transformers.json").get("prompts") or {}
     traits |= {"query_prefix": prompts.get("query", ""), "passage_prefix": prompts.get("document", "")}

@@ -1,7 +1,7 @@
 """Embeddings of a corpus in shards of fixed size, kept on disk under a fingerprint of all they depend on.
 
-Shards do not depend on who encodes them or on how many do: the trainer's evaluation, the miner and `negpool search` read
-and add to the same folder. A shard is a version (see handoff/manifest.py): whole or absent.
+Shards do not depend on who encodes them or on how many do: the trainer's evaluation, the miner and `negpool search`
+read and add to the same folder. A shard is a version (see handoff/manifest.py): whole or absent.
 """
 
 import hashlib
@@ -18,7 +18,6 @@ from trainer.encoder.encode import ENCODE_TOKENS, encode_rows
 from trainer.encoder.tokens import TokenTable
 from trainer.handoff.manifest import MANIFEST, TornVersion, open_version, publish_version
 
-SHARD_ROWS = 1024  # rows of one shard: what a crash costs
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Shards:
 
     folder: Path
     num_rows: int
-    shard_rows: int = SHARD_ROWS
+    shard_rows: int
 
     @property
     def num_shards(self) -> int:
@@ -69,19 +68,28 @@ class Shards:
 
 def open_shards(root: Path, weights_digest: str, pooling: str, tokens: TokenTable) -> Shards:
     """Return the shards of a token table under given weights; makes their folder."""
+    shard_rows = rows_of_shard(len(tokens.lengths))
     depends_on = {
         "weights": weights_digest,
         "pooling": pooling,
         "tokens": tokens.digest,  # texts, tokenizer, prefix, maximum length
         "dtype": "float32",
         "budget": ENCODE_TOKENS,
-        "shard_rows": SHARD_ROWS,
+        "shard_rows": shard_rows,
     }
     fingerprint = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:24]
     folder = root / fingerprint
     folder.mkdir(parents=True, exist_ok=True)
     folder.touch()  # prune_shards keeps the youngest
-    return Shards(folder, len(tokens.lengths))
+    return Shards(folder, len(tokens.lengths), shard_rows)
+
+
+def rows_of_shard(num_rows: int) -> int:
+    """Return the size of a shard, what a crash costs: some 32 to 64 shards, within 128 to 65,536 rows each.
+
+    It depends on the number of texts alone, never on the number of ranks.
+    """
+    return min(65536, max(128, 1 << (max(1, num_rows // 32).bit_length() - 1)))
 
 
 def drop_torn(shards: Shards) -> list[int]:

@@ -53,7 +53,7 @@ def _best(score_tN: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def merge_top_k(parts: list[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the best k of several (scores, ids) of the same queries, by (score descending, id ascending); -1 ids last."""
+    """Return the best k of several (scores, ids) of the same queries, by score descending, then id; -1 ids last."""
     scores = np.concatenate([s for s, _ in parts], axis=1)
     ids = np.concatenate([i for _, i in parts], axis=1)
     scores = np.where(ids < 0, -np.inf, scores)

@@ -1,8 +1,8 @@
 """Versions that other processes may read: staged beside, hashed, renamed into place once.
 
-A version is a folder with a `manifest.json`, written last, that names every file with its size and SHA-256. Readers open
-only what a manifest names and verify it first, so a version is whole or absent, whoever is killed and when. The price is
-one pass of SHA-256 over the files at each end.
+A version is a folder with a `manifest.json`, written last, that names every file with its size and SHA-256. Readers
+open only what a manifest names and verify it first, so a version is whole or absent, whoever is killed and when. The
+price is one pass of SHA-256 over the files at each end.
 """
 
 import contextlib
@@ -88,8 +88,8 @@ def open_version(folder: Path) -> dict[str, Any]:
             raise TornVersion(f"{folder / name} is missing") from error
         if actual != expected:
             raise TornVersion(
-                f"{folder / name} is not what its manifest says: {actual['bytes']} bytes, SHA-256 {actual['sha256'][:12]}… "
-                f"instead of {expected['bytes']} bytes, {expected['sha256'][:12]}…"
+                f"{folder / name} is not what its manifest says: {actual['bytes']} bytes, SHA-256 "
+                f"{actual['sha256'][:12]}… instead of {expected['bytes']} bytes, {expected['sha256'][:12]}…"
             )
     return manifest
 

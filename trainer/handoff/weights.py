@@ -32,7 +32,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Return a checkpoint after verifying every file; raises TornVersion, naming the file, if one is missing or altered."""
+    """Return a checkpoint after verifying every file; raises TornVersion, naming the file."""
     manifest = open_version(folder)
     return Checkpoint(folder, int(manifest["step"]), manifest)
 

@@ -1,0 +1,138 @@
+"""Job files: TOML with the sections of TrainJob, MineJob and LaunchSettings, and overrides from the command line.
+
+A key that no section knows is refused with the nearest one that exists; a value of the wrong type is refused by name.
+"""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import tomli_w
+
+from launch.local import LaunchSettings
+from mining.job import MineJob
+from trainer.errors import InputError
+from trainer.job import TrainJob
+
+Job = TypeVar("Job")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchJob:
+    """The sections that only `negpool run` reads."""
+
+    launch: LaunchSettings = dataclasses.field(default_factory=LaunchSettings)
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """One job file as each side sees it."""
+
+    train: TrainJob
+    mine: MineJob
+    launch: LaunchSettings
+
+    def resolved(self) -> dict[str, Any]:
+        """Return every section with every value, defaults included, as TOML can hold it."""
+        sections = dataclasses.asdict(self.train) | dataclasses.asdict(self.mine)
+        return _plain(sections | {"launch": dataclasses.asdict(self.launch)})
+
+
+def read_job(path: Path, overrides: list[str]) -> Jobs:
+    """Return the jobs of a file, with `section.key=value` overrides applied; raises InputError."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"there is no job file {path}; launch/jobs/ has examples") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path} is not a readable TOML file: {error}") from error
+    for override in overrides:
+        _apply(table, override)
+    _refuse_unknown(table, path)
+    return Jobs(_build(TrainJob, table), _build(MineJob, table), _build(LaunchJob, table).launch)
+
+
+def write_job(path: Path, jobs: Jobs) -> None:
+    """Write the resolved job."""
+    from trainer.handoff.manifest import write_atomically
+
+    write_atomically(path, tomli_w.dumps(jobs.resolved()))
+
+
+def refuse_other_job(path: Path, jobs: Jobs) -> None:
+    """Raise InputError, naming the field, if the job kept in a run folder is another one.
+
+    How many processes run, and on which side, may change from start to start; what is computed may not.
+    """
+    if not path.exists():
+        return
+    kept, now = tomllib.loads(path.read_text()), jobs.resolved()
+    for section in now.keys() - {"launch", "mine"}:
+        for key in sorted(now[section].keys() | kept.get(section, {}).keys()):
+            before, after = kept.get(section, {}).get(key), now[section].get(key)
+            if before != after:
+                raise InputError(
+                    f"{path.parent} holds a run with {section}.{key}={before!r}, and this job has {after!r}; "
+                    "set run.folder to a new folder, or delete that one"
+                )
+
+
+def _apply(table: dict, override: str) -> None:
+    name, is_assignment, value = override.partition("=")
+    section, has_key, key = name.partition(".")
+    if not (is_assignment and has_key and section and key):
+        raise InputError(f"{override!r} is not an override; expected section.key=value, as in optim.lr=3e-5")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value  # a bare word or path needs no quotes
+    table.setdefault(section, {})
+    if not isinstance(table[section], dict):
+        raise InputError(f"{section} is a value in the job, not a section; {override!r} cannot be applied")
+    table[section][key] = parsed
+
+
+def _refuse_unknown(table: dict, path: Path) -> None:
+    sections = {f.name: f for job in (TrainJob, MineJob, LaunchJob) for f in dataclasses.fields(job)}
+    for section, values in table.items():
+        if section not in sections:
+            raise InputError(f"{path}: unknown section [{section}]; {_nearest(section, list(sections))}")
+        if not isinstance(values, dict):
+            raise InputError(f"{path}: {section} is {values!r}, expected a section [{section}] with keys")
+        known = [f.name for f in dataclasses.fields(sections[section].type)]  # type: ignore[arg-type]
+        for key in values:
+            if key not in known:
+                nearest = _nearest(key, known)
+                raise InputError(f"{path}: unknown key {section}.{key}; {nearest}")
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+
+
+def _build(job_class: type[Job], table: dict) -> Job:
+    own = {f.name: table[f.name] for f in dataclasses.fields(job_class) if f.name in table}  # type: ignore[arg-type]
+    try:
+        # Through JSON, in strict mode: no "5" for 5, but lists for tuples and strings for paths.
+        return pydantic.TypeAdapter(job_class).validate_json(json.dumps(own, default=str), strict=True)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        if isinstance(cause := first.get("ctx", {}).get("error"), InputError):
+            raise cause from error
+        name = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("literal[", "function-")))
+        raise InputError(f"{name}={first['input']!r} cannot be used: {first['msg'].lower()}") from error
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as TOML holds it: no None, paths as strings, tuples as lists."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

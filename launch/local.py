@@ -1,0 +1,214 @@
+"""Trainer and miner side by side on one machine, each started again when it dies.
+
+The two sides meet only in the run folder. The supervisor starts them, shows what they say of themselves, starts a side
+again that died, and on Ctrl-C asks both to stop and waits. Whoever kills the supervisor stops both sides with it.
+"""
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from launch.view import View
+from trainer.errors import InputError
+from trainer.handoff.weights import steps_on_disk
+from trainer.metrics import read_status
+
+POLL_S = 0.5
+STOP_GRACE_S = 60.0  # for a checkpoint to be written, before a side is killed
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchSettings:
+    """Section `launch`: processes of `negpool run`."""
+
+    train_ranks: int = 2  # trainer processes on this machine
+    mine_ranks: int = 1  # MPI ranks of the miner
+    max_restarts: int = 3  # of each side, after it died by itself
+
+    def __post_init__(self) -> None:
+        for name in ("train_ranks", "mine_ranks"):
+            if getattr(self, name) < 1:
+                raise InputError(f"launch.{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass
+class Side:
+    """One side of the run: its command, and the processes that came of it."""
+
+    name: Literal["trainer", "miner"]
+    command: list[str]
+    env: dict[str, str]
+    log: Path
+    restarts: int = 0
+    process: subprocess.Popen | None = None
+    family: set[psutil.Process] = field(default_factory=set)
+
+    def start(self) -> None:
+        """Start the command in a session of its own, so that the terminal's Ctrl-C reaches only the supervisor."""
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self.env,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+
+    def exit_code(self) -> int | None:
+        """Return the code with which the side ended, after clearing what it left behind; None while it lives."""
+        if self.process is None:
+            return None
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.family |= set(psutil.Process(self.process.pid).children(recursive=True))
+        code = self.process.poll()
+        if code is not None:
+            self.kill()
+        return code
+
+    def kill(self) -> None:
+        """End every process of this side at once."""
+        for process in self.family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()  # psutil refuses a reused process id
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+        if self.process is not None:
+            self.process.wait()
+        self.family, self.process = set(), None
+
+    def ask_to_stop(self, run: Path) -> None:
+        """Ask a side to save and leave."""
+        if self.process is None:
+            return
+        # The ranks themselves: mpiexec would pass a signal on and then kill without waiting.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            leader = psutil.Process(read_status(run, self.name).get("pid", -1)) if self.name == "miner" else self.process
+            if self.name == "trainer" or leader in self.family:
+                leader.send_signal(signal.SIGTERM)
+                return
+        self.process.terminate()
+
+
+def supervise(run: Path, job_file: Path, settings: LaunchSettings, view: View) -> Literal["finished", "stopped"]:
+    """Run both sides until the trainer is done, or until asked to stop; raises InputError when a side refuses the job.
+
+    Raises RuntimeError if the trainer died more often than it may be started again.
+    """
+    trainer, miner = sides(run, job_file, settings)
+    stop_asked: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: stop_asked.append(n))
+    try:
+        for side in (trainer, miner):
+            side.start()
+        while True:
+            view.show(read_status(run, "trainer"), read_status(run, "miner"))
+            if stop_asked:
+                view.say("stopping both sides; this may take some seconds")
+                _stop(run, [trainer, miner])
+                return "stopped"
+            if (code := trainer.exit_code()) is not None:
+                phase = read_status(run, "trainer").get("phase")
+                if phase == "refused":
+                    raise InputError(read_status(run, "trainer")["error"])
+                if phase in ("finished", "stopped"):
+                    _stop(run, [miner])
+                    return phase
+                _start_again(trainer, code, settings, view, _from_step(run))
+            if (code := miner.exit_code()) is not None:
+                _after_miner(run, miner, code, settings, view)
+            time.sleep(POLL_S)
+    finally:
+        trainer.kill()
+        miner.kill()
+
+
+def sides(run: Path, job_file: Path, settings: LaunchSettings) -> tuple[Side, Side]:
+    """Return the two sides, not started, with the machine's cores shared out among their processes."""
+    (run / "logs").mkdir(parents=True, exist_ok=True)
+    cores = len(os.sched_getaffinity(0))
+    threads = max(1, cores // settings.train_ranks)
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    module = [sys.executable, "-m", "launch"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={settings.train_ranks}"]
+    trainer = Side(
+        "trainer",
+        [*torchrun, "-m", "launch", "train", str(job_file)],
+        {**env, "OMP_NUM_THREADS": str(threads)},
+        run / "logs" / "trainer.log",
+    )
+    mpiexec = [*mpi_command(settings.mine_ranks)]
+    miner = Side(
+        "miner",
+        [*mpiexec, *module, "mine", str(job_file)],
+        {**env, "OMP_NUM_THREADS": str(max(1, cores // settings.mine_ranks))},
+        run / "logs" / "miner.log",
+    )
+    return trainer, miner
+
+
+def mpi_command(num_ranks: int) -> list[str]:
+    """Return the words that start `num_ranks` MPI processes; raises InputError where MPI is missing."""
+    beside = Path(sys.executable).parent / "mpiexec"  # the PyPI wheel puts it there
+    mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
+    if mpiexec is None:
+        raise InputError("no mpiexec found for the miner; install one: pip install 'negpool[mpi]'")
+    words = [mpiexec, "-n", str(num_ranks)]
+    help_text = subprocess.run([mpiexec, "--version"], capture_output=True, text=True).stdout
+    if "Open MPI" in help_text or "OpenRTE" in help_text or "prte" in help_text.lower():
+        # More ranks than cores is normal on a laptop, and containers often run as root.
+        words += ["--oversubscribe", "--bind-to", "none", *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
+    return words
+
+
+def _after_miner(run: Path, miner: Side, code: int, settings: LaunchSettings, view: View) -> None:
+    """Decide what follows the end of the miner; the trainer goes on in any case."""
+    if code == 0:
+        return
+    status = read_status(run, "miner")
+    if status.get("phase") == "refused":
+        view.say(f"the miner refused the job ({status.get('error')}); training goes on without new negatives")
+        return
+    with contextlib.suppress(RuntimeError):
+        _start_again(miner, code, settings, view, "training goes on")
+
+
+def _start_again(side: Side, code: int, settings: LaunchSettings, view: View, how: str) -> None:
+    if side.restarts >= settings.max_restarts:
+        view.say(f"the {side.name} ended with code {code} and was started again {side.restarts} times already; no more")
+        raise RuntimeError(f"the {side.name} died {side.restarts + 1} times; its last words are in {side.log}")
+    side.restarts += 1
+    view.say(f"the {side.name} ended with code {code}; started again ({side.restarts} of {settings.max_restarts}), {how}")
+    side.start()
+
+
+def _from_step(run: Path) -> str:
+    steps = steps_on_disk(run)
+    return f"from the checkpoint of step {steps[-1]}" if steps else "from the beginning"
+
+
+def _stop(run: Path, stopped: list[Side]) -> None:
+    for side in stopped:
+        side.exit_code()  # learn its processes first
+        side.ask_to_stop(run)
+    deadline = time.monotonic() + STOP_GRACE_S
+    while any(side.process is not None and side.exit_code() is None for side in stopped):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(POLL_S / 5)
+
+
+def _die_with_parent() -> None:
+    pr_set_pdeathsig = 1  # linux/prctl.h
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -1,0 +1,122 @@
+"""From query numbers to what one rank encodes in a step.
+
+A query brings one of its positives and some of its hard negatives; which ones is a pure function of (seed, step, query).
+Passages are ordered positives first, so query i's target is passage i.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gradcache import Batch, Tower
+from trainer.data.datasets import RetrievalData
+from trainer.data.sampler import choice
+from trainer.encoder.tokens import TokenTable
+from trainer.handoff.negatives import Negatives
+
+POSITIVE_DRAW, NEGATIVE_DRAW = 1, 2  # keep the draws of one step apart
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The training queries, their positives, and the tokens of both sides. Query q is row q of every negatives table."""
+
+    queries: TokenTable  # of the training queries alone, row q
+    passages: TokenTable  # of the whole corpus
+    positive_indptr: np.ndarray  # (num_queries + 1,) int64
+    positive_rows: np.ndarray  # corpus rows, int64
+
+    @property
+    def num_queries(self) -> int:
+        return len(self.positive_indptr) - 1
+
+
+def training_set(data: RetrievalData, split: str, queries: TokenTable, passages: TokenTable) -> TrainingSet:
+    """Return the training set of a split; `queries` holds the tokens of data.training_queries(split), in order."""
+    indptr, rows = data.positives(data.training_queries(split), split)
+    return TrainingSet(queries, passages, indptr, rows)
+
+
+def collate(
+    dataset: TrainingSet,
+    negatives: Negatives | None,
+    query_n: np.ndarray,
+    *,
+    encode: nn.Module,
+    device: torch.device,
+    per_query: int,
+    seed: int,
+    step: int,
+) -> Batch:
+    """Return what this rank encodes and contrasts in a step; query_n: numbers of its queries, (n,) int64, n may be 0."""
+    positive_n = _choose_positives(dataset, query_n, seed, step)
+    negative_m = _choose_negatives(negatives, query_n, per_query, seed, step)
+    passage_p = np.concatenate([positive_n, negative_m])
+    keys = np.concatenate([dataset.queries.keys(query_n), dataset.passages.keys(passage_p)])
+    lengths = np.concatenate([dataset.queries.lengths[query_n], dataset.passages.lengths[passage_p]])
+
+    def load(rows: Tensor) -> dict[str, Tensor]:
+        number = rows.numpy()
+        is_query = number < len(query_n)
+        sides = dataset.queries.pad(query_n[number[is_query]]), dataset.passages.pad(passage_p[number[~is_query] - len(query_n)])
+        order = np.argsort(np.concatenate([np.flatnonzero(is_query), np.flatnonzero(~is_query)]))
+        return {name: _stack(*(side[name] for side in sides))[order].to(device) for name in sides[0]}
+
+    return Batch(
+        towers=[
+            Tower(
+                encode=encode,
+                lengths=torch.from_numpy(lengths.astype(np.int64)),
+                load=load,
+                # The key is of the token ids, prefix included, so equal keys are equal inputs on either side.
+                encode_keys=torch.from_numpy(keys),
+            )
+        ],
+        num_queries=len(query_n),
+        keys=torch.from_numpy(keys),
+        target=torch.arange(len(query_n)),
+        positive_keys=torch.from_numpy(_positive_keys(dataset, query_n, positive_n)),
+    )
+
+
+def _choose_positives(dataset: TrainingSet, query_n: np.ndarray, seed: int, step: int) -> np.ndarray:
+    """Return one positive's corpus row of each query, uniform among them."""
+    start, stop = dataset.positive_indptr[query_n], dataset.positive_indptr[query_n + 1]
+    draw = choice(seed, step, query_n, POSITIVE_DRAW)
+    return dataset.positive_rows[start + (draw * (stop - start)).astype(np.int64)]
+
+
+def _choose_negatives(
+    negatives: Negatives | None, query_n: np.ndarray, per_query: int, seed: int, step: int
+) -> np.ndarray:
+    """Return up to `per_query` distinct corpus rows of each query's list, uniform, one after the other."""
+    if negatives is None or per_query == 0 or len(query_n) == 0:
+        return np.empty(0, np.int64)
+    start, stop = negatives.indptr[query_n], negatives.indptr[query_n + 1]
+    longest = int((stop - start).max(initial=0))
+    if longest == 0:
+        return np.empty(0, np.int64)
+    # (n, longest): a random number for every candidate, 2 where the list is shorter; the smallest are taken
+    draw_nm = np.stack([choice(seed, step, query_n, NEGATIVE_DRAW + j) for j in range(longest)], axis=1)
+    draw_nm[np.arange(longest) >= (stop - start)[:, None]] = 2
+    taken_nk = np.argsort(draw_nm, axis=1, kind="stable")[:, :per_query]
+    is_there_nk = np.take_along_axis(draw_nm, taken_nk, 1) < 2
+    return np.asarray(negatives.ids[(start[:, None] + taken_nk)[is_there_nk]])
+
+
+def _positive_keys(dataset: TrainingSet, query_n: np.ndarray, positive_n: np.ndarray) -> np.ndarray:
+    """Return the content keys of all positives of each query, (n, M) int64, filled up with the chosen positive's."""
+    start, stop = dataset.positive_indptr[query_n], dataset.positive_indptr[query_n + 1]
+    most = max(1, int((stop - start).max(initial=0)))
+    at_nM = start[:, None] + np.arange(most)
+    is_there_nM = at_nM < stop[:, None]
+    rows_nM = np.where(is_there_nM, dataset.positive_rows[np.where(is_there_nM, at_nM, 0)], positive_n[:, None])
+    return dataset.passages.keys(rows_nM.ravel()).reshape(rows_nM.shape)
+
+
+def _stack(first_aL: Tensor, second_bL: Tensor) -> Tensor:
+    """Return both blocks of rows padded to one width: zeros are padding, for ids under a zero mask too."""
+    width = max(first_aL.shape[1], second_bL.shape[1])
+    return torch.cat([nn.functional.pad(block, (0, width - block.shape[1])) for block in (first_aL, second_bL)])

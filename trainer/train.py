@@ -1,0 +1,218 @@
+"""The training loop.
+
+One step: agree on the negatives in force, collate this rank's share of the global batch, take the cached step, clip,
+update, record, save. Everything random in it is a function of (seed, step), so a run that was killed and resumed goes
+the way that an undisturbed one goes.
+"""
+
+import json
+import logging
+import resource
+import time
+
+import torch
+
+from gradcache import OBJECTIVES, StepResult, cached_step
+from trainer.checkpoint import prune_checkpoints, save_checkpoint
+from trainer.data.collate import collate
+from trainer.data.sampler import global_batch, rank_slice
+from trainer.evaluate import Stopped, evaluate
+from trainer.handoff.manifest import write_atomically
+from trainer.job import TrainJob
+from trainer.prepare import Training, prepare
+from trainer.state import Outcome
+from trainer.world import World
+
+log = logging.getLogger(__name__)
+
+
+def train(job: TrainJob, world: World) -> Outcome:
+    """Train to the end, or until asked to stop, and return how it ended. Collective."""
+    run = prepare(job, world)
+    state = run.state
+    try:
+        evaluate_once(run, "untrained")
+        if state.step == 0:
+            save(run)
+        while state.step < run.num_steps:
+            if switch_negatives(run):
+                return stop(run)
+            started = time.perf_counter()
+            result = step(run)
+            grad_norm = update(run)
+            state.step += 1
+            record(run, result, grad_norm, time.perf_counter() - started)
+            if state.step % job.checkpoint.every_steps == 0 or state.step == run.num_steps:
+                save(run)
+        evaluate_once(run, "trained")
+    except Stopped:
+        return stop(run)
+    finally:
+        run.feed.close()
+        run.metrics.close()
+    run.status.update(phase="finished")
+    return Outcome(finished=True, step=state.step, evaluations=evaluations(job))
+
+
+def switch_negatives(run: Training) -> bool:
+    """Bring the negatives of the next step into force; return whether to stop before it. Collective."""
+    asked_to_stop = run.feed.before_step(
+        run.state.step, on_wait=lambda: run.status.update(phase="waiting for negatives")
+    )
+    in_force = run.feed.in_force
+    if in_force is not None and in_force.version != run.state.negatives_version:
+        run.state.negatives_version = in_force.version
+        run.state.swaps.append([run.state.step, in_force.version])
+        run.metrics.record(
+            run.state.step,
+            {
+                "event": "negatives swapped",
+                "negatives/version": in_force.version,
+                "negatives/checkpoint_step": in_force.checkpoint_step,
+            },
+        )
+        origin = "BM25" if in_force.checkpoint_step is None else f"the checkpoint of step {in_force.checkpoint_step}"
+        log.info("step %d: negatives v%d in force, mined from %s", run.state.step, in_force.version, origin)
+    return asked_to_stop
+
+
+def step(run: Training) -> StepResult:
+    """Leave the exact gradient of this step in the parameters. Collective."""
+    job, state, world = run.job, run.state, run.world
+    rows = global_batch(job.run.seed, state.step, run.dataset.num_queries, job.batch.queries)
+    batch = collate(
+        run.dataset,
+        run.feed.in_force,
+        rank_slice(rows, world.rank, world.num_ranks),
+        encode=run.module,
+        device=world.device,
+        per_query=job.negatives.per_query,
+        seed=job.run.seed,
+        step=state.step,
+    )
+    return cached_step(
+        batch,
+        objective=OBJECTIVES[job.loss.objective],
+        symmetric=job.loss.symmetric,
+        temperature=state.temperature,
+        sync=run.sync,
+        group=world.group,
+        chunk_tokens=job.chunk.tokens,
+        keep_graphs=job.chunk.keep_graphs,
+        seed=job.run.seed,
+        step=state.step,
+    )
+
+
+def update(run: Training) -> float:
+    """Clip, step the optimizer and its schedule, and return the norm of the gradient before clipping."""
+    state = run.state
+    parameters = [*state.encoder.parameters(), *state.temperature.parameters()]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, run.job.optim.max_grad_norm)
+    state.optimizer.step()
+    state.schedule.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    return float(norm)
+
+
+def record(run: Training, result: StepResult, grad_norm: float, seconds: float) -> None:
+    """Write the step's figures to the log, the metrics and the status."""
+    state, num_left = run.state, run.num_steps - run.state.step
+    state.seconds += seconds
+    in_force = run.feed.in_force
+    mined_at = None if in_force is None else in_force.checkpoint_step
+    tokens_per_s = result.num_tokens / seconds
+    values = {
+        "loss": result.loss,
+        "grad_norm": grad_norm,
+        "lr": state.schedule.get_last_lr()[0],
+        "temperature": state.temperature.value,
+        "num_queries": result.num_queries,
+        "num_chunks": result.num_chunks,
+        "tokens_per_rank_per_s": round(tokens_per_s, 1),
+        "share/padding": round(1 - result.num_tokens / max(1, result.num_padded_tokens), 4),
+        "share/encoded_twice": result.share_encoded_twice,
+        "share/masked": result.share_masked,
+        "time/step_s": round(seconds, 4),
+        "time/encode_s": round(result.encode_s, 4),
+        "time/loss_s": round(result.loss_s, 4),
+        "time/backward_s": round(result.backward_s, 4),
+        "memory/peak_gib": round(peak_memory_gib(run.world), 3),
+        "negatives/version": state.negatives_version,
+        "negatives/age_steps": None if mined_at is None else state.step - 1 - mined_at,
+    }
+    run.metrics.record(state.step, values)
+    eta_s = state.seconds / state.step * num_left
+    run.status.update(phase="training", step=state.step, loss=result.loss, eta_s=eta_s, swaps=state.swaps)
+    if run.world.speaks:
+        log.info(
+            "step %d/%d  loss %.4f  gradient %.3f  %.0f tokens/s a rank  %.1f GiB",
+            state.step, run.num_steps, result.loss, grad_norm, tokens_per_s, values["memory/peak_gib"],
+        )  # fmt: skip
+
+
+def save(run: Training) -> None:
+    """Publish a checkpoint of the present step and prune old ones. Rank 0 writes."""
+    if not run.world.speaks:
+        return
+    started = time.perf_counter()
+    is_final = run.state.step == run.num_steps
+    fields = {"data_digest": run.data.digest, "is_final": is_final, "num_steps": run.num_steps}
+    folder = save_checkpoint(run.job.run.folder, run.state, run.tokenizer, run.traits, fields)
+    # A fixed schedule may mine a checkpoint long after it was written: as long as its negatives are not in force.
+    needed = {e.checkpoint for e in run.job.negatives.schedule if e.step >= run.state.step}
+    prune_checkpoints(run.job.run.folder, run.job.checkpoint.keep, needed)
+    run.metrics.record(run.state.step, {"event": "saved", "time/save_s": round(time.perf_counter() - started, 3)})
+    log.info("step %d: saved %s", run.state.step, folder)
+
+
+def stop(run: Training) -> Outcome:
+    """Save and say so: the run was asked to stop. Collective."""
+    save(run)
+    run.world.barrier()  # a launcher ends the other ranks as soon as one leaves
+    run.status.update(phase="stopped")
+    log.info("stopped at step %d of %d as asked; the same command goes on from here", run.state.step, run.num_steps)
+    return Outcome(finished=False, step=run.state.step, evaluations=evaluations(run.job))
+
+
+def evaluate_once(run: Training, name: str) -> None:
+    """Evaluate as `name` unless an earlier start of this run has done so. Collective. Raises Stopped."""
+    split = run.job.eval.split
+    if split not in run.data.qrels:
+        log.info("no qrels/%s.tsv: not evaluated", split)
+        return
+    path = run.job.run.folder / "evaluations" / f"{name}.json"
+    is_trained = run.state.step == run.num_steps
+    if run.world.broadcast(path.exists() or (name == "untrained" and run.state.step > 0)):
+        return
+    phase = f"evaluating the {name} model"
+    run.status.update(phase=phase, training_done=is_trained, done=0, total=None)
+    measures = evaluate(
+        run.world,
+        run.data,
+        split,
+        run.state.encoder,
+        run.tokenizer,
+        run.traits,
+        run.job.run.folder / "shards",
+        cache=run.job.data.cache,
+        on_progress=lambda done, total: run.status.update(done=done, total=total),
+        should_stop=run.interrupt.is_set,
+    )
+    if run.world.speaks:
+        write_atomically(path, json.dumps({"step": run.state.step, "split": split, **measures}))
+        run.metrics.record(run.state.step, {f"eval/{key}": value for key, value in measures.items()})
+        log.info("%s model: %s", name, "  ".join(f"{key} {value:.4f}" for key, value in measures.items()))
+
+
+def evaluations(job: TrainJob) -> dict[str, dict[str, float]]:
+    """Return what was evaluated in a run so far, by name."""
+    folder = job.run.folder / "evaluations"
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def peak_memory_gib(world: World) -> float:
+    """Return the most memory this process has held: on its GPU, or of the host."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(world.device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB

@@ -1,0 +1,82 @@
+"""Who this process is among the trainers. Only `join_world` looks at the environment."""
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+COLLECTIVE_TIMEOUT_S = 600  # a lost rank is noticed after this long by those who wait for it
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place, and the groups it talks through."""
+
+    rank: int
+    num_ranks: int
+    device: torch.device
+    group: dist.ProcessGroup | None  # for tensors on the device; None: alone
+    control: dist.ProcessGroup | None  # for small messages on the CPU, between steps; None: alone
+    accelerator: Accelerator
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank writes files and tells people."""
+        return self.rank == 0
+
+    def all_max(self, values: list[int]) -> list[int]:
+        """Return the largest of each value over all ranks. Collective: every rank calls it with as many values."""
+        if self.control is None:
+            return values
+        tensor = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
+        return tensor.tolist()
+
+    def gather_objects(self, value) -> list:
+        """Return every rank's value on rank 0, an empty list elsewhere. Collective."""
+        if self.control is None:
+            return [value]
+        found: list | None = [None] * self.num_ranks if self.rank == 0 else None
+        dist.gather_object(value, found, dst=0, group=self.control)
+        return found or []
+
+    def broadcast(self, value):
+        """Return rank 0's value on every rank. Collective."""
+        if self.control is None:
+            return value
+        holder = [value]
+        dist.broadcast_object_list(holder, src=0, group=self.control)
+        return holder[0]
+
+    def barrier(self) -> None:
+        """Wait for every rank. Collective."""
+        if self.control is not None:
+            dist.barrier(group=self.control)
+
+
+def join_world() -> World:
+    """Join the process group that the launcher's environment describes (accelerate, torchrun), or stay alone."""
+    timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    use_cpu = not torch.cuda.is_available()
+    accelerator = Accelerator(
+        cpu=use_cpu,
+        # BERT-type buffers never change; broadcasting them between two forwards would invalidate the first one's graph.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(backend="gloo" if use_cpu else "nccl", timeout=timeout),
+        ],
+    )
+    if use_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    several = accelerator.num_processes > 1
+    return World(
+        rank=accelerator.process_index,
+        num_ranks=accelerator.num_processes,
+        device=accelerator.device,
+        group=dist.group.WORLD if several else None,
+        control=dist.new_group(backend="gloo", timeout=timeout) if several else None,
+        accelerator=accelerator,
+    )
