@@ -51,6 +51,12 @@ class World:
         dist.broadcast_object_list(holder, src=0, group=self.control)
         return holder[0]
 
+    def leave(self) -> None:
+        """Leave the process group."""
+        self.accelerator.end_training()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
     def barrier(self) -> None:
         """Wait for every rank. Collective."""
         if self.control is not None:

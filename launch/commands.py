@@ -1,0 +1,160 @@
+"""The commands. Each reads its input, calls one function of trainer, mining or launch, and prints what came out.
+
+Heavy imports stand inside the commands, so that `--help` answers at once.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.output import measures_table, messages, print_json, results, start_logging
+
+EXIT_STOPPED = 75
+
+app = typer.Typer(
+    help="Train dense retrievers with very large pools of negatives, mined while you train.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Build and check data sets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="job file")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="change a setting")]
+Model = Annotated[str, typer.Argument(help="model folder, run folder, hub name or package")]
+Data = Annotated[Path, typer.Argument(help="data set in BEIR's form")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output")]
+
+
+@app.command()
+def run(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> int:
+    """Train and mine together on this machine, with one live view."""
+    from launch.jobfile import read_job
+    from launch.main_job import run_main_job
+
+    start_logging()
+    jobs = read_job(job, overrides or [])
+    outcome = run_main_job(jobs, job, messages())
+    if as_json:
+        print_json(outcome)
+    return 0 if outcome["finished"] else EXIT_STOPPED
+
+
+@app.command()
+def train(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> int:
+    """Train only; under torchrun or accelerate launch on several ranks."""
+    from launch.sides import train_side
+
+    outcome = train_side(job, overrides or [])
+    if as_json and outcome is not None:
+        print_json(outcome.as_json())
+    return 0 if outcome is None or outcome.finished else EXIT_STOPPED
+
+
+@app.command()
+def mine(
+    job: JobFile,
+    overrides: Overrides = None,
+    once: Annotated[bool, typer.Option("--once", help="one refresh from the newest checkpoint, then exit")] = False,
+    as_json: Json = False,
+) -> int:
+    """Mine only; under mpiexec or srun on several ranks."""
+    from launch.sides import mine_side
+
+    how = mine_side(job, overrides or [], once)
+    if as_json:
+        print_json({"ended": how})
+    return 0 if how == "finished" else EXIT_STOPPED
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help='model folder, run folder, hub name, package, or "bm25"')],
+    data: Data,
+    split: Annotated[str, typer.Option(help="qrels/NAME.tsv")] = "test",
+    as_json: Json = False,
+) -> int:
+    """Print nDCG@10, MRR@10 and recall; under torchrun the corpus is sharded over the ranks."""
+    from launch.models import evaluate_model
+
+    measures = evaluate_model(model, data, split)
+    if measures is not None and as_json:
+        print_json({"model": model, "data": str(data), "split": split, **measures})
+    elif measures is not None:
+        results().print(measures_table({model: measures}, f"{data}, {split} queries"))
+    return 0
+
+
+@app.command()
+def search(
+    model: Model,
+    data: Data,
+    words: Annotated[list[str], typer.Argument(help="what to look for, in words")],
+    top: Annotated[int, typer.Option(min=1, help="how many results")] = 5,
+    as_json: Json = False,
+) -> int:
+    """Show what the model finds for a question in words."""
+    from launch.models import search_corpus
+
+    start_logging()
+    question = " ".join(words)
+    found = search_corpus(model, data, question, top)
+    if as_json:
+        print_json({"query": question, "results": found})
+        return 0
+    for rank, hit in enumerate(found, 1):
+        results().print(f"[bold]{rank}.[/bold] [cyan]{hit['id']}[/cyan]  [dim]{hit['score']:.3f}[/dim]")
+        results().print(f"[dim]{hit['excerpt']}[/dim]", markup=True)
+    return 0
+
+
+@app.command()
+def status(folder: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")], as_json: Json = False) -> int:
+    """Say where a run stands."""
+    from launch.status import describe_run, run_status
+
+    found = run_status(folder)
+    if as_json:
+        print_json(found)
+    else:
+        results().print(describe_run(found))
+    return 0
+
+
+@data_app.command("code")
+def data_code(
+    out: Annotated[Path, typer.Option(help="folder to make")],
+    source: Annotated[
+        list[Path] | None, typer.Option(help="folder of Python code; may be repeated. Default: the installed packages")
+    ] = None,
+    max_functions: Annotated[int | None, typer.Option(min=1, help="take at most this many functions")] = None,
+    seed: Annotated[int, typer.Option(help="of the choice and of the split")] = 0,
+    as_json: Json = False,
+) -> int:
+    """Build the embedded data set: docstring -> function, from Python code on this machine."""
+    from trainer.data.code_search import build_code_search
+
+    start_logging()
+    statistics = build_code_search(out, sources=source, max_functions=max_functions, seed=seed)
+    if as_json:
+        print_json({"out": str(out), **statistics})
+    else:
+        results().print(f"{out}: " + ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in statistics.items()))
+    return 0
+
+
+@data_app.command("check")
+def data_check(folder: Annotated[Path, typer.Argument(help="data set in BEIR's form")], as_json: Json = False) -> int:
+    """Print a data set's statistics and every problem with file and line; exit 2 if there is a problem."""
+    from trainer.data.check import check_dataset
+
+    start_logging()
+    report = check_dataset(folder)
+    if as_json:
+        print_json(report.as_json())
+    else:
+        results().print(report.as_text(), markup=False)
+    return 2 if report.problems else 0
+

@@ -1,0 +1,91 @@
+"""The main job: check everything, run both sides, compare BM25, the untrained and the trained model, say what comes next."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from launch.jobfile import Jobs
+from launch.local import supervise
+from launch.models import evaluate_bm25
+from launch.output import measures_table
+from launch.sides import keep_job
+from launch.view import View, clock
+from trainer.data.datasets import open_dataset
+from trainer.encoder.model import resolve_model
+from trainer.handoff.manifest import write_atomically
+from trainer.handoff.weights import newest_checkpoint
+from trainer.metrics import read_status
+from trainer.prepare import check_sizes
+
+
+def run_main_job(jobs: Jobs, job_file: Path, console: Console) -> dict[str, Any]:
+    """Run a job to its end, or until asked to stop; return what `results.json` holds, and whether it finished."""
+    started = time.monotonic()
+    run = jobs.train.run.folder
+    data = open_dataset(jobs.train.data.path, jobs.train.data.cache)  # a bad input ends here, before anything starts
+    check_sizes(jobs.train, data, jobs.launch.train_ranks)
+    resolve_model(jobs.train.model.name)
+    keep_job(jobs)
+    console.print(_plan(jobs, data))
+    with View(console) as view:
+        how = supervise(run, run / "job.toml", jobs.launch, view)
+    if how == "stopped":
+        step = read_status(run, "trainer").get("step", 0)
+        console.print(f"Stopped at step {step}, saved. To go on: [bold]negpool run {job_file}[/bold]")
+        return {"finished": False, "step": step, "run": str(run)}
+    results = collect_results(jobs, data, time.monotonic() - started)
+    _tell_results(console, jobs, results)
+    return {"finished": True, "run": str(run), **results}
+
+
+def collect_results(jobs: Jobs, data, seconds: float) -> dict[str, Any]:
+    """Return the table of the finished run and keep it in `results.json`.
+
+    seconds: of this start; those of earlier starts of the run are added.
+    """
+    run, split = jobs.train.run.folder, jobs.train.eval.split
+    rows: dict[str, Any] = {}
+    if split in data.qrels:
+        rows["bm25"] = evaluate_bm25(data, split)
+        for name in ("untrained", "trained"):
+            kept = json.loads((run / "evaluations" / f"{name}.json").read_text())
+            rows[name] = {key: kept[key] for key in rows["bm25"]}
+    swaps = read_status(run, "trainer").get("swaps", [])
+    results = {
+        **rows,
+        "versions_swapped": sum(version > 0 for _, version in swaps),
+        "seconds": round(seconds, 1),
+        "num_test_queries": len(data.training_queries(split)) if split in data.qrels else 0,
+    }
+    write_atomically(run / "results.json", json.dumps(results, indent=1))
+    return results
+
+
+def _plan(jobs: Jobs, data) -> str:
+    train, launch = jobs.train, jobs.launch
+    num_queries = len(data.training_queries(train.data.train_split))
+    return (
+        f"[bold]{train.run.folder}[/bold]: {num_queries:,} training queries, {len(data.corpus):,} passages from {data.path}; "
+        f"{launch.train_ranks} trainer ranks, {launch.mine_ranks} miner rank{'s' * (launch.mine_ranks > 1)}.\n"
+        f"Logs of both sides: {train.run.folder / 'logs'}"
+    )
+
+
+def _tell_results(console: Console, jobs: Jobs, results: dict[str, Any]) -> None:
+    run, data = jobs.train.run.folder, jobs.train.data.path
+    rows = {name: results[name] for name in ("bm25", "untrained", "trained") if name in results}
+    if rows:
+        title = f"{results['num_test_queries']} {jobs.train.eval.split} queries"
+        console.print(measures_table(rows, title))
+    checkpoint = newest_checkpoint(run)
+    assert checkpoint is not None  # a finished run has saved its last step
+    console.print(
+        f"{results['versions_swapped']} versions of mined negatives swapped in, {clock(results['seconds'])} in all.\n"
+        f"The model:    [bold]{checkpoint.encoder_folder}[/bold]   (SentenceTransformer and AutoModel load it)\n"
+        f"Search:       [bold]negpool search {run} {data} \"read a file as lines\"[/bold]\n"
+        f"Your own code: [bold]negpool data code --source DIR --out data/mine[/bold], then\n"
+        f"              [bold]negpool run launch/jobs/quickstart.toml data.path=data/mine run.folder=runs/mine[/bold]"
+    )

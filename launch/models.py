@@ -1,0 +1,100 @@
+"""Models that are there already: evaluate one, search with one."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from launch.output import start_logging
+from trainer.data.datasets import RetrievalData, open_dataset
+from trainer.encoder.encode import encode_rows
+from trainer.encoder.model import ModelSettings, load_encoder, weights_digest
+from trainer.encoder.shards import drop_torn, open_shards
+from trainer.encoder.tokens import tokenize
+from trainer.encoder.topk import merge_top_k, top_k
+from trainer.errors import InputError
+from trainer.evaluate import DEPTH, evaluate, judged_queries, measure
+from trainer.handoff.weights import newest_checkpoint
+
+EXCERPT_LINES = 3
+
+
+def evaluate_model(model: str, data_path: Path, split: str) -> dict[str, float] | None:
+    """Return the measures of a model, or of "bm25", on a split; None on ranks that do not speak. Collective."""
+    start_logging(int(os.environ.get("RANK", "0")))
+    data = open_dataset(data_path)
+    if model == "bm25":
+        return evaluate_bm25(data, split)
+    from trainer.world import join_world
+
+    folder, shards_root = locate_model(model, data)
+    world = join_world()
+    encoder, tokenizer, traits = load_encoder(ModelSettings(name=folder))
+    measures = evaluate(world, data, split, encoder.to(world.device), tokenizer, traits, shards_root)
+    world.leave()
+    return measures if world.speaks else None
+
+
+def evaluate_bm25(data: RetrievalData, split: str) -> dict[str, float]:
+    """Return the measures of BM25 on a split."""
+    from mining.bm25 import bm25_top_k
+
+    query_rows = judged_queries(data, split)
+    scores, ids = bm25_top_k(data, query_rows, DEPTH)
+    return measure(data, split, query_rows, scores, ids)
+
+
+def search_corpus(model: str, data_path: Path, question: str, top: int) -> list[dict[str, Any]]:
+    """Return the `top` passages that a model finds for a question, best first, with id, score and excerpt.
+
+    The corpus is encoded once and kept; a run's own model finds what the run's evaluation has encoded.
+    """
+    if not question.strip():
+        raise InputError("there is nothing to search for; give a question in words")
+    data = open_dataset(data_path)
+    folder, shards_root = locate_model(model, data)
+    encoder, tokenizer, traits = load_encoder(ModelSettings(name=folder))
+    tokens = tokenize(data.corpus, tokenizer, prefix=traits.passage_prefix, max_tokens=traits.max_passage_tokens)
+    shards = open_shards(shards_root, weights_digest(encoder), traits.pooling, tokens)
+    drop_torn(shards)
+    for shard in shards.missing():
+        shards.encode(shard, encoder, tokens, lambda n: None)
+    query_1D = encode_question(encoder, tokenizer, traits, question)
+    k = min(top, len(data.corpus))
+    found = [top_k(query_1D, shards.read(s), k, first_id=int(shards.rows(s)[0])) for s in range(shards.num_shards)]
+    scores, ids = merge_top_k(found, k)
+    return [
+        {
+            "id": data.corpus[int(row)]["_id"],
+            "score": round(float(score), 4),
+            "excerpt": "\n".join(data.corpus[int(row)]["text"].splitlines()[:EXCERPT_LINES]),
+        }
+        for score, row in zip(scores[0], ids[0], strict=True)
+    ]
+
+
+def encode_question(encoder, tokenizer, traits, question: str) -> np.ndarray:
+    """Return the (1, D) embedding of one question."""
+    from datasets import Dataset
+
+    text = Dataset.from_dict({"_id": ["question"], "text": [question]})
+    tokens = tokenize(text, tokenizer, prefix=traits.query_prefix, max_tokens=traits.max_query_tokens)
+    return encode_rows(encoder, tokens, np.array([0]))
+
+
+def locate_model(model: str, data: RetrievalData) -> tuple[str, Path]:
+    """Return what load_encoder takes, and the folder of encoded shards to use with it.
+
+    A run folder stands for its newest checkpoint, and a run's shards are used for its models.
+    """
+    path = Path(model)
+    if (path / "checkpoints").is_dir():
+        checkpoint = newest_checkpoint(path)
+        if checkpoint is None:
+            raise InputError(f"{path} has no whole checkpoint yet; wait for one, or name a model folder")
+        return str(checkpoint.encoder_folder), path / "shards"
+    run = path.resolve().parents[2] if len(path.resolve().parents) > 2 else path
+    if (run / "checkpoints").is_dir() and (run / "shards").is_dir():
+        return model, run / "shards"
+    return model, data.cache / "shards"

@@ -1,0 +1,51 @@
+"""What commands print: one JSON object on standard output with --json, else text and tables; messages go to standard error."""
+
+import json
+import logging
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+MEASURE_TITLES = {"ndcg@10": "nDCG@10", "mrr@10": "MRR@10", "recall@10": "Recall@10", "recall@100": "Recall@100"}
+ROW_TITLES = {"bm25": "BM25", "untrained": "untrained model", "trained": "trained model"}
+
+
+def start_logging(rank: int = 0) -> None:
+    """Send our own messages to standard error: all from rank 0, warnings from the others."""
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    if sys.stderr.isatty():
+        handler = RichHandler(console=Console(stderr=True), show_path=False, markup=False)
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    for package in ("launch", "trainer", "mining", "gradcache"):
+        logging.getLogger(package).setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def messages() -> Console:
+    """Return the console for people: standard error."""
+    return Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def results() -> Console:
+    """Return the console for what was asked for: standard output."""
+    return Console(soft_wrap=True, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object on standard output."""
+    print(json.dumps(value))
+
+
+def measures_table(rows: dict[str, dict[str, float]], title: str) -> Table:
+    """Return a table with one row for each evaluated model."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for measure in MEASURE_TITLES.values():
+        table.add_column(measure, justify="right")
+    for name, values in rows.items():
+        table.add_row(ROW_TITLES.get(name, name), *(f"{values[key]:.3f}" for key in MEASURE_TITLES))
+    return table

@@ -1,0 +1,82 @@
+"""One process of one side: `negpool train` and `negpool mine`, alone or started by the supervisor, torchrun or mpiexec."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Literal
+
+from launch.jobfile import Jobs, read_job, refuse_other_job, write_job
+from launch.output import start_logging
+from launch.versions import write_environment
+from trainer.errors import InputError
+from trainer.state import Outcome
+
+
+def train_side(job_file: Path, overrides: list[str]) -> Outcome | None:
+    """Train as this rank of the world that the launcher describes; return the outcome on rank 0."""
+    rank = int(os.environ.get("RANK", "0"))
+    start_logging(rank)
+    jobs = read_job(job_file, overrides)
+    if rank == 0:
+        keep_job(jobs)
+    _stop_without_parent()
+    from trainer.train import train
+    from trainer.world import join_world
+
+    world = join_world()
+    try:
+        outcome = train(jobs.train, world)
+    except InputError as error:
+        _tell_refusal(jobs, "trainer", error)
+        raise
+    finally:
+        world.leave()
+    return outcome if world.speaks else None
+
+
+def mine_side(job_file: Path, overrides: list[str], once: bool) -> Literal["finished", "stopped"]:
+    """Mine as this rank of the MPI world."""
+    from mpi4py import MPI
+
+    rank = MPI.COMM_WORLD.Get_rank()
+    start_logging(rank)
+    jobs = read_job(job_file, overrides)
+    _stop_without_parent()
+    from mining.service import run_service
+
+    try:
+        return run_service(jobs.mine, MPI.COMM_WORLD, once=once)
+    except InputError as error:
+        _tell_refusal(jobs, "miner", error)
+        raise
+
+
+def keep_job(jobs: Jobs) -> None:
+    """Keep the resolved job and the versions of libraries in the run folder; refuse the folder of another job."""
+    folder = jobs.train.run.folder
+    refuse_other_job(folder / "job.toml", jobs)
+    write_job(folder / "job.toml", jobs)
+    write_environment(folder / "environment.json")
+
+
+def _tell_refusal(jobs: Jobs, side: str, error: InputError) -> None:
+    """Leave the sentence where the supervisor finds it: launchers swallow exit codes."""
+    from trainer.metrics import Status
+
+    Status(jobs.train.run.folder, side).update(phase="refused", error=str(error))
+
+
+def _stop_without_parent() -> None:
+    """Save and leave when the launcher that started this process is gone, so that no orphan holds the run."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    # A process that a person starts may outlive its shell on purpose (nohup); a launcher's rank may not.
+    if "TORCHELASTIC_RUN_ID" in os.environ or "OMPI_COMM_WORLD_SIZE" in os.environ:
+        threading.Thread(target=watch, daemon=True).start()

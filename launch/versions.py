@@ -1,0 +1,46 @@
+"""What a run was computed with: versions of libraries, interpreter and machine, and the commit."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+from trainer.handoff.manifest import write_atomically
+
+LIBRARIES = ("negpool", "torch", "transformers", "accelerate", "datasets", "numpy", "faiss-cpu", "faiss-gpu", "mpi4py")
+
+
+def write_environment(path: Path) -> None:
+    """Write the versions as JSON."""
+    write_atomically(path, json.dumps(environment(), indent=1))
+
+
+def environment() -> dict:
+    """Return versions of libraries (None: not installed), Python, system, cores and commit."""
+    return {
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+        "commit": _commit(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Return the commit of the checkout that this code runs from, with + when it was changed; None outside one."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run(["git", "-C", here, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
