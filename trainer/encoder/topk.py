@@ -46,9 +46,9 @@ def _best(score_tN: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     for row in shared.nonzero()[:, 0].tolist():
         order = score_tN[row].sort(descending=True, stable=True)
         scores[row], ids[row] = order.values[:k], order.indices[:k]
-    order = ids.argsort(1)
+    order = ids.argsort(dim=1)
     scores, ids = scores.gather(1, order), ids.gather(1, order)
-    order = scores.argsort(1, descending=True, stable=True)
+    order = scores.argsort(dim=1, descending=True, stable=True)
     return scores.gather(1, order), ids.gather(1, order)
 
 

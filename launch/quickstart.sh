@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# From a fresh machine to a trained search model: environment, data, training with mining beside it, results.
+# Needs Debian 12 or Ubuntu, Python >= 3.11, two cores; no GPU, no hub. Run it again to go on where it stopped.
+#   PYTHON=python3.12 ./launch/quickstart.sh [section.key=value ...]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+./launch/install.sh .venv
+export PATH="$PWD/.venv/bin:$PATH"
+
+if [ ! -d data/code ]; then
+  echo "== building data/code: docstring -> function, from the Python packages installed here" >&2
+  negpool data code --out data/code --max-functions 3000
+fi
+exec negpool run launch/jobs/quickstart.toml "$@"

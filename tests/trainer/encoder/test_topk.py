@@ -1,0 +1,52 @@
+"""Exact search against a plain sort, with ties, parts and too few passages."""
+
+import numpy as np
+import pytest
+
+from trainer.encoder import topk
+from trainer.encoder.topk import merge_top_k, top_k
+
+
+def plain(scores_QN, k):
+    """Every row sorted by (score descending, number ascending), in plain Python."""
+    ids = [sorted(range(len(row)), key=lambda j, row=row: (-row[j], j))[:k] for row in scores_QN]
+    return np.array([[row[j] for j in best] for row, best in zip(scores_QN, ids, strict=True)]), np.array(ids)
+
+
+def integers(shape, high, seed=0):
+    return np.random.default_rng(seed).integers(0, high, shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("high", [2, 100], ids=["many ties", "few ties"])
+@pytest.mark.parametrize("tile_bytes", [1, 1 << 20])
+def test_top_k_is_the_plain_sort(high, tile_bytes, monkeypatch):
+    monkeypatch.setattr(topk, "TILE_BYTES", tile_bytes)
+    query, passage = integers((7, 4), high), integers((40, 4), high, 1)
+    scores, ids = top_k(query, passage, 9, first_id=100)
+    expected_scores, expected_ids = plain(query @ passage.T, 9)
+    np.testing.assert_array_equal(scores, expected_scores)
+    np.testing.assert_array_equal(ids, expected_ids + 100)
+
+
+@pytest.mark.parametrize("cuts", [[0, 40], [0, 13, 40], [0, 1, 2, 39, 40]])
+def test_merged_parts_are_the_whole(cuts):
+    query, passage = integers((5, 4), 3), integers((40, 4), 3, 1)
+    parts = [top_k(query, passage[a:b], 6, first_id=a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    scores, ids = merge_top_k(parts, 6)
+    np.testing.assert_array_equal(ids, plain(query @ passage.T, 6)[1])
+    assert scores.dtype == np.float32
+
+
+def test_forbidden_passages_are_never_returned():
+    query, passage = integers((5, 4), 100), integers((8, 4), 100, 1)
+    allowed = np.arange(8) % 2 == 0
+    scores, ids = top_k(query, passage, 6, allowed_N=allowed)
+    assert set(ids[:, :4].ravel()) == {0, 2, 4, 6}
+    assert (ids[:, 4:] == -1).all() and np.isneginf(scores[:, 4:]).all()
+
+
+def test_too_few_passages_fill_up_with_minus_one():
+    scores, ids = top_k(integers((2, 4), 9), integers((3, 4), 9), 5)
+    assert (ids[:, 3:] == -1).all() and np.isneginf(scores[:, 3:]).all()
+    merged = merge_top_k([(scores, ids), (scores, np.where(ids >= 0, ids + 3, -1))], 5)
+    assert (merged[1] >= 0).all()

@@ -1,0 +1,44 @@
+"""The table of negatives: what the miner writes is what the trainer maps, or it is refused."""
+
+import numpy as np
+import pytest
+
+from trainer.errors import InputError
+from trainer.handoff.manifest import TornVersion, read_latest
+from trainer.handoff.negatives import ScheduleEntry, negatives_folder, open_negatives, publish_negatives
+from trainer.handoff.settings import NegativesSettings
+
+INDPTR, IDS, SCORES = np.array([0, 2, 2, 3]), np.array([5, 1, 0]), np.array([0.5, 0.25, -0.125], np.float32)
+
+
+def test_the_trainer_maps_what_the_miner_published(tmp_path):
+    publish_negatives(tmp_path, 3, INDPTR, IDS, SCORES, {"checkpoint_step": 40})
+    negatives = open_negatives(tmp_path, "v000003", num_queries=3, num_passages=6)
+    assert isinstance(negatives.ids, np.memmap)
+    np.testing.assert_array_equal(negatives.indptr, INDPTR)
+    np.testing.assert_array_equal(negatives.ids, IDS)
+    np.testing.assert_array_equal(negatives.scores, SCORES)
+    assert (negatives.version, negatives.checkpoint_step, negatives.num_queries) == (3, 40, 3)
+    assert read_latest(negatives_folder(tmp_path)) == "v000003"
+
+
+@pytest.mark.parametrize("num_queries, num_passages", [(2, 6), (4, 6), (3, 5)])
+def test_a_table_for_other_data_is_refused(tmp_path, num_queries, num_passages):
+    publish_negatives(tmp_path, 0, INDPTR, IDS, SCORES, {})
+    with pytest.raises(TornVersion, match="does not fit"):
+        open_negatives(tmp_path, "v000000", num_queries, num_passages)
+
+
+def test_a_pickled_table_is_never_loaded(tmp_path):
+    publish_negatives(tmp_path, 0, INDPTR, IDS, SCORES, {})
+    folder = negatives_folder(tmp_path) / "v000000"
+    np.save(folder / "ids.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(TornVersion):
+        open_negatives(tmp_path, "v000000", 3, 6)
+
+
+def test_a_schedule_out_of_order_is_refused():
+    with pytest.raises(InputError, match=r"negatives\.schedule is not in order"):
+        NegativesSettings(schedule=(ScheduleEntry(10, 20), ScheduleEntry(10, 20)))
+    with pytest.raises(InputError, match="later checkpoint"):
+        NegativesSettings(schedule=(ScheduleEntry(30, 20),))
