@@ -32,6 +32,6 @@ def test_a_choice_depends_on_its_own_arguments_alone():
     np.testing.assert_array_equal(choice(3, 5, rows, 1)[500:], choice(3, 5, rows[500:], 1))
     drawn = [choice(3, 5, rows, 1), choice(3, 5, rows, 2), choice(3, 6, rows, 1), choice(4, 5, rows, 1)]
     for i, first in enumerate(drawn):
-        assert abs(first.mean() - 0.5) < 0.05 and 0 <= first.min() and first.max() < 1
+        assert abs(first.mean() - 0.5) < 0.05 and first.min() >= 0 and first.max() < 1
         for second in drawn[i + 1 :]:
             assert abs(np.corrcoef(first, second)[0, 1]) < 0.1

@@ -1,5 +1,7 @@
 """Exact search against a plain sort, with ties, parts and too few passages."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -31,7 +33,7 @@ def test_top_k_is_the_plain_sort(high, tile_bytes, monkeypatch):
 @pytest.mark.parametrize("cuts", [[0, 40], [0, 13, 40], [0, 1, 2, 39, 40]])
 def test_merged_parts_are_the_whole(cuts):
     query, passage = integers((5, 4), 3), integers((40, 4), 3, 1)
-    parts = [top_k(query, passage[a:b], 6, first_id=a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [top_k(query, passage[a:b], 6, first_id=a) for a, b in itertools.pairwise(cuts)]
     scores, ids = merge_top_k(parts, 6)
     np.testing.assert_array_equal(ids, plain(query @ passage.T, 6)[1])
     assert scores.dtype == np.float32

@@ -1,0 +1,38 @@
+"""Rows to chunks of one token budget, after a length sort.
+
+Sorting makes the rows of a chunk nearly equally long, so hardly any padding is encoded; the budget bounds the memory of
+a chunk whatever the lengths are.
+"""
+
+import torch
+from torch import Tensor
+
+
+def plan_chunks(lengths: Tensor, max_tokens: int) -> list[Tensor]:
+    """Return the rows of each chunk, (m,) int64 each, longest rows first.
+
+    lengths: (n,) tokens of each row, on the CPU.
+    max_tokens: rows times the longest row of a chunk stay within it; a single longer row is a chunk by itself.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"chunk_tokens={max_tokens} must be at least 1")
+    order = torch.argsort(lengths, descending=True, stable=True)
+    sorted_lengths = lengths[order].tolist()
+    chunks, start = [], 0
+    while start < len(order):
+        # The first row of a chunk is its longest, so it alone decides how many fit.
+        stop = start + max(1, max_tokens // max(1, sorted_lengths[start]))
+        chunks.append(order[start:stop])
+        start = stop
+    return chunks
+
+
+def unique_rows(keys: Tensor | None, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Return (the first row of each distinct key, (u,); for every row its place among them, (n,)); None: all differ."""
+    if keys is None:
+        every = torch.arange(num_rows)
+        return every, every
+    distinct, place = torch.unique(keys, return_inverse=True)
+    first = torch.full((len(distinct),), num_rows, dtype=torch.int64)
+    first.scatter_reduce_(0, place, torch.arange(num_rows), "amin")
+    return first, place

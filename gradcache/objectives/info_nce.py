@@ -1,0 +1,32 @@
+"""InfoNCE with one positive or with all judged positives of a row.
+
+Source: van den Oord et al. 2018 (arXiv 1807.03748); in-batch negatives as in Karpukhin et al. 2020 (arXiv 2004.04906);
+several positives, each against the negatives alone, as in Khosla et al. 2020 (arXiv 2004.11362), L_out, but with the
+other positives left out of the denominator.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from gradcache.objectives.tile import Tile
+
+
+def info_nce(tile: Tile) -> Tensor:
+    """Return -log softmax of each row's own positive among it and the negatives, (t,)."""
+    return tile.logits_tP.logsumexp(1) - _target_logits(tile)
+
+
+def info_nce_multi(tile: Tile) -> Tensor:
+    """Return the mean over a row's positives of -log softmax of each among itself and the negatives, (t,)."""
+    num_rows = len(tile.target_t)
+    positive = torch.cat([_target_logits(tile), tile.sibling_logits])
+    row = torch.cat([torch.arange(num_rows, device=positive.device), tile.sibling_rows])
+    negatives_t = tile.logits_tP.scatter(1, tile.target_t[:, None], -torch.inf).logsumexp(1)
+    # -log softmax = log(1 + exp(negatives - positive)), which is 0 for a row without negatives.
+    loss = softplus(negatives_t[row] - positive)
+    return loss.new_zeros(num_rows).index_add(0, row, loss) / torch.bincount(row, minlength=num_rows)
+
+
+def _target_logits(tile: Tile) -> Tensor:
+    return tile.logits_tP.gather(1, tile.target_t[:, None])[:, 0]

@@ -1,0 +1,90 @@
+"""The same step in one process and one graph: the oracle for `cached_step`.
+
+Written plainly, for being right and not for size: all ranks' batches, the full score matrix, masks by comparing keys one by
+one, autograd for everything. Shares with the step only the plan of chunks and their seeds, so that both draw the same
+dropout, and the objective, which has its own tests.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradcache.batch import Batch
+from gradcache.encode import encode_chunk, plan_encoding
+from gradcache.objectives import Objective, Tile
+from gradcache.replay import borrowed_generators
+from gradcache.temperature import Temperature
+
+
+def reference_step(
+    batches: Sequence[Batch],
+    *,
+    objective: Objective,
+    temperature: Temperature,
+    chunk_tokens: int,
+    seed: int,
+    step: int,
+    symmetric: bool = False,
+) -> float:
+    """Return the mean loss over the queries of all ranks and add its gradient to the parameters and the temperature.
+
+    batches: one for each rank, in order, with towers that encode in this process. Does not communicate.
+    """
+    with borrowed_generators():
+        embedded = [_encode(batch, chunk_tokens, seed, step, rank) for rank, batch in enumerate(batches)]
+    query_BD = torch.cat([rows[: batch.num_queries] for rows, batch in zip(embedded, batches, strict=True)])
+    passage_PD = torch.cat([rows[batch.num_queries :] for rows, batch in zip(embedded, batches, strict=True)])
+    query_keys = [key for batch in batches for key in batch.keys[: batch.num_queries].tolist()]
+    passage_keys = [key for batch in batches for key in batch.keys[batch.num_queries :].tolist()]
+    positives = [set(keys) for batch in batches for keys in batch.positive_keys.tolist()]
+    targets, first = [], 0
+    for batch in batches:
+        targets += [first + target for target in batch.target.tolist()]
+        first += batch.num_passages
+
+    score_BP = query_BD @ passage_PD.T * temperature.scale()
+    is_positive = [[key in positives[row] for key in passage_keys] for row in range(len(query_keys))]
+    loss = objective(_tile(score_BP, targets, is_positive, passage_keys)).mean()
+    if symmetric:
+        # A query text is a positive of a passage if one of the queries of that text has it.
+        of_text: dict[int, set[int]] = {}
+        for key, keys in zip(query_keys, positives, strict=True):
+            of_text[key] = of_text.get(key, set()) | keys
+        rows = [[passage_keys[target] in of_text[key] for key in query_keys] for target in targets]
+        back = objective(_tile(score_BP.T[targets], list(range(len(query_keys))), rows, query_keys)).mean()
+        loss = (loss + back) / 2
+    loss.backward()
+    return loss.item()
+
+
+def _encode(batch: Batch, chunk_tokens: int, seed: int, step: int, rank: int) -> Tensor:
+    """Return the embeddings of one rank's rows in one graph, with the draws of that rank's chunks."""
+    plan = plan_encoding(batch.towers, chunk_tokens, seed, step, rank)
+    if not plan.chunks:
+        return torch.empty(0, 0)
+    row_of_place: dict[int, Tensor] = {}
+    for chunk in plan.chunks:
+        row_of_place |= dict(zip(chunk.places.tolist(), encode_chunk(chunk, with_graph=True), strict=True))
+    return torch.stack([row_of_place[place] for place in plan.place_n.tolist()])
+
+
+def _tile(score_BP: Tensor, targets: list[int], is_positive: list[list[bool]], column_keys: list[int]) -> Tile:
+    """Return all rows as one tile."""
+    is_masked = torch.zeros(score_BP.shape, dtype=torch.bool)
+    sibling_rows, sibling_columns = [], []
+    for row, target in enumerate(targets):
+        for column, key in enumerate(column_keys):
+            if column == target:
+                continue
+            is_repeated = key in column_keys[:column]
+            is_masked[row, column] = is_repeated or is_positive[row][column]
+            if is_positive[row][column] and not is_repeated and key != column_keys[target]:
+                sibling_rows.append(row)
+                sibling_columns.append(column)
+    return Tile(
+        logits_tP=score_BP.masked_fill(is_masked.to(score_BP.device), -torch.inf),
+        target_t=torch.tensor(targets, device=score_BP.device),
+        sibling_rows=torch.tensor(sibling_rows, dtype=torch.int64, device=score_BP.device),
+        sibling_logits=score_BP[sibling_rows, sibling_columns],
+    )
