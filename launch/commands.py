@@ -157,4 +157,3 @@ def data_check(folder: Annotated[Path, typer.Argument(help="data set in BEIR's f
     else:
         results().print(report.as_text(), markup=False)
     return 2 if report.problems else 0
-

@@ -141,7 +141,13 @@ def sides(run: Path, job_file: Path, settings: LaunchSettings) -> tuple[Side, Si
     threads = max(1, cores // settings.train_ranks)
     env = {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
     module = [sys.executable, "-m", "launch"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={settings.train_ranks}"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={settings.train_ranks}",
+    ]
     trainer = Side(
         "trainer",
         [*torchrun, "-m", "launch", "train", str(job_file)],

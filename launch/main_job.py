@@ -85,7 +85,7 @@ def _tell_results(console: Console, jobs: Jobs, results: dict[str, Any]) -> None
     console.print(
         f"{results['versions_swapped']} versions of mined negatives swapped in, {clock(results['seconds'])} in all.\n"
         f"The model:    [bold]{checkpoint.encoder_folder}[/bold]   (SentenceTransformer and AutoModel load it)\n"
-        f"Search:       [bold]negpool search {run} {data} \"read a file as lines\"[/bold]\n"
+        f'Search:       [bold]negpool search {run} {data} "read a file as lines"[/bold]\n'
         f"Your own code: [bold]negpool data code --source DIR --out data/mine[/bold], then\n"
         f"              [bold]negpool run launch/jobs/quickstart.toml data.path=data/mine run.folder=runs/mine[/bold]"
     )

@@ -105,9 +105,7 @@ class NegativesFeed:
             wanted = self._wanted
             if wanted != NONE and (self._fetched is None or self._fetched.version != wanted):
                 try:
-                    self._fetched = open_negatives(
-                        self._run, version_name(wanted), self._num_queries, self._num_passages
-                    )
+                    self._fetched = open_negatives(self._run, version_name(wanted), self._num_queries, self._num_passages)
                 except TornVersion as torn:
                     if wanted not in said:
                         said.add(wanted)

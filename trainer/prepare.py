@@ -80,7 +80,21 @@ def prepare(job: TrainJob, world: World) -> Training:
     metrics: Metrics = TrainerMetrics(run) if world.speaks else NoMetrics()
     status.update(step=state.step, num_steps=num_steps)
     return Training(
-        job, world, data, dataset, module, sync, state, tokenizer, traits, feed, interrupt, metrics, status, num_steps, lock
+        job,
+        world,
+        data,
+        dataset,
+        module,
+        sync,
+        state,
+        tokenizer,
+        traits,
+        feed,
+        interrupt,
+        metrics,
+        status,
+        num_steps,
+        lock,
     )
 
 

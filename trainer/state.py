@@ -34,7 +34,11 @@ class TrainState:
     def values(self) -> dict[str, Any]:
         """Return the JSON part: counters, the schedule, the optimizer's groups."""
         counters = {k: getattr(self, k) for k in ("step", "negatives_version", "swaps", "seconds")}
-        return {**counters, "schedule": self.schedule.state_dict(), "groups": self.optimizer.state_dict()["param_groups"]}
+        return {
+            **counters,
+            "schedule": self.schedule.state_dict(),
+            "groups": self.optimizer.state_dict()["param_groups"],
+        }
 
     def load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Take over what `tensors()` and `values()` returned; the encoder's weights are loaded with its folder."""

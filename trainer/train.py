@@ -56,9 +56,7 @@ def train(job: TrainJob, world: World) -> Outcome:
 
 def switch_negatives(run: Training) -> bool:
     """Bring the negatives of the next step into force; return whether to stop before it. Collective."""
-    asked_to_stop = run.feed.before_step(
-        run.state.step, on_wait=lambda: run.status.update(phase="waiting for negatives")
-    )
+    asked_to_stop = run.feed.before_step(run.state.step, on_wait=lambda: run.status.update(phase="waiting for negatives"))
     in_force = run.feed.in_force
     if in_force is not None and in_force.version != run.state.negatives_version:
         run.state.negatives_version = in_force.version

@@ -164,9 +164,7 @@ def _functions_of(source: tuple[str, str]) -> list[Function] | None:
     return found
 
 
-def _function(
-    node: ast.FunctionDef | ast.AsyncFunctionDef, prefix: str, lines: list[str], file: str
-) -> Function | None:
+def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, prefix: str, lines: list[str], file: str) -> Function | None:
     docstring = ast.get_docstring(node)
     name = node.name.lower()
     if not docstring or len(node.body) < 2 or "test" in name or (name.startswith("__") and name.endswith("__")):

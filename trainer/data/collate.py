@@ -60,7 +60,10 @@ def collate(
     def load(rows: Tensor) -> dict[str, Tensor]:
         number = rows.numpy()
         is_query = number < len(query_n)
-        sides = dataset.queries.pad(query_n[number[is_query]]), dataset.passages.pad(passage_p[number[~is_query] - len(query_n)])
+        sides = (
+            dataset.queries.pad(query_n[number[is_query]]),
+            dataset.passages.pad(passage_p[number[~is_query] - len(query_n)]),
+        )
         order = np.argsort(np.concatenate([np.flatnonzero(is_query), np.flatnonzero(~is_query)]))
         return {name: _stack(*(side[name] for side in sides))[order].to(device) for name in sides[0]}
 
@@ -88,9 +91,7 @@ def _choose_positives(dataset: TrainingSet, query_n: np.ndarray, seed: int, step
     return dataset.positive_rows[start + (draw * (stop - start)).astype(np.int64)]
 
 
-def _choose_negatives(
-    negatives: Negatives | None, query_n: np.ndarray, per_query: int, seed: int, step: int
-) -> np.ndarray:
+def _choose_negatives(negatives: Negatives | None, query_n: np.ndarray, per_query: int, seed: int, step: int) -> np.ndarray:
     """Return up to `per_query` distinct corpus rows of each query's list, uniform, one after the other."""
     if negatives is None or per_query == 0 or len(query_n) == 0:
         return np.empty(0, np.int64)

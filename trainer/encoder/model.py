@@ -162,9 +162,7 @@ def _traits(source: str, settings: ModelSettings, max_positions: int, tokenizer_
     for field in ("max_query_tokens", "max_passage_tokens"):
         tokens = getattr(traits, field)
         if not 3 <= tokens <= limit:
-            raise InputError(
-                f"model.{field}={tokens} is not between 3 and {limit}, the longest text that {source} takes"
-            )
+            raise InputError(f"model.{field}={tokens} is not between 3 and {limit}, the longest text that {source} takes")
     return traits
 
 

@@ -19,7 +19,6 @@ from trainer.encoder.tokens import TokenTable
 from trainer.handoff.manifest import MANIFEST, TornVersion, open_version, publish_version
 
 
-
 @dataclass(frozen=True)
 class Shards:
     """The embeddings of `num_rows` texts under one fingerprint; parts of them may not be encoded yet."""
