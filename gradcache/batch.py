@@ -31,9 +31,7 @@ class Batch:
     num_queries: int  # B
     keys: Tensor  # (rows,) int64 content keys: equal key = equal text
     target: Tensor  # (B,) int64: number, among this rank's passages, of each query's positive
-    positive_keys: (
-        Tensor  # (B, M) int64: keys of all judged positives, filled up with the target's; M may differ by rank
-    )
+    positive_keys: Tensor  # (B, M) int64: keys of all judged positives, filled up with the target's; M may differ
 
     def __post_init__(self) -> None:
         """Raise ValueError where the parts do not fit together."""

@@ -70,9 +70,7 @@ def encode_chunk(chunk: Chunk, *, with_graph: bool) -> Tensor:
     with torch.set_grad_enabled(with_graph):
         embedding_mD = chunk.tower.encode(chunk.tower.load(chunk.rows))
     if embedding_mD.ndim != 2 or len(embedding_mD) != len(chunk.rows):
-        raise ValueError(
-            f"encode returned {tuple(embedding_mD.shape)} for {len(chunk.rows)} rows; expected (rows, width)"
-        )
+        raise ValueError(f"encode returned {tuple(embedding_mD.shape)} for {len(chunk.rows)} rows; expected (rows, width)")
     return embedding_mD
 
 
@@ -104,10 +102,9 @@ def backpropagate(plan: Plan, kept: dict[int, Tensor], gradient_nD: Tensor, sync
     order = [*kept, *(i for i in range(len(plan.chunks)) if i not in kept)]
     for i in order[:-1]:
         _run_backward(_surrogate(plan.chunks[i], kept.pop(i, None), gradient_uD, sync))
-    if order:
-        last = _surrogate(plan.chunks[order[-1]], kept.pop(order[-1], None), gradient_uD, sync)
-    else:
-        last = gradient_uD.sum()  # no rows: nothing to add, but the others wait for this rank
+    # Without rows there is nothing to add, but the others wait for this rank.
+    nothing = gradient_uD.sum()
+    last = _surrogate(plan.chunks[order[-1]], kept.pop(order[-1], None), gradient_uD, sync) if order else nothing
     _run_backward(sync.release(last))
 
 

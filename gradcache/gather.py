@@ -38,9 +38,7 @@ def gather_counts(values: list[int], group: dist.ProcessGroup | None, device: to
     return every.view(group.size(), len(values)).tolist()
 
 
-def gather_rows(
-    rows_nD: Tensor, keys_n: Tensor, extra_nM: Tensor, counts: list[int], group: dist.ProcessGroup | None
-) -> Pool:
+def gather_rows(rows_nD: Tensor, keys_n: Tensor, extra_nM: Tensor, counts: list[int], group: dist.ProcessGroup | None) -> Pool:
     """Return the rows of all ranks with their keys and extra values.
 
     rows_nD: detached, of any floating type. keys_n, extra_nM: int64 on the same device; D and M (0 is fine) are the same
@@ -88,5 +86,7 @@ def _as_bytes(values_nC: Tensor) -> Tensor:
 
 
 def _from_bytes(bytes_NC: Tensor, dtype: torch.dtype) -> Tensor:
-    # A copy of its own, because a view asks for aligned memory.
-    return bytes_NC.clone(memory_format=torch.contiguous_format).view(dtype)
+    # Memory of its own, because a view of another type asks for aligned memory.
+    values = torch.empty(len(bytes_NC), bytes_NC.shape[1] // dtype.itemsize, dtype=dtype, device=bytes_NC.device)
+    values.view(torch.uint8).copy_(bytes_NC)
+    return values

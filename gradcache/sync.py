@@ -1,4 +1,4 @@
-"""When gradients are synchronised over the ranks: once a step, in the last backward of each module."""
+"""When gradients are synchronised over the ranks: once a step, in its last backward."""
 
 from typing import Protocol
 
@@ -22,10 +22,6 @@ class GradientSync(Protocol):
 
 class NoSync:
     """One process."""
-
-    def unit_of(self, tower: int) -> int:
-        """Return one unit for all."""
-        return 0
 
     def hold(self) -> None:
         """Do nothing."""
@@ -55,10 +51,6 @@ class DDPSync:
                     f"{module.static_graph}; a step of many forwards, and of none on some ranks, needs both False"
                 )
         self._modules = modules
-
-    def unit_of(self, tower: int) -> int:
-        """Return the number of the tower's module."""
-        return tower if len(self._modules) > 1 else 0
 
     def hold(self) -> None:
         """Keep the reducers from expecting the next backward. Collective in the second step: buckets are rebuilt."""

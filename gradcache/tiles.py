@@ -84,9 +84,7 @@ def _evaluate(
                 sibling_logits=sibling_logits,
             )
         )
-        gradient_tP, sibling_gradient = torch.autograd.grad(
-            losses.sum() * weight, (logits_tP, sibling_logits), allow_unused=True
-        )
+        gradient_tP, sibling_gradient = torch.autograd.grad(losses.sum() * weight, (logits_tP, sibling_logits), allow_unused=True)
     logits_tP, sibling_logits = logits_tP.detach(), sibling_logits.detach()
     _fill_masked(gradient_tP, target_t1, masks.repeated, cells, 0)
     _fill_masked(logits_tP, target_t1, masks.repeated, cells, 0)  # 0 x -inf would be NaN in the product below
@@ -98,9 +96,7 @@ def _evaluate(
     return losses.detach(), gradient_tP.mul_(scale), scale_gradient
 
 
-def _fill_masked(
-    values_tP: Tensor, target_t1: Tensor, repeated: Tensor, cells: tuple[Tensor, Tensor], value: float
-) -> None:
+def _fill_masked(values_tP: Tensor, target_t1: Tensor, repeated: Tensor, cells: tuple[Tensor, Tensor], value: float) -> None:
     target_values_t1 = values_tP.gather(1, target_t1)  # a target may stand in a repeated column
     values_tP.index_fill_(1, repeated, value)
     values_tP[cells] = value

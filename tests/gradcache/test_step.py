@@ -19,7 +19,7 @@ from gradcache import (
     cached_step,
     reference_step,
 )
-from gradcache import step as step_module
+from gradcache import encode as encode_module
 from tests.gradients import assert_same_gradients, gradients_of
 from tests.ranks import run_ranks
 
@@ -104,7 +104,7 @@ def named(encoders, temperature):
 def expected(rows, num_towers, dropout, objective, symmetric, chunk_tokens, step):
     encoders, temperature = build(num_towers, dropout), Temperature(0.1, learnable=True)
     batches = [make_batch(rank, n, encoders) for rank, n in enumerate(rows)]
-    options = {"objective": objective, "symmetric": symmetric, "chunk_tokens": chunk_tokens, "seed": 3, "step": step}
+    options = {"objective": OBJECTIVES[objective], "symmetric": symmetric, "chunk_tokens": chunk_tokens, "seed": 3, "step": step}
     loss = reference_step(batches, temperature=temperature, **options)
     return loss, named(encoders, temperature)
 
@@ -169,7 +169,7 @@ def test_dropout_is_on_and_differs_between_steps():
 
 def test_the_proof_notices_a_dropout_that_is_not_replayed(monkeypatch):
     _, gradients = expected((4,), 1, 0.2, "info_nce", False, 22, 7)
-    monkeypatch.setattr(step_module.torch, "manual_seed", lambda seed: None)
+    monkeypatch.setattr(encode_module.torch, "manual_seed", lambda seed: None)
     _, found = take_step(0, (4,), 1, 0.2, "info_nce", False, 22, 0, 7)
     with pytest.raises(AssertionError):
         assert_same_gradients(found, gradients)
@@ -184,7 +184,15 @@ def test_the_proof_notices_a_wrong_scale():
 
 def test_gradients_add_up_over_steps():
     encoders, temperature = build(1, 0.0), Temperature(0.1, learnable=True)
-    options = {"objective": OBJECTIVES["info_nce"], "sync": NoSync(), "group": None, "chunk_tokens": 30}
+    options = {
+        "objective": OBJECTIVES["info_nce"],
+        "sync": NoSync(),
+        "group": None,
+        "chunk_tokens": 30,
+        "keep_graphs": 1,
+        "seed": 0,
+        "step": 0,
+    }
     cached_step(make_batch(0, 4, encoders), temperature=temperature, **options)
     once = named(encoders, temperature)
     cached_step(make_batch(0, 4, encoders), temperature=temperature, **options)
@@ -196,22 +204,38 @@ def test_the_callers_generator_is_given_back():
     wanted = torch.rand(3)
     encoders = build(1, 0.2)
     torch.manual_seed(11)
-    options = {"objective": OBJECTIVES["info_nce"], "sync": NoSync(), "group": None, "chunk_tokens": 30}
+    options = {
+        "objective": OBJECTIVES["info_nce"],
+        "sync": NoSync(),
+        "group": None,
+        "chunk_tokens": 30,
+        "keep_graphs": 1,
+        "seed": 0,
+        "step": 0,
+    }
     cached_step(make_batch(0, 4, encoders), temperature=Temperature(0.1), **options)
     assert torch.equal(torch.rand(3), wanted)
 
 
 def test_a_step_without_any_query_is_refused():
     encoders = build(1, 0.0)
-    options = {"objective": OBJECTIVES["info_nce"], "sync": NoSync(), "group": None, "chunk_tokens": 30}
-    with pytest.raises(ValueError, match="no rank has a query"):
+    options = {
+        "objective": OBJECTIVES["info_nce"],
+        "sync": NoSync(),
+        "group": None,
+        "chunk_tokens": 30,
+        "keep_graphs": 1,
+        "seed": 0,
+        "step": 0,
+    }
+    with pytest.raises(ValueError, match="no query on any rank"):
         cached_step(make_batch(0, 0, encoders), temperature=Temperature(0.1), **options)
 
 
 def test_equal_texts_are_encoded_once():
     encoders, rows_encoded = build(1, 0.0), []
     batch = make_batch(0, 20, [lambda inputs: rows_encoded.append(len(inputs["input_ids"])) or encoders[0](inputs)])
-    options = {"objective": OBJECTIVES["info_nce"], "sync": NoSync(), "group": None, "chunk_tokens": 50}
+    options = {"objective": OBJECTIVES["info_nce"], "sync": NoSync(), "group": None, "chunk_tokens": 50, "seed": 0, "step": 0}
     result = cached_step(batch, temperature=Temperature(0.1), keep_graphs="all", **options)
     num_distinct = len(set(batch.keys.tolist()))
     assert sum(rows_encoded) == num_distinct < len(batch.keys)
@@ -250,6 +274,8 @@ def count_collectives(rank, chunk_tokens, symmetric, keep_graphs):
         group=dist.group.WORLD,
         chunk_tokens=chunk_tokens,
         keep_graphs=keep_graphs,
+        seed=0,
+        step=0,
     )
     return result.num_chunks, calls
 

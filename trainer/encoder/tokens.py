@@ -90,22 +90,22 @@ def _build(folder: Path, texts: datasets.Dataset, tokenizer: PreTrainedTokenizer
         }
 
     num_proc = min(os.cpu_count() or 1, 16) if len(texts) >= PARALLEL_FROM else None
-    with _no_progress():
-        table = texts.map(
-            encode,
-            batched=True,
-            remove_columns=texts.column_names,
-            num_proc=num_proc,
-            cache_file_name=str(folder / "map.arrow") if num_proc is None else None,
-            features=datasets.Features(
-                {
-                    "input_ids": datasets.List(datasets.Value("int32")),
-                    "length": datasets.Value("int64"),
-                    "key": datasets.Value("int64"),
-                    "is_cut": datasets.Value("bool"),
-                }
-            ),
-        )
+    datasets.disable_progress_bars()  # they would be drawn into ours
+    table = texts.map(
+        encode,
+        batched=True,
+        remove_columns=texts.column_names,
+        num_proc=num_proc,
+        cache_file_name=str(folder / "map.arrow") if num_proc is None else None,
+        features=datasets.Features(
+            {
+                "input_ids": datasets.List(datasets.Value("int32")),
+                "length": datasets.Value("int64"),
+                "key": datasets.Value("int64"),
+                "is_cut": datasets.Value("bool"),
+            }
+        ),
+    )
     columns = table.data
     for name, column in (("lengths", "length"), ("keys", "key")):
         np.save(folder / f"{name}.npy", columns.column(column).to_numpy(), allow_pickle=False)
@@ -124,11 +124,7 @@ def _build(folder: Path, texts: datasets.Dataset, tokenizer: PreTrainedTokenizer
 def _digest(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, prefix: str, max_tokens: int) -> str:
     content = xxhash.xxh3_128()
     for batch in texts.with_format("arrow").iter(1000):
-        column = batch.column("text")
-        # Lengths too: "ab", "c" is not "a", "bc".
-        content.update(json.dumps([len(text) for text in column.to_pylist()]))
-        for text in column.to_pylist():
-            content.update(text)
+        content.update(json.dumps(batch.column("text").to_pylist()).encode())
     digest = hashlib.sha256(content.digest())
     digest.update(_tokenizer_content(tokenizer))
     digest.update(json.dumps([prefix, max_tokens]).encode())
@@ -147,15 +143,3 @@ def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> bytes:
 def _flat(table: pa.Table) -> np.ndarray:
     """Return the tokens of all rows of a table one after the other, int32."""
     return np.concatenate([chunk.flatten().to_numpy() for chunk in table.column("input_ids").chunks])
-
-
-class _no_progress:  # noqa: N801 - used like a function
-    """Keep `datasets` from drawing bars into ours."""
-
-    def __enter__(self) -> None:
-        self._was_on = datasets.are_progress_bars_enabled()
-        datasets.disable_progress_bars()
-
-    def __exit__(self, *_) -> None:
-        if self._was_on:
-            datasets.enable_progress_bars()
