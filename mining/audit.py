@@ -1,0 +1,84 @@
+"""How good a version is before anyone trains on it: recall of its index, overlap with the last version, its scores."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mining.index import ShardIndex
+from mining.ranks import Ranks
+from mining.sampling import mix
+from mining.search import search_shards
+from trainer.errors import InputError
+
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditSettings:
+    """Section `audit`."""
+
+    num_queries: int = 256  # queries searched exactly as well, drawn anew for each version
+    min_recall: float = 0.9  # mean share of the exact search.top_k that the index finds; below it nothing is published
+
+    def __post_init__(self) -> None:
+        if self.num_queries < 1:
+            raise InputError(f"audit.num_queries={self.num_queries} must be at least 1")
+        if not 0 <= self.min_recall <= 1:
+            raise InputError(f"audit.min_recall={self.min_recall} is not a share; expected 0 to 1")
+
+
+def audit_sample(settings: AuditSettings, seed: int, version: int, query_rows: np.ndarray) -> np.ndarray:
+    """Return the places of the queries to audit, ascending; a pure function of seed, version and rows."""
+    start = mix(mix(np.array([seed], np.uint64)) + np.uint64(version))
+    return np.sort(np.argsort(mix(start ^ query_rows.astype(np.uint64)), kind="stable")[: settings.num_queries])
+
+
+def audit_recall(
+    ranks: Ranks, indexes: list[ShardIndex], exact: list[ShardIndex], query_QD: np.ndarray, k: int
+) -> float:
+    """Return recall@k of the indexes against exact search, the mean over the given queries, on every rank. Collective."""
+    _, found_ids = search_shards(ranks, indexes, query_QD, k)
+    _, exact_ids = search_shards(ranks, exact, query_QD, k)
+    parts = ranks.gather(recall_of_each(found_ids, exact_ids))
+    return ranks.decide(lambda: float(np.concatenate(parts).mean()))
+
+
+def recall_of_each(found_Qk: np.ndarray, exact_Qk: np.ndarray) -> np.ndarray:
+    """Return which share of each row's exact ids was found, (Q,); 1 where there is nothing to find. -1: no id."""
+    listed = (exact_Qk[:, :, None] == found_Qk[:, None, :]).any(2) & (exact_Qk >= 0)
+    num_exact = (exact_Qk >= 0).sum(1)
+    return np.where(num_exact > 0, listed.sum(1) / np.maximum(1, num_exact), 1.0)
+
+
+def jaccard(indptr: np.ndarray, ids: np.ndarray, other_indptr: np.ndarray, other_ids: np.ndarray) -> float:
+    """Return the overlap of two tables in CSR form: the mean over rows of common ids by ids in either; 1 if both empty."""
+    num_rows = len(indptr) - 1
+    rows, other_rows = (np.repeat(np.arange(num_rows), np.diff(p)) for p in (indptr, other_indptr))
+    span = 1 + max(ids.max(initial=0), other_ids.max(initial=0))
+    common = np.intersect1d(rows * span + ids, other_rows * span + other_ids) // span
+    num_common = np.bincount(common, minlength=num_rows)
+    num_either = np.diff(indptr) + np.diff(other_indptr) - num_common
+    return float(np.where(num_either > 0, num_common / np.maximum(1, num_either), 1.0).mean())
+
+
+def score_quantiles(scores: np.ndarray) -> dict[str, float]:
+    """Return some quantiles of scores by name, none if there are no scores."""
+    if len(scores) == 0:
+        return {}
+    return {f"q{int(q * 100):02}": round(float(v), 4) for q, v in zip(QUANTILES, np.quantile(scores, QUANTILES), strict=True)}
+
+
+def suspected_share(num_candidates: int, dropped: dict[str, int]) -> float | None:
+    """Return the share of unjudged candidates above the relative margin, likely positives nobody judged; None: no margin."""
+    if "relative_margin" not in dropped:
+        return None
+    known = sum(dropped.get(name, 0) for name in ("judged", "equal_texts", "duplicates"))
+    return round(dropped["relative_margin"] / max(1, num_candidates - known), 4)
+
+
+def overlap_with(last: Any, indptr: np.ndarray, ids: np.ndarray) -> float | None:
+    """Return the overlap with the last version, None if there is none that fits."""
+    if last is None or last.num_queries != len(indptr) - 1:
+        return None
+    return round(jaccard(indptr, ids, np.asarray(last.indptr), np.asarray(last.ids)), 4)

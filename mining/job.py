@@ -1,0 +1,55 @@
+"""What a mining service is told: the sections of a job file that the miner reads."""
+
+from dataclasses import dataclass, field
+
+from mining.audit import AuditSettings
+from mining.filters import FilterSettings
+from mining.index import IndexSettings
+from mining.sampling import SampleSettings
+from mining.search import SearchSettings
+from trainer.errors import InputError
+from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class MineSettings:
+    """Section `mine`: the service itself."""
+
+    poll_s: float = 1.0  # seconds between two looks for a new checkpoint
+    bm25_top_k: int = 50  # candidates of version 0, which is there before any checkpoint; 0: no version 0
+    keep_versions: int = 3  # newest ones kept; pinned ones stay, and all while negatives.schedule is set
+    keep_encodings: int = 4  # sets of embeddings kept in shards/, youngest first; a refresh makes two
+
+    def __post_init__(self) -> None:
+        if not self.poll_s > 0:
+            raise InputError(f"mine.poll_s={self.poll_s} must be more than 0")
+        if self.bm25_top_k < 0:
+            raise InputError(f"mine.bm25_top_k={self.bm25_top_k} is negative; expected 0 (no version 0) or more")
+        for name, least, why in (("keep_versions", 1, "the newest"), ("keep_encodings", 2, "queries and passages")):
+            if getattr(self, name) < least:
+                raise InputError(f"mine.{name}={getattr(self, name)} must be at least {least}: {why} are in use")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MineJob:
+    """All that the miner is told."""
+
+    run: RunSettings = field(default_factory=RunSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    negatives: NegativesSettings = field(default_factory=NegativesSettings)
+    mine: MineSettings = field(default_factory=MineSettings)
+    index: IndexSettings = field(default_factory=IndexSettings)
+    search: SearchSettings = field(default_factory=SearchSettings)
+    filter: FilterSettings = field(default_factory=FilterSettings)
+    sample: SampleSettings = field(default_factory=SampleSettings)
+    audit: AuditSettings = field(default_factory=AuditSettings)
+
+    def __post_init__(self) -> None:
+        for name, depth in (("search.top_k", self.search.top_k), ("mine.bm25_top_k", self.mine.bm25_top_k)):
+            if 0 < depth < self.sample.num_negatives:
+                raise InputError(
+                    f"sample.num_negatives={self.sample.num_negatives} is more than {name}={depth} candidates; "
+                    f"set {name} higher"
+                )
+        if self.negatives.schedule and self.mine.bm25_top_k == 0:
+            raise InputError("negatives.schedule begins with version 0 from BM25, but mine.bm25_top_k=0; set it to 50")

@@ -1,0 +1,53 @@
+"""Search over the shards of all ranks, one tile of queries at a time.
+
+Each rank searches its own shards for all queries of a tile; the best of all shards come together where the queries are
+filtered and sampled. The unit is the shard and never the rank, and the order (score descending, id ascending) is total,
+so what comes out does not depend on the number of ranks.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mining.index import ShardIndex
+from mining.ranks import Ranks
+from trainer.encoder.topk import merge_top_k
+from trainer.errors import InputError
+
+QUERY_TILE = 4096  # queries searched at once; with k = 200 each rank holds some 20 MB of results
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """Section `search`."""
+
+    top_k: int = 200  # candidates of each query (ANCE: 200)
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise InputError(f"search.top_k={self.top_k} must be at least 1")
+
+
+def search_shards(
+    ranks: Ranks, indexes: list[ShardIndex], query_QD: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (scores, ids), each (share, k), of the best passages of all shards for this rank's share of the queries.
+
+    indexes: of this rank's shards; may be empty.
+    query_QD: the same on every rank; rank r gets the rows `share_of(len(query_QD), ranks)`.
+    Collective: one exchange; every rank sends (share, k) scores and ids to every other.
+    """
+    found = [index.search(query_QD, k) for index in indexes]
+    scores_Qk, ids_Qk = merge_top_k(found, k) if found else no_results(len(query_QD), k)
+    shares = [share_of(len(query_QD), rank, ranks.num_ranks) for rank in range(ranks.num_ranks)]
+    return merge_top_k(ranks.exchange([(scores_Qk[rows], ids_Qk[rows]) for rows in shares]), k)
+
+
+def share_of(num_rows: int, rank: int, num_ranks: int) -> slice:
+    """Return the rows that fall to a rank; shares differ by at most one row."""
+    return slice(num_rows * rank // num_ranks, num_rows * (rank + 1) // num_ranks)
+
+
+def no_results(num_queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (scores, ids) of a search that found nothing."""
+    return np.full((num_queries, k), -np.inf, np.float32), np.full((num_queries, k), -1, np.int64)

@@ -1,0 +1,92 @@
+"""Which checkpoint is mined next. Rank 0 alone looks; the others hear what it found.
+
+Without a schedule that is the newest whole checkpoint, unless it was mined already; with one, version i + 1 comes from
+entry i, and is waited for, so that a run can be repeated to the bit.
+"""
+
+import logging
+from pathlib import Path
+
+from mining.job import MineJob
+from mining.state import Refresh
+from trainer.handoff.manifest import MANIFEST, TornVersion, pin, read_latest, versions
+from trainer.handoff.weights import (
+    Checkpoint,
+    checkpoint_name,
+    checkpoints_folder,
+    newest_checkpoint,
+    open_checkpoint,
+)
+from trainer.metrics import read_status
+
+log = logging.getLogger(__name__)
+
+PIN_S = 600.0  # how long a pin lasts; the service renews it while it works
+HOLDER = "miner"
+
+
+class Watch:
+    """Rank 0's view of the checkpoints; remembers what it looked at, so that waiting costs no reading."""
+
+    def __init__(self, job: MineJob):
+        self._job = job
+        self._run = job.run.folder
+        self._seen: object = None
+        self._said: set[str] = set()
+
+    def look(self, version: int, done_digest: str | None, begun: Refresh | None, takes_final: bool) -> Checkpoint | None:
+        """Return the checkpoint to mine a version from, pinned, or None if it is not there yet.
+
+        done_digest: weights that need no mining: those of the last version, or those just refused.
+        begun: what a killed service was making; it is finished first.
+        takes_final: whether the checkpoint of the last step is mined too, after which nobody trains.
+        """
+        if begun is not None and begun.version == version:
+            found = self._open(checkpoints_folder(self._run) / begun.checkpoint)
+            if found is not None and found.manifest["weights_digest"] == begun.weights_digest:
+                return self._pinned(found)
+        if schedule := self._job.negatives.schedule:
+            if version > len(schedule):
+                return None
+            return self._pinned(self._open(checkpoints_folder(self._run) / checkpoint_name(schedule[version - 1].checkpoint)))
+        if (seen := self._on_disk()) == self._seen:
+            return None
+        self._seen = seen
+        newest = newest_checkpoint(self._run, self._say)
+        if newest is None or newest.manifest["weights_digest"] == done_digest:
+            return None
+        if newest.manifest.get("is_final") and not takes_final:
+            return None
+        return self._pinned(newest)
+
+    def is_over(self) -> bool:
+        """Tell whether nothing will ever be mined again: the trainer is done."""
+        return read_status(self._run, "trainer").get("phase") == "finished"
+
+    def _open(self, folder: Path) -> Checkpoint | None:
+        if not (folder / MANIFEST).is_file():
+            return None
+        try:
+            return open_checkpoint(folder)
+        except TornVersion as torn:
+            self._say(torn)
+            return None
+
+    def _pinned(self, found: Checkpoint | None) -> Checkpoint | None:
+        if found is None:
+            return None
+        pin(found.folder, HOLDER, PIN_S)
+        # It may have been deleted between the look and the pin.
+        return found if (found.folder / MANIFEST).is_file() else None
+
+    def _on_disk(self) -> object:
+        parent = checkpoints_folder(self._run)
+        try:
+            return read_latest(parent), [(f.name, (f / MANIFEST).stat().st_mtime_ns) for f in versions(parent)]
+        except OSError:  # one was deleted just now
+            return object()
+
+    def _say(self, torn: TornVersion) -> None:
+        if str(torn) not in self._said:
+            self._said.add(str(torn))
+            log.warning("checkpoint passed over: %s", torn)
