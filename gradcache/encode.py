@@ -105,7 +105,7 @@ def backpropagate(plan: Plan, kept: dict[int, Tensor], gradient_nD: Tensor, sync
     # Without rows there is nothing to add, but the others wait for this rank.
     nothing = gradient_uD.sum()
     last = _surrogate(plan.chunks[order[-1]], kept.pop(order[-1], None), gradient_uD, sync) if order else nothing
-    _run_backward(sync.release(last))
+    sync.last_backward(last)
 
 
 def _surrogate(chunk: Chunk, embedding_mD: Tensor | None, gradient_uD: Tensor, sync: GradientSync) -> Tensor:

@@ -52,7 +52,7 @@ def global_loss(
     query_BD, passage_nD = embedding_nD.split([batch.num_queries, batch.num_passages])
     query_keys, passage_keys = batch.keys.to(device).split([batch.num_queries, batch.num_passages])
     target_B, positives = batch.target.to(device), batch.positives(max(widths)).to(device)
-    scale = float(temperature.scale())
+    scale = float(temperature.scale().detach())
     weight = (0.5 if symmetric else 1.0) / sum(num_queries)
 
     passages = gather_rows(passage_nD, passage_keys, passage_keys.new_empty(len(passage_keys), 0), num_passages, group)

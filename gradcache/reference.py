@@ -33,8 +33,8 @@ def reference_step(
     """
     with borrowed_generators():
         embedded = [_encode(batch, chunk_tokens, seed, step, rank) for rank, batch in enumerate(batches)]
-    query_BD = torch.cat([rows[: batch.num_queries] for rows, batch in zip(embedded, batches, strict=True)])
-    passage_PD = torch.cat([rows[batch.num_queries :] for rows, batch in zip(embedded, batches, strict=True)])
+    query_BD = torch.cat([rows[: batch.num_queries] for rows, batch in zip(embedded, batches, strict=True) if len(rows)])
+    passage_PD = torch.cat([rows[batch.num_queries :] for rows, batch in zip(embedded, batches, strict=True) if len(rows)])
     query_keys = [key for batch in batches for key in batch.keys[: batch.num_queries].tolist()]
     passage_keys = [key for batch in batches for key in batch.keys[batch.num_queries :].tolist()]
     positives = [set(keys) for batch in batches for keys in batch.positive_keys.tolist()]

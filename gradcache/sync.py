@@ -8,13 +8,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class GradientSync(Protocol):
-    """How a parallel backend is told what a step does. A step calls `hold` and `release` once on every rank."""
+    """How a parallel backend is told what a step does. A step calls `hold` and `last_backward` once on every rank."""
 
     def hold(self) -> None:
         """Before the first forward of a step: no backward communicates from here on."""
 
-    def release(self, surrogate: Tensor) -> Tensor:
-        """Return what the last backward of a step starts from: that one synchronises what all have accumulated."""
+    def last_backward(self, surrogate: Tensor) -> None:
+        """Run the last backward of a step and synchronise what all have accumulated. Collective.
+
+        surrogate: a scalar; without a graph on a rank that has nothing to encode.
+        """
 
     def gradient_scale(self) -> float:
         """Return the factor that makes the synchronised gradient the sum over the ranks."""
@@ -26,9 +29,10 @@ class NoSync:
     def hold(self) -> None:
         """Do nothing."""
 
-    def release(self, surrogate: Tensor) -> Tensor:
-        """Return it as it is."""
-        return surrogate
+    def last_backward(self, surrogate: Tensor) -> None:
+        """Run it like any other."""
+        if surrogate.requires_grad:
+            surrogate.backward()
 
     def gradient_scale(self) -> float:
         """Return 1: there is nothing to average."""
@@ -59,17 +63,29 @@ class DDPSync:
             # DDP does it in the next forward, which a rank without rows never makes.
             module.reducer._rebuild_buckets()
 
-    def release(self, surrogate: Tensor) -> Tensor:
-        """Arm the reducers for a backward from what is returned.
+    def last_backward(self, surrogate: Tensor) -> None:
+        """Run the last backward with the reducers armed.
+
+        One module is reduced while the backward runs. Several are reduced one after the other behind it: in one backward
+        their reductions would start in the order of that rank's graph, which differs where a rank has no rows.
+        """
+        if len(self._modules) == 1:
+            self._arm(self._modules[0], surrogate).backward()
+            return
+        if surrogate.requires_grad:
+            surrogate.backward()
+        for module in self._modules:
+            self._arm(module, surrogate.new_zeros(())).backward()
+
+    def _arm(self, module: DistributedDataParallel, surrogate: Tensor) -> Tensor:
+        """Return what the module's synchronising backward starts from.
 
         DDP arms itself in the forward that precedes a backward. Here the forward of the last backward may date from
         before the loss, others ran backward in between, and a rank without rows made none.
         """
-        parameters = [p for module in self._modules for p in module.parameters() if p.requires_grad]
-        start: Tensor = _Reach.apply(surrogate, *parameters)
-        for module in self._modules:
-            module.require_backward_grad_sync = True
-            module.reducer.prepare_for_backward([start])
+        start: Tensor = _Reach.apply(surrogate, *(p for p in module.parameters() if p.requires_grad))
+        module.require_backward_grad_sync = True
+        module.reducer.prepare_for_backward([start])
         return start
 
     def gradient_scale(self) -> float:

@@ -1,15 +1,15 @@
 """How good a version is before anyone trains on it: recall of its index, overlap with the last version, its scores."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from mining.index import ShardIndex
 from mining.ranks import Ranks
-from mining.sampling import mix
+from mining.sampling import mix, stream
 from mining.search import search_shards
 from trainer.errors import InputError
+from trainer.handoff.negatives import Negatives
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -30,13 +30,11 @@ class AuditSettings:
 
 def audit_sample(settings: AuditSettings, seed: int, version: int, query_rows: np.ndarray) -> np.ndarray:
     """Return the places of the queries to audit, ascending; a pure function of seed, version and rows."""
-    start = mix(mix(np.array([seed], np.uint64)) + np.uint64(version))
-    return np.sort(np.argsort(mix(start ^ query_rows.astype(np.uint64)), kind="stable")[: settings.num_queries])
+    order = np.argsort(mix(stream(seed, version) + query_rows.astype(np.uint64)), kind="stable")
+    return np.sort(order[: settings.num_queries])
 
 
-def audit_recall(
-    ranks: Ranks, indexes: list[ShardIndex], exact: list[ShardIndex], query_QD: np.ndarray, k: int
-) -> float:
+def audit_recall(ranks: Ranks, indexes: list[ShardIndex], exact: list[ShardIndex], query_QD: np.ndarray, k: int) -> float:
     """Return recall@k of the indexes against exact search, the mean over the given queries, on every rank. Collective."""
     _, found_ids = search_shards(ranks, indexes, query_QD, k)
     _, exact_ids = search_shards(ranks, exact, query_QD, k)
@@ -77,7 +75,7 @@ def suspected_share(num_candidates: int, dropped: dict[str, int]) -> float | Non
     return round(dropped["relative_margin"] / max(1, num_candidates - known), 4)
 
 
-def overlap_with(last: Any, indptr: np.ndarray, ids: np.ndarray) -> float | None:
+def overlap_with(last: Negatives | None, indptr: np.ndarray, ids: np.ndarray) -> float | None:
     """Return the overlap with the last version, None if there is none that fits."""
     if last is None or last.num_queries != len(indptr) - 1:
         return None

@@ -6,20 +6,55 @@ encoded again; a crash costs the shards that were being encoded.
 
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 
+import datasets
 import numpy as np
 from torch import nn
 
 from mining.ranks import Ranks
-from trainer.encoder.shards import Shards, drop_torn
-from trainer.encoder.tokens import TokenTable
+from trainer.encoder.model import Encoder, ModelSettings, load_encoder
+from trainer.encoder.shards import Shards, drop_torn, open_shards
+from trainer.encoder.tokens import TokenTable, tokenize
+from trainer.handoff.weights import Checkpoint
 
 Side = tuple[Shards, TokenTable]
 
 
-def encode_missing(
-    ranks: Ranks, encoder: nn.Module, sides: list[Side], on_progress: Callable[[int, int], None]
-) -> int:
+class TokenCache:
+    """The token tables of queries and passages, looked for anew only when the tokenizer or its limits change.
+
+    Finding a table on disk reads all texts; from checkpoint to checkpoint only the weights differ.
+    """
+
+    def __init__(self, queries: datasets.Dataset, corpus: datasets.Dataset, cache: Path | None):
+        self._texts, self._cache = (queries, corpus), cache
+        self._made_for: object = None
+        self._tables: list[TokenTable] = []
+
+    def open(self, checkpoint: Checkpoint) -> tuple[Encoder, str, list[TokenTable]]:
+        """Return the encoder of a checkpoint, its pooling, and the tables of queries and passages; raises InputError."""
+        encoder, tokenizer, traits = load_encoder(ModelSettings(name=str(checkpoint.encoder_folder)))
+        files = checkpoint.manifest["files"].items()
+        made_for = [(n, f["sha256"]) for n, f in files if n.startswith("encoder/") and not n.endswith(".safetensors")]
+        if made_for != self._made_for:
+            prefixes = traits.query_prefix, traits.passage_prefix
+            limits = traits.max_query_tokens, traits.max_passage_tokens
+            self._tables = [
+                tokenize(texts, tokenizer, prefix=prefix, max_tokens=max_tokens, cache=self._cache)
+                for texts, prefix, max_tokens in zip(self._texts, prefixes, limits, strict=True)
+            ]
+            self._made_for = made_for
+        return encoder, traits.pooling, self._tables
+
+
+def open_sides(run: Path, checkpoint: Checkpoint, pooling: str, tables: list[TokenTable]) -> list[Side]:
+    """Return the shards of queries and of passages under a checkpoint's weights, each with its tokens."""
+    digest = checkpoint.manifest["weights_digest"]
+    return [(open_shards(run / "shards", digest, pooling, tokens), tokens) for tokens in tables]
+
+
+def encode_missing(ranks: Ranks, encoder: nn.Module, sides: list[Side], on_progress: Callable[[int, int], None]) -> int:
     """Encode the shards that are not there; return how many texts were missing over all ranks.
 
     on_progress: called with the number of texts encoded by this rank, and of all that fall to it.

@@ -84,7 +84,12 @@ def build_indexes(
     built = [_faiss(settings, index, gpu, device) for index in exact]
     num_small = sum(isinstance(index, ExactIndex) for index in built)
     if num_small:
-        log.warning("%d of %d shards are too small to train %s and are searched exactly", num_small, len(built), settings.factory)
+        log.warning(
+            "%d of %d shards are too small to train %s and are searched exactly",
+            num_small,
+            len(built),
+            settings.factory,
+        )
     return built
 
 
@@ -101,7 +106,7 @@ def _faiss(settings: IndexSettings, exact: ExactIndex, gpu, device: int) -> Shar
         index = faiss.index_factory(exact.passage_ND.shape[1], settings.factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise InputError(
-            f'index.factory={settings.factory!r} is not a FAISS index for {exact.passage_ND.shape[1]} dimensions; '
+            f"index.factory={settings.factory!r} is not a FAISS index for {exact.passage_ND.shape[1]} dimensions; "
             'expected "exact" or a factory string such as "Flat" or "IVF64,Flat"'
         ) from error
     if len(passage_ND) < max(1, _num_centroids(faiss, index)):

@@ -48,8 +48,7 @@ class MineJob:
         for name, depth in (("search.top_k", self.search.top_k), ("mine.bm25_top_k", self.mine.bm25_top_k)):
             if 0 < depth < self.sample.num_negatives:
                 raise InputError(
-                    f"sample.num_negatives={self.sample.num_negatives} is more than {name}={depth} candidates; "
-                    f"set {name} higher"
+                    f"sample.num_negatives={self.sample.num_negatives} is more than {name}={depth} candidates; set {name} higher"
                 )
         if self.negatives.schedule and self.mine.bm25_top_k == 0:
             raise InputError("negatives.schedule begins with version 0 from BM25, but mine.bm25_top_k=0; set it to 50")

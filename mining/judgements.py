@@ -41,9 +41,7 @@ def read_judgements(data: RetrievalData, train_split: str) -> Judgements:
     return Judgements(query_rows, *positives, *_judged_in_any_split(data, query_rows), allowed_N)
 
 
-def own_texts(
-    judgements: Judgements, places: slice, passage_key_N: np.ndarray, query_key_Q: np.ndarray
-) -> OwnTexts:
+def own_texts(judgements: Judgements, places: slice, passage_key_N: np.ndarray, query_key_Q: np.ndarray) -> OwnTexts:
     """Return what belongs to some of the training queries.
 
     passage_key_N, query_key_Q: content keys of all passages, and of all training queries.

@@ -58,9 +58,7 @@ def draw_negatives(
         own = own_texts(judgements, places, *keys)
         keep, dropped = filter_candidates(filters, ids_QK, scores_QK, keys[0][ids_QK], own, positive_score_Q)
         rows = judgements.query_rows[places]
-        counts, ids, scores = sample_negatives(
-            sample, seed, version, rows, ids_QK, scores_QK, keep, positive_score_Q
-        )
+        counts, ids, scores = sample_negatives(sample, seed, version, rows, ids_QK, scores_QK, keep, positive_score_Q)
         parts.append((places.start, counts, ids, scores, int((ids_QK >= 0).sum()), dropped))
     gathered = ranks.gather(parts)
     return _join([part for parts in gathered for part in parts]) if ranks.speaks else None

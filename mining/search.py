@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mining.encode import Embeddings
 from mining.index import ShardIndex
 from mining.ranks import Ranks
 from trainer.encoder.topk import merge_top_k
@@ -28,9 +29,7 @@ class SearchSettings:
             raise InputError(f"search.top_k={self.top_k} must be at least 1")
 
 
-def search_shards(
-    ranks: Ranks, indexes: list[ShardIndex], query_QD: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
+def search_shards(ranks: Ranks, indexes: list[ShardIndex], query_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (scores, ids), each (share, k), of the best passages of all shards for this rank's share of the queries.
 
     indexes: of this rank's shards; may be empty.
@@ -41,6 +40,15 @@ def search_shards(
     scores_Qk, ids_Qk = merge_top_k(found, k) if found else no_results(len(query_QD), k)
     shares = [share_of(len(query_QD), rank, ranks.num_ranks) for rank in range(ranks.num_ranks)]
     return merge_top_k(ranks.exchange([(scores_Qk[rows], ids_Qk[rows]) for rows in shares]), k)
+
+
+def best_positive_scores(query_QD: np.ndarray, passages: Embeddings, indptr: np.ndarray, positive_rows: np.ndarray) -> np.ndarray:
+    """Return the score of each query's best positive, (Q,) float32; every query has one, in CSR form."""
+    if len(query_QD) == 0:
+        return np.zeros(0, np.float32)
+    query_PD = np.repeat(query_QD, np.diff(indptr), axis=0)
+    score_P = (query_PD * passages.read(positive_rows)).sum(1)
+    return np.maximum.reduceat(score_P, indptr[:-1])
 
 
 def share_of(num_rows: int, rank: int, num_ranks: int) -> slice:

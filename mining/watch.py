@@ -1,10 +1,11 @@
-"""Which checkpoint is mined next. Rank 0 alone looks; the others hear what it found.
+"""What is mined next. Rank 0 alone looks; the others hear what it found.
 
 Without a schedule that is the newest whole checkpoint, unless it was mined already; with one, version i + 1 comes from
 entry i, and is waited for, so that a run can be repeated to the bit.
 """
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 from mining.job import MineJob
@@ -17,12 +18,19 @@ from trainer.handoff.weights import (
     newest_checkpoint,
     open_checkpoint,
 )
-from trainer.metrics import read_status
 
 log = logging.getLogger(__name__)
 
 PIN_S = 600.0  # how long a pin lasts; the service renews it while it works
 HOLDER = "miner"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A version to make."""
+
+    version: int
+    checkpoint: Checkpoint | None  # None: BM25
 
 
 class Watch:
@@ -58,10 +66,6 @@ class Watch:
         if newest.manifest.get("is_final") and not takes_final:
             return None
         return self._pinned(newest)
-
-    def is_over(self) -> bool:
-        """Tell whether nothing will ever be mined again: the trainer is done."""
-        return read_status(self._run, "trainer").get("phase") == "finished"
 
     def _open(self, folder: Path) -> Checkpoint | None:
         if not (folder / MANIFEST).is_file():

@@ -1,5 +1,6 @@
 """The gradient of a cached step is the reference's: any chunks, kept graphs, ranks, uneven rows, masks, dropout."""
 
+import functools
 import itertools
 
 import pytest
@@ -17,6 +18,7 @@ from gradcache import (
     Temperature,
     Tower,
     cached_step,
+    gather,
     reference_step,
 )
 from gradcache import encode as encode_module
@@ -101,6 +103,7 @@ def named(encoders, temperature):
     return gradients_of(**{f"tower{i}": e for i, e in enumerate(encoders)}, temperature=temperature)
 
 
+@functools.cache
 def expected(rows, num_towers, dropout, objective, symmetric, chunk_tokens, step):
     encoders, temperature = build(num_towers, dropout), Temperature(0.1, learnable=True)
     batches = [make_batch(rank, n, encoders) for rank, n in enumerate(rows)]
@@ -132,6 +135,7 @@ def many_steps(rank, rows, cases):
     return [take_step(rank, rows, *case) for case in cases]
 
 
+FIXED = {"keep_graphs": 1, "seed": 0, "step": 0}
 ROWS = {1: [(5,)], 2: [(5, 3), (0, 4)], 3: [(2, 4, 3), (3, 0, 1)]}
 CASES = [
     # towers, dropout, objective, symmetric, chunk tokens, kept graphs, step
@@ -142,7 +146,7 @@ CASES = [
         (1, "info_nce_multi", True),
         (2, "info_nce_multi", False),
     ]
-    for dropout in (0.0, 0.2)
+    for dropout in ((0.0, 0.2) if objective == "info_nce" else (0.2,))
     for chunk_tokens in (22, 35, 10_000)  # two rows of 11, sizes that do not divide, one chunk
     for keep_graphs in (0, 2, "all")
 ]
@@ -158,7 +162,10 @@ def test_gradients_are_the_references(num_ranks):
             for rank in range(num_ranks):
                 result, found = by_rank[rank][number]
                 assert result.loss == pytest.approx(loss, rel=1e-5), (rows, case)
-                assert_same_gradients(found, gradients)
+                try:
+                    assert_same_gradients(found, gradients)
+                except AssertionError as error:
+                    raise AssertionError(f"rows {rows}, case {case}, rank {rank}: {error}") from error
 
 
 def test_dropout_is_on_and_differs_between_steps():
@@ -242,12 +249,12 @@ def test_equal_texts_are_encoded_once():
     assert result.share_encoded_twice == 0
 
 
-COUNTED = ["all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"]
+COUNTED = [(gather, "_all_gather"), (gather, "_reduce_scatter"), (dist, "all_reduce")]
 
 
 def count_collectives(rank, chunk_tokens, symmetric, keep_graphs):
     """Return how often each collective was called in one step, the reductions of DDP among them."""
-    calls = dict.fromkeys([*COUNTED, "parameters"], 0)
+    calls = dict.fromkeys([*(name for _, name in COUNTED), "parameters"], 0)
 
     def counted(name, original):
         def call(*args, **kwargs):
@@ -263,8 +270,8 @@ def count_collectives(rank, chunk_tokens, symmetric, keep_graphs):
         return dist.group.WORLD.allreduce([bucket.buffer()]).get_future().then(lambda f: f.value()[0] / 2)
 
     encoder.register_comm_hook(None, hook)
-    for name in COUNTED:
-        setattr(dist, name, counted(name, getattr(dist, name)))
+    for module, name in COUNTED:
+        setattr(module, name, counted(name, getattr(module, name)))
     result = cached_step(
         make_batch(rank, 6, [encoder]),
         objective=OBJECTIVES["info_nce"],
@@ -290,8 +297,8 @@ def test_collectives_do_not_depend_on_the_number_of_chunks(symmetric):
     assert max(num_chunks) > 5 * min(num_chunks)
     sides = 2 if symmetric else 1
     wanted = {
-        "all_gather_into_tensor": 1 + sides,  # the counts, and each gathered side
-        "reduce_scatter_tensor": sides,
+        "_all_gather": 1 + sides,  # the counts, and each gathered side
+        "_reduce_scatter": sides,
         "all_reduce": 1,  # loss and temperature
         "parameters": 1,
     }
