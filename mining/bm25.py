@@ -4,6 +4,7 @@ Words as code has them: `parseHTTPHeader` and `parse_http_header` are the words 
 share no word with the query are not results. Ties go to the lower row, so the result is a function of the texts.
 """
 
+import logging
 import re
 
 import bm25s
@@ -29,6 +30,7 @@ def bm25_top_k(
 
 def index_bm25(data: RetrievalData) -> bm25s.BM25:
     """Return the index of the corpus, held in memory."""
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
     index = bm25s.BM25(backend="numpy")
     index.index([split_words(text) for text in data.corpus["text"]], show_progress=False)
     return index
@@ -59,7 +61,7 @@ def split_words(text: str) -> list[str]:
 
 def text_keys(texts: datasets.Dataset) -> np.ndarray:
     """Return 64-bit keys of the texts as they are, (n,) int64: what keys of tokens are once there is a tokenizer."""
-    return np.array([xxhash.xxh3_64_intdigest(text) for text in texts["text"]], np.uint64).view(np.int64)
+    return np.array([xxhash.xxh3_64_intdigest(text.encode()) for text in texts["text"]], np.uint64).view(np.int64)
 
 
 def _best(score_N: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
