@@ -10,7 +10,7 @@ from rich.console import Console
 from launch.jobfile import Jobs
 from launch.local import supervise
 from launch.models import evaluate_bm25
-from launch.output import measures_table
+from launch.output import ROW_TITLES, measures_table
 from launch.sides import keep_job
 from launch.view import View, clock
 from trainer.data.datasets import open_dataset
@@ -76,7 +76,8 @@ def _plan(jobs: Jobs, data) -> str:
 
 def _tell_results(console: Console, jobs: Jobs, results: dict[str, Any]) -> None:
     run, data = jobs.train.run.folder, jobs.train.data.path
-    rows = {name: results[name] for name in ("bm25", "untrained", "trained") if name in results}
+    names = [name for name in ROW_TITLES if name in results]
+    rows = {name: results[name] for name in names}
     if rows:
         title = f"{results['num_test_queries']} {jobs.train.eval.split} queries"
         console.print(measures_table(rows, title))

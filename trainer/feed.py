@@ -40,7 +40,8 @@ class NegativesFeed:
         self._world, self._run, self._settings = world, run, settings
         self._num_queries, self._num_passages = num_queries, num_passages
         self._should_stop = should_stop
-        self._wanted, self._fetched = NONE, None  # version to fetch, as all agreed; the version fetched last
+        self._wanted = NONE  # version to fetch, as all agreed
+        self._fetched: Negatives | None = None  # the version fetched last
         self._started = time.monotonic()
         self._closed = threading.Event()
         if settings.per_query:

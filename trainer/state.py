@@ -4,18 +4,19 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gradcache import Temperature
+from trainer.encoder.model import Encoder
 
 
 @dataclass
 class TrainState:
     """The moving parts of a run. The order of data needs no more than `step`."""
 
-    encoder: nn.Module  # the bare encoder: the same object that DDP wraps
+    encoder: Encoder  # the bare encoder: the same object that DDP wraps
     temperature: Temperature
     optimizer: Optimizer
     schedule: LRScheduler

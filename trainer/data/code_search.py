@@ -152,7 +152,8 @@ def _functions_of(source: tuple[str, str]) -> list[Function] | None:
     except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):
         return None
     lines = text.splitlines(keepends=True)
-    found, stack = [], [(tree, "")]
+    found: list[Function] = []
+    stack: list[tuple[ast.AST, str]] = [(tree, "")]
     while stack:
         node, prefix = stack.pop()
         for child in ast.iter_child_nodes(node):

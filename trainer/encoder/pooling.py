@@ -15,12 +15,12 @@ def mean(states_nLD: Tensor, mask_nL: Tensor) -> Tensor:
 
 def cls(states_nLD: Tensor, mask_nL: Tensor) -> Tensor:
     """Return the state of the first real token, whichever side is padded."""
-    return _at(states_nLD, mask_nL.to(int).argmax(1))
+    return _at(states_nLD, mask_nL.int().argmax(1))
 
 
 def last(states_nLD: Tensor, mask_nL: Tensor) -> Tensor:
     """Return the state of the last real token, whichever side is padded. Source: cpt-text, arXiv 2201.10005."""
-    return _at(states_nLD, mask_nL.shape[1] - 1 - mask_nL.flip(1).to(int).argmax(1))
+    return _at(states_nLD, mask_nL.shape[1] - 1 - mask_nL.flip(1).int().argmax(1))
 
 
 def _at(states_nLD: Tensor, position_n: Tensor) -> Tensor:

@@ -22,13 +22,13 @@ def top_k(
     num_queries, num_passages = len(query_QD), len(passage_ND)
     scores_Qk = np.full((num_queries, k), -np.inf, np.float32)
     ids_Qk = np.full((num_queries, k), -1, np.int64)
-    passages = torch.from_numpy(np.ascontiguousarray(passage_ND))
+    passages = _tensor(passage_ND)
     forbidden = None if allowed_N is None else torch.from_numpy(~np.asarray(allowed_N))
     tile = max(1, TILE_BYTES // (4 * max(1, num_passages)))
     num_found = min(k, num_passages)
     for start in range(0, num_queries, tile):
         rows = slice(start, start + tile)
-        score_tN = torch.from_numpy(np.ascontiguousarray(query_QD[rows])) @ passages.T
+        score_tN = _tensor(query_QD[rows]) @ passages.T
         if forbidden is not None:
             score_tN.masked_fill_(forbidden, -torch.inf)
         scores, ids = _best(score_tN, num_found)
@@ -44,12 +44,17 @@ def _best(score_tN: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     # topk picks any of several equal scores: where the k-th is shared, a stable full sort of that row decides.
     shared = ((score_tN == kth).sum(1) > (scores == kth).sum(1)) & ~torch.isneginf(kth[:, 0])
     for row in shared.nonzero()[:, 0].tolist():
-        order = score_tN[row].sort(descending=True, stable=True)
-        scores[row], ids[row] = order.values[:k], order.indices[:k]
-    order = ids.argsort(dim=1)
-    scores, ids = scores.gather(1, order), ids.gather(1, order)
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    return scores.gather(1, order), ids.gather(1, order)
+        whole = score_tN[row].sort(descending=True, stable=True)
+        scores[row], ids[row] = whole.values[:k], whole.indices[:k]
+    by_id = ids.argsort(dim=1)
+    scores, ids = scores.gather(1, by_id), ids.gather(1, by_id)
+    by_score = scores.argsort(dim=1, descending=True, stable=True)
+    return scores.gather(1, by_score), ids.gather(1, by_score)
+
+
+def _tensor(values: np.ndarray) -> torch.Tensor:
+    # A copy where the array is a read-only map of a file, which torch does not take.
+    return torch.from_numpy(np.require(values, requirements=["C", "W"]))
 
 
 def merge_top_k(parts: list[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
