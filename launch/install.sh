@@ -16,7 +16,7 @@ want="$extras $(cat constraints.txt pyproject.toml | sha256sum)"
 echo "== installing into $venv (a minute or two)" >&2
 "$python" -m venv "$venv" ||
   { echo "python venv is missing; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
-pip=("$venv/bin/python" -m pip --disable-pip-version-check -q)
+pip=("$venv/bin/python" -m pip --disable-pip-version-check -qq)
 torch=$(sed -n 's/^torch==//p' constraints.txt)
 if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
   "${pip[@]}" install "torch==$torch"

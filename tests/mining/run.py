@@ -66,7 +66,13 @@ def run_on_ranks(num_ranks: int, plans: list[tuple[dict, int]]) -> tuple[int, st
     """Run a service for each (job, ranks) of the plans, one after the other, in one MPI world; return exit code and words."""
     path = Path(plans[0][0]["data"]["path"]).parent / "plans.json"
     path.write_text(json.dumps(plans))
-    mpiexec = [str(Path(sys.executable).parent / "mpiexec"), "--oversubscribe", "--allow-run-as-root", "-n", str(num_ranks)]
+    mpiexec = [
+        str(Path(sys.executable).parent / "mpiexec"),
+        "--oversubscribe",
+        "--allow-run-as-root",
+        "-n",
+        str(num_ranks),
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
     words = [*mpiexec, sys.executable, "-m", "tests.mining.run", str(path)]
     done = subprocess.run(words, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)

@@ -15,9 +15,7 @@ POSITIVE = np.full(NUM_QUERIES, 0.8, np.float32)
 
 def draw(rows=slice(None), seed=0, version=1, **settings):
     chosen = SampleSettings(**settings)
-    return sample_negatives(
-        chosen, seed, version, ROWS[rows], IDS[rows], SCORES[rows], KEEP[rows], POSITIVE[rows]
-    )
+    return sample_negatives(chosen, seed, version, ROWS[rows], IDS[rows], SCORES[rows], KEEP[rows], POSITIVE[rows])
 
 
 def frequencies(ids):

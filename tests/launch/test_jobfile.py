@@ -1,0 +1,77 @@
+"""Job files: overrides, defaults, and one sentence for everything that cannot be used."""
+
+import pytest
+
+from launch.jobfile import read_job, refuse_other_job, write_job
+from trainer.errors import InputError
+
+
+@pytest.fixture
+def job_file(tmp_path):
+    path = tmp_path / "job.toml"
+    path.write_text(f'[run]\nfolder = "{tmp_path / "run"}"\n[optim]\nlr = 1e-4\n[chunk]\nkeep_graphs = "all"\n')
+    return path
+
+
+def test_values_come_from_the_file_the_overrides_and_the_defaults(job_file):
+    overrides = ["batch.queries=64", "loss.symmetric=true", "data.path=some/folder", "filter.relative_margin=0.1"]
+    jobs = read_job(job_file, overrides)
+    assert (jobs.train.optim.lr, jobs.train.chunk.keep_graphs) == (1e-4, "all")
+    assert (jobs.train.batch.queries, jobs.train.loss.symmetric) == (64, True)
+    assert str(jobs.train.data.path) == str(jobs.mine.data.path) == "some/folder"
+    assert (jobs.mine.filter.relative_margin, jobs.mine.search.top_k) == (0.1, 200)
+
+
+def test_what_is_kept_in_the_run_folder_reads_as_the_same_job(job_file, tmp_path):
+    schedule = "negatives.schedule=[{checkpoint=200, step=300}]"
+    jobs = read_job(job_file, [schedule, "loss.learn_temperature=true"])
+    write_job(tmp_path / "kept.toml", jobs)
+    assert read_job(tmp_path / "kept.toml", []) == jobs
+    assert jobs.mine.negatives.schedule[0].step == 300
+
+
+@pytest.mark.parametrize(
+    "override, sentence",
+    [
+        ("optim.learning_rate=1", r"unknown key optim\.learning_rate; known are lr"),
+        ("optim.wieght_decay=1", r"unknown key optim\.wieght_decay; did you mean weight_decay\?"),
+        ("optin.lr=1", r"unknown section \[optin\]; did you mean optim\?"),
+        ("optim.lr=fast", r"optim\.lr='fast' cannot be used: .*number"),
+        ("batch.queries=1.5", r"batch\.queries=1\.5 cannot be used: .*integer"),
+        ("batch.queries=-1", r"batch\.queries=-1 must be more than 0"),
+        ("chunk.keep_graphs=some", r"chunk\.keep_graphs.*cannot be used"),
+        ("loss.objective=infonce", r"loss\.objective='infonce' is unknown; expected one of info_nce"),
+        ("sample.method=best", r"sample\.method"),
+        ("negatives.schedule=[{checkpoint=7, step=300}]", r"negatives\.schedule names checkpoint 7, which is never written"),
+        ("search.top_k=0", r"search\.top_k=0"),
+        ("lr=1", r"'lr=1' is not an override; expected section\.key=value"),
+    ],
+)
+def test_what_cannot_be_used_is_one_sentence(job_file, override, sentence):
+    with pytest.raises(InputError, match=sentence) as error:
+        read_job(job_file, [override])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        (None, "there is no job file"),
+        (b"[run\n", "is not a readable TOML file"),
+        (b"\xff\xfe", "is not a readable TOML file"),
+        (b"optim = 3\n", r"optim is 3, expected a section \[optim\]"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path, content, sentence):
+    if content is not None:
+        (tmp_path / "job.toml").write_bytes(content)
+    with pytest.raises(InputError, match=sentence):
+        read_job(tmp_path / "job.toml", [])
+
+
+def test_the_folder_of_another_job_is_refused_by_the_field_that_differs(job_file, tmp_path):
+    kept = tmp_path / "run" / "job.toml"
+    write_job(kept, read_job(job_file, []))
+    refuse_other_job(kept, read_job(job_file, ["launch.mine_ranks=3"]))
+    with pytest.raises(InputError, match=r"holds a run with optim\.lr=0\.0001, and this job has 0\.0002"):
+        refuse_other_job(kept, read_job(job_file, ["optim.lr=2e-4"]))

@@ -1,0 +1,209 @@
+"""The service in one process: what it publishes, what it passes over, and what a killed one leaves to the next."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from pathlib import Path
+
+import filelock
+import numpy as np
+import pytest
+import torch
+from mpi4py import MPI
+
+from mining import service
+from mining.judgements import read_judgements
+from mining.publish import last_version
+from tests.mining.run import as_job, make_job, publish_checkpoint, published, rows_of
+from trainer.data.datasets import open_dataset
+from trainer.encoder.model import ModelSettings, load_encoder
+from trainer.encoder.shards import Shards
+from trainer.errors import InputError
+from trainer.handoff import negatives
+from trainer.handoff.manifest import read_latest
+from trainer.handoff.negatives import negatives_folder, open_negatives
+from trainer.metrics import Status, read_status
+
+
+def mine(job, once=True):
+    return service.run_service(as_job(job), MPI.COMM_SELF, once=once)
+
+
+def manifest(job, version):
+    data = open_dataset(Path(job["data"]["path"]), Path(job["data"]["cache"]))
+    sizes = len(data.training_queries()), len(data.corpus)
+    return open_negatives(Path(job["run"]["folder"]), version, *sizes).manifest
+
+
+def folder(job):
+    return Path(job["run"]["folder"])
+
+
+def test_bm25_comes_first_and_then_the_checkpoint(tmp_path):
+    job = make_job(tmp_path)
+    assert mine(job) == "finished"
+    assert read_latest(negatives_folder(folder(job))) == "v000000"
+    publish_checkpoint(job, 10)
+    mine(job)
+    first, second = manifest(job, "v000000"), manifest(job, "v000001")
+    assert (first["source"], first["checkpoint_step"]) == ("bm25", None)
+    assert (second["source"], second["checkpoint_step"], second["audit"]["recall"]) == ("model", 10, 1.0)
+    assert second["filter"]["dropped"]["judged"] > 0 and second["held_out"] > 0
+    assert read_latest(negatives_folder(folder(job))) == "v000001"
+    before = published(job)
+    mine(job)  # nothing new: nothing is made
+    assert published(job) == before
+
+
+def test_no_positive_held_out_or_equal_text_is_ever_a_negative(tmp_path):
+    job = make_job(tmp_path)
+    publish_checkpoint(job, 10)
+    mine(job)
+    data = open_dataset(tmp_path / "data", tmp_path / "cache")
+    relevant = {split: set(zip(q.query_rows.tolist(), q.corpus_rows.tolist(), strict=True)) for split, q in data.qrels.items()}
+    trained = {passage for _, passage in relevant["train"]}
+    held_out = {passage for split in ("dev", "test") for _, passage in relevant[split]} - trained
+    texts = data.corpus["text"]
+    assert len(held_out) > 20
+    for version in ("v000000", "v000001"):
+        rows = rows_of(job, version)
+        assert len(rows) == len(data.training_queries()) and sum(map(len, rows)) > 4 * len(rows)
+        for query, ids in zip(data.training_queries().tolist(), rows, strict=True):
+            own = {texts[passage] for judged, passage in relevant["train"] if judged == query}
+            assert not held_out & set(ids.tolist()) and not own & {texts[i] for i in ids}
+            assert len({texts[i] for i in ids}) == len(ids)
+
+
+def test_the_negatives_are_the_best_of_a_plain_search(tmp_path):
+    job = make_job(tmp_path, sample={"method": "top", "num_negatives": 3})
+    checkpoint = publish_checkpoint(job, 10)
+    mine(job)
+    data = open_dataset(tmp_path / "data", tmp_path / "cache")
+    encoder, tokenizer, _ = load_encoder(ModelSettings(name=str(checkpoint / "encoder")))
+    with torch.no_grad():
+        queries, passages = (
+            encoder.eval()(dict(tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False))).numpy()
+            for texts in (list(data.queries["text"]), list(data.corpus["text"]))
+        )
+    judgements, texts = read_judgements(data, "train"), data.corpus["text"]
+    for place, (query, ids) in enumerate(zip(judgements.query_rows, rows_of(job, "v000001"), strict=True)):
+        judged = judgements.judged_rows[judgements.judged_indptr[place] : judgements.judged_indptr[place + 1]]
+        seen, best = {texts[i] for i in judged}, []
+        score_N = passages @ queries[query]
+        for passage in np.argsort(-score_N):
+            if judgements.allowed_N[passage] and texts[passage] not in seen:
+                seen.add(texts[passage])
+                best.append(score_N[passage])
+        # Scores and not ids: padding moves the last bits, and with them near ties.
+        np.testing.assert_allclose(score_N[ids], best[:3], atol=1e-5)
+
+
+def test_a_torn_checkpoint_is_passed_over(tmp_path, caplog):
+    job = make_job(tmp_path)
+    publish_checkpoint(job, 10)
+    torn = publish_checkpoint(job, 20)
+    weights = torn / "encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    mine(job)
+    assert manifest(job, "v000001")["checkpoint_step"] == 10
+    assert "checkpoint passed over" in caplog.text and "model.safetensors" in caplog.text
+
+
+def test_a_bad_index_is_refused_with_its_recall(tmp_path, caplog):
+    index = {"factory": "IVF32,Flat", "nprobe": 1}
+    job = make_job(tmp_path, index=index)
+    publish_checkpoint(job, 10)
+    mine(job)
+    assert last_version(folder(job), 225, 398).version == 0
+    assert "less than audit.min_recall=0.9" in read_status(folder(job), "miner")["refused"] and "v1 not published" in caplog.text
+    with_schedule = make_job(tmp_path, index=index, negatives={"schedule": [{"step": 15, "checkpoint": 10}]})
+    with pytest.raises(InputError, match="negatives.schedule needs version 1"):
+        mine(with_schedule)
+
+
+def test_a_schedule_is_kept_whatever_is_newest(tmp_path):
+    schedule = [{"step": 15, "checkpoint": 10}, {"step": 25, "checkpoint": 20}]
+    job = make_job(tmp_path, negatives={"schedule": schedule})
+    for step in (10, 20, 30):
+        publish_checkpoint(job, step)
+    for _ in range(3):
+        mine(job)
+    steps = [manifest(job, f"v{v:06}")["checkpoint_step"] for v in range(3)]
+    assert steps == [None, 10, 20] and not (negatives_folder(folder(job)) / "v000003").exists()
+
+
+def test_a_scheduled_checkpoint_that_is_not_there_is_waited_for(tmp_path):
+    job = make_job(tmp_path, negatives={"schedule": [{"step": 15, "checkpoint": 10}]})
+    publish_checkpoint(job, 20)
+    threading.Timer(1.0, publish_checkpoint, (job, 10)).start()
+    threading.Timer(3.0, lambda: Status(folder(job), "trainer").update(phase="finished")).start()
+    assert mine(job, once=False) == "finished"
+    assert manifest(job, "v000001")["checkpoint_step"] == 10
+
+
+def test_a_request_to_stop_ends_the_watch(tmp_path):
+    job = make_job(tmp_path)
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert mine(job, once=False) == "stopped"
+    assert read_status(folder(job), "miner")["phase"] == "stopped"
+
+
+def test_old_versions_go_and_their_embeddings_with_them(tmp_path):
+    job = make_job(tmp_path, mine={"bm25_top_k": 20, "keep_versions": 2, "keep_encodings": 2})
+    for step in (10, 20, 30):
+        publish_checkpoint(job, step)
+        mine(job)
+    assert sorted(p.name for p in negatives_folder(folder(job)).glob("v*")) == ["v000002", "v000003"]
+    assert len(list((folder(job) / "shards").iterdir())) == 2
+
+
+def test_a_second_service_on_the_same_run_says_so(tmp_path):
+    job = make_job(tmp_path)
+    (folder(job) / "status").mkdir(parents=True)
+    with (
+        filelock.FileLock(folder(job) / "status" / "miner.lock"),
+        pytest.raises(InputError, match="another miner is at work"),
+    ):
+        mine(job)
+    assert read_status(folder(job), "miner") == {}
+
+
+KILLED_AT = {
+    "encoding": (Shards, "encode"),
+    "searching": (service, "draw_negatives"),
+    "before LATEST": (negatives, "write_latest"),
+}
+
+
+def mine_until_killed(job, where, after):
+    """Kill this process at the given call of a function."""
+    owner, name = KILLED_AT[where]
+    function, calls = getattr(owner, name), []
+
+    def until_killed(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    setattr(owner, name, until_killed)
+    mine(job)
+
+
+@pytest.mark.parametrize("where, after", [("encoding", 3), ("searching", 2), ("before LATEST", 2)])
+def test_a_killed_service_publishes_the_same_bytes_when_it_is_started_again(tmp_path, where, after):
+    undisturbed, job = (make_job(tmp_path, run=run) for run in ("undisturbed", "killed"))
+    for one in (undisturbed, job):
+        publish_checkpoint(one, 10)
+    mine(undisturbed)
+    process = multiprocessing.get_context("forkserver").Process(target=mine_until_killed, args=(job, where, after))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    publish_checkpoint(job, 20)  # newer, but what was begun is finished first
+    mine(job)
+    assert read_latest(negatives_folder(folder(job))) in ("v000001", "v000002")
+    expected = published(undisturbed)
+    assert {name: published(job)[name] for name in expected} == expected
+    assert np.load(negatives_folder(folder(job)) / "v000001" / "ids.npy").size > 0

@@ -1,0 +1,188 @@
+"""The main job with real processes: torchrun ranks, an MPI miner, real kills. With the schedule of negatives fixed, every
+run ends with the same parameters to the bit, however often it was killed or stopped on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import write_tiny_dataset, write_tiny_encoder
+from trainer.handoff.manifest import open_version, versions
+from trainer.metrics import read_status
+
+TIMEOUT_S = 240
+NUM_STEPS = 240
+
+JOB = """
+[run]
+folder = "{root}/{name}"
+[data]
+path = "{root}/data"
+cache = "{root}/cache"
+[model]
+name = "{root}/encoder"
+[batch]
+queries = 7
+[chunk]
+tokens = 48
+keep_graphs = 1
+[loss]
+learn_temperature = true
+[optim]
+steps = {steps}
+lr = 1e-3
+[checkpoint]
+every_steps = 40
+[negatives]
+per_query = 2
+schedule = [{{checkpoint = 40, step = 80}}, {{checkpoint = 120, step = 160}}]
+[search]
+top_k = 20
+[sample]
+num_negatives = 6
+[filter]
+relative_margin = 0.01
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("system")
+    write_tiny_dataset(folder / "data")
+    write_tiny_encoder(folder / "encoder", dropout=0.1)
+    return folder
+
+
+def start(root: Path, name: str) -> subprocess.Popen:
+    job = root / f"{name}.toml"
+    job.write_text(JOB.format(root=root, name=name, steps=NUM_STEPS))
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch", "run", str(job), "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen, exit_code: int = 0) -> tuple[dict, str]:
+    """Wait for the end and return the JSON object and what was said to the person."""
+    try:
+        out, err = process.communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        pytest.fail(f"the run did not end: {process.communicate()[1][-2000:]}")
+    assert process.returncode == exit_code, err[-3000:]
+    assert "Traceback" not in err
+    return json.loads(out), err
+
+
+def wait_until(process: subprocess.Popen, what, reason: str) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not what():
+        assert process.poll() is None, f"ended before {reason}: {process.communicate()[1][-3000:]}"
+        assert time.monotonic() < deadline, f"never: {reason}"
+        time.sleep(0.02)
+
+
+def step_of(run: Path) -> int:
+    return read_status(run, "trainer").get("step", 0)
+
+
+def weights(run: Path) -> bytes:
+    return (run / "checkpoints" / f"step-{NUM_STEPS:08d}" / "encoder" / "model.safetensors").read_bytes()
+
+
+def state(run: Path) -> bytes:
+    return (run / "checkpoints" / f"step-{NUM_STEPS:08d}" / "state" / "tensors.safetensors").read_bytes()
+
+
+def is_whole(run: Path) -> bool:
+    """Verify every version in the run folder; raises if one is torn."""
+    found = [*versions(run / "checkpoints"), *versions(run / "negatives")]
+    return bool([open_version(folder) for folder in found])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(root):
+    results, said = finish(start(root, "undisturbed"))
+    run = root / "undisturbed"
+    assert results["finished"] and results["versions_swapped"] == 2
+    assert "negatives v2 from the miner swapped in" in said
+    assert is_whole(run)
+    return run
+
+
+def test_a_run_leaves_what_it_promises(undisturbed):
+    results = json.loads((undisturbed / "results.json").read_text())
+    assert results["num_test_queries"] == 8
+    for name in ("bm25", "untrained", "trained"):
+        assert results[name].keys() == {"ndcg@10", "mrr@10", "recall@10", "recall@100"}
+    assert results["trained"]["mrr@10"] > results["untrained"]["mrr@10"]
+    lines = [json.loads(line) for line in (undisturbed / "logs" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == list(range(1, NUM_STEPS + 1))
+    swaps = [(line["step"], line["negatives/version"]) for line in lines if line.get("event") == "negatives swapped"]
+    assert swaps == [(0, 0), (80, 1), (160, 2)]
+    assert json.loads((undisturbed / "environment.json").read_text())["libraries"]["torch"]
+
+
+def test_a_trainer_that_is_killed_ends_with_the_same_parameters(root, undisturbed):
+    process, run = start(root, "trainer_killed"), root / "trainer_killed"
+    wait_until(process, lambda: step_of(run) > 90, "step 90")
+    os.kill(read_status(run, "trainer")["pid"], signal.SIGKILL)
+    _, said = finish(process)
+    assert "the trainer ended with code" in said and "started again (1 of 3), from the checkpoint of step" in said
+    assert is_whole(run)
+    assert weights(run) == weights(undisturbed) and state(run) == state(undisturbed)
+
+
+def test_a_miner_that_is_killed_ends_with_the_same_parameters(root, undisturbed):
+    process, run = start(root, "miner_killed"), root / "miner_killed"
+    wait_until(process, lambda: (run / "negatives" / "v000000").exists(), "version 0")
+    os.kill(read_status(run, "miner")["pid"], signal.SIGKILL)
+    _, said = finish(process)
+    assert "the miner ended with code" in said and "training goes on" in said
+    assert is_whole(run)
+    assert weights(run) == weights(undisturbed)
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(root, undisturbed):
+    process, run = start(root, "interrupted"), root / "interrupted"
+    wait_until(process, lambda: step_of(run) > 100, "step 100")
+    process.send_signal(signal.SIGINT)
+    stopped, said = finish(process, exit_code=75)
+    assert not stopped["finished"] and stopped["step"] > 100
+    assert "To go on: negpool run" in said
+    for side in ("trainer", "miner"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(read_status(run, side)["pid"], 0)
+    finish(start(root, "interrupted"))
+    assert weights(run) == weights(undisturbed) and state(run) == state(undisturbed)
+
+
+def test_a_finished_run_is_not_trained_again(root, undisturbed):
+    before = (undisturbed / "logs" / "metrics.jsonl").read_text()
+    finish(start(root, "undisturbed"))
+    assert (undisturbed / "logs" / "metrics.jsonl").read_text() == before
+
+
+def test_input_that_cannot_be_used_is_one_sentence_and_exit_2(root):
+    cases = {
+        ("launch.train_ranks=9",): "batch.queries=7 is less than the 9 ranks",
+        ("data.path=/nowhere",): "there is no data set in /nowhere",
+        ("model.name=/nowhere",): "model.name='/nowhere'",
+        ("optim.lrr=1",): "unknown key optim.lrr; did you mean lr?",
+        ("optim.lr=0.5",): "holds a run with optim.lr=0.001, and this job has 0.5",
+        ("run.folder=/proc/run",): "cannot write /proc/run",
+    }
+    for overrides, sentence in cases.items():
+        command = [sys.executable, "-m", "launch", "run", str(root / "undisturbed.toml"), *overrides]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+        assert found.returncode == 2, (overrides, found.stderr)
+        assert sentence in found.stderr and "Traceback" not in found.stderr
+        assert found.stderr.strip().count("\n") == 0, found.stderr
