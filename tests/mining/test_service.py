@@ -16,6 +16,7 @@ from mining import service
 from mining.judgements import read_judgements
 from mining.publish import last_version
 from tests.mining.run import as_job, make_job, publish_checkpoint, published, rows_of
+from tests.ranks import PRELOAD
 from trainer.data.datasets import open_dataset
 from trainer.encoder.model import ModelSettings, load_encoder
 from trainer.encoder.shards import Shards
@@ -61,10 +62,12 @@ def test_no_positive_held_out_or_equal_text_is_ever_a_negative(tmp_path):
     publish_checkpoint(job, 10)
     mine(job)
     data = open_dataset(tmp_path / "data", tmp_path / "cache")
-    relevant = {split: set(zip(q.query_rows.tolist(), q.corpus_rows.tolist(), strict=True)) for split, q in data.qrels.items()}
+    relevant = {
+        split: set(zip(q.query_rows.tolist(), q.corpus_rows.tolist(), strict=True)) for split, q in data.qrels.items()
+    }
     trained = {passage for _, passage in relevant["train"]}
     held_out = {passage for split in ("dev", "test") for _, passage in relevant[split]} - trained
-    texts = data.corpus["text"]
+    texts = list(data.corpus["text"])
     assert len(held_out) > 20
     for version in ("v000000", "v000001"):
         rows = rows_of(job, version)
@@ -83,10 +86,12 @@ def test_the_negatives_are_the_best_of_a_plain_search(tmp_path):
     encoder, tokenizer, _ = load_encoder(ModelSettings(name=str(checkpoint / "encoder")))
     with torch.no_grad():
         queries, passages = (
-            encoder.eval()(dict(tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False))).numpy()
+            encoder.eval()(
+                dict(tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False))
+            ).numpy()
             for texts in (list(data.queries["text"]), list(data.corpus["text"]))
         )
-    judgements, texts = read_judgements(data, "train"), data.corpus["text"]
+    judgements, texts = read_judgements(data, "train"), list(data.corpus["text"])
     for place, (query, ids) in enumerate(zip(judgements.query_rows, rows_of(job, "v000001"), strict=True)):
         judged = judgements.judged_rows[judgements.judged_indptr[place] : judgements.judged_indptr[place + 1]]
         seen, best = {texts[i] for i in judged}, []
@@ -116,9 +121,12 @@ def test_a_bad_index_is_refused_with_its_recall(tmp_path, caplog):
     publish_checkpoint(job, 10)
     mine(job)
     assert last_version(folder(job), 225, 398).version == 0
-    assert "less than audit.min_recall=0.9" in read_status(folder(job), "miner")["refused"] and "v1 not published" in caplog.text
+    assert (
+        "less than audit.min_recall=0.9" in read_status(folder(job), "miner")["refused"]
+        and "v1 not published" in caplog.text
+    )
     with_schedule = make_job(tmp_path, index=index, negatives={"schedule": [{"step": 15, "checkpoint": 10}]})
-    with pytest.raises(InputError, match="negatives.schedule needs version 1"):
+    with pytest.raises(InputError, match=r"negatives\.schedule needs version 1"):
         mine(with_schedule)
 
 
@@ -197,7 +205,9 @@ def test_a_killed_service_publishes_the_same_bytes_when_it_is_started_again(tmp_
     for one in (undisturbed, job):
         publish_checkpoint(one, 10)
     mine(undisturbed)
-    process = multiprocessing.get_context("forkserver").Process(target=mine_until_killed, args=(job, where, after))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*PRELOAD, "mining.service"])
+    process = context.Process(target=mine_until_killed, args=(job, where, after))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
