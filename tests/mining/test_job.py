@@ -1,6 +1,6 @@
 """Jobs that cannot work are refused in the first second, by the names of their settings."""
 
-import subprocess
+import multiprocessing
 import sys
 
 import pytest
@@ -8,6 +8,7 @@ import pytest
 from mining.job import MineJob, MineSettings
 from mining.sampling import SampleSettings
 from mining.search import SearchSettings
+from tests.ranks import PRELOAD
 from trainer.errors import InputError
 from trainer.handoff.negatives import ScheduleEntry
 from trainer.handoff.settings import NegativesSettings
@@ -22,11 +23,19 @@ def test_more_negatives_than_candidates_are_refused():
 
 
 def test_a_schedule_without_version_0_is_refused():
-    schedule = NegativesSettings(schedule=(ScheduleEntry(20, 10),))
+    schedule = NegativesSettings(schedule=(ScheduleEntry(checkpoint=10, step=20),))
     with pytest.raises(InputError, match=r"mine\.bm25_top_k=0"):
         MineJob(negatives=schedule, mine=MineSettings(bm25_top_k=0))
 
 
+def exit_with_what_was_loaded():
+    sys.exit(any(name in sys.modules for name in ("mpi4py.MPI", "faiss")))
+
+
 def test_reading_a_job_does_not_start_mpi_or_load_faiss():
-    code = "import sys, mining.job; sys.exit('mpi4py.MPI' in sys.modules or 'faiss' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*PRELOAD, "mining.service"])
+    process = context.Process(target=exit_with_what_was_loaded)
+    process.start()
+    process.join()
+    assert process.exitcode == 0 and "mining.job" in sys.modules
