@@ -45,12 +45,10 @@ def as_job(job: dict) -> MineJob:
     return TypeAdapter(MineJob).validate_json(json.dumps(job))
 
 
-def publish_checkpoint(job: dict, step: int, seed: int | None = None, **fields) -> Path:
+def publish_checkpoint(job: dict, step: int) -> Path:
     """Publish a random encoder as the checkpoint of a step and return its folder."""
     run, data = Path(job["run"]["folder"]), Path(job["data"]["path"])
-    source = write_tiny_encoder(
-        data.parent / f"encoder-{step if seed is None else seed}", step if seed is None else seed
-    )
+    source = write_tiny_encoder(data.parent / f"encoder-{step}", seed=step)
     encoder, tokenizer, traits = load_encoder(ModelSettings(name=str(source)))
     digest = open_dataset(data, Path(job["data"]["cache"])).digest
 
@@ -59,9 +57,7 @@ def publish_checkpoint(job: dict, step: int, seed: int | None = None, **fields) 
         save_encoder(folder / "encoder", encoder, tokenizer, traits)
 
     folder = checkpoints_folder(run) / checkpoint_name(step)
-    publish_version(
-        folder, write, {"step": step, "weights_digest": weights_digest(encoder), "data_digest": digest, **fields}
-    )
+    publish_version(folder, write, {"step": step, "weights_digest": weights_digest(encoder), "data_digest": digest})
     write_latest(folder.parent, folder.name)
     return folder
 
