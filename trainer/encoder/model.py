@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from trainer.encoder.pooling import POOLINGS, SENTENCE_TRANSFORMERS_NAMES
@@ -29,6 +29,9 @@ PACKAGES = {
         "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     )
 }
+# what the families of encoders call it
+DROPOUT_NAMES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "hidden_dropout", "attention_dropout", "dropout",
+                 "embedding_dropout", "mlp_dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop")  # fmt: skip
 TRAITS_FILE = "negpool.json"
 
 
@@ -43,6 +46,7 @@ class ModelSettings:
     passage_prefix: str | None = None  # text before every passage
     max_query_tokens: int | None = None  # tokens, special ones included; None: the folder's, else the model's
     max_passage_tokens: int | None = None  # the same for passages
+    dropout: float | None = None  # of every layer while training; None: the model's own, and 0 saves a fifth of the time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +87,7 @@ def load_encoder(settings: ModelSettings) -> tuple[Encoder, PreTrainedTokenizerB
     transformers_logging.disable_progress_bar()
     source = resolve_model(settings.name)
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = _with_dropout(AutoConfig.from_pretrained(source), settings.dropout)
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModel.from_pretrained(source, config=config, dtype=torch.float32, **_without_pooler(config))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -157,7 +161,7 @@ def _traits(source: str, settings: ModelSettings, max_positions: int, tokenizer_
         max_query_tokens=limit,
         max_passage_tokens=limit,
     )
-    chosen = {key: value for key, value in asdict(settings).items() if key != "name" and value is not None}
+    chosen = {key: value for key, value in asdict(settings).items() if key not in ("name", "dropout") and value is not None}
     traits = replace(default, **{**found, **chosen})
     for field in ("max_query_tokens", "max_passage_tokens"):
         tokens = getattr(traits, field)
@@ -179,6 +183,14 @@ def _sentence_transformers_traits(source: str) -> dict:
     if max_tokens := _read_json(source, "sentence_bert_config.json").get("max_seq_length"):
         traits |= {"max_query_tokens": max_tokens, "max_passage_tokens": max_tokens}
     return traits
+
+
+def _with_dropout(config: PretrainedConfig, dropout: float | None) -> PretrainedConfig:
+    if dropout is not None:
+        for name in DROPOUT_NAMES:
+            if hasattr(config, name):
+                setattr(config, name, dropout)
+    return config
 
 
 def _without_pooler(config) -> dict:
