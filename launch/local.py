@@ -138,8 +138,9 @@ def sides(run: Path, job_file: Path, settings: LaunchSettings) -> tuple[Side, Si
     """Return the two sides, not started, with the machine's cores shared out among their processes."""
     (run / "logs").mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0))
-    threads = max(1, cores // settings.train_ranks)
-    env = {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # No more threads than cores: OpenMP's threads wait for each other, so that two too many cost more than half the speed.
+    threads = max(1, cores // (settings.train_ranks + settings.mine_ranks))
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads)}
     module = [sys.executable, "-m", "launch"]
     torchrun = [
         sys.executable,
@@ -151,14 +152,14 @@ def sides(run: Path, job_file: Path, settings: LaunchSettings) -> tuple[Side, Si
     trainer = Side(
         "trainer",
         [*torchrun, "-m", "launch", "train", str(job_file)],
-        {**env, "OMP_NUM_THREADS": str(threads)},
+        env,
         run / "logs" / "trainer.log",
     )
     mpiexec = [*mpi_command(settings.mine_ranks)]
     miner = Side(
         "miner",
         [*mpiexec, *module, "mine", str(job_file)],
-        {**env, "OMP_NUM_THREADS": str(max(1, cores // settings.mine_ranks))},
+        env,
         run / "logs" / "miner.log",
     )
     return trainer, miner

@@ -14,7 +14,7 @@ from launch.output import ROW_TITLES, measures_table
 from launch.sides import keep_job
 from launch.view import View, clock
 from trainer.data.datasets import open_dataset
-from trainer.encoder.model import resolve_model
+from trainer.encoder.model import check_model
 from trainer.handoff.manifest import write_atomically
 from trainer.handoff.weights import newest_checkpoint
 from trainer.metrics import read_status
@@ -27,7 +27,7 @@ def run_main_job(jobs: Jobs, job_file: Path, console: Console) -> dict[str, Any]
     run = jobs.train.run.folder
     data = open_dataset(jobs.train.data.path, jobs.train.data.cache)  # a bad input ends here, before anything starts
     check_sizes(jobs.train, data, jobs.launch.train_ranks)
-    resolve_model(jobs.train.model.name)
+    check_model(jobs.train.model.name)
     keep_job(jobs)
     console.print(_plan(jobs, data))
     with View(console) as view:

@@ -10,7 +10,7 @@ from typing import Literal
 from launch.jobfile import Jobs, read_job, refuse_other_job, write_job
 from launch.output import start_logging
 from launch.versions import write_environment
-from trainer.errors import InputError
+from trainer.errors import InputError, RunInUse
 from trainer.state import Outcome
 
 
@@ -65,6 +65,8 @@ def _tell_refusal(jobs: Jobs, side: str, error: InputError) -> None:
     """Leave the sentence where the supervisor finds it: launchers swallow exit codes."""
     from trainer.metrics import Status
 
+    if isinstance(error, RunInUse):  # the status file is the other one's
+        return
     Status(jobs.train.run.folder, side).update(phase="refused", error=str(error))
 
 

@@ -34,9 +34,7 @@ def audit_sample(settings: AuditSettings, seed: int, version: int, query_rows: n
     return np.sort(order[: settings.num_queries])
 
 
-def audit_recall(
-    ranks: Ranks, indexes: list[ShardIndex], exact: list[ShardIndex], query_QD: np.ndarray, k: int
-) -> float:
+def audit_recall(ranks: Ranks, indexes: list[ShardIndex], exact: list[ShardIndex], query_QD: np.ndarray, k: int) -> float:
     """Return recall@k of the indexes against exact search, the mean over the given queries, on every rank. Collective."""
     _, found_ids = search_shards(ranks, indexes, query_QD, k)
     _, exact_ids = search_shards(ranks, exact, query_QD, k)
@@ -66,10 +64,7 @@ def score_quantiles(scores: np.ndarray) -> dict[str, float]:
     """Return some quantiles of scores by name, none if there are no scores."""
     if len(scores) == 0:
         return {}
-    return {
-        f"q{int(q * 100):02}": round(float(v), 4)
-        for q, v in zip(QUANTILES, np.quantile(scores, QUANTILES), strict=True)
-    }
+    return {f"q{int(q * 100):02}": round(float(v), 4) for q, v in zip(QUANTILES, np.quantile(scores, QUANTILES), strict=True)}
 
 
 def suspected_share(num_candidates: int, dropped: dict[str, int]) -> float | None:

@@ -90,9 +90,7 @@ def _top(settings: SampleSettings, scores_QK: np.ndarray, positive_score_Q, nois
     return scores_QK
 
 
-def _simans(
-    settings: SampleSettings, scores_QK: np.ndarray, positive_score_Q: np.ndarray, noise_QK: np.ndarray
-) -> np.ndarray:
+def _simans(settings: SampleSettings, scores_QK: np.ndarray, positive_score_Q: np.ndarray, noise_QK: np.ndarray) -> np.ndarray:
     # Source: SimANS, arXiv 2210.11773.
     distance_QK = scores_QK.astype(np.float64) - positive_score_Q[:, None] - settings.simans_b
     return noise_QK - settings.simans_a * distance_QK**2

@@ -29,9 +29,7 @@ class SearchSettings:
             raise InputError(f"search.top_k={self.top_k} must be at least 1")
 
 
-def search_shards(
-    ranks: Ranks, indexes: list[ShardIndex], query_QD: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
+def search_shards(ranks: Ranks, indexes: list[ShardIndex], query_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (scores, ids), each (share, k), of the best passages of all shards for this rank's share of the queries.
 
     indexes: of this rank's shards; may be empty.
@@ -44,9 +42,7 @@ def search_shards(
     return merge_top_k(ranks.exchange([(scores_Qk[rows], ids_Qk[rows]) for rows in shares]), k)
 
 
-def best_positive_scores(
-    query_QD: np.ndarray, passages: Embeddings, indptr: np.ndarray, positive_rows: np.ndarray
-) -> np.ndarray:
+def best_positive_scores(query_QD: np.ndarray, passages: Embeddings, indptr: np.ndarray, positive_rows: np.ndarray) -> np.ndarray:
     """Return the score of each query's best positive, (Q,) float32; every query has one, in CSR form."""
     if len(query_QD) == 0:
         return np.zeros(0, np.float32)

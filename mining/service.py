@@ -179,9 +179,7 @@ def publish_drawn(work: Work, task: Task, drawn: Drawn | None, recall: float | N
 
     def tell_and_publish() -> None:
         assert drawn is not None
-        manifest = publish(
-            work.job, task.version, checkpoint, work.judgements, drawn, work.data.digest, recall, work.seconds
-        )
+        manifest = publish(work.job, task.version, checkpoint, work.judgements, drawn, work.data.digest, recall, work.seconds)
         kept = {key: manifest[key] for key in ("version", "source", "num_negatives", "held_out", "audit", "seconds")}
         dropped = manifest["filter"]["dropped"]
         work.metrics.record(checkpoint.step if checkpoint else 0, {"event": "published", **kept, "dropped": dropped})
@@ -206,6 +204,4 @@ def refuse(work: Work, task: Task, checkpoint: Checkpoint, recall: float) -> Non
         raise InputError(f"negatives.schedule needs version {task.version}, but {reason}")
     log.warning("negatives v%d not published: %s", task.version, reason)
     work.status.update(refused=reason)
-    work.metrics.record(
-        checkpoint.step, {"event": "refused", "version": task.version, "recall": recall, "reason": reason}
-    )
+    work.metrics.record(checkpoint.step, {"event": "refused", "version": task.version, "recall": recall, "reason": reason})

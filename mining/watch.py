@@ -42,9 +42,7 @@ class Watch:
         self._seen: object = None
         self._said: set[str] = set()
 
-    def look(
-        self, version: int, done_digest: str | None, begun: Refresh | None, takes_final: bool
-    ) -> Checkpoint | None:
+    def look(self, version: int, done_digest: str | None, begun: Refresh | None, takes_final: bool) -> Checkpoint | None:
         """Return the checkpoint to mine a version from, pinned, or None if it is not there yet.
 
         done_digest: weights that need no mining: those of the last version, or those just refused.
@@ -58,9 +56,7 @@ class Watch:
         if schedule := self._job.negatives.schedule:
             if version > len(schedule):
                 return None
-            return self._pinned(
-                self._open(checkpoints_folder(self._run) / checkpoint_name(schedule[version - 1].checkpoint))
-            )
+            return self._pinned(self._open(checkpoints_folder(self._run) / checkpoint_name(schedule[version - 1].checkpoint)))
         if (seen := self._on_disk()) == self._seen:
             return None
         self._seen = seen

@@ -16,7 +16,7 @@ from mining.ranks import Ranks
 from mining.state import Refresh, write_refresh
 from mining.watch import HOLDER, PIN_S, Task, Watch
 from trainer.data.datasets import RetrievalData, open_dataset
-from trainer.errors import InputError
+from trainer.errors import RunInUse
 from trainer.handoff.manifest import disk_error, pin, unpin
 from trainer.metrics import Metrics, MetricsFile, NoMetrics, NoStatus, Status
 
@@ -115,7 +115,7 @@ def claim_run(job: MineJob, ranks: Ranks) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except filelock.Timeout as error:
-            raise InputError(f"another miner is at work in {job.run.folder}; wait for it, or set run.folder") from error
+            raise RunInUse(f"another miner is at work in {job.run.folder}; wait for it, or set run.folder") from error
         except OSError as error:
             raise disk_error(error, folder) from error
 

@@ -7,3 +7,7 @@ raised is a bug of ours.
 
 class InputError(ValueError):
     """A sentence for the person at the terminal: what was found, what was expected, which setting changes it."""
+
+
+class RunInUse(InputError):
+    """Another live process holds this side of the run, and its status file."""

@@ -18,7 +18,7 @@ from trainer.data.datasets import RetrievalData, open_dataset
 from trainer.data.sampler import steps_per_epoch
 from trainer.encoder.model import ModelSettings, Traits, load_encoder
 from trainer.encoder.tokens import tokenize
-from trainer.errors import InputError
+from trainer.errors import InputError, RunInUse
 from trainer.feed import NegativesFeed
 from trainer.handoff.manifest import clean_staging
 from trainer.handoff.weights import Checkpoint, checkpoints_folder, newest_checkpoint
@@ -111,7 +111,7 @@ def claim_run(job: TrainJob, world: World) -> filelock.BaseFileLock | None:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
-        raise InputError(f"another trainer is at work in {job.run.folder}; wait for it, or set run.folder") from error
+        raise RunInUse(f"another trainer is at work in {job.run.folder}; wait for it, or set run.folder") from error
     clean_staging(checkpoints_folder(job.run.folder))
     return lock
 

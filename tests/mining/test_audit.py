@@ -15,9 +15,7 @@ def test_recall_is_the_share_of_the_exact_ids_found():
 def test_jaccard_is_the_mean_overlap_of_rows():
     random = np.random.default_rng(0)
     tables = [[random.choice(9, random.integers(0, 5), replace=False) for _ in range(40)] for _ in range(2)]
-    plain = [
-        len(set(a) & set(b)) / len(set(a) | set(b)) if len(a) + len(b) else 1 for a, b in zip(*tables, strict=True)
-    ]
+    plain = [len(set(a) & set(b)) / len(set(a) | set(b)) if len(a) + len(b) else 1 for a, b in zip(*tables, strict=True)]
     csr = [(np.cumsum([0, *map(len, rows)]), np.concatenate(rows).astype(int)) for rows in tables]
     assert jaccard(*csr[0], *csr[1]) == pytest.approx(np.mean(plain))
     assert jaccard(*csr[0], *csr[0]) == 1

@@ -57,9 +57,7 @@ def test_more_neighbours_than_passages_leave_empty_places(factory):
 def test_nprobe_decides_how_much_an_ivf_index_finds():
     table, allowed = Table(), np.ones(NUM_PASSAGES, bool)
     exact = search(table, allowed, 20)[1]
-    recalls = [
-        recall_of_each(search(table, allowed, 20, factory="IVF8,Flat", nprobe=n)[1], exact).mean() for n in (1, 4, 8)
-    ]
+    recalls = [recall_of_each(search(table, allowed, 20, factory="IVF8,Flat", nprobe=n)[1], exact).mean() for n in (1, 4, 8)]
     assert recalls[0] < 0.9 and recalls[0] < recalls[1] < recalls[2] == 1
 
 

@@ -62,9 +62,7 @@ def test_no_positive_held_out_or_equal_text_is_ever_a_negative(tmp_path):
     publish_checkpoint(job, 10)
     mine(job)
     data = open_dataset(tmp_path / "data", tmp_path / "cache")
-    relevant = {
-        split: set(zip(q.query_rows.tolist(), q.corpus_rows.tolist(), strict=True)) for split, q in data.qrels.items()
-    }
+    relevant = {split: set(zip(q.query_rows.tolist(), q.corpus_rows.tolist(), strict=True)) for split, q in data.qrels.items()}
     trained = {passage for _, passage in relevant["train"]}
     held_out = {passage for split in ("dev", "test") for _, passage in relevant[split]} - trained
     texts = list(data.corpus["text"])
@@ -86,9 +84,7 @@ def test_the_negatives_are_the_best_of_a_plain_search(tmp_path):
     encoder, tokenizer, _ = load_encoder(ModelSettings(name=str(checkpoint / "encoder")))
     with torch.no_grad():
         queries, passages = (
-            encoder.eval()(
-                dict(tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False))
-            ).numpy()
+            encoder.eval()(dict(tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False))).numpy()
             for texts in (list(data.queries["text"]), list(data.corpus["text"]))
         )
     judgements, texts = read_judgements(data, "train"), list(data.corpus["text"])
@@ -121,10 +117,7 @@ def test_a_bad_index_is_refused_with_its_recall(tmp_path, caplog):
     publish_checkpoint(job, 10)
     mine(job)
     assert last_version(folder(job), 225, 398).version == 0
-    assert (
-        "less than audit.min_recall=0.9" in read_status(folder(job), "miner")["refused"]
-        and "v1 not published" in caplog.text
-    )
+    assert "less than audit.min_recall=0.9" in read_status(folder(job), "miner")["refused"] and "v1 not published" in caplog.text
     with_schedule = make_job(tmp_path, index=index, negatives={"schedule": [{"step": 15, "checkpoint": 10}]})
     with pytest.raises(InputError, match=r"negatives\.schedule needs version 1"):
         mine(with_schedule)

@@ -33,6 +33,7 @@ PACKAGES = {
 DROPOUT_NAMES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "hidden_dropout", "attention_dropout", "dropout",
                  "embedding_dropout", "mlp_dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop")  # fmt: skip
 TRAITS_FILE = "negpool.json"
+LOADING_ERRORS = (OSError, ValueError, KeyError, SafetensorError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +91,18 @@ def load_encoder(settings: ModelSettings) -> tuple[Encoder, PreTrainedTokenizerB
         config = _with_dropout(AutoConfig.from_pretrained(source), settings.dropout)
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModel.from_pretrained(source, config=config, dtype=torch.float32, **_without_pooler(config))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(
-            f"model.name={settings.name!r} is not a model that can be loaded ({reason}); "
-            f"expected a folder, a hub name, or one of the packages {', '.join(PACKAGES)}"
-        ) from error
+    except LOADING_ERRORS as error:
+        raise _cannot_load(settings.name, error) from error
     traits = _traits(source, settings, getattr(config, "max_position_embeddings", 512), tokenizer.model_max_length)
     return Encoder(model, traits.pooling, traits.normalize).train(), tokenizer, traits
+
+
+def check_model(name: str) -> None:
+    """Raise InputError if a name leads to no model; reads its configuration, not its weights."""
+    try:
+        AutoConfig.from_pretrained(resolve_model(name))
+    except LOADING_ERRORS as error:
+        raise _cannot_load(name, error) from error
 
 
 def save_encoder(folder: Path, encoder: Encoder, tokenizer: PreTrainedTokenizerBase, traits: Traits) -> None:
@@ -146,6 +151,14 @@ def resolve_model(name: str) -> str:
     if actual != expected:
         raise InputError(f"the weights in {folder} have SHA-256 {actual}, expected {expected}; install {name} again")
     return str(folder)
+
+
+def _cannot_load(name: str, error: Exception) -> InputError:
+    reason = str(error).strip().split("\n")[0].rstrip(".")
+    return InputError(
+        f"model.name={name!r} is not a model that can be loaded ({reason}); "
+        f"expected a folder, a hub name, or one of the packages {', '.join(PACKAGES)}"
+    )
 
 
 def _traits(source: str, settings: ModelSettings, max_positions: int, tokenizer_max: int) -> Traits:

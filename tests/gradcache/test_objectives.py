@@ -1,0 +1,74 @@
+"""Objectives in closed form; two steps in a row with a rank that has no rows; mutations that the proof must notice."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from gradcache import OBJECTIVES, DDPSync, Temperature, cached_step, reference_step
+from gradcache.masks import mask_passages
+from gradcache.tiles import evaluate_tiles
+from tests.gradcache.test_step import build, make_batch, named
+from tests.gradients import assert_same_gradients
+from tests.ranks import run_ranks
+
+OPTIONS = {"chunk_tokens": 22, "seed": 3, "symmetric": True}
+
+
+@pytest.mark.parametrize("name", ["info_nce", "info_nce_multi"])
+def test_info_nce_is_cross_entropy_whatever_the_tile(name):
+    torch.manual_seed(0)
+    q, p = torch.randn(5, 8, dtype=torch.float64, requires_grad=True), torch.randn(9, 8, dtype=torch.float64, requires_grad=True)
+    loss = torch.nn.functional.cross_entropy(q @ p.T * 3, torch.arange(5))
+    loss.backward()
+    masks = mask_passages(torch.arange(5), torch.arange(5)[:, None], torch.arange(9))
+    for tile_rows in (1, 2, 5, None):
+        found = evaluate_tiles(q.detach(), p.detach(), masks, 3.0, OBJECTIVES[name], 1 / 5, tile_rows)
+        assert torch.allclose(found.loss_sum / 5, loss)
+        assert torch.allclose(found.row_BD, q.grad) and torch.allclose(found.column_PD, p.grad)
+
+
+@pytest.mark.parametrize("name", ["info_nce", "info_nce_multi"])
+def test_a_row_without_negatives_has_no_loss_and_a_finite_gradient(name):
+    q, p = torch.randn(1, 4), torch.randn(2, 4)
+    masks = mask_passages(torch.tensor([0]), torch.tensor([[7, 8]]), torch.tensor([7, 8]))
+    found = evaluate_tiles(q, p, masks, 2.0, OBJECTIVES[name], 1.0)
+    assert float(found.loss_sum) == pytest.approx(0, abs=1e-6)
+    assert found.row_BD.abs().max() < 1e-6 and found.column_PD.abs().max() < 1e-6  # NaN fails too
+
+
+def two_steps(rank, rows, mutation):
+    encoders, temperature = build(2, 0.2), Temperature(0.1, learnable=True)
+    called = [DistributedDataParallel(e, broadcast_buffers=False) for e in encoders]
+    sync = DDPSync(*called)
+    if mutation == "forgets W":
+        sync.gradient_scale = lambda: 1.0
+    found = []
+    for step in range(2):
+        for module in (*encoders, temperature):
+            module.zero_grad(set_to_none=True)
+        cached_step(make_batch(rank, rows[rank], called, seed=step), objective=OBJECTIVES["info_nce_multi"], temperature=temperature,
+                    sync=sync, group=dist.group.WORLD, keep_graphs=2, step=step, **OPTIONS)  # fmt: skip
+        found.append(named(encoders, temperature))
+    return found
+
+
+def wanted(rows, step):
+    encoders, temperature = build(2, 0.2), Temperature(0.1, learnable=True)
+    batches = [make_batch(rank, n, encoders, seed=step) for rank, n in enumerate(rows)]
+    reference_step(batches, objective=OBJECTIVES["info_nce_multi"], temperature=temperature, step=step, **OPTIONS)
+    return named(encoders, temperature)
+
+
+@pytest.mark.parametrize("rows", [(5, 3), (0, 4), (3, 0, 2)])
+def test_two_steps_in_a_row_of_two_modules(rows):
+    by_rank = run_ranks(two_steps, len(rows), rows, None)
+    for step in range(2):
+        for found in by_rank:
+            assert_same_gradients(found[step], wanted(rows, step))
+
+
+def test_the_proof_notices_a_forgotten_factor():
+    found = run_ranks(two_steps, 2, (5, 3), "forgets W")[0][0]
+    with pytest.raises(AssertionError, match="ratio 0.5"):
+        assert_same_gradients(found, wanted((5, 3), 0))

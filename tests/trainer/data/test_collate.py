@@ -1,0 +1,117 @@
+"""What a rank encodes in a step: positives first, hard negatives of the query, the same on any number of ranks."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from tests.tiny import write_tiny_dataset, write_tiny_encoder
+from trainer.data.collate import collate, training_set
+from trainer.data.datasets import open_dataset
+from trainer.data.sampler import rank_slice
+from trainer.encoder.tokens import tokenize
+from trainer.handoff.negatives import Negatives
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    root = tmp_path_factory.mktemp("collate")
+    data = open_dataset(write_tiny_dataset(root / "data"), root / "cache")
+    tokenizer = AutoTokenizer.from_pretrained(write_tiny_encoder(root / "encoder"))
+    options = {"prefix": "", "max_tokens": 16, "cache": root / "cache"}
+    queries = tokenize(data.queries.select(data.training_queries()), tokenizer, **options)
+    return training_set(data, "train", queries, tokenize(data.corpus, tokenizer, **options))
+
+
+@pytest.fixture(scope="module")
+def negatives(dataset):
+    """0 to 4 negatives a query, each a passage that is no positive."""
+    counts = np.arange(dataset.num_queries) % 5
+    draw = np.random.default_rng(0)
+    rows = [draw.choice(np.setdiff1d(np.arange(64), positives(dataset, q)), n, replace=False) for q, n in enumerate(counts)]
+    return Negatives(np.concatenate([[0], np.cumsum(counts)]), np.concatenate(rows).astype(np.int64), np.zeros(0), 3, {})
+
+
+def positives(dataset, q):
+    return dataset.positive_rows[dataset.positive_indptr[q] : dataset.positive_indptr[q + 1]]
+
+
+def make(dataset, negatives, query_n, per_query=2, step=5):
+    return collate(
+        dataset, negatives, query_n, encode=None, device=CPU, per_query=per_query, seed=1, step=step
+    )  # fmt: skip
+
+
+def tokens(batch, rows):
+    """The real token ids of some rows of the batch."""
+    inputs = batch.towers[0].load(torch.tensor(rows))
+    pairs = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+    return [tuple(ids[mask.bool()].tolist()) for ids, mask in pairs]
+
+
+def of_table(table, rows):
+    padded = table.pad(np.asarray(rows))
+    pairs = zip(padded["input_ids"], padded["attention_mask"], strict=True)
+    return [tuple(ids[mask.bool()].tolist()) for ids, mask in pairs]
+
+
+def test_rows_are_the_queries_their_positives_and_negatives_of_their_lists(dataset, negatives):
+    query_n = np.array([3, 0, 14, 21])
+    batch = make(dataset, negatives, query_n)
+    number = len(batch.keys)
+    found = tokens(batch, list(range(number)))
+    assert found[:4] == of_table(dataset.queries, query_n)
+    for i, q in enumerate(query_n):
+        assert found[4 + i] in of_table(dataset.passages, positives(dataset, q))
+    expected = []
+    for q in query_n:
+        row = negatives.ids[negatives.indptr[q] : negatives.indptr[q + 1]]
+        expected += [(of_table(dataset.passages, row), min(2, len(row)))]
+    at = 8
+    for texts, count in expected:
+        chosen = found[at : at + count]
+        assert set(chosen) <= set(texts) and len(chosen) == count
+        at += count
+    assert at == number and batch.target.tolist() == [0, 1, 2, 3]
+    assert [len(text) for text in found] == batch.towers[0].lengths.tolist()
+
+
+def test_a_chunk_may_mix_queries_and_passages_in_any_order(dataset, negatives):
+    batch = make(dataset, negatives, np.array([3, 0, 14, 21]))
+    every = tokens(batch, list(range(len(batch.keys))))
+    for rows in ([5, 0, 7, 2], [1], [6, 4], [9, 3, 3]):
+        assert tokens(batch, rows) == [every[row] for row in rows]
+
+
+def test_the_ranks_together_bring_what_one_rank_would(dataset, negatives):
+    query_n = np.array([3, 0, 14, 21, 8, 30, 19])
+    whole = make(dataset, negatives, query_n)
+    for num_ranks in (2, 3):
+        parts = [make(dataset, negatives, rank_slice(query_n, rank, num_ranks)) for rank in range(num_ranks)]
+        for side in (lambda b: b.keys[: b.num_queries], lambda b: b.keys[b.num_queries :]):
+            keys = torch.cat([side(part) for part in parts])
+            assert sorted(keys.tolist()) == sorted(side(whole).tolist())
+
+
+def test_the_choice_changes_from_step_to_step_and_not_within_one(dataset, negatives):
+    query_n = np.arange(20)
+    drawn = {tuple(make(dataset, negatives, query_n, step=step).keys.tolist()) for step in (1, 2, 3, 3)}
+    assert len(drawn) == 3
+
+
+def test_all_judged_positives_are_known_by_key(dataset, negatives):
+    query_n = np.arange(dataset.num_queries)
+    batch = make(dataset, negatives, query_n)
+    assert batch.positive_keys.shape[1] == 2
+    for q in query_n:
+        keys = set(dataset.passages.keys(positives(dataset, q)).tolist())
+        assert set(batch.positive_keys[q].tolist()) == keys
+
+
+@pytest.mark.parametrize("query_n", [np.array([], np.int64), np.array([0])])
+def test_a_rank_may_have_no_query_or_no_negative(dataset, negatives, query_n):
+    batch = make(dataset, negatives, query_n)
+    assert len(batch.keys) == 2 * len(query_n)
+    assert make(dataset, None, query_n).num_queries == len(query_n)

@@ -1,0 +1,83 @@
+"""The sharded evaluation equals ir-measures on the full score matrix, on any number of ranks, and encodes nothing twice."""
+
+import ir_measures
+import numpy as np
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tests.tiny import write_tiny_dataset, write_tiny_encoder
+from tests.trainer.worlds import world_of
+from trainer.data.datasets import open_dataset
+from trainer.encoder.model import ModelSettings, load_encoder
+from trainer.encoder.shards import Shards
+from trainer.errors import InputError
+from trainer.evaluate import MEASURES, Stopped, evaluate
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    write_tiny_dataset(folder / "data", num_queries=300)  # several shards
+    write_tiny_encoder(folder / "encoder")
+    return folder
+
+
+def run_evaluation(rank, root, shards, **options):
+    data = open_dataset(root / "data", root / "cache")
+    encoder, tokenizer, traits = load_encoder(ModelSettings(name=str(root / "encoder")))
+    return evaluate(world_of(rank), data, "test", encoder, tokenizer, traits, shards, cache=root / "cache", **options)
+
+
+def on_the_full_matrix(root):
+    data = open_dataset(root / "data", root / "cache")
+    encoder, tokenizer, _ = load_encoder(ModelSettings(name=str(root / "encoder")))
+
+    def embed(texts):
+        with torch.inference_mode():
+            return encoder.eval()(tokenizer(texts, padding=True, return_tensors="pt"))
+
+    rows = data.training_queries("test")
+    scores = embed(data.queries.select(rows)["text"]) @ embed(data.corpus["text"]).T
+    names = data.corpus["_id"]
+    run = {str(q): dict(zip(names, row.tolist(), strict=True)) for q, row in zip(rows, scores, strict=True)}
+    qrels: dict[str, dict[str, int]] = {}
+    judged = data.qrels["test"]
+    for query, passage, score in zip(judged.query_rows, judged.corpus_rows, judged.scores, strict=True):
+        qrels.setdefault(str(query), {})[names[passage]] = int(score)
+    values = ir_measures.calc_aggregate(list(MEASURES.values()), qrels, run)
+    return {name: values[measure] for name, measure in MEASURES.items()}
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_the_figures_are_those_of_the_full_matrix(root, tmp_path, num_ranks):
+    wanted = on_the_full_matrix(root)
+    for found in run_ranks(run_evaluation, num_ranks, root, tmp_path):
+        # Equal texts share a score to the last bit or nearly so; what order they take moves a figure a little.
+        assert found == pytest.approx(wanted, abs=0.01)
+    assert 0 < wanted["mrr@10"] < 1
+
+
+def test_what_is_encoded_is_not_encoded_again_and_torn_shards_are(root, tmp_path, monkeypatch):
+    first = run_evaluation(0, root, tmp_path)
+    encoded = []
+    original = Shards.encode
+    monkeypatch.setattr(Shards, "encode", lambda self, shard, *rest: encoded.append(shard) or original(self, shard, *rest))
+    assert run_evaluation(0, root, tmp_path) == first and encoded == []
+    victim = next(tmp_path.glob("*/shard-000001/embeddings.npy"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    assert run_evaluation(0, root, tmp_path) == first and encoded == [1]
+
+
+def test_an_evaluation_can_be_stopped_and_keeps_what_it_encoded(root, tmp_path):
+    calls = []
+    with pytest.raises(Stopped):
+        run_evaluation(0, root, tmp_path, should_stop=lambda: len(calls) >= 2, on_progress=lambda *_: calls.append(1))
+    assert len(list(tmp_path.glob("*/shard-*"))) == 2
+
+
+def test_an_absent_split_is_one_sentence(root, tmp_path):
+    data = open_dataset(root / "data", root / "cache")
+    with pytest.raises(InputError, match=r"has no qrels/final\.tsv, only dev, test, train"):
+        data.training_queries("final")
+    assert np.unique(data.qrels["test"].scores).tolist() == [1]

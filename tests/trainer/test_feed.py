@@ -1,0 +1,123 @@
+"""New negatives come into force at one step on all ranks, whole or not at all."""
+
+import time
+
+import numpy as np
+import pytest
+
+from tests.ranks import run_ranks
+from tests.trainer.worlds import world_of
+from trainer.feed import NegativesFeed
+from trainer.handoff.negatives import ScheduleEntry, negatives_folder, publish_negatives
+from trainer.handoff.settings import NegativesSettings
+
+
+def publish(run, version):
+    indptr = np.array([0, 1, 2])
+    publish_negatives(run, version, indptr, np.array([version, 1]), np.zeros(2), {"checkpoint_step": 10 * version})
+
+
+def open_feed(run, rank=0, **settings):
+    settings = NegativesSettings(**{"first_wait_s": 30.0, **settings})
+    return NegativesFeed(world_of(rank), run, settings, num_queries=2, num_passages=9, should_stop=lambda: False)
+
+
+def step_until(feed, version, limit_s=20.0):
+    deadline, step = time.monotonic() + limit_s, 0
+    while feed.in_force is None or feed.in_force.version != version:
+        assert time.monotonic() < deadline, f"version {version} never came into force"
+        feed.before_step(step)
+        step += 1
+        time.sleep(0.01)
+    return step
+
+
+def test_the_first_step_waits_for_version_0_and_later_steps_wait_for_nothing(tmp_path):
+    publish(tmp_path, 0)
+    feed = open_feed(tmp_path)
+    assert not feed.before_step(0)
+    assert feed.in_force.version == 0
+    started = time.monotonic()
+    for step in range(1, 50):
+        feed.before_step(step)
+    assert time.monotonic() - started < 0.4, "no step waits for a version that is not there"
+    publish(tmp_path, 1)
+    step_until(feed, 1)
+    feed.close()
+
+
+def test_a_torn_version_never_comes_into_force(tmp_path, caplog):
+    publish(tmp_path, 0)
+    feed = open_feed(tmp_path)
+    feed.before_step(0)
+    publish(tmp_path, 1)
+    ids = negatives_folder(tmp_path) / "v000001" / "ids.npy"
+    ids.write_bytes(ids.read_bytes()[:-1])
+    deadline = time.monotonic() + 2
+    while time.monotonic() < deadline:
+        feed.before_step(1)
+        assert feed.in_force.version == 0
+        time.sleep(0.05)
+    publish(tmp_path, 2)
+    step_until(feed, 2)
+    feed.close()
+
+
+def test_without_a_miner_training_starts_after_a_while(tmp_path, caplog):
+    feed = open_feed(tmp_path, first_wait_s=0.3)
+    assert not feed.before_step(0)
+    assert feed.in_force is None and "starting with in-batch negatives" in caplog.text
+    publish(tmp_path, 0)
+    step_until(feed, 0)
+    feed.close()
+
+
+def test_a_schedule_is_waited_for_and_kept_to(tmp_path):
+    publish(tmp_path, 0)
+    feed = open_feed(tmp_path, schedule=(ScheduleEntry(checkpoint=10, step=5),))
+    for step in range(5):
+        feed.before_step(step)
+        assert feed.in_force.version == 0
+    waits = []
+
+    def on_wait():
+        waits.append(1)
+        if len(waits) == 2:
+            publish(tmp_path, 1)
+
+    feed.before_step(5, on_wait)
+    assert feed.in_force.version == 1 and len(waits) >= 2
+    feed.close()
+
+
+def swap_on_ranks(rank, run):
+    feed = open_feed(run, rank)
+    in_force = []
+    for step in range(400):
+        feed.before_step(step)
+        in_force.append(feed.in_force.version)
+        if step == 20 and rank == 0:
+            publish(run, 1)
+        time.sleep(0.01 * (1 + rank))  # uneven ranks
+        if in_force[-1] == 1:
+            break
+    feed.close()
+    return in_force
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_all_ranks_switch_at_the_same_step(tmp_path, num_ranks):
+    publish(tmp_path, 0)
+    seen = run_ranks(swap_on_ranks, num_ranks, tmp_path)
+    assert all(versions == seen[0] for versions in seen)
+    assert seen[0][0] == 0 and seen[0][-1] == 1
+
+
+def stop_on_ranks(rank, run):
+    feed = open_feed(run, rank, per_query=0)
+    feed._should_stop = lambda: rank == 1
+    return feed.before_step(0)
+
+
+def test_one_rank_that_is_asked_to_stop_stops_all(tmp_path):
+    assert run_ranks(stop_on_ranks, 2, tmp_path) == [True, True]
