@@ -107,6 +107,7 @@ def supervise(run: Path, job_file: Path, settings: LaunchSettings, view: View) -
     """
     trainer, miner = sides(run, job_file, settings)
     stop_asked: list[int] = []
+    miner_is_needed = True
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: stop_asked.append(n))
     try:
@@ -126,7 +127,10 @@ def supervise(run: Path, job_file: Path, settings: LaunchSettings, view: View) -
                     _stop(run, [miner])
                     return phase
                 _start_again(trainer, code, settings, view, _from_step(run))
-            if (code := miner.exit_code()) is not None:
+            if miner_is_needed and read_status(run, "trainer").get("training_done"):
+                miner_is_needed = False  # its cores now serve the last evaluation
+                miner.ask_to_stop(run)
+            if (code := miner.exit_code()) is not None and miner_is_needed:
                 _after_miner(run, miner, code, settings, view)
             time.sleep(POLL_S)
     finally:

@@ -97,7 +97,8 @@ def next_task(work: Work, once: bool) -> Task | None:
                 raise InputError(f"{checkpoint.folder} was not trained on {job.data.path}; set data.path or run.folder")
             return Task(version, checkpoint)
         # Nobody will take what could still be mined after the trainer's last step.
-        if once or read_status(run, "trainer").get("phase") == "finished":
+        trainer = read_status(run, "trainer")
+        if once or trainer.get("phase") == "finished" or trainer.get("training_done"):
             return None
         work.status.update(phase="watching", done=None, total=None)
         next_look = time.monotonic() + job.mine.poll_s

@@ -47,8 +47,16 @@ def two_steps(rank, rows, mutation):
     for step in range(2):
         for module in (*encoders, temperature):
             module.zero_grad(set_to_none=True)
-        cached_step(make_batch(rank, rows[rank], called, seed=step), objective=OBJECTIVES["info_nce_multi"], temperature=temperature,
-                    sync=sync, group=dist.group.WORLD, keep_graphs=2, step=step, **OPTIONS)  # fmt: skip
+        cached_step(
+            make_batch(rank, rows[rank], called, seed=step),
+            objective=OBJECTIVES["info_nce_multi"],
+            temperature=temperature,
+            sync=sync,
+            group=dist.group.WORLD,
+            keep_graphs=2,
+            step=step,
+            **OPTIONS,
+        )
         found.append(named(encoders, temperature))
     return found
 
@@ -70,5 +78,5 @@ def test_two_steps_in_a_row_of_two_modules(rows):
 
 def test_the_proof_notices_a_forgotten_factor():
     found = run_ranks(two_steps, 2, (5, 3), "forgets W")[0][0]
-    with pytest.raises(AssertionError, match="ratio 0.5"):
+    with pytest.raises(AssertionError, match=r"ratio 0\.5"):
         assert_same_gradients(found, wanted((5, 3), 0))
