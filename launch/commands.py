@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from launch.output import measures_table, messages, print_json, results, start_logging
 
@@ -105,8 +106,8 @@ def search(
         print_json({"query": question, "results": found})
         return 0
     for rank, hit in enumerate(found, 1):
-        results().print(f"[bold]{rank}.[/bold] [cyan]{hit['id']}[/cyan]  [dim]{hit['score']:.3f}[/dim]")
-        results().print(f"[dim]{hit['excerpt']}[/dim]", markup=True)
+        results().print(f"[bold]{rank}.[/bold] [cyan]{escape(hit['id'])}[/cyan]  [dim]{hit['score']:.3f}[/dim]")
+        results().print(hit["excerpt"], style="dim", markup=False)
     return 0
 
 

@@ -32,20 +32,18 @@ def run_main_job(jobs: Jobs, job_file: Path, console: Console) -> dict[str, Any]
     console.print(_plan(jobs, data))
     with View(console) as view:
         how = supervise(run, run / "job.toml", jobs.launch, view)
+    seconds = _add_seconds(run, time.monotonic() - started)
     if how == "stopped":
         step = read_status(run, "trainer").get("step", 0)
         console.print(f"Stopped at step {step}, saved. To go on: [bold]negpool run {job_file}[/bold]")
         return {"finished": False, "step": step, "run": str(run)}
-    results = collect_results(jobs, data, time.monotonic() - started)
+    results = collect_results(jobs, data, seconds)
     _tell_results(console, jobs, results)
     return {"finished": True, "run": str(run), **results}
 
 
 def collect_results(jobs: Jobs, data, seconds: float) -> dict[str, Any]:
-    """Return the table of the finished run and keep it in `results.json`.
-
-    seconds: of this start; those of earlier starts of the run are added.
-    """
+    """Return the table of the finished run and keep it in `results.json`; seconds: over all starts of the run."""
     run, split = jobs.train.run.folder, jobs.train.eval.split
     rows: dict[str, Any] = {}
     if split in data.qrels:
@@ -62,6 +60,14 @@ def collect_results(jobs: Jobs, data, seconds: float) -> dict[str, Any]:
     }
     write_atomically(run / "results.json", json.dumps(results, indent=1))
     return results
+
+
+def _add_seconds(run: Path, seconds: float) -> float:
+    """Return the seconds of this start and of all earlier ones that ended in order."""
+    path = run / "status" / "launch.json"
+    earlier = json.loads(path.read_text())["seconds"] if path.exists() else 0.0
+    write_atomically(path, json.dumps({"seconds": earlier + seconds}))
+    return earlier + seconds
 
 
 def _plan(jobs: Jobs, data) -> str:
