@@ -3,13 +3,15 @@
 0 done; 2 a job or input that cannot be used, one sentence and no traceback; 75 asked to stop, state saved; 1 our own bugs.
 """
 
-import errno
 import os
 import sys
+from pathlib import Path
 
 import click
 
+from launch.local import TrainerDied
 from trainer.errors import InputError
+from trainer.handoff.manifest import disk_error, is_disk_full
 
 EXIT_REFUSED, EXIT_STOPPED = 2, 75
 
@@ -29,10 +31,13 @@ def main() -> None:
         code = EXIT_REFUSED
     except (click.Abort, KeyboardInterrupt):
         code = EXIT_STOPPED
+    except TrainerDied as error:
+        print(f"negpool: {error}", file=sys.stderr)
+        code = 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_disk_full(error):
             raise
-        code = _refuse(f"no room left on the disk for {error.filename or 'a file'}; free some space or set run.folder")
+        code = _refuse(str(disk_error(error, Path(error.filename or "a file"))))
     sys.exit(code or 0)
 
 

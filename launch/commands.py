@@ -32,6 +32,7 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object on sta
 @app.command()
 def run(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> int:
     """Train and mine together on this machine, with one live view."""
+    messages().print(f"[dim]negpool run {escape(str(job))}: reading the job and the data[/dim]")  # imports take seconds
     from launch.jobfile import read_job
     from launch.main_job import run_main_job
 

@@ -24,7 +24,12 @@ from trainer.handoff.weights import steps_on_disk
 from trainer.metrics import read_status
 
 POLL_S = 0.5
+EXIT_REFUSED = 2
 STOP_GRACE_S = 60.0  # for a checkpoint to be written, before a side is killed
+
+
+class TrainerDied(Exception):
+    """The trainer died more often than it may be started again; the message says where its last words are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +108,7 @@ class Side:
 def supervise(run: Path, job_file: Path, settings: LaunchSettings, view: View) -> Literal["finished", "stopped"]:
     """Run both sides until the trainer is done, or until asked to stop; raises InputError when a side refuses the job.
 
-    Raises RuntimeError if the trainer died more often than it may be started again.
+    Raises TrainerDied if it died more often than it may be started again.
     """
     trainer, miner = sides(run, job_file, settings)
     stop_asked: list[int] = []
@@ -126,6 +131,8 @@ def supervise(run: Path, job_file: Path, settings: LaunchSettings, view: View) -
                 if phase in ("finished", "stopped"):
                     _stop(run, [miner])
                     return phase
+                if trainer.restarts >= settings.max_restarts:
+                    raise TrainerDied(f"the trainer died {trainer.restarts + 1} times; its last words are in {trainer.log}")
                 _start_again(trainer, code, settings, view, _from_step(run))
             if miner_is_needed and read_status(run, "trainer").get("training_done"):
                 miner_is_needed = False  # its cores now serve the last evaluation
@@ -188,17 +195,16 @@ def _after_miner(run: Path, miner: Side, code: int, settings: LaunchSettings, vi
     if code == 0:
         return
     status = read_status(run, "miner")
-    if status.get("phase") == "refused":
-        view.say(f"the miner refused the job ({status.get('error')}); training goes on without new negatives")
-        return
-    with contextlib.suppress(RuntimeError):
+    if status.get("phase") == "refused" or code == EXIT_REFUSED:
+        reason = status.get("error") or f"its last words are in {miner.log}"
+        view.say(f"the miner cannot go on ({reason}); training goes on without new negatives")
+    elif miner.restarts < settings.max_restarts:
         _start_again(miner, code, settings, view, "training goes on")
+    else:
+        view.say(f"the miner ended with code {code} once more; training goes on without, its last words are in {miner.log}")
 
 
 def _start_again(side: Side, code: int, settings: LaunchSettings, view: View, how: str) -> None:
-    if side.restarts >= settings.max_restarts:
-        view.say(f"the {side.name} ended with code {code} and was started again {side.restarts} times already; no more")
-        raise RuntimeError(f"the {side.name} died {side.restarts + 1} times; its last words are in {side.log}")
     side.restarts += 1
     view.say(f"the {side.name} ended with code {code}; started again ({side.restarts} of {settings.max_restarts}), {how}")
     side.start()

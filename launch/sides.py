@@ -1,5 +1,6 @@
 """One process of one side: `negpool train` and `negpool mine`, alone or started by the supervisor, torchrun or mpiexec."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -11,6 +12,7 @@ from launch.jobfile import Jobs, read_job, refuse_other_job, write_job
 from launch.output import start_logging
 from launch.versions import write_environment
 from trainer.errors import InputError, RunInUse
+from trainer.handoff.manifest import disk_error, is_disk_full
 from trainer.state import Outcome
 
 
@@ -28,9 +30,8 @@ def train_side(job_file: Path, overrides: list[str]) -> Outcome | None:
     world = join_world()
     try:
         outcome = train(jobs.train, world)
-    except InputError as error:
-        _tell_refusal(jobs, "trainer", error)
-        raise
+    except (InputError, OSError) as error:
+        raise _told(jobs, "trainer", error) from error
     finally:
         world.leave()
     return outcome if world.speaks else None
@@ -48,9 +49,8 @@ def mine_side(job_file: Path, overrides: list[str], once: bool) -> Literal["fini
 
     try:
         return run_service(jobs.mine, MPI.COMM_WORLD, once=once)
-    except InputError as error:
-        _tell_refusal(jobs, "miner", error)
-        raise
+    except (InputError, OSError) as error:
+        raise _told(jobs, "miner", error) from error
 
 
 def keep_job(jobs: Jobs) -> None:
@@ -61,13 +61,17 @@ def keep_job(jobs: Jobs) -> None:
     write_environment(folder / "environment.json")
 
 
-def _tell_refusal(jobs: Jobs, side: str, error: InputError) -> None:
-    """Leave the sentence where the supervisor finds it: launchers swallow exit codes."""
+def _told(jobs: Jobs, side: str, error: Exception) -> Exception:
+    """Return the error to raise, its sentence left where the supervisor finds it: launchers swallow exit codes."""
     from trainer.metrics import Status
 
-    if isinstance(error, RunInUse):  # the status file is the other one's
-        return
-    Status(jobs.train.run.folder, side).update(phase="refused", error=str(error))
+    run = jobs.train.run.folder
+    if is_disk_full(error):
+        error = disk_error(error, run)
+    if isinstance(error, InputError) and not isinstance(error, RunInUse):  # then the status file is the other one's
+        with contextlib.suppress(InputError):  # the disk may be too full for this, too
+            Status(run, side).update(phase="refused", error=str(error))
+    return error
 
 
 def _stop_without_parent() -> None:

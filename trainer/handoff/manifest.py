@@ -56,9 +56,11 @@ def publish_version(folder: Path, write: Callable[[Path], None], fields: dict[st
             shutil.rmtree(folder)
         os.rename(staging, folder)
         _fsync(folder.parent)
-    except OSError as error:
+    except Exception as error:
         shutil.rmtree(staging, ignore_errors=True)
-        raise disk_error(error, folder) from error
+        if isinstance(error, OSError) or is_disk_full(error):
+            raise disk_error(error, folder) from error
+        raise
     return manifest
 
 
@@ -68,11 +70,17 @@ def clean_staging(parent: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def disk_error(error: OSError, path: Path) -> InputError:
+def is_disk_full(error: Exception) -> bool:
+    """Tell whether a disk or quota was full; libraries that are not Python's own only say so in words."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+
+
+def disk_error(error: Exception, path: Path) -> InputError:
     """Return the sentence for a write that the disk refused."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_disk_full(error):
         return InputError(f"no room left on the disk for {path}; free some space or set run.folder to another disk")
-    return InputError(f"cannot write {path}: {error.strerror or error}; run.folder must be a folder you may write to")
+    reason = getattr(error, "strerror", None) or error
+    return InputError(f"cannot write {path}: {reason}; run.folder must be a folder you may write to")
 
 
 def open_version(folder: Path) -> dict[str, Any]:

@@ -64,6 +64,14 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_is_known_by_its_words_too(tmp_path):
+    def write(folder):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(InputError, match="no room left on the disk"):
+        publish_version(tmp_path / "v1", write, {})
+
+
 def test_a_killed_writer_leaves_only_staging_that_the_next_one_clears(tmp_path):
     child = os.fork()
     if child == 0:
