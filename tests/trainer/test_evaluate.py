@@ -35,11 +35,11 @@ def on_the_full_matrix(root):
 
     def embed(texts):
         with torch.inference_mode():
-            return encoder.eval()(tokenizer(texts, padding=True, return_tensors="pt"))
+            return encoder.eval()(tokenizer(list(texts), padding=True, return_tensors="pt"))
 
     rows = data.training_queries("test")
     scores = embed(data.queries.select(rows)["text"]) @ embed(data.corpus["text"]).T
-    names = data.corpus["_id"]
+    names = list(data.corpus["_id"])
     run = {str(q): dict(zip(names, row.tolist(), strict=True)) for q, row in zip(rows, scores, strict=True)}
     qrels: dict[str, dict[str, int]] = {}
     judged = data.qrels["test"]

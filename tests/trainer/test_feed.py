@@ -74,7 +74,7 @@ def test_without_a_miner_training_starts_after_a_while(tmp_path, caplog):
 
 def test_a_schedule_is_waited_for_and_kept_to(tmp_path):
     publish(tmp_path, 0)
-    feed = open_feed(tmp_path, schedule=(ScheduleEntry(checkpoint=10, step=5),))
+    feed = open_feed(tmp_path, schedule=(ScheduleEntry(checkpoint=5, step=5),))
     for step in range(5):
         feed.before_step(step)
         assert feed.in_force.version == 0
