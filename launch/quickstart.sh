@@ -10,6 +10,6 @@ export PATH="$PWD/.venv/bin:$PATH"
 
 if [ ! -d data/code ]; then
   echo "== building data/code: docstring -> function, from the Python packages installed here" >&2
-  negpool data code --out data/code --max-functions 2500
+  negpool data code --out data/code --max-functions 2400
 fi
 exec negpool run launch/jobs/quickstart.toml "$@"

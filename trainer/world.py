@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +62,10 @@ class World:
         """Wait for every rank. Collective."""
         if self.control is not None:
             dist.barrier(group=self.control)
+
+
+# torch 2.13 renamed the argument; the old name is the one that all versions we support know.
+warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
 
 
 def join_world() -> World:
