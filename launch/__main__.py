@@ -6,14 +6,17 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
-import click
+import typer
 
 from launch.local import TrainerDied
 from trainer.errors import InputError
 from trainer.handoff.manifest import disk_error, is_disk_full
 
 EXIT_REFUSED, EXIT_STOPPED = 2, 75
+# What typer raises for an unknown command or option; it does not export the class, only one derived from it.
+USAGE_ERROR: type[Any] = typer.BadParameter.__bases__[0]
 
 
 def main() -> None:
@@ -26,10 +29,10 @@ def main() -> None:
         code = app(standalone_mode=False)
     except InputError as error:
         code = _refuse(str(error))
-    except click.ClickException as error:
+    except USAGE_ERROR as error:
         error.show()
         code = EXIT_REFUSED
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         code = EXIT_STOPPED
     except TrainerDied as error:
         print(f"negpool: {error}", file=sys.stderr)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import KwargsHandler
 
 COLLECTIVE_TIMEOUT_S = 600  # a lost rank is noticed after this long by those who wait for it
 
@@ -72,15 +73,13 @@ def join_world() -> World:
     """Join the process group that the launcher's environment describes (accelerate, torchrun), or stay alone."""
     timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     use_cpu = not torch.cuda.is_available()
-    accelerator = Accelerator(
-        cpu=use_cpu,
-        # BERT-type buffers never change; broadcasting them between two forwards would invalidate the first one's graph.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(backend="gloo" if use_cpu else "nccl", timeout=timeout),
-        ],
-    )
-    if use_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    num_launched = int(os.environ.get("WORLD_SIZE", "1"))
+    # BERT-type buffers never change; broadcasting them between two forwards would invalidate the first one's graph.
+    handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    if num_launched > 1:  # naming a backend makes accelerate expect a group
+        handlers.append(InitProcessGroupKwargs(backend="gloo" if use_cpu else "nccl", timeout=timeout))
+    accelerator = Accelerator(cpu=use_cpu, kwargs_handlers=handlers)
+    if use_cpu and num_launched > 1:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     several = accelerator.num_processes > 1
     return World(
