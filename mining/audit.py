@@ -6,8 +6,9 @@ import numpy as np
 
 from mining.index import ShardIndex
 from mining.ranks import Ranks
-from mining.sampling import mix, stream
+from mining.sampling import stream
 from mining.search import search_shards
+from trainer.data.sampler import mix
 from trainer.errors import InputError
 from trainer.handoff.negatives import Negatives
 

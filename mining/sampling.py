@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from trainer.data.sampler import mix
 from trainer.errors import InputError
 
 
@@ -72,14 +73,6 @@ def gumbel_noise(seed: int, version: int, query_rows: np.ndarray, ids_QK: np.nda
 def stream(seed: int, version: int) -> np.ndarray:
     """Return where the numbers of a seed and a version begin, (1,) uint64."""
     return mix(mix(np.array([seed], np.uint64)) + np.uint64(version))
-
-
-def mix(values: np.ndarray) -> np.ndarray:
-    """Return a 64-bit mix of each value. Source: the finaliser of SplitMix64 (Steele et al. 2014)."""
-    z = values + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 def _uniform(settings: SampleSettings, scores_QK: np.ndarray, positive_score_Q, noise_QK: np.ndarray) -> np.ndarray:

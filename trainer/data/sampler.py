@@ -33,8 +33,8 @@ def choice(seed: int, step: int, rows: np.ndarray, draw: int) -> np.ndarray:
 
     Source: splitmix64 (Steele et al. 2014) as a counter-based generator.
     """
-    state = _mix(np.uint64(seed) ^ _mix(np.uint64(step) ^ _mix(np.uint64(draw))))
-    return (_mix(rows.astype(np.uint64) ^ state) >> np.uint64(11)) / float(1 << 53)
+    state = mix(np.uint64(seed) ^ mix(np.uint64(step) ^ mix(np.uint64(draw))))
+    return (mix(rows.astype(np.uint64) ^ state) >> np.uint64(11)) / float(1 << 53)
 
 
 @functools.lru_cache(maxsize=2)
@@ -42,7 +42,8 @@ def _permutation(seed: int, epoch: int, num_queries: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_queries)
 
 
-def _mix(x):
+def mix(x):
+    """Return a 64-bit mix of each value, uint64. Source: the finaliser of SplitMix64 (Steele et al. 2014)."""
     with np.errstate(over="ignore"):
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
