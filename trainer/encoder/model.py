@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from trainer.encoder.dropout import ATTENTION, replace_dropout
 from trainer.encoder.pooling import POOLINGS, SENTENCE_TRANSFORMERS_NAMES
 from trainer.errors import InputError
 
@@ -93,6 +94,9 @@ def load_encoder(settings: ModelSettings) -> tuple[Encoder, PreTrainedTokenizerB
         model = AutoModel.from_pretrained(source, config=config, dtype=torch.float32, **_without_pooler(config))
     except LOADING_ERRORS as error:
         raise _cannot_load(settings.name, error) from error
+    replace_dropout(model)
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(ATTENTION)  # the same on a GPU and without dropout
     traits = _traits(source, settings, getattr(config, "max_position_embeddings", 512), tokenizer.model_max_length)
     return Encoder(model, traits.pooling, traits.normalize).train(), tokenizer, traits
 
