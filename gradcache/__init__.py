@@ -3,20 +3,25 @@
 Tensors, modules and process groups only: no text, no Hugging Face, no files.
 """
 
+from gradcache.agree import NotFinite
 from gradcache.batch import Batch, Tower
 from gradcache.chunks import plan_chunks
+from gradcache.gather import LostRank
 from gradcache.objectives import OBJECTIVES, Objective, Tile
 from gradcache.reference import reference_step
 from gradcache.step import StepResult, cached_step
-from gradcache.sync import DDPSync, GradientSync, NoSync
+from gradcache.sync import DDPSync, FSDP2Sync, GradientSync, NoSync
 from gradcache.temperature import Temperature
 
 __all__ = [
     "OBJECTIVES",
     "Batch",
     "DDPSync",
+    "FSDP2Sync",
     "GradientSync",
+    "LostRank",
     "NoSync",
+    "NotFinite",
     "Objective",
     "StepResult",
     "Temperature",

@@ -12,7 +12,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Tower:
-    """What one encoder encodes in this step on this rank."""
+    """What one encoder encodes in this step on this rank.
+
+    Where a backend communicates in forwards (FSDP, ZeRO-3) a rank may be asked to `load` no rows: it then returns any input
+    that the encoder takes, for a forward that keeps the others company.
+    """
 
     encode: Callable[[Any], Tensor]  # inputs of one chunk -> (m, D) embeddings, with a graph when grad mode is on
     lengths: Tensor  # (n,) int64 on the CPU, tokens of each row

@@ -4,17 +4,26 @@ Only detached tensors travel, outside autograd: the backward of a gather is the 
 tiles. Rows are padded to the largest rank, because gloo and NCCL move equal parts fastest.
 """
 
+import contextlib
+import datetime
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gradcache.tight import is_out_of_memory
+
 # n rows here, N rows of all ranks, D width, M extra values of a row
 
 # torch 2.13 renamed both and warns of the old names at every call.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+PATIENCE_S = 10  # to find out who is missing, after a collective has failed
 
 
 @dataclass(frozen=True)
@@ -28,14 +37,52 @@ class Pool:
     first: int  # where this rank's rows begin
 
 
-def gather_counts(values: list[int], group: dist.ProcessGroup | None, device: torch.device) -> list[list[int]]:
-    """Return the values of every rank. Collective: one small all-gather."""
+class LostRank(RuntimeError):
+    """A rank died, or did not answer within the process group's time limit."""
+
+
+def gather_integers(values: list[int], group: dist.ProcessGroup | None, device: torch.device) -> list[list[int]]:
+    """Return the values of every rank. Collective: one small all-gather. Raises LostRank."""
     if group is None:
         return [values]
     mine = torch.tensor(values, dtype=torch.int64, device=device)
     every = mine.new_empty(group.size() * len(values))
-    _all_gather(every, mine, group=group)
+    with naming_lost_ranks(group):
+        _all_gather(every, mine, group=group)
     return every.view(group.size(), len(values)).tolist()
+
+
+def all_reduce(values: Tensor, group: dist.ProcessGroup) -> None:
+    """Sum values over the ranks, in place. Collective. Raises LostRank."""
+    with naming_lost_ranks(group):
+        dist.all_reduce(values, group=group)
+
+
+@contextlib.contextmanager
+def naming_lost_ranks(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Turn what a backend says of a failed collective into a sentence that names who was waited for."""
+    try:
+        yield
+    except RuntimeError as error:
+        if group is None or is_out_of_memory(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise LostRank(
+            f"{_who_is_missing(group)} ({reason}); start the run again, it goes on from its last checkpoint"
+        ) from error
+
+
+def _who_is_missing(group: dist.ProcessGroup) -> str:
+    """Return which ranks do not answer; only gloo can still be asked when a collective has failed."""
+    waited = "the ranks wait for one that died or did not answer in time"
+    if dist.get_backend(group) != "gloo":
+        return waited
+    try:
+        dist.monitored_barrier(group, timeout=datetime.timedelta(seconds=PATIENCE_S), wait_all_ranks=True)
+    except RuntimeError as error:
+        found = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
+        return f"rank {found[1].strip()} died or did not answer in time" if found else waited
+    return waited
 
 
 def gather_rows(rows_nD: Tensor, keys_n: Tensor, extra_nM: Tensor, counts: list[int], group: dist.ProcessGroup | None) -> Pool:
@@ -52,7 +99,8 @@ def gather_rows(rows_nD: Tensor, keys_n: Tensor, extra_nM: Tensor, counts: list[
     padded = packed_nC.new_zeros(max(counts), packed_nC.shape[1])
     padded[: len(packed_nC)] = packed_nC
     every = packed_nC.new_empty(group.size() * max(counts), packed_nC.shape[1])
-    _all_gather(every, padded, group=group)
+    with naming_lost_ranks(group):
+        _all_gather(every, padded, group=group)
     packed_NC = torch.cat([block[:count] for block, count in zip(every.split(max(counts)), counts, strict=True)])
     keys, extra, rows = packed_NC.split([part.shape[1] for part in parts], dim=1)
     return Pool(
@@ -77,7 +125,8 @@ def scatter_gradients(gradient_ND: Tensor, counts: list[int], group: dist.Proces
     for block, part in zip(padded, gradient_ND.split(counts), strict=True):
         block[: len(part)] = part
     mine = gradient_ND.new_empty(most, width)
-    _reduce_scatter(mine, padded.view(-1, width), group=group)
+    with naming_lost_ranks(group):
+        _reduce_scatter(mine, padded.view(-1, width), group=group)
     return mine[: counts[group.rank()]]
 
 

@@ -6,14 +6,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gradcache.agree import Agreed
 from gradcache.batch import Batch
-from gradcache.gather import Pool, gather_counts, gather_rows, scatter_gradients
-from gradcache.masks import mask_passages, mask_queries
+from gradcache.gather import Pool, all_reduce, gather_rows, scatter_gradients
+from gradcache.masks import Masks, add_same_side, mask_passages, mask_queries
 from gradcache.objectives import Objective
 from gradcache.temperature import Temperature
 from gradcache.tiles import TileGradients, evaluate_tiles
 
-_DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+# B queries on this rank, n rows on this rank, P passages and Q queries of all ranks
 
 
 @dataclass(frozen=True)
@@ -26,71 +27,103 @@ class Loss:
     share_masked: float  # of this rank's scores of queries against passages
 
 
+@dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """How scores become a loss."""
+
+    objective: Objective
+    symmetric: bool = False  # the mean of both directions, queries -> passages and target passages -> queries
+    same_side: bool = False  # the rows of a direction's own side are negatives, too: query-query and passage-passage
+    tile_rows: int | None = None  # rows of scores evaluated at once; None: as many as fit a fixed memory
+    product_dtype: torch.dtype | None = None  # embeddings are gathered and multiplied in; None: in what the encoder returns
+
+
 def global_loss(
     batch: Batch,
-    embedding_nD: Tensor | None,
+    agreed: Agreed,
     *,
-    objective: Objective,
+    options: LossOptions,
     temperature: Temperature,
     group: dist.ProcessGroup | None,
-    symmetric: bool,
-    tile_rows: int | None,
+    gradient_scale: float = 1.0,
 ) -> Loss:
-    """Return the mean loss over the queries of all ranks, and its gradient; adds the temperature's to its parameter.
+    """Return the mean loss over the queries of all ranks, and its gradient; adds `gradient_scale` times the
+    temperature's to its parameter.
 
-    embedding_nD: detached embeddings of this rank's rows; None if it has none.
-    Collective: one small all-gather, one all-gather and one reduce-scatter for the passages, symmetric the same for the
-    queries, one small all-reduce. Raises ValueError, on every rank, if no rank has a query.
+    Collective: one all-gather and one reduce-scatter for the passages, symmetric or same_side the same for the queries,
+    one small all-reduce.
     """
-    device = temperature.log_scale.device
-    mine = [batch.num_queries, batch.num_passages, batch.positive_keys.shape[1], *_shape_code(embedding_nD)]
-    num_queries, num_passages, widths, dims, dtypes = map(list, zip(*gather_counts(mine, group, device), strict=True))
-    if sum(num_queries) == 0:
-        raise ValueError("the batch has no query on any rank; expected at least one")
-    if embedding_nD is None:
-        embedding_nD = torch.empty(0, max(dims), dtype=_DTYPES[max(dtypes)], device=device)
+    device = agreed.embedding_nD.device
+    dtype = agreed.embedding_nD.dtype
+    embedding_nD = agreed.embedding_nD.to(options.product_dtype or dtype)
     query_BD, passage_nD = embedding_nD.split([batch.num_queries, batch.num_passages])
     query_keys, passage_keys = batch.keys.to(device).split([batch.num_queries, batch.num_passages])
-    target_B, positives = batch.target.to(device), batch.positives(max(widths)).to(device)
+    target_B, positives = batch.target.to(device), batch.positives(agreed.num_positives).to(device)
     scale = float(temperature.scale().detach())
-    weight = (0.5 if symmetric else 1.0) / sum(num_queries)
+    num_queries = sum(agreed.num_queries)
+    weight = (0.5 if options.symmetric else 1.0) / num_queries
 
-    passages = gather_rows(passage_nD, passage_keys, passage_keys.new_empty(len(passage_keys), 0), num_passages, group)
-    masks = mask_passages(target_B + passages.first, positives, passages.keys_N)
-    forth = evaluate_tiles(query_BD, passages.rows_ND, masks, scale, objective, weight, tile_rows)
-    passage_gradient = scatter_gradients(forth.column_PD, num_passages, group)
-    query_gradient, totals = forth.row_BD, torch.stack([forth.loss_sum * weight, forth.scale])
-    if symmetric:
-        queries = gather_rows(query_BD, query_keys, positives, num_queries, group)
-        back = _other_direction(queries, passage_nD, passage_keys, target_B, scale, objective, weight, tile_rows)
-        query_gradient = query_gradient + scatter_gradients(back.column_PD, num_queries, group)
-        # Several queries may share a target.
-        passage_gradient = passage_gradient.index_add(0, target_B, back.row_BD)
+    nothing = passage_keys.new_empty(len(passage_keys), 0)
+    passages = _Side(gather_rows(passage_nD, passage_keys, nothing, agreed.num_passages, group))
+    queries = None
+    if options.symmetric or options.same_side:
+        queries = _Side(gather_rows(query_BD, query_keys, positives, agreed.num_queries, group))
+
+    masks = mask_passages(target_B + passages.pool.first, positives, passages.pool.keys_N)
+    share_masked = masks.num_masked() / max(1, len(query_BD) * len(passages.pool.keys_N))
+    if options.same_side and queries is not None:
+        # Its own text, and queries that share a positive, are no negatives of a query.
+        row_keys = torch.cat([query_keys[:, None], positives], dim=1)
+        column_keys = torch.cat([queries.pool.keys_N[:, None], queries.pool.extra_NM], dim=1)
+        masks = add_same_side(masks, len(passages.pool.keys_N), row_keys, column_keys, queries.pool.keys_N)
+    forth = _direction(query_BD, passages, queries if options.same_side else None, masks, scale, weight, options)
+    query_gradient, passage_gradient = forth.row_BD, torch.zeros(passage_nD.shape, dtype=forth.row_BD.dtype, device=device)
+    totals = torch.stack([forth.loss_sum * weight, forth.scale])
+    if options.symmetric and queries is not None:
+        own_query_B = queries.pool.first + torch.arange(len(target_B), device=device)
+        masks = mask_queries(own_query_B, passage_keys[target_B], queries.pool.keys_N, queries.pool.extra_NM)
+        if options.same_side:  # other positives of its query are no negatives of a passage
+            passage_keys_P1 = passages.pool.keys_N[:, None]
+            masks = add_same_side(masks, len(queries.pool.keys_N), positives, passage_keys_P1, passages.pool.keys_N)
+        other = passages if options.same_side else None
+        back = _direction(passage_nD[target_B], queries, other, masks, scale, weight, options)
+        passage_gradient.index_add_(0, target_B, back.row_BD)  # several queries may share a target
         totals = totals + torch.stack([back.loss_sum * weight, back.scale])
+    passage_gradient += passages.scatter(group)
+    if queries is not None:
+        query_gradient = query_gradient + queries.scatter(group)
     if group is not None:
-        dist.all_reduce(totals, group=group)
+        all_reduce(totals, group)
     if temperature.log_scale.requires_grad:
-        temperature.scale().backward(totals[1].to(temperature.log_scale.dtype))
-    share_masked = masks.num_masked() / max(1, len(query_BD) * len(passages.keys_N))
-    return Loss(float(totals[0]), sum(num_queries), torch.cat([query_gradient, passage_gradient]), share_masked)
+        temperature.scale().backward((totals[1] * gradient_scale).to(temperature.log_scale.dtype))
+    return Loss(float(totals[0]), num_queries, torch.cat([query_gradient, passage_gradient]), share_masked)
 
 
-def _other_direction(
-    queries: Pool,
-    passage_nD: Tensor,
-    passage_keys: Tensor,
-    target_B: Tensor,
-    scale: float,
-    objective: Objective,
-    weight: float,
-    tile_rows: int | None,
+class _Side:
+    """The rows of one side of all ranks, and what the directions add to their gradients."""
+
+    def __init__(self, pool: Pool):
+        self.pool = pool
+        self.gradient_ND: Tensor | None = None
+
+    def add(self, gradient_ND: Tensor) -> None:
+        self.gradient_ND = gradient_ND if self.gradient_ND is None else self.gradient_ND.add_(gradient_ND)
+
+    def scatter(self, group: dist.ProcessGroup | None) -> Tensor:
+        """Return the gradient of this rank's rows. Collective: one reduce-scatter."""
+        assert self.gradient_ND is not None, "no direction has this side as columns"
+        return scatter_gradients(self.gradient_ND, self.pool.counts, group)
+
+
+def _direction(
+    row_BD: Tensor, columns: _Side, same_side: _Side | None, masks: Masks, scale: float, weight: float, options: LossOptions
 ) -> TileGradients:
-    """Return the loss of each local query's target passage against the queries of all ranks."""
-    own_query_B = queries.first + torch.arange(len(target_B), device=target_B.device)
-    masks = mask_queries(own_query_B, passage_keys[target_B], queries.keys_N, queries.extra_NM)
-    return evaluate_tiles(passage_nD[target_B], queries.rows_ND, masks, scale, objective, weight, tile_rows)
-
-
-def _shape_code(embedding_nD: Tensor | None) -> tuple[int, int]:
-    """Return the width and the type, as numbers of which the largest over the ranks is that of a rank with rows."""
-    return (0, 0) if embedding_nD is None else (embedding_nD.shape[1], _DTYPES.index(embedding_nD.dtype))
+    """Return the loss of some rows against the columns; the columns' gradients go to their sides."""
+    column_ND = columns.pool.rows_ND
+    if same_side is not None:
+        column_ND = torch.cat([column_ND, same_side.pool.rows_ND])
+    found = evaluate_tiles(row_BD, column_ND, masks, scale, options.objective, weight, options.tile_rows)
+    columns.add(found.column_PD[: len(columns.pool.keys_N)])
+    if same_side is not None:
+        same_side.add(found.column_PD[len(columns.pool.keys_N) :])
+    return found

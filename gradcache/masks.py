@@ -44,6 +44,26 @@ def mask_queries(target_B: Tensor, row_keys_B: Tensor, query_keys_N: Tensor, pos
     return _masks(target_B, _first_columns(query_keys_N), rows, columns)
 
 
+def add_same_side(masks: Masks, num_columns: int, row_keys_BM: Tensor, column_keys_NK: Tensor, text_keys_N: Tensor) -> Masks:
+    """Return masks whose columns go on, behind the first `num_columns`, with rows of the same side.
+
+    Of those a column is no negative of a row if they have a key in common. text_keys_N: the columns' content keys, each
+    text counts once.
+    """
+    first_N = _first_columns(text_keys_N)
+    rows, columns = _equal_keys(row_keys_BM, column_keys_NK)
+    cells = torch.unique(rows * max(1, len(first_N)) + first_N[columns])
+    added = cells // max(1, len(first_N)), cells % max(1, len(first_N)) + num_columns
+    pair_rows, order = torch.cat([masks.pair_rows, added[0]]).sort(stable=True)
+    return Masks(
+        masks.target_B,
+        torch.cat([masks.repeated, _repeated(first_N).nonzero()[:, 0] + num_columns]),
+        pair_rows,
+        torch.cat([masks.pair_columns, added[1]])[order],
+        torch.cat([masks.pair_is_sibling, torch.zeros_like(added[0], dtype=torch.bool)])[order],
+    )
+
+
 def _masks(target_B: Tensor, first_N: Tensor, rows: Tensor, columns: Tensor) -> Masks:
     """Return masks from pairs of a row and a column that is a positive of it, in any order, repeats allowed."""
     num_columns = max(1, len(first_N))

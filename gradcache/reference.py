@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gradcache.batch import Batch
-from gradcache.encode import encode_chunk, plan_encoding
 from gradcache.objectives import Objective, Tile
+from gradcache.plan import Plan, chunks_of_each_tower, encode_chunk, plan_encoding
 from gradcache.replay import borrowed_generators
 from gradcache.temperature import Temperature
 
@@ -26,13 +26,21 @@ def reference_step(
     seed: int,
     step: int,
     symmetric: bool = False,
+    same_side: bool = False,
+    equal_chunks: bool = False,
 ) -> float:
     """Return the mean loss over the queries of all ranks and add its gradient to the parameters and the temperature.
 
     batches: one for each rank, in order, with towers that encode in this process. Does not communicate.
+    equal_chunks: plan as a step does whose backend communicates in forwards, which needs as many chunks on every rank.
     """
+    plans = [plan_encoding(batch.towers, chunk_tokens, seed, step, rank) for rank, batch in enumerate(batches)]
+    if equal_chunks:
+        counts = [chunks_of_each_tower(plan, batch.towers) for plan, batch in zip(plans, batches, strict=True)]
+        most = [max(count) for count in zip(*counts, strict=True)]
+        plans = [plan_encoding(batch.towers, chunk_tokens, seed, step, rank, most) for rank, batch in enumerate(batches)]
     with borrowed_generators():
-        embedded = [_encode(batch, chunk_tokens, seed, step, rank) for rank, batch in enumerate(batches)]
+        embedded = [_encode(plan) for plan in plans]
     query_BD = torch.cat([rows[: batch.num_queries] for rows, batch in zip(embedded, batches, strict=True) if len(rows)])
     passage_PD = torch.cat([rows[batch.num_queries :] for rows, batch in zip(embedded, batches, strict=True) if len(rows)])
     query_keys = [key for batch in batches for key in batch.keys[: batch.num_queries].tolist()]
@@ -45,32 +53,43 @@ def reference_step(
 
     score_BP = query_BD @ passage_PD.T * temperature.scale()
     is_positive = [[key in positives[row] for key in passage_keys] for row in range(len(query_keys))]
-    loss = objective(_tile(score_BP, targets, is_positive, passage_keys)).mean()
+    own_side = None
+    if same_side:
+        # Queries of one text, or with a positive in common, are no negatives of each other.
+        known = [{key, *keys} for key, keys in zip(query_keys, positives, strict=True)]
+        own_side = query_BD @ query_BD.T * temperature.scale(), [[bool(a & b) for b in known] for a in known], query_keys
+    loss = objective(_tile(score_BP, targets, is_positive, passage_keys, own_side)).mean()
     if symmetric:
         # A query text is a positive of a passage if one of the queries of that text has it.
         of_text: dict[int, set[int]] = {}
         for key, keys in zip(query_keys, positives, strict=True):
             of_text[key] = of_text.get(key, set()) | keys
         rows = [[passage_keys[target] in of_text[key] for key in query_keys] for target in targets]
-        back = objective(_tile(score_BP.T[targets], list(range(len(query_keys))), rows, query_keys)).mean()
+        if same_side:
+            own_side = passage_PD[targets] @ passage_PD.T * temperature.scale(), is_positive, passage_keys
+        back = objective(_tile(score_BP.T[targets], list(range(len(query_keys))), rows, query_keys, own_side)).mean()
         loss = (loss + back) / 2
     loss.backward()
     return loss.item()
 
 
-def _encode(batch: Batch, chunk_tokens: int, seed: int, step: int, rank: int) -> Tensor:
+def _encode(plan: Plan) -> Tensor:
     """Return the embeddings of one rank's rows in one graph, with the draws of that rank's chunks."""
-    plan = plan_encoding(batch.towers, chunk_tokens, seed, step, rank)
-    if not plan.chunks:
-        return torch.empty(0, 0)
     row_of_place: dict[int, Tensor] = {}
     for chunk in plan.chunks:
-        row_of_place |= dict(zip(chunk.places.tolist(), encode_chunk(chunk, with_graph=True), strict=True))
-    return torch.stack([row_of_place[place] for place in plan.place_n.tolist()])
+        if len(chunk.rows):
+            row_of_place |= dict(zip(chunk.places.tolist(), encode_chunk(chunk, with_graph=True), strict=True))
+    return torch.stack([row_of_place[place] for place in plan.place_n.tolist()]) if row_of_place else torch.empty(0, 0)
 
 
-def _tile(score_BP: Tensor, targets: list[int], is_positive: list[list[bool]], column_keys: list[int]) -> Tile:
-    """Return all rows as one tile."""
+def _tile(
+    score_BP: Tensor,
+    targets: list[int],
+    is_positive: list[list[bool]],
+    column_keys: list[int],
+    own_side: tuple[Tensor, list[list[bool]], list[int]] | None = None,
+) -> Tile:
+    """Return all rows as one tile. own_side: scores, cells that are no negatives, and keys of further columns."""
     is_masked = torch.zeros(score_BP.shape, dtype=torch.bool)
     sibling_rows, sibling_columns = [], []
     for row, target in enumerate(targets):
@@ -82,8 +101,14 @@ def _tile(score_BP: Tensor, targets: list[int], is_positive: list[list[bool]], c
             if is_positive[row][column] and not is_repeated and key != column_keys[target]:
                 sibling_rows.append(row)
                 sibling_columns.append(column)
+    logits_BP = score_BP.masked_fill(is_masked.to(score_BP.device), -torch.inf)
+    if own_side is not None:
+        scores, is_related, keys = own_side
+        is_copy = [key in keys[:column] for column, key in enumerate(keys)]
+        is_left_out = torch.tensor(is_related) | torch.tensor(is_copy)
+        logits_BP = torch.cat([logits_BP, scores.masked_fill(is_left_out.to(scores.device), -torch.inf)], dim=1)
     return Tile(
-        logits_tP=score_BP.masked_fill(is_masked.to(score_BP.device), -torch.inf),
+        logits_tP=logits_BP,
         target_t=torch.tensor(targets, device=score_BP.device),
         sibling_rows=torch.tensor(sibling_rows, dtype=torch.int64, device=score_BP.device),
         sibling_logits=score_BP[sibling_rows, sibling_columns],

@@ -12,10 +12,13 @@ import torch
 _MASK = (1 << 64) - 1
 
 
-def replay_seed(seed: int, step: int, rank: int, tower: int, chunk: int) -> int:
-    """Return a 63-bit seed that differs for all realistic arguments. Source: splitmix64 (Steele et al. 2014)."""
+def replay_seed(*counters: int) -> int:
+    """Return a 63-bit seed of (seed, step, rank, tower, chunk), or of other counters; all realistic ones differ.
+
+    Source: splitmix64 (Steele et al. 2014).
+    """
     state = 0
-    for value in (seed, step, rank, tower, chunk):
+    for value in counters:
         state = (state + value + 0x9E3779B97F4A7C15) & _MASK
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK

@@ -12,10 +12,13 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from gradcache.agree import agree
 from gradcache.batch import Batch
-from gradcache.encode import backpropagate, encode_all, plan_encoding
-from gradcache.loss import global_loss
+from gradcache.encode import backpropagate, encode_all
+from gradcache.gather import gather_integers, naming_lost_ranks
+from gradcache.loss import LossOptions, global_loss
 from gradcache.objectives import Objective
+from gradcache.plan import Plan, chunks_of_each_tower, plan_encoding
 from gradcache.replay import borrowed_generators
 from gradcache.sync import GradientSync
 from gradcache.temperature import Temperature
@@ -28,6 +31,7 @@ class StepResult:
     loss: float  # mean over the queries of all ranks
     num_queries: int  # of all ranks
     num_chunks: int
+    num_halved: int  # chunks that did not fit into memory and were halved
     num_tokens: int  # encoded, without padding, a second encoding not counted
     num_padded_tokens: int  # the same with padding
     share_encoded_twice: float  # of the padded tokens
@@ -49,43 +53,52 @@ def cached_step(
     seed: int,
     step: int,
     symmetric: bool = False,
+    same_side: bool = False,
     tile_rows: int | None = None,
+    product_dtype: torch.dtype | None = None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> StepResult:
     """Add the gradient of the mean loss over the queries of all ranks to the parameters and the temperature.
 
     group: the ranks that share the loss; None for one process. sync: how the parameters' gradients become global ones.
     chunk_tokens: padded tokens encoded at once. keep_graphs: chunks that are encoded only once, with graph.
     seed, step: decide, with the rank, every draw of dropout; the generators are given back as they were.
-    symmetric: the mean of both directions, queries -> passages and target passages -> queries.
-    tile_rows: rows of scores evaluated at once; None: as many as fit a fixed memory.
+    symmetric, same_side, tile_rows, product_dtype: see `LossOptions`.
+    scaler: of float16 training; gradients come out times its scale, the temperature's too, as behind `scaler.scale(loss)`.
+    Mixed precision is the encoder's: let it run under autocast, or this whole call; the loss is computed outside of it.
     Collective: every rank of group calls it once a step, also with zero rows. The number of collectives does not depend on
-    the number of chunks. Raises ValueError if no rank has a query.
+    the number of chunks. Raises, on every rank alike and before any gradient: ValueError if no rank has a query or the
+    towers' widths differ, NotFinite for a broken embedding; LostRank where a rank is gone.
     """
     device = temperature.log_scale.device
+    rank = 0 if group is None else group.rank()
     started = _now_s(device)
-    plan = plan_encoding(batch.towers, chunk_tokens, seed, step, rank=0 if group is None else group.rank())
+    plan = plan_encoding(batch.towers, chunk_tokens, seed, step, rank)
+    if sync.communicates_in_forward and group is not None:
+        plan = _equalized(plan, batch, chunk_tokens, seed, step, group, device)
     sync.hold()
     with borrowed_generators():
-        embedding_nD, kept = encode_all(plan, keep_graphs)
-        num_padded = sum(chunk.num_padded_tokens for chunk in plan.chunks)
-        num_once = sum(plan.chunks[i].num_padded_tokens for i in kept)
+        encoding = encode_all(plan, keep_graphs, sync)
+        chunks = encoding.plan.chunks
+        num_padded = sum(chunk.num_padded_tokens for chunk in chunks)
+        num_once = sum(chunks[i].num_padded_tokens for i in encoding.kept)
         encoded = _now_s(device)
-        loss = global_loss(
-            batch,
-            embedding_nD,
-            objective=objective,
-            temperature=temperature,
-            group=group,
-            symmetric=symmetric,
-            tile_rows=tile_rows,
+        agreed = agree(batch, encoding, group, device)
+        options = LossOptions(
+            objective=objective, symmetric=symmetric, same_side=same_side, tile_rows=tile_rows, product_dtype=product_dtype
         )
+        scale = 1.0 if scaler is None or not scaler.is_enabled() else scaler.scale(torch.ones((), device=device)).item()
+        with torch.autocast(device.type, enabled=False):
+            loss = global_loss(batch, agreed, options=options, temperature=temperature, group=group, gradient_scale=scale)
         evaluated = _now_s(device)
-        backpropagate(plan, kept, loss.gradient_nD, sync)
+        with naming_lost_ranks(group):
+            backpropagate(encoding, loss.gradient_nD, sync, scale)
     return StepResult(
         loss=loss.value,
         num_queries=loss.num_queries,
-        num_chunks=len(plan.chunks),
-        num_tokens=sum(chunk.num_tokens for chunk in plan.chunks),
+        num_chunks=len(chunks),
+        num_halved=len(chunks) - len(plan.chunks),
+        num_tokens=sum(chunk.num_tokens for chunk in chunks),
         num_padded_tokens=num_padded,
         share_encoded_twice=1 - num_once / num_padded if num_padded else 0.0,
         share_masked=loss.share_masked,
@@ -93,6 +106,15 @@ def cached_step(
         loss_s=evaluated - encoded,
         backward_s=_now_s(device) - evaluated,
     )
+
+
+def _equalized(
+    plan: Plan, batch: Batch, chunk_tokens: int, seed: int, step: int, group: dist.ProcessGroup, device: torch.device
+) -> Plan:
+    """Return this rank's plan with as many chunks of each tower as the rank that has most. Collective: one all-gather."""
+    every = gather_integers(chunks_of_each_tower(plan, batch.towers), group, device)
+    most = [max(counts) for counts in zip(*every, strict=True)]
+    return plan_encoding(batch.towers, chunk_tokens, seed, step, group.rank(), most)
 
 
 def _now_s(device: torch.device) -> float:

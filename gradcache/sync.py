@@ -1,17 +1,28 @@
 """When gradients are synchronised over the ranks: once a step, in its last backward."""
 
-from typing import Protocol
+from collections.abc import Iterable
+from typing import Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 
 class GradientSync(Protocol):
-    """How a parallel backend is told what a step does. A step calls `hold` and `last_backward` once on every rank."""
+    """How a parallel backend is told what a step does.
+
+    A step calls `hold` and `last_backward` once on every rank, `backward` as often as it has other chunks.
+    """
+
+    communicates_in_forward: bool  # every rank must then make as many forwards and backwards, in one order
 
     def hold(self) -> None:
-        """Before the first forward of a step: no backward communicates from here on."""
+        """Before the first forward of a step: no backward reduces gradients from here on."""
+
+    def backward(self, surrogate: Tensor) -> None:
+        """Run a backward that is not the last one of a step. surrogate: a scalar; without a graph for a frozen tower."""
 
     def last_backward(self, surrogate: Tensor) -> None:
         """Run the last backward of a step and synchronise what all have accumulated. Collective.
@@ -22,24 +33,53 @@ class GradientSync(Protocol):
     def gradient_scale(self) -> float:
         """Return the factor that makes the synchronised gradient the sum over the ranks."""
 
+    def can_forget_gradients(self) -> bool:
+        """Return whether all gradients are of this step and nothing of them has been communicated."""
+
+    def forget_gradients(self) -> None:
+        """Take back what this step's backwards have accumulated on this rank."""
+
 
 class NoSync:
-    """One process."""
+    """One process. Modules are needed only to go on when a backward runs out of memory."""
+
+    communicates_in_forward = False
+
+    def __init__(self, *modules: nn.Module):
+        self._modules = modules
+        self._started_clean = False
 
     def hold(self) -> None:
-        """Do nothing."""
+        """Note whether there are gradients of earlier steps."""
+        self._started_clean = bool(self._modules) and all(p.grad is None for p in self._parameters())
+
+    def backward(self, surrogate: Tensor) -> None:
+        """Run it."""
+        if surrogate.requires_grad:
+            surrogate.backward()
 
     def last_backward(self, surrogate: Tensor) -> None:
         """Run it like any other."""
-        if surrogate.requires_grad:
-            surrogate.backward()
+        self.backward(surrogate)
 
     def gradient_scale(self) -> float:
         """Return 1: there is nothing to average."""
         return 1.0
 
+    def can_forget_gradients(self) -> bool:
+        """Return whether there were no gradients before this step."""
+        return self._started_clean
 
-class DDPSync:
+    def forget_gradients(self) -> None:
+        """Set all gradients to None."""
+        for parameter in self._parameters():
+            parameter.grad = None
+
+    def _parameters(self) -> Iterable[nn.Parameter]:
+        return (p for module in self._modules for p in module.parameters())
+
+
+class DDPSync(NoSync):
     """DistributedDataParallel modules: one for each tower, in their order, or one for all.
 
     Every parameter that needs a gradient is reduced, whichever of them the last chunk uses. One that no rank uses gets a
@@ -54,14 +94,16 @@ class DDPSync:
                     f"DistributedDataParallel has broadcast_buffers={module.broadcast_buffers} and static_graph="
                     f"{module.static_graph}; a step of many forwards, and of none on some ranks, needs both False"
                 )
-        self._modules = modules
+        super().__init__(*modules)
+        self._wrapped = modules
 
     def hold(self) -> None:
         """Keep the reducers from expecting the next backward. Collective in the second step: buckets are rebuilt."""
-        for module in self._modules:
+        for module in self._wrapped:
             module.require_backward_grad_sync = False
             # DDP does it in the next forward, which a rank without rows never makes.
             module.reducer._rebuild_buckets()
+        super().hold()
 
     def last_backward(self, surrogate: Tensor) -> None:
         """Run the last backward with the reducers armed.
@@ -69,12 +111,11 @@ class DDPSync:
         One module is reduced while the backward runs. Several are reduced one after the other behind it: in one backward
         their reductions would start in the order of that rank's graph, which differs where a rank has no rows.
         """
-        if len(self._modules) == 1:
-            self._arm(self._modules[0], surrogate).backward()
+        if len(self._wrapped) == 1:
+            self._arm(self._wrapped[0], surrogate).backward()
             return
-        if surrogate.requires_grad:
-            surrogate.backward()
-        for module in self._modules:
+        self.backward(surrogate)
+        for module in self._wrapped:
             self._arm(module, surrogate.new_zeros(())).backward()
 
     def _arm(self, module: DistributedDataParallel, surrogate: Tensor) -> Tensor:
@@ -83,22 +124,76 @@ class DDPSync:
         DDP arms itself in the forward that precedes a backward. Here the forward of the last backward may date from
         before the loss, others ran backward in between, and a rank without rows made none.
         """
-        start: Tensor = _Reach.apply(surrogate, *(p for p in module.parameters() if p.requires_grad))
+        start = reach_parameters(surrogate, module)
         module.require_backward_grad_sync = True
         module.reducer.prepare_for_backward([start])
         return start
 
     def gradient_scale(self) -> float:
         """Return W: DDP divides the sum by it."""
-        return float(self._modules[0].process_group.size())
+        return float(self._wrapped[0].process_group.size())
+
+
+class FSDP2Sync:
+    """Modules under `torch.distributed.fsdp.fully_shard`: one for each tower, in their order, or one for all.
+
+    reduce_every_chunk: reduce-scatter behind each chunk instead of once a step. The gradients that wait for the one
+    reduction are not sharded: a copy of all parameters. Reducing every chunk keeps only a shard, for the traffic.
+    """
+
+    communicates_in_forward = True
+
+    def __init__(self, *modules: FSDPModule, reduce_every_chunk: bool = False):
+        self._modules = modules
+        self._reduce_every_chunk = reduce_every_chunk
+
+    def hold(self) -> None:
+        """Let backwards accumulate without reducing."""
+        for module in self._modules:
+            module.set_requires_gradient_sync(self._reduce_every_chunk)
+
+    def backward(self, surrogate: Tensor) -> None:
+        """Run it; it gathers parameters."""
+        if surrogate.requires_grad:
+            surrogate.backward()
+
+    def last_backward(self, surrogate: Tensor) -> None:
+        """Run the last backward; FSDP reduces what has accumulated, of one module while it runs, of several behind it."""
+        if len(self._modules) == 1:
+            self._modules[0].set_requires_gradient_sync(True)
+            self.backward(surrogate)
+            return
+        self.backward(surrogate)
+        for module in self._modules:
+            module.set_requires_gradient_sync(True)
+            # What FSDP runs at the end of a backward: only the last chunk's tower is in the one above.
+            module._get_fsdp_state()._root_post_backward_final_callback()
+
+    def gradient_scale(self) -> float:
+        """Return W: FSDP divides the sum by it."""
+        (mesh,) = {
+            p.device_mesh for module in self._modules for p in cast(nn.Module, module).parameters() if isinstance(p, DTensor)
+        }
+        return float(mesh.size())
+
+    def can_forget_gradients(self) -> bool:
+        """Return False: other ranks would not run the backwards again."""
+        return False
+
+    def forget_gradients(self) -> None:
+        """Never called."""
+        raise AssertionError("FSDP gradients are shared with other ranks")
+
+
+def reach_parameters(surrogate: Tensor, module: nn.Module) -> Tensor:
+    """Return the surrogate with a graph that also reaches all trained parameters, with nothing to add to their gradients.
+
+    It lets a backend's hooks fire for parameters that the last chunk does not use. Unlike a sum of zeros it costs no memory.
+    """
+    return _Reach.apply(surrogate, *(p for p in module.parameters() if p.requires_grad))
 
 
 class _Reach(torch.autograd.Function):
-    """The surrogate itself, from which backward also reaches all parameters, with nothing to add to their gradients.
-
-    It lets DDP's hooks fire for parameters that the last chunk does not use. Unlike a sum of zeros it costs no memory.
-    """
-
     @staticmethod
     def forward(ctx, surrogate: Tensor, *parameters: Tensor) -> Tensor:
         ctx.num_parameters = len(parameters)

@@ -24,6 +24,27 @@ class ChunkSettings:
     keep_graphs: int | Literal["all"] = 0  # chunks that need no second forward: more memory, less time
 
 
+Backend = Literal["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelSettings:
+    """Section `parallel`: how several ranks share one model."""
+
+    backend: Backend = "ddp"
+    reduce: Literal["step", "chunk"] = "step"  # chunk: fsdp2, zero2 and zero3 keep shards of gradients, for more traffic
+    offload: bool = False  # zero1 to zero3: the optimizer, and with zero3 the parameters, in the host's memory
+
+    def __post_init__(self) -> None:
+        if self.reduce == "chunk" and self.backend not in ("fsdp2", "zero2", "zero3"):
+            raise InputError(
+                f'parallel.reduce="chunk" saves nothing with parallel.backend="{self.backend}", which keeps whole gradients; '
+                'set parallel.reduce="step", or parallel.backend to fsdp2, zero2 or zero3'
+            )
+        if self.offload and self.backend not in ("zero1", "zero2", "zero3"):
+            raise InputError(f'parallel.offload=true needs parallel.backend zero1, zero2 or zero3, found "{self.backend}"')
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
     """Section `loss`."""
@@ -71,6 +92,7 @@ class TrainJob:
     model: ModelSettings = field(default_factory=ModelSettings)
     batch: BatchSettings = field(default_factory=BatchSettings)
     chunk: ChunkSettings = field(default_factory=ChunkSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
     loss: LossSettings = field(default_factory=LossSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     negatives: NegativesSettings = field(default_factory=NegativesSettings)

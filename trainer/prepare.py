@@ -56,6 +56,11 @@ class Training:
 
 def prepare(job: TrainJob, world: World) -> Training:
     """Return a started or resumed run. Collective. Raises InputError for a job or data that cannot be used."""
+    if job.parallel.backend != "ddp":
+        raise InputError(
+            f'parallel.backend="{job.parallel.backend}" can be checked with negpool check, but not be trained with yet: '
+            'its checkpoints are still to come; set parallel.backend="ddp"'
+        )
     run = job.run.folder
     lock = claim_run(job, world)
     status: Status | NoStatus = Status(run, "trainer") if world.speaks else NoStatus()
@@ -67,7 +72,7 @@ def prepare(job: TrainJob, world: World) -> Training:
     encoder, tokenizer, traits = load_encoder(settings)
     dataset = _tokenized(job, data, tokenizer, traits)
     num_steps = num_steps_of(job, dataset.num_queries)
-    module, sync = parallelize(encoder.to(world.device), world)
+    parallel = parallelize(encoder, world, job.parallel)
     temperature = Temperature(job.loss.temperature, job.loss.learn_temperature).to(world.device)
     optimizer, schedule = build_optimizer(encoder, temperature, job.optim, num_steps)
     state = TrainState(encoder, temperature, optimizer, schedule)
@@ -84,8 +89,8 @@ def prepare(job: TrainJob, world: World) -> Training:
         world,
         data,
         dataset,
-        module,
-        sync,
+        parallel.module,
+        parallel.sync,
         state,
         tokenizer,
         traits,

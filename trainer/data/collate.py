@@ -58,6 +58,8 @@ def collate(
     lengths = np.concatenate([dataset.queries.lengths[query_n], dataset.passages.lengths[passage_p]])
 
     def load(rows: Tensor) -> dict[str, Tensor]:
+        if not len(rows):  # any input will do
+            return {name: values.to(device) for name, values in dataset.passages.pad(np.zeros(1, np.int64)).items()}
         number = rows.numpy()
         is_query = number < len(query_n)
         sides = (
