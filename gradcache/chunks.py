@@ -1,7 +1,7 @@
 """Rows to chunks of one token budget, after a length sort.
 
-Sorting makes the rows of a chunk nearly equally long, so hardly any padding is encoded; the budget bounds the memory of
-a chunk whatever the lengths are.
+Sorting makes the rows of a chunk nearly equally long, and a chunk also ends where its rows have become too short for it,
+so hardly any padding is encoded; the budget bounds the memory of a chunk whatever the lengths are.
 """
 
 import logging
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
+SHORTEST = 7 / 8  # of a chunk's longest row: shorter ones start the next chunk, …
+SMALLEST = 1 / 8  # … once the chunk has this share of the budget, below which encoders lose speed
 _told_of: set[int] = set()  # budgets that were too small for a row, so that it is said once
 
 
@@ -30,7 +32,11 @@ def plan_chunks(lengths: Tensor, max_tokens: int) -> list[Tensor]:
     chunks, start = [], 0
     while start < len(order):
         # The first row of a chunk is its longest, so it alone decides how many fit.
-        stop = start + max(1, max_tokens // max(1, sorted_lengths[start]))
+        longest = max(1, sorted_lengths[start])
+        stop = min(len(order), start + max(1, max_tokens // longest))
+        enough = start + max(1, int(max_tokens * SMALLEST) // longest)
+        while stop > enough and sorted_lengths[stop - 1] < SHORTEST * longest:
+            stop -= 1
         chunks.append(order[start:stop])
         start = stop
     return chunks

@@ -1,5 +1,7 @@
 """Who this process is among the trainers. Only `join_world` looks at the environment."""
 
+import contextlib
+import ctypes
 import datetime
 import os
 import warnings
@@ -72,6 +74,7 @@ warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=Futu
 def join_world() -> World:
     """Join the process group that the launcher's environment describes (accelerate, torchrun), or stay alone."""
     timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    keep_freed_memory()
     use_cpu = not torch.cuda.is_available()
     num_launched = int(os.environ.get("WORLD_SIZE", "1"))
     # BERT-type buffers never change; broadcasting them between two forwards would invalidate the first one's graph.
@@ -90,3 +93,16 @@ def join_world() -> World:
         control=dist.new_group(backend="gloo", timeout=timeout) if several else None,
         accelerator=accelerator,
     )
+
+
+def keep_freed_memory() -> None:
+    """Let the C library reuse large blocks instead of returning each to the system, where it is glibc.
+
+    A chunk's activations are freed and taken again with every layer; fetched anew, each page of theirs is cleared first.
+    A training step of MiniLM on two cores took 10 to 40 percent longer without, most with large chunks.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+        libc.mallopt(m_mmap_threshold, 2**30)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)

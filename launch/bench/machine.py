@@ -1,0 +1,87 @@
+"""What the machine can do, and what a piece of work took of it: time, peak memory, products per second."""
+
+import ctypes
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass
+class Cost:
+    """Filled when the work is done."""
+
+    seconds: float = 0.0
+    peak_gib: float = 0.0  # above what was held before
+
+
+@contextmanager
+def measured(device: torch.device) -> Iterator[Cost]:
+    """Measure what happens inside."""
+    cost = Cost()
+    before = _start_peak(device)
+    _wait(device)
+    started = time.perf_counter()
+    yield cost
+    _wait(device)
+    cost.seconds = time.perf_counter() - started
+    cost.peak_gib = max(0.0, (_peak_bytes(device) - before) / 2**30)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """Return the machine's floating-point operations per second in a large matrix product, the best of five."""
+    size = 2048 if device.type == "cpu" else 8192
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / min(seconds_of(lambda: left @ right, device) for _ in range(5))
+
+
+def seconds_of(work: Callable, device: torch.device) -> float:
+    """Return how long a call takes."""
+    _wait(device)
+    started = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def describe(device: torch.device) -> dict:
+    """Return the hardware in words and numbers."""
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device), "torch": torch.__version__}
+    model = "CPU"
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+    return {"device": model, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def _start_peak(device: torch.device) -> int:
+    """Forget earlier peaks; return the bytes that are held now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the C library keeps would hide what is needed
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, proc(5)
+    return _status_bytes("VmRSS")
+
+
+def _peak_bytes(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status_bytes("VmHWM")
+
+
+def _status_bytes(name: str) -> int:
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(name + ":"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,57 @@
+"""One function on several ranks of this machine, started and answered for: `negpool check` and `negpool bench`.
+
+The parent starts torchrun with a module of ours; its rank 0 writes what came out, or the sentence of a refusal, to a file,
+because torchrun passes on neither exit codes nor a clean standard error.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import InputError
+
+ARGUMENTS, REPORT = "NEGPOOL_ARGUMENTS", "NEGPOOL_REPORT"
+
+
+def on_ranks(module: str, num_ranks: int, **arguments: Any) -> dict[str, Any]:
+    """Return what `answer` in a module gives for the arguments on `num_ranks` processes.
+
+    Raises InputError for what rank 0 refused; RuntimeError, with the ranks' last words, if they died.
+    """
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // num_ranks))),
+            "TOKENIZERS_PARALLELISM": "false",
+            ARGUMENTS: json.dumps(arguments),
+            REPORT: str(report),
+        }
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+        ended = subprocess.run([*torchrun, "-m", module], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        found = json.loads(report.read_text()) if report.exists() else None
+    if found is None:
+        words = ended.stdout.decode(errors="replace").strip().splitlines()[-40:]
+        raise RuntimeError("the ranks died; their last words:\n" + "\n".join(words))
+    if "refused" in found:
+        raise InputError(found["refused"])
+    return found
+
+
+def answer(function: Callable[..., dict[str, Any] | None]) -> None:
+    """Call a function with the parent's arguments on this rank; rank 0 reports."""
+    report = Path(os.environ[REPORT])
+    try:
+        found = function(**json.loads(os.environ[ARGUMENTS]))
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0":
+            report.write_text(json.dumps({"refused": str(error)}))
+        return
+    if found is not None:
+        report.write_text(json.dumps(found))

@@ -1,0 +1,57 @@
+"""Plans of chunks: every row once, within the budget, little padding, as many as asked for."""
+
+import pytest
+import torch
+
+from gradcache.chunks import equalize_chunks, plan_chunks, unique_rows
+
+
+def random_lengths(num_rows, seed=0):
+    torch.manual_seed(seed)
+    return (torch.randn(num_rows).exp() * 30).long().clamp(1, 256)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 7, 100, 1001])
+@pytest.mark.parametrize("max_tokens", [1, 64, 300, 4096, 10**6])
+def test_every_row_is_in_one_chunk_within_the_budget(num_rows, max_tokens):
+    lengths = random_lengths(num_rows)
+    chunks = plan_chunks(lengths, max_tokens)
+    assert sorted(torch.cat([*chunks, torch.empty(0, dtype=torch.int64)]).tolist()) == list(range(num_rows))
+    for rows in chunks:
+        assert len(rows) == 1 or len(rows) * int(lengths[rows].max()) <= max_tokens
+    longest = [int(lengths[rows].max()) for rows in chunks]
+    assert longest == sorted(longest, reverse=True), "the longest first, so that memory is tried at once"
+
+
+def test_less_than_a_twelfth_of_the_tokens_is_padding():
+    lengths = random_lengths(1000)
+    for max_tokens in (2048, 8192):
+        chunks = plan_chunks(lengths, max_tokens)
+        padded = sum(len(rows) * int(lengths[rows].max()) for rows in chunks)
+        assert int(lengths.sum()) > padded * 11 / 12
+        assert len(chunks) < 40 + padded / max_tokens
+
+
+def test_a_budget_below_one_text_is_said_once_and_raised_to_it(caplog):
+    lengths = torch.tensor([50, 9])
+    assert [rows.tolist() for rows in plan_chunks(lengths, 13)] == [[0], [1]]
+    assert [rows.tolist() for rows in plan_chunks(lengths, 13)] == [[0], [1]]
+    assert [record.getMessage() for record in caplog.records] == [
+        "chunk_tokens=13 is less than one text of 50 tokens, which is encoded alone"
+    ]
+    with pytest.raises(ValueError, match="chunk_tokens=0 must be at least 1"):
+        plan_chunks(lengths, 0)
+
+
+@pytest.mark.parametrize("num_rows, num_chunks", [(0, 3), (1, 4), (10, 4), (10, 10), (10, 13)])
+def test_equalized_chunks_hold_the_same_rows_and_empty_ones_behind(num_rows, num_chunks):
+    chunks = equalize_chunks(plan_chunks(random_lengths(num_rows), 200), num_chunks)
+    assert sorted(torch.cat(chunks).tolist()) == list(range(num_rows))
+    filled = [len(rows) > 0 for rows in chunks]
+    assert filled == sorted(filled, reverse=True)
+    assert len(chunks) >= num_chunks and sum(filled) >= min(num_rows, num_chunks)
+
+
+def test_equal_rows_are_encoded_once():
+    first, place = unique_rows(torch.tensor([7, 3, 7, 7, 5, 3]), 6)
+    assert torch.equal(first[place], torch.tensor([0, 1, 0, 0, 4, 1]))
