@@ -5,6 +5,7 @@ Tensors, modules and process groups only: no text, no Hugging Face, no files.
 
 from gradcache.agree import NotFinite
 from gradcache.batch import Batch, Tower
+from gradcache.budget import Budget, probe_budget
 from gradcache.chunks import plan_chunks
 from gradcache.gather import LostRank
 from gradcache.objectives import OBJECTIVES, Objective, Tile
@@ -16,6 +17,7 @@ from gradcache.temperature import Temperature
 __all__ = [
     "OBJECTIVES",
     "Batch",
+    "Budget",
     "DDPSync",
     "FSDP2Sync",
     "GradientSync",
@@ -29,5 +31,6 @@ __all__ = [
     "Tower",
     "cached_step",
     "plan_chunks",
+    "probe_budget",
     "reference_step",
 ]

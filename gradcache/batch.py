@@ -21,6 +21,7 @@ class Tower:
     encode: Callable[[Any], Tensor]  # inputs of one chunk -> (m, D) embeddings, with a graph when grad mode is on
     lengths: Tensor  # (n,) int64 on the CPU, tokens of each row
     load: Callable[[Tensor], Any]  # row numbers (m,) int64 on the CPU -> inputs of one chunk
+    encode_kept: Callable[[Any], Tensor] | None = None  # for chunks that keep their graph: without activation checkpointing
     encode_keys: Tensor | None = None  # (n,) int64: rows of equal keys are encoded once; None: every row by itself
 
 

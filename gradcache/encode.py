@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradcache.plan import Chunk, Plan, encode_chunk
 from gradcache.sync import GradientSync
-from gradcache.tight import encode_or_halve, is_out_of_memory, out_of_memory, tight_surrogates
+from gradcache.tight import draws, encode_or_halve, is_out_of_memory, out_of_memory, tight_surrogates
 
 # n rows of the batch, u distinct rows, which are encoded, m rows of a chunk
 
@@ -64,15 +64,19 @@ def backpropagate(encoding: Encoding, gradient_nD: Tensor, sync: GradientSync, s
     plan = encoding.plan
     gradient_uD = gradient_nD.new_zeros(plan.num_distinct, gradient_nD.shape[1])
     gradient_uD.index_add_(0, plan.place_n.to(gradient_nD.device), gradient_nD).mul_(scale * sync.gradient_scale())
-    tight: set[int] = set()
-    while (failed := _backward_all(plan, encoding.kept, gradient_uD, sync, tight)) is not None:
+    halvings = [0] * len(plan.chunks)
+    while (failed := _backward_all(plan, encoding.kept, gradient_uD, sync, halvings)) is not None:
         # A backward that ran out of memory has left part of its gradient behind: all are taken back and made again.
-        tight.add(failed)
+        if halvings[failed] and (draws(plan.chunks[failed]) or 2 ** halvings[failed] >= len(plan.chunks[failed].rows)):
+            raise out_of_memory(plan.chunks[failed])
+        halvings[failed] += 1
         sync.forget_gradients()
 
 
-def _backward_all(plan: Plan, kept: dict[int, Tensor], gradient_uD: Tensor, sync: GradientSync, tight: set[int]) -> int | None:
-    """Run all backwards, those of `tight` chunks in less memory; return the chunk whose backward ran out of memory.
+def _backward_all(
+    plan: Plan, kept: dict[int, Tensor], gradient_uD: Tensor, sync: GradientSync, halvings: list[int]
+) -> int | None:
+    """Run all backwards, those of chunks with halvings in less memory; return the chunk whose backward ran out of memory.
 
     Kept graphs come first, so that their memory is free before the next chunk is encoded again.
     """
@@ -82,19 +86,19 @@ def _backward_all(plan: Plan, kept: dict[int, Tensor], gradient_uD: Tensor, sync
     for i in order:
         is_last = i == order[-1]
         try:
-            for surrogate, is_last_part in _surrogates(plan.chunks[i], kept.pop(i, None), gradient_uD, sync, i in tight):
+            for surrogate, is_last_part in _surrogates(plan.chunks[i], kept.pop(i, None), gradient_uD, sync, halvings[i]):
                 (sync.last_backward if is_last and is_last_part else sync.backward)(surrogate)
                 del surrogate
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            if is_last or i in tight or not sync.can_forget_gradients():
+            if is_last or not sync.can_forget_gradients():
                 raise out_of_memory(plan.chunks[i]) from error
             return i
     return None
 
 
-def _surrogates(chunk: Chunk, embedding_mD: Tensor | None, gradient_uD: Tensor, sync: GradientSync, is_tight: bool):
+def _surrogates(chunk: Chunk, embedding_mD: Tensor | None, gradient_uD: Tensor, sync: GradientSync, halvings: int):
     """Yield scalars whose backwards put the chunk's gradient into the parameters, and whether it is the last of them."""
 
     def surrogate(part: Chunk, embedding_mD: Tensor | None = None) -> Tensor:
@@ -105,13 +109,7 @@ def _surrogates(chunk: Chunk, embedding_mD: Tensor | None, gradient_uD: Tensor, 
         gradient_mD = gradient_uD[part.places.to(gradient_uD.device)].to(embedding_mD.dtype)
         return (embedding_mD * gradient_mD).sum()
 
-    if not is_tight:
-        try:
-            first = surrogate(chunk, embedding_mD)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        else:
-            yield first, True
-            return
-    yield from tight_surrogates(chunk, surrogate, may_halve=not sync.communicates_in_forward)
+    if not halvings and embedding_mD is not None:
+        yield surrogate(chunk, embedding_mD), True
+        return
+    yield from tight_surrogates(chunk, surrogate, not sync.communicates_in_forward, halvings)

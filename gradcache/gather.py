@@ -5,8 +5,7 @@ tiles. Rows are padded to the largest rank, because gloo and NCCL move equal par
 """
 
 import contextlib
-import datetime
-import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -73,16 +72,22 @@ def naming_lost_ranks(group: dist.ProcessGroup | None) -> Iterator[None]:
 
 
 def _who_is_missing(group: dist.ProcessGroup) -> str:
-    """Return which ranks do not answer; only gloo can still be asked when a collective has failed."""
-    waited = "the ranks wait for one that died or did not answer in time"
-    if dist.get_backend(group) != "gloo":
-        return waited
-    try:
-        dist.monitored_barrier(group, timeout=datetime.timedelta(seconds=PATIENCE_S), wait_all_ranks=True)
-    except RuntimeError as error:
-        found = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
-        return f"rank {found[1].strip()} died or did not answer in time" if found else waited
-    return waited
+    """Return which ranks have not noticed the failure themselves: those are dead, or stuck somewhere else.
+
+    They meet in the group's store, because the group itself is broken now, whatever its backend.
+    """
+    ranks = dist.get_process_group_ranks(group)
+    missing = ranks
+    with contextlib.suppress(RuntimeError):  # the store lived on a rank that is gone
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"negpool/noticed/{dist.get_rank()}", "1")
+        deadline = time.monotonic() + PATIENCE_S
+        while missing and time.monotonic() < deadline:
+            time.sleep(0.1)
+            missing = [rank for rank in ranks if not store.check([f"negpool/noticed/{rank}"])]
+        if missing:
+            return f"rank {', '.join(map(str, missing))} died or did not answer in time"
+    return "a rank died or did not answer in time"
 
 
 def gather_rows(rows_nD: Tensor, keys_n: Tensor, extra_nM: Tensor, counts: list[int], group: dist.ProcessGroup | None) -> Pool:

@@ -84,13 +84,14 @@ def chunks_of_each_tower(plan: Plan, towers: Sequence[Tower]) -> list[int]:
     return [sum(chunk.tower is tower for chunk in plan.chunks) for tower in towers]
 
 
-def encode_chunk(chunk: Chunk, *, with_graph: bool) -> Tensor:
+def encode_chunk(chunk: Chunk, *, with_graph: bool, is_kept: bool = False) -> Tensor:
     """Return the embeddings of a chunk, (m, D); the same draws of dropout whenever it is called."""
     torch.manual_seed(chunk.seed)
     # Under autocast, weights that were cast without grad mode would be taken again with it, and get no gradient.
     torch.clear_autocast_cache()
     with torch.set_grad_enabled(with_graph):
-        embedding_mD = chunk.tower.encode(chunk.tower.load(chunk.rows))
+        encode = chunk.tower.encode_kept if is_kept and chunk.tower.encode_kept is not None else chunk.tower.encode
+        embedding_mD = encode(chunk.tower.load(chunk.rows))
     if embedding_mD.ndim != 2 or (len(chunk.rows) and len(embedding_mD) != len(chunk.rows)):
         raise ValueError(f"encode returned {tuple(embedding_mD.shape)} for {len(chunk.rows)} rows; expected (rows, width)")
     return embedding_mD

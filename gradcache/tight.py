@@ -39,7 +39,7 @@ def out_of_memory(chunk: Chunk) -> torch.OutOfMemoryError:
 def encode_or_halve(chunk: Chunk, *, with_graph: bool, may_halve: bool) -> list[Encoded]:
     """Return the encoding of a chunk in as many parts as fit, without the graph if that is what does not fit."""
     try:
-        return [Encoded(chunk, encode_chunk(chunk, with_graph=with_graph), with_graph)]
+        return [Encoded(chunk, encode_chunk(chunk, with_graph=with_graph, is_kept=with_graph), with_graph)]
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -53,30 +53,35 @@ def encode_or_halve(chunk: Chunk, *, with_graph: bool, may_halve: bool) -> list[
     return [part for half in chunk.halves() for part in encode_or_halve(half, with_graph=False, may_halve=may_halve)]
 
 
-def tight_surrogates(chunk: Chunk, surrogate: Callable[[Chunk], Tensor], may_halve: bool) -> Iterator[tuple[Tensor, bool]]:
+def tight_surrogates(
+    chunk: Chunk, surrogate: Callable[[Chunk], Tensor], may_halve: bool, halvings: int
+) -> Iterator[tuple[Tensor, bool]]:
     """Yield what `surrogate` makes of a chunk, in less memory, and whether it is the last of the parts."""
-    if not may_halve or len(chunk.rows) < 2 or _draws(chunk):
+    if halvings and (not may_halve or len(chunk.rows) < 2 or draws(chunk)):
         log.warning("out of memory: the graph of a chunk of %d padded tokens goes to the host", chunk.num_padded_tokens)
         with torch.autograd.graph.save_on_cpu():
             scalar = surrogate(chunk)
         yield scalar, True
         return
-    log.warning("out of memory: a chunk of %d padded tokens is encoded again in halves", chunk.num_padded_tokens)
-    first, second = chunk.halves()
-    for half in (first, second):
-        try:
-            scalar = surrogate(half)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        else:
-            yield scalar, half is second
-            continue
-        for scalar, is_last in tight_surrogates(half, surrogate, may_halve):
-            yield scalar, is_last and half is second
+    if halvings:
+        log.warning("out of memory: a chunk of %d padded tokens is encoded again in halves", chunk.num_padded_tokens)
+        first, second = chunk.halves()
+        for half in (first, second):
+            for scalar, is_last in tight_surrogates(half, surrogate, may_halve, halvings - 1):
+                yield scalar, is_last and half is second
+        return
+    try:
+        scalar = surrogate(chunk)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    else:
+        yield scalar, True
+        return
+    yield from tight_surrogates(chunk, surrogate, may_halve, 1)
 
 
-def _draws(chunk: Chunk) -> bool:
+def draws(chunk: Chunk) -> bool:
     """Return whether the chunk's encoding takes random numbers."""
     before = _generator_states(chunk.seed)
     encode_chunk(chunk, with_graph=False)

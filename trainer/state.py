@@ -20,6 +20,7 @@ class TrainState:
     temperature: Temperature
     optimizer: Optimizer
     schedule: LRScheduler
+    scaler: torch.amp.GradScaler  # of float16 gradients
     step: int = 0  # steps done
     negatives_version: int | None = None  # in force after `step`
     swaps: list[list[int]] = field(default_factory=list)  # [step, version] of every swap so far
@@ -38,6 +39,7 @@ class TrainState:
         return {
             **counters,
             "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "groups": self.optimizer.state_dict()["param_groups"],
         }
 
@@ -50,6 +52,8 @@ class TrainState:
             per_parameter.setdefault(int(index), {})[key] = tensor
         self.optimizer.load_state_dict({"state": per_parameter, "param_groups": values["groups"]})
         self.schedule.load_state_dict(values["schedule"])
+        if values.get("scaler"):
+            self.scaler.load_state_dict(values["scaler"])
         for key in ("step", "negatives_version", "swaps", "seconds"):
             setattr(self, key, values[key])
 

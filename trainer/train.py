@@ -10,15 +10,19 @@ import logging
 import resource
 import time
 
+import numpy as np
 import torch
 
-from gradcache import OBJECTIVES, StepResult, cached_step
+from gradcache import OBJECTIVES, NotFinite, StepResult, cached_step
+from trainer.budget import step_budget
 from trainer.checkpoint import prune_checkpoints, save_checkpoint
 from trainer.data.collate import collate
 from trainer.data.sampler import global_batch, rank_slice
+from trainer.errors import InputError
 from trainer.evaluate import Stopped, evaluate
 from trainer.handoff.manifest import write_atomically
 from trainer.job import TrainJob
+from trainer.precision import product_dtype
 from trainer.prepare import Training, prepare
 from trainer.state import Outcome
 from trainer.world import World
@@ -47,6 +51,8 @@ def train(job: TrainJob, world: World) -> Outcome:
         evaluate_once(run, "trained")
     except Stopped:
         return stop(run)
+    except NotFinite as error:
+        raise InputError(f"step {state.step}: {_name_text(run, error)}") from error
     finally:
         run.feed.close()
         run.metrics.close()
@@ -82,32 +88,44 @@ def step(run: Training) -> StepResult:
         run.dataset,
         run.feed.in_force,
         rank_slice(rows, world.rank, world.num_ranks),
-        encode=run.module,
+        encode=run.encode,
         device=world.device,
         per_query=job.negatives.per_query,
         seed=job.run.seed,
         step=state.step,
     )
-    return cached_step(
+    if run.budget is None:
+        run.budget = step_budget(job.chunk, batch, state.encoder, world)
+    result = cached_step(
         batch,
         objective=OBJECTIVES[job.loss.objective],
         symmetric=job.loss.symmetric,
+        same_side=job.loss.same_side,
+        tile_rows=job.loss.tile_rows,
+        product_dtype=product_dtype(job.precision),
+        scaler=state.scaler,
         temperature=state.temperature,
         sync=run.sync,
         group=world.group,
-        chunk_tokens=job.chunk.tokens,
-        keep_graphs=job.chunk.keep_graphs,
+        chunk_tokens=run.budget.chunk_tokens,
+        keep_graphs=run.budget.keep_graphs,
         seed=job.run.seed,
         step=state.step,
     )
+    if result.num_halved:
+        run.budget = run.budget.halved()
+        log.warning("step %d: out of memory; from here on chunk.tokens is %d", state.step, run.budget.chunk_tokens)
+    return result
 
 
 def update(run: Training) -> float:
     """Clip, step the optimizer and its schedule, and return the norm of the gradient before clipping."""
     state = run.state
     parameters = [*state.encoder.parameters(), *state.temperature.parameters()]
+    state.scaler.unscale_(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, run.job.optim.max_grad_norm)
-    state.optimizer.step()
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
     state.schedule.step()
     state.optimizer.zero_grad(set_to_none=True)
     return float(norm)
@@ -128,6 +146,7 @@ def record(run: Training, result: StepResult, grad_norm: float, seconds: float) 
         "num_queries": result.num_queries,
         "num_chunks": result.num_chunks,
         "tokens_per_rank_per_s": round(tokens_per_s, 1),
+        "chunk_tokens": None if run.budget is None else run.budget.chunk_tokens,
         "share/padding": round(1 - result.num_tokens / max(1, result.num_padded_tokens), 4),
         "share/encoded_twice": result.share_encoded_twice,
         "share/masked": result.share_masked,
@@ -147,6 +166,15 @@ def record(run: Training, result: StepResult, grad_norm: float, seconds: float) 
             "step %d/%d  loss %.4f  gradient %.3f  %.0f tokens/s a rank  %.1f GiB",
             state.step, run.num_steps, result.loss, grad_norm, tokens_per_s, values["memory/peak_gib"],
         )  # fmt: skip
+
+
+def _name_text(run: Training, error: NotFinite) -> str:
+    """Return a broken embedding's error with the text's id in the place of its key."""
+    data, keys = run.data, run.dataset
+    queries = data.training_queries(run.job.data.train_split)
+    table, names = (keys.queries, data.queries.select(queries)) if error.is_query else (keys.passages, data.corpus)
+    found = np.flatnonzero(table.keys(np.arange(len(names))) == error.key)
+    return str(error).replace(f"key {error.key}", f"id {names[int(found[0])]['_id']!r}") if len(found) else str(error)
 
 
 def save(run: Training) -> None:

@@ -40,7 +40,7 @@ def test_what_is_kept_in_the_run_folder_reads_as_the_same_job(job_file, tmp_path
         ("batch.queries=1.5", r"batch\.queries=1\.5 cannot be used: .*integer"),
         ("batch.queries=-1", r"batch\.queries=-1 must be more than 0"),
         ("chunk.keep_graphs=some", r"chunk\.keep_graphs.*cannot be used"),
-        ("loss.objective=infonce", r"loss\.objective='infonce' is unknown; expected one of info_nce"),
+        ("loss.objective=infonce", r"loss\.objective='infonce' is unknown; did you mean info_nce"),
         ("sample.method=best", r"sample\.method"),
         ("negatives.schedule=[{checkpoint=7, step=300}]", r"negatives\.schedule names checkpoint 7, which is never written"),
         ("search.top_k=0", r"search\.top_k=0"),

@@ -4,6 +4,8 @@ A query brings one of its positives and some of its hard negatives; which ones i
 Passages are ordered positives first, so query i's target is passage i.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,7 +46,7 @@ def collate(
     negatives: Negatives | None,
     query_n: np.ndarray,
     *,
-    encode: nn.Module,
+    encode: Callable[..., Tensor],
     device: torch.device,
     per_query: int,
     seed: int,
@@ -73,6 +75,7 @@ def collate(
         towers=[
             Tower(
                 encode=encode,
+                encode_kept=functools.partial(encode, keep_activations=True),
                 lengths=torch.from_numpy(lengths.astype(np.int64)),
                 load=load,
                 # The key is of the token ids, prefix included, so equal keys are equal inputs on either side.

@@ -9,7 +9,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -48,6 +48,7 @@ class ModelSettings:
     passage_prefix: str | None = None  # text before every passage
     max_query_tokens: int | None = None  # tokens, special ones included; None: the folder's, else the model's
     max_passage_tokens: int | None = None  # the same for passages
+    checkpoint_activations: bool = False  # a chunk's graph takes less memory and a third more time; not for kept graphs
     dropout: float | None = None  # of every layer while training; None: the model's own, and 0 saves a fifth of the time
 
 
@@ -72,15 +73,30 @@ class Encoder(nn.Module):
         self.pool = POOLINGS[pooling]
         self.normalize = normalize
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return (n, D) embeddings of `input_ids` and `attention_mask`, each (n, L)."""
-        states_nLD = self.model(**inputs).last_hidden_state
+    def forward(self, inputs: Mapping[str, Tensor], keep_activations: bool = False) -> Tensor:
+        """Return (n, D) embeddings of `input_ids` and `attention_mask`, each (n, L).
+
+        keep_activations: recompute none in backward, also where the model's layers are set to.
+        """
+        is_paused = keep_activations and self.model.is_gradient_checkpointing
+        if is_paused:
+            self.model.gradient_checkpointing_disable()
+        try:
+            states_nLD = self.model(**inputs).last_hidden_state
+        finally:
+            if is_paused:
+                checkpoint_activations(self.model)
         embedding_nD = self.pool(states_nLD, inputs["attention_mask"])
         return nn.functional.normalize(embedding_nD, dim=-1) if self.normalize else embedding_nD
 
     @property
     def width(self) -> int:
         return self.model.config.hidden_size
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Let the model's layers recompute their activations in backward, with the same draws."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def load_encoder(settings: ModelSettings) -> tuple[Encoder, PreTrainedTokenizerBase, Traits]:
@@ -97,6 +113,8 @@ def load_encoder(settings: ModelSettings) -> tuple[Encoder, PreTrainedTokenizerB
     replace_dropout(model)
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(ATTENTION)  # the same on a GPU and without dropout
+    if settings.checkpoint_activations:
+        checkpoint_activations(model)
     traits = _traits(source, settings, getattr(config, "max_position_embeddings", 512), tokenizer.model_max_length)
     return Encoder(model, traits.pooling, traits.normalize).train(), tokenizer, traits
 
@@ -178,7 +196,8 @@ def _traits(source: str, settings: ModelSettings, max_positions: int, tokenizer_
         max_query_tokens=limit,
         max_passage_tokens=limit,
     )
-    chosen = {key: value for key, value in asdict(settings).items() if key not in ("name", "dropout") and value is not None}
+    of_traits = {field.name for field in fields(Traits)}
+    chosen = {key: value for key, value in asdict(settings).items() if key in of_traits and value is not None}
     traits = replace(default, **{**found, **chosen})
     for field in ("max_query_tokens", "max_passage_tokens"):
         tokens = getattr(traits, field)

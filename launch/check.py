@@ -1,0 +1,259 @@
+"""`negpool check`: the gradients of cached steps on a job's own model, data and ranks, against one process and one graph.
+
+Rank 0 computes the reference for the rows of all ranks, in one graph; then every variant of the cached step runs on all
+ranks under the job's backend, and its whole gradients are compared, group by group and for the temperature. Dropout stays
+as the job has it: both draw the same.
+"""
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from gradcache import OBJECTIVES, Batch, StepResult, Temperature, cached_step, reference_step
+from launch.bench.machine import measured
+from launch.jobfile import read_job
+from launch.ranks import answer, on_ranks
+from trainer.budget import CPU_BUDGET
+from trainer.data.collate import TrainingSet, collate
+from trainer.data.datasets import open_dataset
+from trainer.data.sampler import choice, global_batch, rank_slice
+from trainer.encoder.model import load_encoder
+from trainer.errors import InputError
+from trainer.handoff.negatives import Negatives
+from trainer.job import TrainJob
+from trainer.parallel import Parallel, parallelize
+from trainer.prepare import tokenized
+from trainer.world import World, join_world
+
+MAX_RATIO_ERROR, MIN_COSINE = 1e-4, 0.99999  # float32 sums in another order
+REFERENCE_QUERIES = 64  # of a step over all ranks; the reference keeps every graph
+VARIANTS: dict[str, dict[str, Any]] = {  # what a step may be told; all must give one gradient
+    "cached": {"keep_graphs": 0},
+    "kept graphs": {"keep_graphs": "all"},
+    "small chunks": {"keep_graphs": 1, "chunk_tokens": 512},
+    "tiled": {"keep_graphs": "all", "tile_rows": 5},
+}
+
+
+def check_job(job: Path, overrides: list[str], ranks: int, queries: int) -> dict[str, Any]:
+    """Return what was found; `ok` says whether all gradients agree."""
+    read_job(job, overrides)  # a bad job is refused before any process starts
+    if ranks == 1 and "RANK" not in os.environ:
+        found = check_here(str(job), overrides, queries)
+        assert found is not None
+        return found
+    return on_ranks("launch.check", ranks, job=str(job), overrides=overrides, queries=queries)
+
+
+def check_here(job: str, overrides: list[str], queries: int) -> dict[str, Any] | None:
+    """Return what was found on rank 0, None elsewhere. Collective."""
+    train = read_job(Path(job), overrides).train
+    world = join_world()
+    try:
+        return _check(train, world, min(queries, train.batch.queries))
+    finally:
+        world.leave()
+
+
+def _check(job: TrainJob, world: World, num_queries: int) -> dict[str, Any] | None:
+    data = open_dataset(job.data.path, job.data.cache)
+    encoder, tokenizer, traits = load_encoder(job.model)
+    dataset = tokenized(job, data, tokenizer, traits)
+    if dataset.num_queries < num_queries:
+        raise InputError(f"{job.data.path} has {dataset.num_queries} training queries; set batch.queries lower")
+    plain = copy.deepcopy(encoder).to(world.device) if world.speaks else None
+    parallel = parallelize(encoder, world, job.parallel)
+    step = _Step(job, world, dataset, len(data.corpus), num_queries)
+    variants: dict[str, Any] = {}
+    expected = None
+    if plain is not None:
+        with measured(world.device) as cost:
+            expected = _reference(step, plain, parallel)
+        variants["plain, one process, one graph"] = {
+            "seconds": round(cost.seconds / len(expected), 3),
+            "peak_memory_gib": round(cost.peak_gib, 3),
+        }
+    world.barrier()
+    for name, options in VARIANTS.items():
+        with measured(world.device) as cost:
+            result, gradients = step.cached(parallel, **options)
+        peak_kib = world.all_max([int(cost.peak_gib * 2**20)])[0]
+        if expected is not None:
+            tokens_per_s = result.num_tokens / (result.encode_s + result.loss_s + result.backward_s)
+            variants[name] = {
+                **compare(gradients, expected[options.get("chunk_tokens", step.chunk_tokens)]),
+                "chunks": result.num_chunks,
+                "peak_memory_gib": round(peak_kib / 2**20, 3),
+                "tokens_per_rank_per_s": round(tokens_per_s),
+                "share_padding": round(1 - result.num_tokens / max(1, result.num_padded_tokens), 4),
+                "share_encoded_twice": round(result.share_encoded_twice, 4),
+            }
+    few, many = (step.collectives(parallel, tokens) for tokens in (10**9, 512))
+    if not world.speaks:
+        return None
+    worst = max(variants[name]["max_ratio_error"] for name in VARIANTS)
+    cosine = min(variants[name]["min_cosine"] for name in VARIANTS)
+    return {
+        "ok": worst <= MAX_RATIO_ERROR and cosine >= MIN_COSINE,
+        "backend": job.parallel.backend if world.group is not None or job.parallel.backend.startswith("zero") else "none",
+        "reduce": job.parallel.reduce,
+        "offload": job.parallel.offload,
+        "ranks": world.num_ranks,
+        "queries": num_queries,
+        "model": job.model.name,
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "max_ratio_error": worst,
+        "min_cosine": cosine,
+        "variants": variants,
+        "collectives": few,
+        "collectives_do_not_follow_chunks": few == many,
+        **({} if few == many else {"collectives_with_small_chunks": many}),
+    }
+
+
+class _Step:
+    """One step of the job, on the same rows whoever takes it."""
+
+    def __init__(self, job: TrainJob, world: World, dataset: TrainingSet, num_passages: int, num_queries: int):
+        self.job, self.world, self.dataset = job, world, dataset
+        self.rows = global_batch(job.run.seed, 0, dataset.num_queries, num_queries)
+        self.negatives = _random_negatives(dataset.num_queries, num_passages, job.negatives.per_query)
+        loss = job.loss
+        chunk = job.chunk
+        self.chunk_tokens = CPU_BUDGET.chunk_tokens if chunk.tokens == "auto" else chunk.tokens
+        self.options: dict[str, Any] = {
+            "objective": OBJECTIVES[loss.objective],
+            "symmetric": loss.symmetric,
+            "same_side": loss.same_side,
+            "seed": job.run.seed,
+            "step": 0,
+        }
+
+    def batch(self, rank: int, encode: nn.Module) -> Batch:
+        return collate(
+            self.dataset,
+            self.negatives,
+            rank_slice(self.rows, rank, self.world.num_ranks),
+            encode=encode,
+            device=self.world.device,
+            per_query=self.job.negatives.per_query,
+            seed=self.job.run.seed,
+            step=0,
+        )
+
+    def temperature(self) -> Temperature:
+        return Temperature(self.job.loss.temperature, learnable=True).to(self.world.device)
+
+    def cached(self, parallel: Parallel, **options: Any) -> tuple[StepResult, dict[str, Tensor | None]]:
+        """Take a cached step and return the whole gradients. Collective."""
+        temperature = self.temperature()
+        defaults = {"chunk_tokens": self.chunk_tokens}
+        result = cached_step(
+            self.batch(self.world.rank, parallel.module),
+            temperature=temperature,
+            sync=parallel.sync,
+            group=self.world.group,
+            **defaults | self.options | options,
+        )
+        gradients = parallel.full_gradients()
+        parallel.clear_gradients()
+        return result, {**gradients, "temperature": temperature.log_scale.grad}
+
+    def collectives(self, parallel: Parallel, chunk_tokens: int) -> dict[str, int]:
+        """Return how often this rank called each collective in a step. Collective."""
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            self.cached_only(parallel, chunk_tokens)
+        found = {e.key.removeprefix("c10d::").strip("_"): e.count for e in seen.key_averages() if e.key.startswith("c10d::")}
+        parallel.clear_gradients()
+        return dict(sorted(found.items()))
+
+    def cached_only(self, parallel: Parallel, chunk_tokens: int) -> None:
+        cached_step(
+            self.batch(self.world.rank, parallel.module),
+            temperature=self.temperature(),
+            sync=parallel.sync,
+            group=self.world.group,
+            chunk_tokens=chunk_tokens,
+            keep_graphs="all",
+            **self.options,
+        )
+
+
+def _reference(step: _Step, encoder: nn.Module, parallel: Parallel) -> dict[int, dict[str, Tensor]]:
+    """Return the gradients of the reference for each budget of chunk tokens that a variant uses: draws follow chunks."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for options in VARIANTS.values():
+        tokens = options.get("chunk_tokens", step.chunk_tokens)
+        if tokens in found:
+            continue
+        encoder.zero_grad(set_to_none=True)
+        temperature = step.temperature()
+        reference_step(
+            [step.batch(rank, encoder) for rank in range(step.world.num_ranks)],
+            temperature=temperature,
+            chunk_tokens=tokens,
+            equal_chunks=parallel.sync.communicates_in_forward and step.world.group is not None,
+            **step.options,
+        )
+        gradients = {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
+        assert temperature.log_scale.grad is not None
+        found[tokens] = {**gradients, "temperature": temperature.log_scale.grad}
+    return found
+
+
+def compare(actual: dict[str, Tensor | None], expected: dict[str, Tensor]) -> dict[str, Any]:
+    """Return ratio of norms and cosine of each group of parameters, and the worst of them.
+
+    A group is a layer, or whatever else stands beside the layers. Raises ValueError where there is nothing to compare.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in expected:
+        groups.setdefault(group_of(name), []).append(name)
+    rows = {}
+    for group, names in groups.items():
+        a, b = (torch.cat([_known(g, name).double().flatten().cpu() for name in names]) for g in (actual, expected))
+        if not float(b.norm()) > 0:
+            raise ValueError(f"the reference has no gradient for {group}; nothing would be proved")
+        rows[group] = {
+            "ratio": round(float(a.norm() / b.norm()), 7),
+            "cosine": round(float(torch.cosine_similarity(a, b, 0)), 8),
+        }
+    return {
+        "max_ratio_error": max(abs(row["ratio"] - 1) for row in rows.values()),
+        "min_cosine": min(row["cosine"] for row in rows.values()),
+        "groups": rows,
+    }
+
+
+def group_of(name: str) -> str:
+    """Return a parameter's group: up to the number of its layer, or its first two words."""
+    words = name.split(".")
+    numbers = [i for i, word in enumerate(words) if word.isdigit()]
+    return ".".join(words[: numbers[0] + 1] if numbers else words[:2])
+
+
+def _known(gradients: dict, name: str) -> Tensor:
+    gradient = gradients.get(name)
+    if gradient is None:
+        raise ValueError(f"{name} has no gradient")
+    return gradient
+
+
+def _random_negatives(num_queries: int, num_passages: int, per_query: int) -> Negatives | None:
+    """Return a table of random passages in the place of mined ones: as many rows to encode, no mining."""
+    if per_query == 0:
+        return None
+    rows = np.arange(num_queries * per_query)
+    ids = (choice(0, 0, rows, 99) * num_passages).astype(np.int64)
+    indptr = np.arange(num_queries + 1) * per_query
+    return Negatives(indptr, ids, np.zeros(len(ids), np.float32), version=0, manifest={})
+
+
+if __name__ == "__main__":
+    answer(check_here)

@@ -1,0 +1,118 @@
+"""Bad input ends a step on every rank alike, in one sentence, before any gradient."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gradcache import DDPSync, NoSync, NotFinite, Temperature, cached_step
+from gradcache import tiles as tiles_module
+from gradcache.masks import mask_passages
+from gradcache.objectives import info_nce
+from gradcache.tiles import evaluate_tiles
+from tests.gradcache.test_backends import SETTINGS
+from tests.gradcache.test_step import TinyEncoder, make_batch
+from tests.ranks import run_ranks
+
+STEP = SETTINGS | {"keep_graphs": 1}
+
+
+class Broken(nn.Module):
+    """Returns NaN for the texts of one rank, from a row on."""
+
+    def __init__(self, encoder, is_broken):
+        super().__init__()
+        self.encoder, self.is_broken = encoder, is_broken
+
+    def forward(self, inputs):
+        embedding = self.encoder(inputs)
+        return torch.where(inputs["input_ids"][:, :1] % 2 == 0, embedding * torch.nan, embedding) if self.is_broken else embedding
+
+
+def broken_on_rank_1(rank):
+    encoder = DistributedDataParallel(Broken(TinyEncoder(0, 0.0), rank == 1), broadcast_buffers=False)
+    batch = make_batch(rank, 4, [encoder])
+    try:
+        cached_step(batch, temperature=Temperature(0.1), sync=DDPSync(encoder), group=dist.group.WORLD, **STEP)
+    except NotFinite as error:
+        assert all(p.grad is None for p in encoder.parameters())
+        return error.rank, int(batch.keys[error.row]) == error.key, str(error)
+
+
+def test_a_broken_embedding_is_named_on_every_rank_before_any_gradient():
+    (rank0, _, words0), (rank1, is_its_key, words1) = run_ranks(broken_on_rank_1, 2)
+    assert rank0 == rank1 == 1 and is_its_key and words0 == words1
+    assert "of rank 1 (key " in words0 and "is not finite" in words0
+
+
+def wider_on_rank_1(rank):
+    encoders = [nn.Sequential(TinyEncoder(0, 0.0), nn.Linear(32, 32 if side == 0 or rank == 0 else 16)) for side in range(2)]
+    rows = [0, 4][rank]  # rank 0 has nothing that could tell
+    with pytest.raises(ValueError, match="widths 16 and 32; queries and passages need one width"):
+        cached_step(make_batch(rank, rows, encoders), temperature=Temperature(0.1), sync=NoSync(), group=dist.group.WORLD, **STEP)
+
+
+def test_unequal_widths_are_refused_on_every_rank():
+    run_ranks(wider_on_rank_1, 2)
+
+
+LOST = """
+import datetime, os, sys, time
+import torch.distributed as dist
+from gradcache import LostRank, NoSync, Temperature, cached_step, gather
+from tests.gradcache.test_bad_input import STEP
+from tests.gradcache.test_step import TinyEncoder, make_batch
+rank, store, how = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+gather.PATIENCE_S = 3
+limit = datetime.timedelta(seconds=5)
+dist.init_process_group("gloo", store=dist.FileStore(store, 3), rank=rank, world_size=3, timeout=limit)
+if rank == 1:
+    if how == "hangs":
+        time.sleep(60)
+    os._exit(9)
+try:
+    encoder = TinyEncoder(0, 0.0)
+    cached_step(make_batch(rank, 3, [encoder]), temperature=Temperature(0.1), sync=NoSync(), group=dist.group.WORLD, **STEP)
+except LostRank as error:
+    print(error, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_a_lost_rank_is_named_within_the_time_limit(how, tmp_path):
+    words = [sys.executable, "-c", LOST]
+    ranks = [
+        subprocess.Popen([*words, str(rank), str(tmp_path / "store"), how], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for rank in range(3)
+    ]
+    try:
+        told = [ranks[rank].communicate(timeout=60) for rank in (0, 2)]
+    finally:
+        for process in ranks:
+            process.kill()
+    for out, _ in told:
+        assert out.startswith(b"rank 1 died or did not answer in time ("), told
+        assert b"start the run again" in out
+
+
+def test_a_tile_larger_than_memory_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("can't allocate memory")))
+    masks = mask_passages(torch.arange(3), torch.arange(3)[:, None], torch.arange(5))
+    with pytest.raises(ValueError, match=r"a tile of tile_rows=2 x 5 columns takes .* set tile_rows lower"):
+        evaluate_tiles(torch.randn(3, 4), torch.randn(5, 4), masks, 1.0, info_nce, 1.0, tile_rows=2)
+    assert tiles_module.TILE_BYTES["cpu"] <= 2**28, "three times this and the embeddings are what a loss may hold"
+
+
+def test_all_columns_masked_is_a_loss_of_zero_and_zero_gradients():
+    encoder = TinyEncoder(0, 0.0)
+    batch = make_batch(0, 3, [encoder])
+    everything = batch.keys[None].expand(3, -1).clone()
+    batch = type(batch)(towers=batch.towers, num_queries=3, keys=batch.keys, target=batch.target, positive_keys=everything)
+    result = cached_step(batch, temperature=Temperature(0.1), sync=NoSync(), group=None, **STEP)
+    assert result.loss == pytest.approx(0, abs=1e-6) and result.share_masked > 0.5
+    assert all(p.grad is None or float(p.grad.abs().max()) < 1e-6 for p in encoder.parameters())

@@ -1,0 +1,50 @@
+"""Chunk tokens and kept graphs of a run: what the job says, or what a probe of the first batch finds to fit."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from gradcache import Batch, Budget, probe_budget
+from gradcache.tiles import TILE_BYTES
+from trainer.errors import InputError
+from trainer.job import ChunkSettings
+from trainer.world import World
+
+CPU_BUDGET = Budget(4096, 0)  # the fastest chunk on CPUs; a CPU says nothing of the memory that one may take
+FREE_SHARE = 0.9  # of a GPU's free memory: allocators need some room between blocks
+
+
+def step_budget(settings: ChunkSettings, batch: Batch, encoder: nn.Module, world: World) -> Budget:
+    """Return the budget of this run's steps, the same on every rank. Collective. Raises InputError if nothing fits."""
+    found = CPU_BUDGET
+    if "auto" in (settings.tokens, settings.keep_graphs) and (settings.memory_gib is not None or world.device.type == "cuda"):
+        found = _probed(settings, batch, encoder, world)
+    if settings.tokens != "auto":
+        found = replace(found, chunk_tokens=settings.tokens)
+    if settings.keep_graphs != "auto":
+        found = replace(found, keep_graphs=settings.keep_graphs)
+    return found
+
+
+def _probed(settings: ChunkSettings, batch: Batch, encoder: nn.Module, world: World) -> Budget:
+    """Return what fits into every rank's memory, behind all that a step holds besides graphs."""
+    parameters = sum(p.nbytes for p in encoder.parameters())
+    if settings.memory_gib is not None:
+        limit, held = settings.memory_gib * 2**30, 4 * parameters  # weights, gradients, AdamW's two moments
+    else:
+        limit, held = torch.cuda.mem_get_info(world.device)[0] * FREE_SHARE, 3 * parameters
+    width = getattr(encoder, "width", 1024)
+    pool = world.num_ranks * len(batch.keys) * width * 4 * 4  # embeddings and gradients, gathered and in transit
+    limit -= held + pool + 2 * TILE_BYTES[world.device.type]
+    refusal, numbers = "", [0, 0]
+    try:
+        budget = probe_budget(batch.towers, int(limit), world.device)
+        kept = 2**31 if budget.keep_graphs == "all" else budget.keep_graphs
+        numbers = [-budget.chunk_tokens, -kept]
+    except ValueError as error:
+        refusal = str(error)
+    is_refused, tokens, kept = world.all_max([int(bool(refusal)), *numbers])
+    if is_refused:
+        raise InputError(refusal or "another rank has too little memory for one text; set chunk.memory_gib higher")
+    return Budget(-tokens, "all" if -kept == 2**31 else -kept)
