@@ -14,7 +14,7 @@ ALLOWED = {
     "gradcache": [],
     "trainer": ["gradcache"],
     "mining": [f"trainer.{part}" for part in ("errors", "encoder", "data", "handoff", "world", "metrics", "interrupt")],
-    "launch": ["trainer", "mining"],
+    "launch": ["gradcache", "trainer", "mining"],
 }
 
 

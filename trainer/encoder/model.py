@@ -78,9 +78,9 @@ class Encoder(nn.Module):
 
         keep_activations: recompute none in backward, also where the model's layers are set to.
         """
-        is_paused = keep_activations and self.model.is_gradient_checkpointing
+        is_paused = keep_activations and self.model.is_activation_checkpointing
         if is_paused:
-            self.model.gradient_checkpointing_disable()
+            self.model.activation_checkpointing_disable()
         try:
             states_nLD = self.model(**inputs).last_hidden_state
         finally:
@@ -96,7 +96,7 @@ class Encoder(nn.Module):
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Let the model's layers recompute their activations in backward, with the same draws."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def load_encoder(settings: ModelSettings) -> tuple[Encoder, PreTrainedTokenizerBase, Traits]:

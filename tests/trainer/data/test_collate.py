@@ -40,7 +40,7 @@ def positives(dataset, q):
 
 def make(dataset, negatives, query_n, per_query=2, step=5):
     return collate(
-        dataset, negatives, query_n, encode=None, device=CPU, per_query=per_query, seed=1, step=step
+        dataset, negatives, query_n, encode=print, device=CPU, per_query=per_query, seed=1, step=step
     )  # fmt: skip
 
 

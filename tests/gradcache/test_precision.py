@@ -1,0 +1,95 @@
+"""Mixed precision: what clipping and the temperature see are true gradients; the loss keeps its precision."""
+
+import pytest
+import torch
+
+from gradcache import OBJECTIVES, NoSync, Temperature, cached_step
+from gradcache.masks import mask_passages
+from gradcache.objectives.info_nce import log_sum_exp
+from gradcache.tiles import evaluate_tiles
+from tests.gradcache.test_backends import SETTINGS, full_gradients
+from tests.gradcache.test_step import TinyEncoder, make_batch
+from tests.gradients import assert_same_gradients
+
+STEP = SETTINGS | {"keep_graphs": 1}
+
+
+def step(dtype=None, scaler=None, **options):
+    encoder, temperature = TinyEncoder(0, 0.0).train(), Temperature(0.1, learnable=True)
+
+    def encode(inputs):
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            return encoder(inputs)
+
+    result = cached_step(
+        make_batch(0, 6, [encode]), temperature=temperature, sync=NoSync(encoder), group=None, scaler=scaler, **STEP | options
+    )
+    return encoder, temperature, result
+
+
+def cosine(a, b):
+    a, b = (torch.cat([gradient.flatten() for gradient in found.values()]) for found in (a, b))
+    return float(torch.cosine_similarity(a, b, 0))
+
+
+def test_unscaled_gradients_of_float16_are_those_of_float32_and_an_overflow_skips_the_step():
+    encoder, temperature, exact = step()
+    wanted = full_gradients([encoder], temperature)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    encoder, temperature, result = step(torch.float16, scaler)
+    optimizer = torch.optim.SGD([*encoder.parameters(), *temperature.parameters()], lr=0.1)
+    scaled = float(temperature.log_scale.grad)
+    scaler.unscale_(optimizer)
+    assert float(temperature.log_scale.grad) == pytest.approx(scaled / 2**10)
+    found = full_gradients([encoder], temperature)
+    assert result.loss == pytest.approx(exact.loss, rel=1e-2)
+    assert cosine(found, wanted) > 0.999
+    norms = [float(torch.nn.utils.get_total_norm(list(g.values()))) for g in (found, wanted)]
+    assert norms[0] == pytest.approx(norms[1], rel=0.02), "clipping sees the true norm"
+    before = encoder.bert.embeddings.word_embeddings.weight.clone()
+    encoder.bert.embeddings.word_embeddings.weight.grad[3, 3] = torch.inf
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    assert torch.equal(encoder.bert.embeddings.word_embeddings.weight, before)
+
+
+def test_without_float16_a_disabled_scaler_changes_nothing():
+    plain = step()
+    scaled = step(scaler=torch.amp.GradScaler("cpu", enabled=False))
+    assert_same_gradients(full_gradients([scaled[0]], scaled[1]), full_gradients([plain[0]], plain[1]))
+
+
+def test_bfloat16_encoding_and_products_point_the_same_way():
+    plain = step()
+    for found in (step(torch.bfloat16), step(product_dtype=torch.bfloat16)):
+        assert found[2].loss == pytest.approx(plain[2].loss, rel=2e-2)
+        assert found[2].loss != plain[2].loss
+        assert cosine(full_gradients([found[0]], found[1]), full_gradients([plain[0]], plain[1])) > 0.99
+
+
+def test_sums_over_a_wide_tile_are_those_of_float64():
+    torch.manual_seed(0)
+    q, p = (torch.nn.functional.normalize(torch.randn(n, 64), dim=1) for n in (4, 50_000))
+    masks = mask_passages(torch.arange(4), torch.arange(4)[:, None], torch.arange(50_000))
+    narrow, wide = (
+        evaluate_tiles(q.to(dtype), p.to(dtype), masks, 20.0, OBJECTIVES["info_nce"], 1.0)
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert float(narrow.loss_sum) == pytest.approx(float(wide.loss_sum), rel=1e-6)
+    assert float(narrow.scale) == pytest.approx(float(wide.scale), rel=1e-4)
+    torch.testing.assert_close(narrow.row_BD.double(), wide.row_BD, rtol=1e-4, atol=1e-5)
+
+
+def test_log_sum_exp_is_torchs():
+    torch.manual_seed(0)
+    logits = (torch.randn(5, 40, dtype=torch.float64) * 30).index_fill(0, torch.tensor(3), -torch.inf)
+    logits[1, 7:] = -torch.inf
+    logits.requires_grad_()
+    found, wanted = log_sum_exp(logits), logits.logsumexp(1)
+    torch.testing.assert_close(found, wanted)
+    rows = torch.tensor([0, 1, 2, 4])
+    gradients = [torch.autograd.grad((value[rows] * torch.arange(4)).sum(), logits)[0] for value in (found, wanted)]
+    torch.testing.assert_close(gradients[0][rows], gradients[1][rows])
