@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradcache import OBJECTIVES, Batch, Temperature, Tower, cached_step
-from gradcache.budget import saved_bytes
+from gradcache.budget import kept_within, measure_graphs
 from gradcache.plan import Chunk, encode_chunk, plan_encoding
 from launch.bench.machine import describe, matmul_rate, measured, start_peak
 from launch.output import messages
@@ -208,7 +208,8 @@ class _Bench:
     def against_plain(self, rounds: int) -> dict[str, Any]:
         """Return our steps against a plain one, on as many pairs as its graphs fit."""
         chunks = self.chunks()
-        gib = sum(chunk.num_padded_tokens for chunk in chunks) * bytes_per_token(chunks[0]) / 2**30
+        cost = measure_graphs(chunks[-1].tower)
+        gib = sum(cost.of(chunk.num_padded_tokens, int(chunk.lengths.max())) for chunk in chunks) / 2**30
         count = min(len(self.pairs), max(8, int(len(self.pairs) * PLAIN_GIB / gib)))
         turns = {
             PLAIN: lambda: self.plain(count),
@@ -242,14 +243,14 @@ class _Bench:
 
     def graphs_within(self, gib: float) -> tuple[int, float]:
         """Return how many of the last chunks keep their graphs within a memory, and their share of the tokens."""
-        chunks = self.chunks()[::-1]
-        tokens = np.array([chunk.num_padded_tokens for chunk in chunks])
-        kept = int(np.searchsorted(np.cumsum(tokens) * bytes_per_token(chunks[-1]), gib * 2**30, side="right"))
-        return kept, float(tokens[:kept].sum() / tokens.sum())
+        chunks = self.chunks()
+        kept = kept_within(gib * 2**30, chunks, measure_graphs(chunks[-1].tower))
+        tokens = [chunk.num_padded_tokens for chunk in chunks]
+        return kept, sum(tokens[len(tokens) - kept :]) / sum(tokens)
 
 
 class _Peer:
-    """sentence-transformers 5 or newer: its cached loss on the same weights and texts."""
+    """sentence-transformers 6: its cached loss on the same weights and texts."""
 
     def __init__(self, bench: _Bench):
         try:
@@ -268,12 +269,13 @@ class _Peer:
         self.called: nn.Module = self.model
         if world.group is not None:
             self.called = DistributedDataParallel(self.model, broadcast_buffers=False)
-        self.features = [self.model.tokenize(texts) for texts in bench.pairs.texts]
+        self.features = [self.model.preprocess(texts) for texts in bench.pairs.texts]
 
     def step(self, pairs: int, setting: dict[str, int]) -> None:
         """Take the peer's step on the first pairs."""
         gather = {"gather_across_devices": True} if self.bench.world.group is not None else {}
-        loss = self.loss_class(self.called, scale=1 / TEMPERATURE, **{"mini_batch_size": 32, **setting}, **gather)
+        loss = self.loss_class(self.model, scale=1 / TEMPERATURE, **{"mini_batch_size": 32, **setting}, **gather)
+        loss.model = self.called  # as its own trainer does
         device = self.bench.world.device
         features = [{k: v[:pairs].to(device) for k, v in side.items() if isinstance(v, Tensor)} for side in self.features]
         loss(features, None).backward()
@@ -325,11 +327,6 @@ def distinct_pairs(data: RetrievalData, num_pairs: int) -> np.ndarray:
             if len(pairs) == num_pairs:
                 return np.array(pairs)
     raise InputError(f"{data.path} has {len(pairs)} pairs of distinct texts, fewer than {num_pairs}; lower --queries")
-
-
-def bytes_per_token(chunk: Chunk) -> float:
-    """Return the bytes that the graph of a chunk holds for its backward, parameters aside, for each of its tokens."""
-    return saved_bytes(lambda: encode_chunk(chunk, with_graph=True)) / chunk.num_padded_tokens
 
 
 def step_flops(encoder: Encoder, lengths: np.ndarray) -> float:

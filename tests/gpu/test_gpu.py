@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
-from gradcache import OBJECTIVES, NoSync, Temperature, cached_step, reference_step
+from gradcache import OBJECTIVES, Batch, NoSync, Temperature, Tower, cached_step, probe_budget, reference_step
+from gradcache.masks import mask_passages
+from gradcache.tiles import evaluate_tiles
 from mining.index import FaissIndex, IndexSettings, build_indexes
 from tests.gradcache.test_step import build, make_batch, named
 from tests.gradients import assert_same_gradients
@@ -39,6 +42,122 @@ def test_gradients_are_the_references_on_a_gpu(keep_graphs, dropout):
             reference_step([batch], objective=OBJECTIVES["info_nce"], temperature=temperature, **OPTIONS)
         found.append(named(encoders, temperature))
     assert_same_gradients(*found)
+
+
+def take_step(encode=lambda encoder: on_gpu(encoder), **options):
+    """Return the result of a step on a GPU and its gradients."""
+    encoders, temperature = [e.cuda() for e in build(1, 0.0)], Temperature(0.1, learnable=True).cuda()
+    batch = make_batch(0, 6, [encode(e) for e in encoders])
+    given = {"keep_graphs": 1, "objective": OBJECTIVES["info_nce"], **OPTIONS, **options}
+    result = cached_step(batch, temperature=temperature, sync=NoSync(), group=None, **given)
+    return result, named(encoders, temperature)
+
+
+def flat(gradients):
+    return torch.cat([g.flatten().double() for g in gradients.values()])
+
+
+def test_bfloat16_encoding_and_products_point_the_same_way_on_a_gpu():
+    def under_autocast(encoder):
+        def encode(inputs):
+            with torch.autocast("cuda", torch.bfloat16):
+                return on_gpu(encoder)(inputs)
+
+        return encode
+
+    exact, wanted = take_step()
+    for result, found in (take_step(under_autocast), take_step(product_dtype=torch.bfloat16)):
+        assert result.loss == pytest.approx(exact.loss, rel=2e-2) and result.loss != exact.loss
+        assert torch.cosine_similarity(flat(found), flat(wanted), 0) > 0.99
+
+
+def test_float16_gradients_unscaled_are_those_of_float32_on_a_gpu():
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
+    _, wanted = take_step()
+    _, found = take_step(scaler=scaler)
+    assert_same_gradients({name: g / 2**10 for name, g in found.items()}, wanted)
+
+
+class Wide(torch.nn.Module):
+    """An encoder whose graph takes 1 MiB a row."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.Sequential(torch.nn.Linear(16, 2**17), torch.nn.Tanh(), torch.nn.Linear(2**17, 8))
+
+    def forward(self, rows):
+        return torch.nn.functional.normalize(self.layers(rows))
+
+
+def wide_batch(encoder, num_pairs=512):
+    rows = torch.randn(2 * num_pairs, 16, generator=torch.Generator().manual_seed(1))
+    ones, keys = torch.ones(2 * num_pairs, dtype=torch.int64), torch.arange(2 * num_pairs)
+    tower = Tower(encode=encoder, lengths=ones, load=lambda chosen: rows[chosen].cuda())
+    return Batch(
+        towers=[tower], num_queries=num_pairs, keys=keys, target=torch.arange(num_pairs), positive_keys=keys[num_pairs:, None]
+    )
+
+
+@pytest.mark.parametrize("keep_graphs", [0, "all"])
+def test_a_gpu_that_is_too_small_for_a_chunk_gives_the_same_gradient(keep_graphs, caplog):
+    found = []
+    options = {"objective": OBJECTIVES["info_nce"], "seed": 0, "step": 0}
+    for fits in (True, False):
+        encoder, temperature = Wide().cuda(), Temperature(0.1, learnable=True).cuda()
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(0).total_memory
+        room = 400 * 2**20 + torch.cuda.memory_reserved()
+        torch.cuda.set_per_process_memory_fraction(1.0 if fits else room / total)
+        try:
+            result = cached_step(
+                wide_batch(encoder),
+                temperature=temperature,
+                sync=NoSync(encoder),
+                group=None,
+                chunk_tokens=32 if fits else 1024,
+                keep_graphs=0 if fits else keep_graphs,
+                **options,
+            )
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        found.append(named([encoder], temperature))
+    assert result.num_halved > 0 and "out of memory" in caplog.text
+    assert_same_gradients(found[1], found[0])
+
+
+def test_what_a_probe_chooses_fits_a_gpu():
+    encoder, limit = Wide().cuda(), 256 * 2**20
+    batch = wide_batch(encoder)
+    budget = probe_budget(batch.towers, limit, torch.device("cuda"))
+    gradients = 2 * sum(p.nbytes for p in encoder.parameters())  # a chunk's own, and the sum of all
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    cached_step(
+        batch,
+        objective=OBJECTIVES["info_nce"],
+        temperature=Temperature(0.1).cuda(),
+        sync=NoSync(),
+        group=None,
+        chunk_tokens=budget.chunk_tokens,
+        keep_graphs=budget.keep_graphs,
+        seed=0,
+        step=0,
+    )
+    tile = 512 * 512 * 4 * 4
+    assert torch.cuda.max_memory_allocated() - before < limit + gradients + tile
+
+
+def test_a_million_columns_take_time_and_no_memory():
+    rows, columns, width = 512, 2**20, 768
+    query, passage = (torch.randn(n, width, device="cuda").to(torch.bfloat16) for n in (rows, columns))
+    own, keys = torch.arange(rows, device="cuda"), torch.arange(columns, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    masks = mask_passages(own, own[:, None], keys)
+    found = evaluate_tiles(query, passage, masks, 0.05, OBJECTIVES["info_nce"], 1 / rows)
+    assert torch.isfinite(found.loss_sum) and torch.isfinite(found.column_PD).all()
+    assert torch.cuda.max_memory_allocated() - before < columns * width * (4 + 2) + 3 * 2**30
 
 
 class OneShard:

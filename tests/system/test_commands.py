@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+import torch
+from transformers import BertModel
 
 from launch.local import mpi_command
-from tests.tiny import write_tiny_dataset, write_tiny_encoder
+from tests.tiny import VOCABULARY, write_tiny_dataset, write_tiny_encoder
 
 JOB = """
 [run]
@@ -85,6 +88,67 @@ def test_status_says_where_the_run_stands(root, trained):
     assert found["trainer"]["phase"] == "finished" and found["checkpoint"] == "step-00000004"
     assert "finished" in call(root, "status", root / "run")[0]
     assert "is not a run folder" in call(root, "status", root / "data", exit_code=2)[1]
+
+
+def test_check_compares_gradients_on_two_ranks(root):
+    command = ["check", root / "job.toml", "--ranks", 2, "--queries", 6]
+    found = json.loads(call(root, *command, "--backend", "fsdp2", "--json")[0])
+    assert found["ok"] and found["max_ratio_error"] <= 1e-4 and found["min_cosine"] >= 0.99999
+    assert (found["ranks"], found["backend"]) == (2, "fsdp2")
+    text = call(root, *command)[0]
+    assert "The gradients are exact." in text and "model.encoder.layer.1" in text
+    assert "whatever the number of chunks" in text, "DDP, the job's own backend"
+    assert "parallel.backend='zero' cannot be used" in call(root, *command, "--backend", "zero", exit_code=2)[1]
+    refusal = call(root, *command[:3], 2, "batch.queries=500", "--queries", 500, exit_code=2)[1]
+    assert "set batch.queries lower" in refusal and len(refusal.splitlines()) == 1
+
+
+def test_bench_measures_everybody_and_leaves_a_report(root, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    words = ["bench", "step", "--data", root / "data", "--model", root / "encoder", "--queries", 8, "--max-tokens", 16]
+    words += ["--rounds", 1, "--keep-gib", 1]
+    found = json.loads(call(root, *words, "--out", tmp_path, "--json")[0])
+    assert found["gradient_cosine"] > 0.99999
+    assert found["steps"]["sentence-transformers"]["ratio"] == 1 and len(found["steps"]) == 3
+    assert found["against_plain"]["pairs"] == 8 and found["memory"]["pairs"] == [4, 64]
+    assert json.loads((tmp_path / "step.json").read_text()) == found
+    assert "| ours, no graph kept |" in (tmp_path / "step.md").read_text()
+    assert (tmp_path / "step.png").stat().st_size > 5000
+    assert "ours, no graph kept" in call(root, *words, "--ranks", 2)[0]
+    assert "lower --queries" in call(root, *words, "--queries", 5000, exit_code=2)[1]
+    words = ["bench", "loss", "--rows", 70, "--columns", 90, "--width", 8, "--rounds", 1]
+    assert json.loads(call(root, *words, "--json", "--half", "--no-peer")[0])["dtype"] == "bfloat16"
+    assert "the peer at mini_batch_size" in call(root, *words)[0]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_training_in_half_precision_within_a_memory(root, tmp_path, precision):
+    words = [f"run.folder={tmp_path}/run", f"precision.encode={precision}", "precision.products=bf16", "chunk.memory_gib=0.6"]
+    _, said = call(root, "train", root / "job.toml", *words)
+    assert "graphs kept: " in said
+    records = [json.loads(line) for line in (tmp_path / "run" / "logs" / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "loss" in record]
+    assert len(steps) == 4 and all(0 < record["grad_norm"] < 100 for record in steps)
+    assert {record["share/encoded_twice"] for record in steps} == {0.0}, "all graphs fit"
+    assert "set chunk.memory_gib higher" in call(
+        root, "train", root / "job.toml", f"run.folder={tmp_path}/small", "chunk.memory_gib=0.1", exit_code=2
+    )[1]  # fmt: skip
+
+
+def test_a_text_whose_embedding_is_not_finite_is_named_before_any_update(root, tmp_path):
+    model = BertModel.from_pretrained(write_tiny_encoder(tmp_path / "broken"), add_pooling_layer=False)
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight[VOCABULARY.index("socket")] = torch.nan
+    model.save_pretrained(tmp_path / "broken")
+    words = [f"run.folder={tmp_path}/run", f"model.name={tmp_path}/broken", "eval.split=none"]
+    said = call(root, "train", root / "job.toml", *words, exit_code=2)[1].splitlines()[-1]
+    found = re.search(r"step \d: the embedding of (query|passage) \d+ of rank 0 \(id '(\w\S*)'\) is not finite", said)
+    assert found, said
+    texts = {}
+    for name in ("queries", "corpus"):
+        texts |= {r["_id"]: r["text"] for r in map(json.loads, (root / "data" / f"{name}.jsonl").read_text().splitlines())}
+    assert "socket" in texts[found.group(2)]
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*4")), "it has not gone on to the end"
 
 
 def test_data_check_prints_statistics_and_problems(root, tmp_path):
