@@ -2,7 +2,8 @@
 
 Rank 0 computes the reference for the rows of all ranks, in one graph; then every variant of the cached step runs on all
 ranks under the job's backend, and its whole gradients are compared, group by group and for the temperature. Dropout stays
-as the job has it: both draw the same.
+as the job has it: both draw the same. All of it is in float32, or TensorFloat-32 if the job says so; whether half precision is
+precise enough for a model is not a question of how its steps are cut.
 """
 
 import copy
@@ -28,6 +29,7 @@ from trainer.errors import InputError
 from trainer.handoff.negatives import Negatives
 from trainer.job import TrainJob
 from trainer.parallel import Parallel, parallelize
+from trainer.precision import set_tf32
 from trainer.prepare import tokenized
 from trainer.world import World, join_world
 
@@ -54,6 +56,7 @@ def check_job(job: Path, overrides: list[str], ranks: int, queries: int) -> dict
 def check_here(job: str, overrides: list[str], queries: int) -> dict[str, Any] | None:
     """Return what was found on rank 0, None elsewhere. Collective."""
     train = read_job(Path(job), overrides).train
+    set_tf32(train.precision)
     world = join_world()
     try:
         return _check(train, world, min(queries, train.batch.queries))
@@ -107,7 +110,7 @@ def _check(job: TrainJob, world: World, num_queries: int) -> dict[str, Any] | No
         "ranks": world.num_ranks,
         "queries": num_queries,
         "model": job.model.name,
-        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "tf32": job.precision.tf32,
         "max_ratio_error": worst,
         "min_cosine": cosine,
         "variants": variants,

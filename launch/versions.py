@@ -9,7 +9,8 @@ from pathlib import Path
 
 from trainer.handoff.manifest import write_atomically
 
-LIBRARIES = ("negpool", "torch", "transformers", "accelerate", "datasets", "numpy", "faiss-cpu", "faiss-gpu", "mpi4py")
+LIBRARIES = ("negpool", "torch", "transformers", "accelerate", "deepspeed", "datasets", "numpy", "faiss-cpu", "faiss-gpu",
+             "mpi4py")  # fmt: skip
 
 
 def write_environment(path: Path) -> None:

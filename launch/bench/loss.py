@@ -27,7 +27,7 @@ def bench_loss(rows: int, columns: int, width: int, rounds: int, half: bool, pee
     """Return the table. half: bfloat16 embeddings and products, float32 sums."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if half else torch.float32
-    rate = matmul_rate(device, dtype)
+    rate = matmul_rate(device, dtype if device.type == "cuda" else torch.float32)  # what a CPU's tiles are multiplied in
     row_BD, column_PD = (_unit(n, width, device, dtype) for n in (rows, columns))
     costs: dict[str, list[tuple[float, float]]] = {"three bare products": [], "ours": []}
     for number in range(rounds):
@@ -89,7 +89,7 @@ def _against_peer(width: int, rounds: int, device: torch.device) -> dict[str, An
     query, passage = (_unit(PEER_ROWS + i, width, device, torch.float32)[:PEER_ROWS] for i in range(2))
 
     def theirs(tile: int) -> None:
-        loss = CachedMultipleNegativesRankingLoss(torch.nn.Identity(), scale=SCALE, mini_batch_size=tile)  # type: ignore[arg-type]
+        loss = CachedMultipleNegativesRankingLoss(torch.nn.Sequential(torch.nn.Identity()), scale=SCALE, mini_batch_size=tile)  # type: ignore[arg-type]
         leaves = [[part.clone().requires_grad_() for part in side.split(tile)] for side in (query, passage)]
         loss.calculate_loss(leaves, with_backward=True)
 

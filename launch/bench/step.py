@@ -2,8 +2,9 @@
 
 Both encode the same texts with the same weights, dropout as the model has it, and compute the same loss: distinct queries
 and distinct passages, temperature 0.05; before anything is timed, their gradients are compared without dropout. The peer
-runs at the best of its settings, found first on a part of the batch. Times are medians of rounds in which everybody
-takes a turn; memory is the peak of the process above one floor, models and texts without gradients.
+runs at the best of its settings, found first on a part of the batch. In a first round everybody's memory is measured: the
+peak of the process above one floor, models and texts without gradients. Times are medians of the rounds behind it, when
+the allocator has what it needs, as in every step of a training but the first.
 """
 
 import functools
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gradcache import OBJECTIVES, Batch, Temperature, Tower, cached_step
 from gradcache.budget import kept_within, measure_graphs
 from gradcache.plan import Chunk, encode_chunk, plan_encoding
-from launch.bench.machine import describe, matmul_rate, measured, start_peak
+from launch.bench.machine import describe, matmul_rate, measured, seconds_of, start_peak
 from launch.output import messages
 from launch.ranks import answer
 from trainer.data.datasets import RetrievalData, open_dataset
@@ -48,7 +49,17 @@ PLAIN_GIB = 8.0  # a plain step keeps all graphs: it is measured on as many pair
 MEMORY_TOKENS, MEMORY_TIMES = 64, 16  # of a text, and the large batch over the small one, where memory is the question
 
 Turns = Mapping[str, Callable[[], None]]
-Costs = dict[str, list[tuple[float, float]]]  # seconds and GiB of every turn
+
+
+@dataclass
+class Cost:
+    """What the turns of one of them took."""
+
+    peak_gib: float
+    seconds: list[float]
+
+
+Costs = dict[str, Cost]
 
 
 def bench_step(
@@ -159,22 +170,28 @@ class _Bench:
 
     def rounds(self, turns: Turns, rounds: int) -> Costs:
         """Return what every turn of everybody took: the slowest rank's time, the largest rank's memory. Collective."""
-        world = self.world
+        device, all_max = self.world.device, self.world.all_max
         self.free_gradients()
-        floor = start_peak(world.device)
-        costs: Costs = {name: [] for name in turns}
+        floor = start_peak(device)
+        costs: Costs = {}
+        for name, turn in turns.items():
+            self.free_gradients()
+            with measured(device, floor) as cost:
+                turn()
+            costs[name] = Cost(all_max([int(cost.peak_gib * 2**20)])[0] / 2**20, [])
+            self._say(f"memory: {name}: {costs[name].peak_gib:.2f} GiB")
         for number in range(rounds):
             for name, turn in turns.items():
                 self.free_gradients()
-                world.barrier()
-                with measured(world.device, floor) as cost:
-                    turn()
-                nanoseconds, kib = world.all_max([int(cost.seconds * 1e9), int(cost.peak_gib * 2**20)])
-                costs[name].append((nanoseconds / 1e9, kib / 2**20))
-                if world.speaks:
-                    took = f"{nanoseconds / 1e9:.2f} s, {kib / 2**20:.2f} GiB"
-                    messages().print(f"[dim]round {number + 1}: {name}: {took}[/dim]")
+                self.world.barrier()
+                seconds = all_max([int(seconds_of(turn, device) * 1e9)])[0] / 1e9
+                costs[name].seconds.append(seconds)
+                self._say(f"round {number + 1}: {name}: {seconds:.2f} s")
         return costs
+
+    def _say(self, sentence: str) -> None:
+        if self.world.speaks:
+            messages().print(f"[dim]{sentence}[/dim]")
 
     def free_gradients(self) -> None:
         for model in self.models:
@@ -226,7 +243,7 @@ class _Bench:
         pairs = self.cut(min(MEMORY_TOKENS, self.max_tokens))
         counts = [max(2, len(pairs) // 2), MEMORY_TIMES * max(2, len(pairs) // 2)]
         turns = {str(count): functools.partial(self.ours, pairs, count, 0) for count in counts}
-        peaks = [gib for costs in self.rounds(turns, 1).values() for _, gib in costs]
+        peaks = [cost.peak_gib for cost in self.rounds(turns, 0).values()]
         embeddings = [2 * 2 * count * self.encoder.width * 4 / 2**30 for count in counts]
         aside = [gib - held for gib, held in zip(peaks, embeddings, strict=True)]
         return {
@@ -281,11 +298,11 @@ class _Peer:
         loss(features, None).backward()
 
     def best_setting(self) -> dict[str, int]:
-        """Return the setting with the shortest of two steps on a part of the batch. Collective."""
+        """Return the setting with the shortest step on a part of the batch. Collective."""
         pairs = min(PEER_TRIAL_PAIRS, len(self.bench.pairs))
         turns = {str(setting): functools.partial(self.step, pairs, setting) for setting in PEER_SETTINGS}
-        costs = self.bench.rounds(turns, 2)
-        return min(PEER_SETTINGS, key=lambda setting: min(seconds for seconds, _ in costs[str(setting)]))
+        costs = self.bench.rounds(turns, 1)
+        return min(PEER_SETTINGS, key=lambda setting: min(costs[str(setting)].seconds))
 
     def compare_gradients(self) -> float | None:
         """Return the cosine of both gradients without dropout on a few pairs; None on several ranks."""
@@ -342,11 +359,11 @@ def relative(costs: Costs, base: str) -> dict[str, dict[str, float]]:
     """Return medians, and the median of each round's ratio to the base: rounds differ more than turns of one round do."""
     return {
         name: {
-            "seconds": round(statistics.median(seconds for seconds, _ in turns), 3),
-            "ratio": round(statistics.median(a / b for (a, _), (b, _) in zip(turns, costs[base], strict=True)), 3),
-            "peak_gib": round(statistics.median(gib for _, gib in turns), 3),
+            "seconds": round(statistics.median(cost.seconds), 3),
+            "ratio": round(statistics.median(a / b for a, b in zip(cost.seconds, costs[base].seconds, strict=True)), 3),
+            "peak_gib": round(cost.peak_gib, 3),
         }
-        for name, turns in costs.items()
+        for name, cost in costs.items()
     }
 
 

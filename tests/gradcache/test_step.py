@@ -249,6 +249,38 @@ def test_equal_texts_are_encoded_once():
     assert result.share_encoded_twice == 0
 
 
+def test_two_passes_of_the_same_texts_are_two_views():
+    def step(taker):
+        encoder, temperature, seen = TinyEncoder(0, 0.2).train(), Temperature(0.1, learnable=True), []
+
+        def encode(inputs):
+            seen.append(encoder(inputs))
+            return seen[-1]
+
+        tower = make_batch(0, 6, [encode, encode]).towers[0]
+        keys = tower.encode_keys
+        views = Batch(
+            towers=[tower, tower],
+            num_queries=6,
+            keys=torch.cat([keys, keys]),
+            target=torch.arange(6),
+            positive_keys=keys[:, None],
+        )
+        taker(views, objective=OBJECTIVES["info_nce"], temperature=temperature, chunk_tokens=10**6, seed=3, step=7)
+        return seen, named([encoder], temperature)
+
+    def cached(batch, **options):
+        cached_step(batch, sync=NoSync(), group=None, keep_graphs=0, **options)
+
+    def reference(batch, **options):
+        reference_step([batch], **options)
+
+    ((first, second, *_), found), (_, wanted) = step(cached), step(reference)
+    cosine = torch.cosine_similarity(first, second)
+    assert first.shape == second.shape and bool((cosine < 0.999).all()) and float(cosine.mean()) > 0.3
+    assert_same_gradients(found, wanted)
+
+
 COUNTED = [(gather, "_all_gather"), (gather, "_reduce_scatter"), (dist, "all_reduce")]
 
 
