@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from trainer.world import keep_freed_memory
+
 
 @dataclass
 class Cost:
@@ -30,6 +32,17 @@ def measured(device: torch.device, held: int | None = None) -> Iterator[Cost]:
     _wait(device)
     cost.seconds = time.perf_counter() - started
     cost.peak_gib = max(0.0, (_peak_bytes(device) - before) / 2**30)
+
+
+@contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Let the C library return large blocks as soon as they are freed: a peak is then what is needed, not what is reused."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(-3, 2**20)  # M_MMAP_THRESHOLD of malloc.h
+    try:
+        yield
+    finally:
+        keep_freed_memory()
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:

@@ -3,7 +3,7 @@
 Both encode the same texts with the same weights, dropout as the model has it, and compute the same loss: distinct queries
 and distinct passages, temperature 0.05; before anything is timed, their gradients are compared without dropout. The peer
 runs at the best of its settings, found first on a part of the batch. In a first round everybody's memory is measured: the
-peak of the process above one floor, models and texts without gradients. Times are medians of the rounds behind it, when
+peak of the process above one floor, models and texts without gradients, with freed blocks returned at once. Times are medians of the rounds behind it, when
 the allocator has what it needs, as in every step of a training but the first.
 """
 
@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gradcache import OBJECTIVES, Batch, Temperature, Tower, cached_step
 from gradcache.budget import kept_within, measure_graphs
 from gradcache.plan import Chunk, encode_chunk, plan_encoding
-from launch.bench.machine import describe, matmul_rate, measured, seconds_of, start_peak
+from launch.bench.machine import describe, freed_at_once, matmul_rate, measured, seconds_of, start_peak
 from launch.output import messages
 from launch.ranks import answer
 from trainer.data.datasets import RetrievalData, open_dataset
@@ -142,6 +142,8 @@ class _Bench:
             kept_name: lambda: self.ours(pairs, n, kept),
         }
         found: dict[str, Any] = {}
+        if world.num_ranks == 1:
+            found["memory"] = self.memory_by_batch()
         if peer:
             theirs = _Peer(self)
             found["gradient_cosine"] = theirs.compare_gradients()
@@ -150,7 +152,6 @@ class _Bench:
         found["steps"] = relative(self.rounds(turns, rounds), PEER if peer else NONE_KEPT)
         if world.num_ranks == 1:
             found["against_plain"] = self.against_plain(rounds)
-            found["memory"] = self.memory_by_batch()
         tokens, flops, rate = int(pairs.lengths.sum()), step_flops(self.encoder, pairs.lengths), matmul_rate(world.device)
         for name, row in found["steps"].items():
             row["tokens_per_rank_per_s"] = round(tokens / row["seconds"])
@@ -176,7 +177,7 @@ class _Bench:
         costs: Costs = {}
         for name, turn in turns.items():
             self.free_gradients()
-            with measured(device, floor) as cost:
+            with freed_at_once(), measured(device, floor) as cost:
                 turn()
             costs[name] = Cost(all_max([int(cost.peak_gib * 2**20)])[0] / 2**20, [])
             self._say(f"memory: {name}: {costs[name].peak_gib:.2f} GiB")
