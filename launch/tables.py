@@ -37,7 +37,7 @@ def as_markdown(parts: Sequence[Part]) -> str:
 def check_parts(found: dict[str, Any]) -> list[Part]:
     """Return the variants, one a row, the groups of the worst of them, and two sentences."""
     offload = ", offload" if found["offload"] else ""
-    title = f"{found['model']}, {found['queries']} queries, {_ranks(found)}, {found['backend']}{offload}"
+    title = f"{found['model']}, {found['queries']} queries, {_count(found['ranks'], 'rank')}, {found['backend']}{offload}"
     columns = ("", "ratio off by", "cosine", "chunks", "GiB", "tokens/s a rank", "padding", "twice")
     rows: list[tuple[str, ...]] = []
     for name, row in found["variants"].items():
@@ -73,7 +73,7 @@ def check_parts(found: dict[str, Any]) -> list[Part]:
 def step_parts(found: dict[str, Any]) -> list[Part]:
     """Return everybody's step, ours against a plain one, and memory against the batch."""
     title = (
-        f"{found['pairs_per_rank']} pairs a rank, {_ranks(found)}, texts up to {found['max_tokens']} tokens, "
+        f"{found['pairs_per_rank']} pairs a rank, {_count(found['ranks'], 'rank')}, texts up to {found['max_tokens']} tokens, "
         f"{found['precision']}, {_machine(found)}, medians of {found['rounds']}"
     )
     parts: list[Part] = [_times(title, found["steps"])]
@@ -123,12 +123,12 @@ def _times(title: str, rows: dict[str, dict[str, float]]) -> Sheet:
     return Sheet(title, ("", "seconds", "ratio", "peak GiB", "of matmul rate"), cells)
 
 
-def _ranks(found: dict[str, Any]) -> str:
-    return "1 rank" if found["ranks"] == 1 else f"{found['ranks']} ranks"
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + "s" * (number != 1)
 
 
 def _machine(found: dict[str, Any]) -> str:
-    return found["device"] + (f", {found['threads']} threads" if "threads" in found else "")
+    return found["device"] + (f", {_count(found['threads'], 'thread')}" if "threads" in found else "")
 
 
 def _rich(sheet: Sheet) -> Table:

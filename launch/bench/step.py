@@ -3,8 +3,8 @@
 Both encode the same texts with the same weights, dropout as the model has it, and compute the same loss: distinct queries
 and distinct passages, temperature 0.05; before anything is timed, their gradients are compared without dropout. The peer
 runs at the best of its settings, found first on a part of the batch. In a first round everybody's memory is measured: the
-peak of the process above one floor, models and texts without gradients, with freed blocks returned at once. Times are medians of the rounds behind it, when
-the allocator has what it needs, as in every step of a training but the first.
+peak of the process above one floor, models and texts without gradients, with freed blocks returned at once. Times are
+medians of the rounds behind it, when the allocator has what it needs, as in every step of a training but the first.
 """
 
 import functools
