@@ -37,7 +37,9 @@ def on_ranks(module: str, num_ranks: int, **arguments: Any) -> dict[str, Any]:
         ended = subprocess.run([*torchrun, "-m", module], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         found = json.loads(report.read_text()) if report.exists() else None
     if found is None:
-        words = ended.stdout.decode(errors="replace").strip().splitlines()[-40:]
+        lines = ended.stdout.decode(errors="replace").strip().splitlines()
+        # torchrun has the last word, and it is about itself.
+        words = [line for line in lines if line.startswith("[rank")][-40:] or lines[-40:]
         raise RuntimeError("the ranks died; their last words:\n" + "\n".join(words))
     if "refused" in found:
         raise InputError(found["refused"])

@@ -36,9 +36,11 @@ class Parallel:
 
     def clear_gradients(self) -> None:
         """Forget all gradients. Collective under DeepSpeed, whose update with a learning rate of 0 it is."""
-        if self.engine is not None:
-            self.engine.step()
-        self.module.zero_grad(set_to_none=True)
+        if self.engine is None:
+            self.module.zero_grad(set_to_none=True)
+            return
+        self.engine.step()
+        self.engine.module.zero_grad(set_to_none=True)
 
     def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self.module.named_parameters():
