@@ -310,6 +310,7 @@ class _Peer:
         if self.bench.world.group is not None:
             return None
         pairs = min(COMPARED_PAIRS, len(self.bench.pairs))
+        self.bench.free_gradients()
         for model in self.bench.models:
             model.eval()
         self.step(pairs, {"mini_batch_size": 8})
