@@ -8,6 +8,7 @@ precise enough for a model is not a question of how its steps are cut.
 
 import copy
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from trainer.world import World, join_world
 
 MAX_RATIO_ERROR, MIN_COSINE = 1e-4, 0.99999  # float32 sums in another order
 REFERENCE_QUERIES = 64  # of a step over all ranks; the reference keeps every graph
+SMALL_TEMPERATURE_GRADIENT = 0.01  # of the inverse temperature; below, float32 cancels most of its digits
 VARIANTS: dict[str, dict[str, Any]] = {  # what a step may be told; all must give one gradient
     "cached": {"keep_graphs": 0},
     "kept graphs": {"keep_graphs": "all"},
@@ -83,6 +85,7 @@ def _check(job: TrainJob, world: World, num_queries: int) -> dict[str, Any] | No
             "peak_memory_gib": round(cost.peak_gib, 3),
         }
     world.barrier()
+    floors = {"temperature": SMALL_TEMPERATURE_GRADIENT / job.loss.temperature}
     for name, options in VARIANTS.items():
         with measured(world.device) as cost:
             result, gradients = step.cached(parallel, **options)
@@ -90,7 +93,7 @@ def _check(job: TrainJob, world: World, num_queries: int) -> dict[str, Any] | No
         if expected is not None:
             tokens_per_s = result.num_tokens / (result.encode_s + result.loss_s + result.backward_s)
             variants[name] = {
-                **compare(gradients, expected[options.get("chunk_tokens", step.chunk_tokens)]),
+                **compare(gradients, expected[options.get("chunk_tokens", step.chunk_tokens)], floors),
                 "chunks": result.num_chunks,
                 "peak_memory_gib": round(peak_kib / 2**20, 3),
                 "tokens_per_rank_per_s": round(tokens_per_s),
@@ -210,10 +213,14 @@ def _reference(step: _Step, encoder: nn.Module, parallel: Parallel) -> dict[int,
     return found
 
 
-def compare(actual: dict[str, Tensor | None], expected: dict[str, Tensor]) -> dict[str, Any]:
+def compare(
+    actual: dict[str, Tensor | None], expected: dict[str, Tensor], floors: Mapping[str, float] | None = None
+) -> dict[str, Any]:
     """Return ratio of norms and cosine of each group of parameters, and the worst of them.
 
-    A group is a layer, or whatever else stands beside the layers. Raises ValueError where there is nothing to compare.
+    A group is a layer, or whatever else stands beside the layers. A norm below a group's floor is taken to be the floor:
+    the temperature's gradient is one number, a sum of terms as large as the inverse temperature, of which little may be
+    left. Raises ValueError where there is nothing to compare.
     """
     groups: dict[str, list[str]] = {}
     for name in expected:
@@ -223,8 +230,9 @@ def compare(actual: dict[str, Tensor | None], expected: dict[str, Tensor]) -> di
         a, b = (torch.cat([_known(g, name).double().flatten().cpu() for name in names]) for g in (actual, expected))
         if not float(b.norm()) > 0:
             raise ValueError(f"the reference has no gradient for {group}; nothing would be proved")
+        floor = max(0.0, (floors or {}).get(group, 0.0) - float(b.norm()))
         rows[group] = {
-            "ratio": round(float(a.norm() / b.norm()), 7),
+            "ratio": round((float(a.norm()) + floor) / (float(b.norm()) + floor), 7),
             "cosine": round(float(torch.cosine_similarity(a, b, 0)), 8),
         }
     return {

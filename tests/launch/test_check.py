@@ -22,7 +22,7 @@ def job_file(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "override", ["loss.learn_temperature=true", "loss.objective=info_nce_multi", "model.checkpoint_activations=true"]
+    "override", ["loss.same_side=true", "loss.objective=info_nce_multi", "model.checkpoint_activations=true"]
 )
 def test_exact_gradients_pass_whatever_the_job_asks_for(job_file, override):
     found = check_here(str(job_file), [override, "loss.symmetric=true", "negatives.per_query=2"], queries=6)
@@ -59,6 +59,16 @@ def test_nothing_to_compare_is_no_proof():
         compare(some, {"a.0.weight": torch.zeros(3)})
     with pytest.raises(ValueError, match=r"a\.0\.weight has no gradient"):
         compare({}, some)
+
+
+def test_what_cancels_is_judged_against_its_terms():
+    def off(actual, expected):
+        groups = {"temperature": torch.tensor(actual)}, {"temperature": torch.tensor(expected)}
+        return compare(*groups, {"temperature": 0.2})["max_ratio_error"]
+
+    assert off(1.0010e-3, 1e-3) == pytest.approx(5e-6)
+    assert off(0.4, 0.2) == pytest.approx(1.0)
+    assert off(-0.2002, -0.2) == pytest.approx(1e-3)
 
 
 def test_groups_are_layers_and_what_stands_beside_them():

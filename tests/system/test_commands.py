@@ -90,11 +90,16 @@ def test_status_says_where_the_run_stands(root, trained):
     assert "is not a run folder" in call(root, "status", root / "data", exit_code=2)[1]
 
 
-def test_check_compares_gradients_on_two_ranks(root):
-    command = ["check", root / "job.toml", "--ranks", 2, "--queries", 6]
-    found = json.loads(call(root, *command, "--backend", "fsdp2", "--json")[0])
+@pytest.mark.parametrize("backend", ["fsdp2", "zero2"])
+def test_check_compares_gradients_on_two_ranks(root, backend):
+    command = ["check", root / "job.toml", "--ranks", 2, "--queries", 6, "--backend", backend]
+    found = json.loads(call(root, *command, "--json")[0])
     assert found["ok"] and found["max_ratio_error"] <= 1e-4 and found["min_cosine"] >= 0.99999
-    assert (found["ranks"], found["backend"]) == (2, "fsdp2")
+    assert (found["ranks"], found["backend"]) == (2, backend)
+
+
+def test_check_tells_a_person_what_it_found_and_what_it_refuses(root):
+    command = ["check", root / "job.toml", "--ranks", 2, "--queries", 6]
     text = call(root, *command)[0]
     assert "The gradients are exact." in text and "model.encoder.layer.1" in text
     assert "whatever the number of chunks" in text, "DDP, the job's own backend"
