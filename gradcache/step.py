@@ -57,6 +57,8 @@ def cached_step(
     tile_rows: int | None = None,
     product_dtype: torch.dtype | None = None,
     scaler: torch.amp.GradScaler | None = None,
+    weight: float = 1.0,
+    is_last: bool = True,
 ) -> StepResult:
     """Add the gradient of the mean loss over the queries of all ranks to the parameters and the temperature.
 
@@ -65,8 +67,11 @@ def cached_step(
     seed, step: decide, with the rank, every draw of dropout; the generators are given back as they were.
     symmetric, same_side, tile_rows, product_dtype: see `LossOptions`.
     scaler: of float16 training; gradients come out times its scale, the temperature's too, as behind `scaler.scale(loss)`.
+    weight: factor of the gradients, not of the reported loss.
+    is_last: False where other parts of the same update follow, such as the batches of other tasks: their gradients add up
+    on each rank, and the part that is last synchronises them, once. Parts should differ in `seed`, or they draw alike.
     Mixed precision is the encoder's: let it run under autocast, or this whole call; the loss is computed outside of it.
-    Collective: every rank of group calls it once a step, also with zero rows. The number of collectives does not depend on
+    Collective: every rank of group calls it once a step, or once a part, also with zero rows. The number of collectives does not depend on
     the number of chunks. Raises, on every rank alike and before any gradient: ValueError if no rank has a query or the
     towers' widths differ, NotFinite for a broken embedding; LostRank where a rank is gone.
     """
@@ -89,10 +94,12 @@ def cached_step(
         )
         scale = 1.0 if scaler is None or not scaler.is_enabled() else scaler.scale(torch.ones((), device=device)).item()
         with torch.autocast(device.type, enabled=False):
-            loss = global_loss(batch, agreed, options=options, temperature=temperature, group=group, gradient_scale=scale)
+            loss = global_loss(
+                batch, agreed, options=options, temperature=temperature, group=group, gradient_scale=scale * weight
+            )
         evaluated = _now_s(device)
         with naming_lost_ranks(group):
-            backpropagate(encoding, loss.gradient_nD, sync, scale)
+            backpropagate(encoding, loss.gradient_nD, sync, scale * weight, is_last)
     return StepResult(
         loss=loss.value,
         num_queries=loss.num_queries,
