@@ -20,6 +20,7 @@ from trainer.errors import InputError
 from trainer.job import TrainJob
 
 Job = TypeVar("Job")
+NOT_COMPUTED = {("run", "trackers")}  # settings that may change from start to start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,7 @@ def refuse_other_job(path: Path, jobs: Jobs) -> None:
     for section in now.keys() - {"launch", "mine"}:
         for key in sorted(now[section].keys() | kept.get(section, {}).keys()):
             before, after = kept.get(section, {}).get(key), now[section].get(key)
-            if before != after:
+            if before != after and (section, key) not in NOT_COMPUTED:
                 raise InputError(
                     f"{path.parent} holds a run with {section}.{key}={before!r}, and this job has {after!r}; "
                     "set run.folder to a new folder, or delete that one"
