@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# n rows, Q queries, N passages, D width, k places of a ranked list, J judged pairs
+# n rows, Q queries, N passages, D width, k places of a ranked list, J judged pairs, j some of them
 
 UNIFORMITY_T = 2.0  # as in the source
 RANK_EPSILON = 1e-7  # as in the source, where float32 is used
@@ -92,7 +92,8 @@ def evaluation_health(
     scores_Qk: np.ndarray,
     query_rows_J: np.ndarray,
     ids_J: np.ndarray,
-    positive_JD: np.ndarray,
+    sample_j: np.ndarray,
+    positive_jD: np.ndarray,
     num_passages: int,
     seed: int = 0,
 ) -> dict[str, float | list[int]]:
@@ -100,16 +101,17 @@ def evaluation_health(
 
     query_QD: embeddings of the evaluated queries. passage_ND: those of a sample of the corpus.
     ids_Qk, scores_Qk: ranked passages of each query, best first, -1 where a list is shorter; of num_passages in all.
-    query_rows_J, ids_J, positive_JD: judged pairs, a row of query_QD, the number of a passage and its embedding.
+    query_rows_J, ids_J: judged pairs, a row of query_QD and the number of a passage.
+    sample_j, positive_jD: which of these pairs to look at, and the embeddings of their passages.
     Embeddings of any length are made unit length; scores of hardest negatives are taken as they are.
     Cost: at most SAMPLE_ROWS queries and passages, some 128 MiB of distances and two decompositions: seconds on one core.
     """
-    queries, passages, positives = (_unit(rows) for rows in (query_QD, passage_ND, positive_JD))
-    of_pair_JD = queries[torch.from_numpy(query_rows_J)]
-    positive_scores = (of_pair_JD * positives).sum(1).numpy()
+    queries, passages, positives = (_unit(rows) for rows in (query_QD, passage_ND, positive_jD))
+    of_pair_jD = queries[torch.from_numpy(query_rows_J[sample_j])]
+    positive_scores = (of_pair_jD * positives).sum(1).numpy()
     query_sample, passage_sample = _sample(queries, seed), _sample(passages, seed)
     found: dict[str, float | list[int]] = {
-        "alignment": alignment(of_pair_JD, positives),
+        "alignment": alignment(of_pair_jD, positives),
         "hubness": hubness(ids_Qk[:, :HUB_PLACES], num_passages),
     }
     for name, rows_nD in (("queries", query_sample), ("passages", passage_sample)):

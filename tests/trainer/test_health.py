@@ -82,7 +82,8 @@ def evaluation(queries, passages, k=12):
         "scores_Qk": best.values.numpy(),
         "query_rows_J": rows,
         "ids_J": rows,
-        "positive_JD": passages.numpy()[rows],
+        "sample_j": rows,
+        "positive_jD": passages.numpy()[rows],
         "num_passages": len(passages),
     }
 
