@@ -78,7 +78,7 @@ def check_trackers(names: tuple[str, ...]) -> None:
 
 
 def _start_tracker(name: str, run: Path) -> Any:
-    """Return a tracker of accelerate's that has begun."""
+    """Return a tracker of accelerate's that has begun; raises InputError for one that cannot."""
     from accelerate import PartialState, tracking  # two seconds, which the miner should not pay
 
     PartialState()  # the trackers' own messages ask for it; in a trainer it is there already
@@ -89,7 +89,11 @@ def _start_tracker(name: str, run: Path) -> Any:
         tracker = _MLflow(tracking.MLflowTracker(PROJECT, run_name=run.name))
     else:
         tracker = tracking.TensorBoardTracker("tensorboard", logs)  # the folder's name below logs/
-    tracker.start()
+    try:
+        tracker.start()
+    except Exception as error:  # of the client's own making: not logged in, no such server, …
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise InputError(f"run.trackers names {name!r}, which does not start ({reason}); set it up, or leave it out") from error
     return tracker
 
 

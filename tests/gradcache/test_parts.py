@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gradcache import OBJECTIVES, DDPSync, FSDP2Sync, NoSync, Temperature, cached_step, reference_step
 from tests.gradcache.test_backends import build, full_gradients, shard
 from tests.gradcache.test_step import TinyEncoder, make_batch
+from tests.gradcache.test_tight import Limited
 from tests.gradients import assert_same_gradients
 from tests.ranks import run_ranks
 
@@ -135,6 +136,29 @@ def test_parameters_are_synchronised_once_for_two_parts():
     for num_parts in (1, 2):
         for calls in run_ranks(count_synchronisations, 2, num_parts):
             assert calls == [num_parameters]
+
+
+def test_a_first_part_that_does_not_fit_into_memory_is_made_again_in_halves():
+    found = []
+    for limits in ({}, {"backward": 40}):
+        encoder, temperature = TinyEncoder(0, 0.0).train(), Temperature(0.1, learnable=True)
+        called = Limited(encoder, **limits)
+        for part in range(2):
+            encode = called if part == 0 else encoder
+            cached_step(
+                make_batch(0, 6, [encode], seed=part),
+                objective=OBJECTIVES["info_nce"],
+                temperature=temperature,
+                sync=NoSync(encoder),
+                group=None,
+                keep_graphs=0,
+                seed=part,
+                is_last=part == 1,
+                **STEP | {"chunk_tokens": 44},
+            )
+        found.append(full_gradients([encoder], temperature))
+        assert bool(called.refused) == bool(limits)
+    assert_same_gradients(*found)
 
 
 def gradient_of_a_first_part(rank):

@@ -116,6 +116,15 @@ def test_a_tracker_that_fails_is_dropped_and_the_others_go_on(tmp_path, wandb, c
     assert len(events.Scalars("loss")) == 2
 
 
+def test_a_tracker_that_does_not_start_is_one_sentence(tmp_path, wandb):
+    def refuse(**_):
+        raise ConnectionError("No API key configured. Use `wandb login`.\nMore lines")
+
+    wandb.init = refuse
+    with pytest.raises(InputError, match=r"'wandb', which does not start \(No API key configured. Use `wandb login`\);"):
+        TrainerMetrics(tmp_path, ("wandb",))
+
+
 def test_a_tracker_that_is_not_installed_is_one_sentence(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else object())
     check_trackers(("tensorboard", "mlflow"))
