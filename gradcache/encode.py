@@ -56,16 +56,17 @@ def encode_all(plan: Plan, keep_graphs: int | Literal["all"], sync: GradientSync
     return Encoding(plan, embedding_uD[row_of_place[plan.place_n].to(embedding_uD.device)], kept, widths)
 
 
-def backpropagate(encoding: Encoding, gradient_nD: Tensor, sync: GradientSync, scale: float) -> None:
+def backpropagate(encoding: Encoding, gradient_nD: Tensor, sync: GradientSync, scale: float, is_last: bool = True) -> None:
     """Carry `scale` times the gradient of the embeddings into the parameters. Empties `encoding.kept`.
 
-    Collective: one synchronisation of the parameters, in the last backward, also without rows.
+    is_last: no further part of the step follows.
+    Collective if it is: one synchronisation of the parameters, in the last backward, also without rows.
     """
     plan = encoding.plan
     gradient_uD = gradient_nD.new_zeros(plan.num_distinct, gradient_nD.shape[1])
     gradient_uD.index_add_(0, plan.place_n.to(gradient_nD.device), gradient_nD).mul_(scale * sync.gradient_scale())
     halvings = [0] * len(plan.chunks)
-    while (failed := _backward_all(plan, encoding.kept, gradient_uD, sync, halvings)) is not None:
+    while (failed := _backward_all(plan, encoding.kept, gradient_uD, sync, halvings, is_last)) is not None:
         # A backward that ran out of memory has left part of its gradient behind: all are taken back and made again.
         if halvings[failed] and (draws(plan.chunks[failed]) or 2 ** halvings[failed] >= len(plan.chunks[failed].rows)):
             raise out_of_memory(plan.chunks[failed])
@@ -74,17 +75,17 @@ def backpropagate(encoding: Encoding, gradient_nD: Tensor, sync: GradientSync, s
 
 
 def _backward_all(
-    plan: Plan, kept: dict[int, Tensor], gradient_uD: Tensor, sync: GradientSync, halvings: list[int]
+    plan: Plan, kept: dict[int, Tensor], gradient_uD: Tensor, sync: GradientSync, halvings: list[int], is_last_of_step: bool
 ) -> int | None:
     """Run all backwards, those of chunks with halvings in less memory; return the chunk whose backward ran out of memory.
 
     Kept graphs come first, so that their memory is free before the next chunk is encoded again.
     """
     order = [*kept, *(i for i in range(len(plan.chunks)) if i not in kept)]
-    if not order:
+    if not order and is_last_of_step:
         sync.last_backward(gradient_uD.sum())  # nothing to add, but the others wait for this rank
     for i in order:
-        is_last = i == order[-1]
+        is_last = is_last_of_step and i == order[-1]
         try:
             for surrogate, is_last_part in _surrogates(plan.chunks[i], kept.pop(i, None), gradient_uD, sync, halvings[i]):
                 (sync.last_backward if is_last and is_last_part else sync.backward)(surrogate)

@@ -12,9 +12,10 @@ from gradcache.gather import Pool, all_reduce, gather_rows, scatter_gradients
 from gradcache.masks import Masks, add_same_side, mask_passages, mask_queries
 from gradcache.objectives import Objective
 from gradcache.temperature import Temperature
-from gradcache.tiles import TileGradients, evaluate_tiles
+from gradcache.tiles import evaluate_tiles
+from gradcache.widths import Cut, add_first, cut_rows, plan_cuts
 
-# B queries on this rank, n rows on this rank, P passages and Q queries of all ranks
+# B queries on this rank, n rows on this rank, P passages and Q queries of all ranks, N rows of one side of all ranks
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class LossOptions:
     same_side: bool = False  # the rows of a direction's own side are negatives, too: query-query and passage-passage
     tile_rows: int | None = None  # rows of scores evaluated at once; None: as many as fit a fixed memory
     product_dtype: torch.dtype | None = None  # embeddings are gathered and multiplied in; None: in what the encoder returns
+    widths: tuple[int, ...] | None = None  # falling: the mean over embeddings cut to so many components; None: as they are
+    width_weights: tuple[float, ...] | None = None  # of that mean; None: equal ones
 
 
 def global_loss(
@@ -51,8 +54,9 @@ def global_loss(
     temperature's to its parameter.
 
     Collective: one all-gather and one reduce-scatter for the passages, symmetric or same_side the same for the queries,
-    one small all-reduce.
+    one small all-reduce; whatever the number of widths. Raises ValueError for widths that do not fit the embeddings.
     """
+    cuts = plan_cuts(options.widths, options.width_weights, agreed.embedding_nD.shape[1])
     device = agreed.embedding_nD.device
     dtype = agreed.embedding_nD.dtype
     embedding_nD = agreed.embedding_nD.to(options.product_dtype or dtype)
@@ -76,9 +80,9 @@ def global_loss(
         row_keys = torch.cat([query_keys[:, None], positives], dim=1)
         column_keys = torch.cat([queries.pool.keys_N[:, None], queries.pool.extra_NM], dim=1)
         masks = add_same_side(masks, len(passages.pool.keys_N), row_keys, column_keys, queries.pool.keys_N)
-    forth = _direction(query_BD, passages, queries if options.same_side else None, masks, scale, weight, options)
+    forth = _direction(query_BD, passages, queries if options.same_side else None, masks, scale, weight, options, cuts)
     query_gradient, passage_gradient = forth.row_BD, torch.zeros(passage_nD.shape, dtype=forth.row_BD.dtype, device=device)
-    totals = torch.stack([forth.loss_sum * weight, forth.scale])
+    totals = forth.totals
     if options.symmetric and queries is not None:
         own_query_B = queries.pool.first + torch.arange(len(target_B), device=device)
         masks = mask_queries(own_query_B, passage_keys[target_B], queries.pool.keys_N, queries.pool.extra_NM)
@@ -86,9 +90,9 @@ def global_loss(
             passage_keys_P1 = passages.pool.keys_N[:, None]
             masks = add_same_side(masks, len(queries.pool.keys_N), positives, passage_keys_P1, passages.pool.keys_N)
         other = passages if options.same_side else None
-        back = _direction(passage_nD[target_B], queries, other, masks, scale, weight, options)
+        back = _direction(passage_nD[target_B], queries, other, masks, scale, weight, options, cuts)
         passage_gradient.index_add_(0, target_B, back.row_BD)  # several queries may share a target
-        totals = totals + torch.stack([back.loss_sum * weight, back.scale])
+        totals += back.totals
     passage_gradient += passages.scatter(group)
     if queries is not None:
         query_gradient = query_gradient + queries.scatter(group)
@@ -106,8 +110,9 @@ class _Side:
         self.pool = pool
         self.gradient_ND: Tensor | None = None
 
-    def add(self, gradient_ND: Tensor) -> None:
-        self.gradient_ND = gradient_ND if self.gradient_ND is None else self.gradient_ND.add_(gradient_ND)
+    def add(self, gradient_Nw: Tensor) -> None:
+        """Add the gradient of the first w components."""
+        self.gradient_ND = add_first(self.gradient_ND, gradient_Nw, self.pool.rows_ND.shape[1])
 
     def scatter(self, group: dist.ProcessGroup | None) -> Tensor:
         """Return the gradient of this rank's rows. Collective: one reduce-scatter."""
@@ -115,15 +120,40 @@ class _Side:
         return scatter_gradients(self.gradient_ND, self.pool.counts, group)
 
 
+@dataclass(frozen=True)
+class _Direction:
+    """What the rows of one direction add to the loss, and its gradients."""
+
+    totals: Tensor  # float64: the loss, the gradient of the scale
+    row_BD: Tensor
+
+
 def _direction(
-    row_BD: Tensor, columns: _Side, same_side: _Side | None, masks: Masks, scale: float, weight: float, options: LossOptions
-) -> TileGradients:
-    """Return the loss of some rows against the columns; the columns' gradients go to their sides."""
-    column_ND = columns.pool.rows_ND
-    if same_side is not None:
-        column_ND = torch.cat([column_ND, same_side.pool.rows_ND])
-    found = evaluate_tiles(row_BD, column_ND, masks, scale, options.objective, weight, options.tile_rows)
-    columns.add(found.column_PD[: len(columns.pool.keys_N)])
-    if same_side is not None:
-        same_side.add(found.column_PD[len(columns.pool.keys_N) :])
-    return found
+    row_BD: Tensor,
+    columns: _Side,
+    same_side: _Side | None,
+    masks: Masks,
+    scale: float,
+    weight: float,
+    options: LossOptions,
+    cuts: list[Cut],
+) -> _Direction:
+    """Return the loss of some rows against the columns, cut by cut; the columns' gradients go to their sides.
+
+    Holds one cut of the columns, and its gradient, at a time.
+    """
+    sides = [columns] if same_side is None else [columns, same_side]
+    counts = [len(side.pool.keys_N) for side in sides]
+    totals = torch.zeros(2, dtype=torch.float64, device=row_BD.device)  # of the loss, of the gradient of the scale
+    row_gradient_BD: Tensor | None = None
+    for cut in cuts:
+        rows, cut_columns = cut_rows([row_BD], cut.width), cut_rows([side.pool.rows_ND for side in sides], cut.width)
+        share = weight * cut.share
+        found = evaluate_tiles(rows.unit_nw, cut_columns.unit_nw, masks, scale, options.objective, share, options.tile_rows)
+        for side, gradient_Nw in zip(sides, cut_columns.whole(found.column_PD).split(counts), strict=True):
+            side.add(gradient_Nw)
+        row_gradient_BD = add_first(row_gradient_BD, rows.whole(found.row_BD), row_BD.shape[1])
+        totals += torch.stack([found.loss_sum * share, found.scale])
+        del rows, cut_columns, found  # before the next ones are made
+    assert row_gradient_BD is not None, "there is at least one cut"
+    return _Direction(totals, row_gradient_BD)

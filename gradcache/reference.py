@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from gradcache.batch import Batch
 from gradcache.objectives import Objective, Tile
@@ -28,11 +29,14 @@ def reference_step(
     symmetric: bool = False,
     same_side: bool = False,
     equal_chunks: bool = False,
+    widths: tuple[int, ...] | None = None,
+    width_weights: tuple[float, ...] | None = None,
 ) -> float:
     """Return the mean loss over the queries of all ranks and add its gradient to the parameters and the temperature.
 
     batches: one for each rank, in order, with towers that encode in this process. Does not communicate.
     equal_chunks: plan as a step does whose backend communicates in forwards, which needs as many chunks on every rank.
+    widths, width_weights: the mean of the loss over embeddings cut to so many components, each of unit length.
     """
     plans = [plan_encoding(batch.towers, chunk_tokens, seed, step, rank) for rank, batch in enumerate(batches)]
     if equal_chunks:
@@ -43,6 +47,29 @@ def reference_step(
         embedded = [_encode(plan) for plan in plans]
     query_BD = torch.cat([rows[: batch.num_queries] for rows, batch in zip(embedded, batches, strict=True) if len(rows)])
     passage_PD = torch.cat([rows[batch.num_queries :] for rows, batch in zip(embedded, batches, strict=True) if len(rows)])
+    if widths is None:
+        loss = _loss(query_BD, passage_PD, batches, objective, temperature, symmetric, same_side)
+    else:
+        weights = width_weights or (1.0,) * len(widths)
+        loss = torch.zeros(())
+        for width, weight in zip(widths, weights, strict=True):
+            query_Bw, passage_Pw = (normalize(embedding[:, :width], dim=1) for embedding in (query_BD, passage_PD))
+            term = _loss(query_Bw, passage_Pw, batches, objective, temperature, symmetric, same_side)
+            loss = loss + weight / sum(weights) * term
+    loss.backward()
+    return loss.item()
+
+
+def _loss(
+    query_BD: Tensor,
+    passage_PD: Tensor,
+    batches: Sequence[Batch],
+    objective: Objective,
+    temperature: Temperature,
+    symmetric: bool,
+    same_side: bool,
+) -> Tensor:
+    """Return the mean loss over the queries of all ranks, with its graph."""
     query_keys = [key for batch in batches for key in batch.keys[: batch.num_queries].tolist()]
     passage_keys = [key for batch in batches for key in batch.keys[batch.num_queries :].tolist()]
     positives = [set(keys) for batch in batches for keys in batch.positive_keys.tolist()]
@@ -69,8 +96,7 @@ def reference_step(
             own_side = passage_PD[targets] @ passage_PD.T * temperature.scale(), is_positive, passage_keys
         back = objective(_tile(score_BP.T[targets], list(range(len(query_keys))), rows, query_keys, own_side)).mean()
         loss = (loss + back) / 2
-    loss.backward()
-    return loss.item()
+    return loss
 
 
 def _encode(plan: Plan) -> Tensor:

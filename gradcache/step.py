@@ -56,18 +56,25 @@ def cached_step(
     same_side: bool = False,
     tile_rows: int | None = None,
     product_dtype: torch.dtype | None = None,
+    widths: tuple[int, ...] | None = None,
+    width_weights: tuple[float, ...] | None = None,
     scaler: torch.amp.GradScaler | None = None,
+    weight: float = 1.0,
+    is_last: bool = True,
 ) -> StepResult:
     """Add the gradient of the mean loss over the queries of all ranks to the parameters and the temperature.
 
     group: the ranks that share the loss; None for one process. sync: how the parameters' gradients become global ones.
     chunk_tokens: padded tokens encoded at once. keep_graphs: chunks that are encoded only once, with graph.
     seed, step: decide, with the rank, every draw of dropout; the generators are given back as they were.
-    symmetric, same_side, tile_rows, product_dtype: see `LossOptions`.
+    symmetric, same_side, tile_rows, product_dtype, widths, width_weights: see `LossOptions`.
     scaler: of float16 training; gradients come out times its scale, the temperature's too, as behind `scaler.scale(loss)`.
+    weight: factor of the gradients, not of the reported loss.
+    is_last: False where other parts of the same update follow, such as the batches of other tasks: their gradients add up
+    on each rank, and the part that is last synchronises them, once. Parts should differ in `seed`, or they draw alike.
     Mixed precision is the encoder's: let it run under autocast, or this whole call; the loss is computed outside of it.
-    Collective: every rank of group calls it once a step, also with zero rows. The number of collectives does not depend on
-    the number of chunks. Raises, on every rank alike and before any gradient: ValueError if no rank has a query or the
+    Collective: every rank of group calls it once a step or part, also with zero rows. The number of collectives does not
+    depend on the number of chunks. Raises, on every rank alike and before any gradient: ValueError if no rank has a query or the
     towers' widths differ, NotFinite for a broken embedding; LostRank where a rank is gone.
     """
     device = temperature.log_scale.device
@@ -85,14 +92,21 @@ def cached_step(
         encoded = _now_s(device)
         agreed = agree(batch, encoding, group, device)
         options = LossOptions(
-            objective=objective, symmetric=symmetric, same_side=same_side, tile_rows=tile_rows, product_dtype=product_dtype
+            objective=objective,
+            symmetric=symmetric,
+            same_side=same_side,
+            tile_rows=tile_rows,
+            product_dtype=product_dtype,
+            widths=widths,
+            width_weights=width_weights,
         )
-        scale = 1.0 if scaler is None or not scaler.is_enabled() else scaler.scale(torch.ones((), device=device)).item()
+        loss_scale = 1.0 if scaler is None or not scaler.is_enabled() else scaler.scale(torch.ones((), device=device)).item()
+        scale = loss_scale * weight
         with torch.autocast(device.type, enabled=False):
             loss = global_loss(batch, agreed, options=options, temperature=temperature, group=group, gradient_scale=scale)
         evaluated = _now_s(device)
         with naming_lost_ranks(group):
-            backpropagate(encoding, loss.gradient_nD, sync, scale)
+            backpropagate(encoding, loss.gradient_nD, sync, scale, is_last)
     return StepResult(
         loss=loss.value,
         num_queries=loss.num_queries,

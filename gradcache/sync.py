@@ -13,13 +13,14 @@ from torch.nn.parallel import DistributedDataParallel
 class GradientSync(Protocol):
     """How a parallel backend is told what a step does.
 
-    A step calls `hold` and `last_backward` once on every rank, `backward` as often as it has other chunks.
+    A step calls `hold` and `last_backward` once on every rank, `backward` as often as it has other chunks. A step of several
+    parts calls `hold` before each of them, and `last_backward` in the last one.
     """
 
     communicates_in_forward: bool  # every rank must then make as many forwards and backwards, in one order
 
     def hold(self) -> None:
-        """Before the first forward of a step: no backward reduces gradients from here on."""
+        """Before the first forward of a step or part: no backward reduces gradients from here on."""
 
     def backward(self, surrogate: Tensor) -> None:
         """Run a backward that is not the last one of a step. surrogate: a scalar; without a graph for a frozen tower."""
@@ -34,10 +35,10 @@ class GradientSync(Protocol):
         """Return the factor that makes the synchronised gradient the sum over the ranks."""
 
     def can_forget_gradients(self) -> bool:
-        """Return whether all gradients are of this step and nothing of them has been communicated."""
+        """Return whether all gradients are of this part of the step and nothing of them has been communicated."""
 
     def forget_gradients(self) -> None:
-        """Take back what this step's backwards have accumulated on this rank."""
+        """Take back what the backwards since `hold` have accumulated on this rank."""
 
 
 class NoSync:
@@ -50,7 +51,7 @@ class NoSync:
         self._started_clean = False
 
     def hold(self) -> None:
-        """Note whether there are gradients of earlier steps."""
+        """Note whether there are gradients of earlier steps or parts."""
         self._started_clean = bool(self._modules) and all(p.grad is None for p in self._parameters())
 
     def backward(self, surrogate: Tensor) -> None:
@@ -67,7 +68,7 @@ class NoSync:
         return 1.0
 
     def can_forget_gradients(self) -> bool:
-        """Return whether there were no gradients before this step."""
+        """Return whether there were no gradients before this part of the step."""
         return self._started_clean
 
     def forget_gradients(self) -> None:

@@ -69,6 +69,7 @@ def check_here(job: str, overrides: list[str], queries: int) -> dict[str, Any] |
 def _check(job: TrainJob, world: World, num_queries: int) -> dict[str, Any] | None:
     data = open_dataset(job.data.path, job.data.cache)
     encoder, tokenizer, traits = load_encoder(job.model)
+    job.loss.check_model(encoder.width)
     dataset = tokenized(job, data, tokenizer, traits)
     if dataset.num_queries < num_queries:
         raise InputError(f"{job.data.path} has {dataset.num_queries} training queries; set batch.queries lower")
@@ -137,6 +138,8 @@ class _Step:
             "objective": OBJECTIVES[loss.objective],
             "symmetric": loss.symmetric,
             "same_side": loss.same_side,
+            "widths": loss.widths,
+            "width_weights": loss.width_weights,
             "seed": job.run.seed,
             "step": 0,
         }

@@ -199,6 +199,27 @@ def search(
 
 
 @app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(help="folder to make")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL MODEL...", help="model, checkpoint or run folders, or packages")],
+    how: Annotated[str, typer.Option(help="mean, or delta: each tensor by how far training has moved it")] = "mean",
+    base: Annotated[str | None, typer.Option(help="what training began from, for --how delta")] = None,
+    weights: Annotated[str | None, typer.Option(help="one number for each model, as in 2,1,1; default: equal")] = None,
+    as_json: Json = False,
+) -> int:
+    """Average the weights of models of one architecture into one model."""
+    from launch.models import merge_named_models
+
+    start_logging()
+    found = merge_named_models(out, models, how, base, weights)
+    if as_json:
+        print_json(found)
+    else:
+        results().print(f"{out}: {len(models)} models, merged by {how}; SentenceTransformer and AutoModel load it", markup=False)
+    return 0
+
+
+@app.command()
 def status(folder: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")], as_json: Json = False) -> int:
     """Say where a run stands."""
     from launch.status import describe_run, run_status

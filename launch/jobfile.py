@@ -21,6 +21,7 @@ from trainer.job import TrainJob
 
 Job = TypeVar("Job")
 MAY_CHANGE = {"launch", "mine", "parallel", "chunk", "checkpoint", "eval"}  # sections, from one start of a run to the next
+NOT_COMPUTED = {("run", "trackers")}  # and settings of the other sections
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ def refuse_other_job(path: Path, jobs: Jobs) -> None:
     for section in sorted(now.keys() - MAY_CHANGE):
         for key in sorted(now[section].keys() | kept.get(section, {}).keys()):
             before, after = kept.get(section, {}).get(key), now[section].get(key)
-            if before != after:
+            if before != after and (section, key) not in NOT_COMPUTED:
                 raise InputError(
                     f"{path.parent} holds a run with {section}.{key}={before!r}, and this job has {after!r}; "
                     "set run.folder to a new folder, or go on with --allow-change"

@@ -1,4 +1,4 @@
-"""Models that are there already: evaluate one, search with one."""
+"""Models that are there already: evaluate one, search with one, merge several."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,8 @@ from trainer.encoder.tokens import tokenize
 from trainer.encoder.topk import merge_top_k, top_k
 from trainer.errors import InputError
 from trainer.evaluate import DEPTH, evaluate, judged_queries, measure
-from trainer.handoff.weights import newest_checkpoint
+from trainer.handoff.manifest import TornVersion
+from trainer.handoff.weights import newest_checkpoint, open_checkpoint
 
 EXCERPT_LINES = 3
 
@@ -74,6 +75,19 @@ def search_corpus(model: str, data_path: Path, question: str, top: int) -> list[
     ]
 
 
+def merge_named_models(out: Path, models: list[str], how: str, base: str | None, weights: str | None) -> dict[str, Any]:
+    """Write the merge of models, named as elsewhere, and return what went into it; weights: numbers with commas between."""
+    from trainer.merge import HOW, merge_models
+
+    if how not in HOW:
+        raise InputError(f"--how {how} is unknown; expected {' or '.join(HOW)}")
+    try:
+        numbers = None if weights is None else [float(number) for number in weights.split(",")]
+    except ValueError as error:
+        raise InputError(f"--weights {weights} are not numbers with commas between, as in 2,1,1") from error
+    return merge_models(out, [model_folder(model) for model in models], how, base and model_folder(base), numbers)
+
+
 def encode_question(encoder, tokenizer, traits, question: str) -> np.ndarray:
     """Return the (1, D) embedding of one question."""
     from datasets import Dataset
@@ -88,13 +102,27 @@ def locate_model(model: str, data: RetrievalData) -> tuple[str, Path]:
 
     A run folder stands for its newest checkpoint, and a run's shards are used for its models.
     """
+    path, folder = Path(model), model_folder(model)
+    if (path / "checkpoints").is_dir():
+        return folder, path / "shards"
+    parents = Path(folder).resolve().parents
+    run = parents[2] if len(parents) > 2 else path
+    if (run / "checkpoints").is_dir() and (run / "shards").is_dir():
+        return folder, run / "shards"
+    return folder, data.cache / "shards"
+
+
+def model_folder(model: str) -> str:
+    """Return what load_encoder takes: of a run folder its newest whole checkpoint, of a checkpoint its encoder."""
     path = Path(model)
     if (path / "checkpoints").is_dir():
         checkpoint = newest_checkpoint(path)
         if checkpoint is None:
             raise InputError(f"{path} has no whole checkpoint yet; wait for one, or name a model folder")
-        return str(checkpoint.encoder_folder), path / "shards"
-    run = path.resolve().parents[2] if len(path.resolve().parents) > 2 else path
-    if (run / "checkpoints").is_dir() and (run / "shards").is_dir():
-        return model, run / "shards"
-    return model, data.cache / "shards"
+        return str(checkpoint.encoder_folder)
+    if (path / "encoder").is_dir() and (path / "manifest.json").is_file():
+        try:
+            return str(open_checkpoint(path).encoder_folder)
+        except TornVersion as torn:
+            raise InputError(f"the checkpoint {path} is not whole ({torn}); name another one") from torn
+    return model

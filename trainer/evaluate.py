@@ -20,10 +20,12 @@ from trainer.encoder.shards import Shards, drop_torn, open_shards
 from trainer.encoder.tokens import tokenize
 from trainer.encoder.topk import merge_top_k, top_k
 from trainer.errors import InputError
+from trainer.health import SAMPLE_ROWS, evaluation_health
 from trainer.world import World
 
 MEASURES = {"ndcg@10": nDCG @ 10, "mrr@10": RR @ 10, "recall@10": R @ 10, "recall@100": R @ 100}
 DEPTH = 100  # the deepest cut-off above
+SAMPLE_SHARDS = 8  # of the corpus, for its health
 
 
 class Stopped(Exception):
@@ -42,11 +44,13 @@ def evaluate(
     cache: Path | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
+    on_health: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, float]:
     """Return the measures of a split; the same on every rank up to the last bits of a product.
 
     encoder: the bare encoder, not its DDP wrapper.
     on_progress: called with texts done and to do, of this rank.
+    on_health: called on rank 0 with what `split_health` finds.
     Raises Stopped on every rank if one is asked to stop. Collective.
     """
     query_rows = judged_queries(data, split)
@@ -63,6 +67,8 @@ def evaluate(
     _encode_missing(world, encoder, sides, on_progress, should_stop)
     query_QD = sides[0][0].read_rows(np.arange(len(query_rows)))
     scores, ids = _search(world, query_QD, sides[1][0])
+    if on_health is not None and world.speaks:
+        on_health(split_health(data, split, query_rows, query_QD, sides[1][0], scores, ids))
     return world.broadcast(measure(data, split, query_rows, scores, ids) if world.speaks else None)
 
 
@@ -88,6 +94,44 @@ def measure(
     wanted = {key: qrels[key] for key in run}
     values = ir_measures.calc_aggregate(list(MEASURES.values()), wanted, run)
     return {name: round(float(values[measure]), 6) for name, measure in MEASURES.items()}
+
+
+def split_health(
+    data: RetrievalData,
+    split: str,
+    query_rows: np.ndarray,
+    query_QD: np.ndarray,
+    passages: Shards,
+    scores_Qk: np.ndarray,
+    ids_Qk: np.ndarray,
+) -> dict[str, Any]:
+    """Return the health of a split's embeddings and ranked lists (see trainer/health.py).
+
+    Reads the shards of at most SAMPLE_ROWS judged pairs, and a sample of the corpus from some of them: at most one pass over
+    what the search has read.
+    """
+    draw = np.random.default_rng(0)
+    indptr, ids_J = data.positives(query_rows, split)
+    rows_J = np.repeat(np.arange(len(query_rows)), np.diff(indptr))
+    chosen = _some(len(ids_J), draw)
+    pair_shards = np.unique(ids_J[chosen] // passages.shard_rows)
+    near = np.concatenate([passages.rows(int(shard)) for shard in draw.permutation(pair_shards)[:SAMPLE_SHARDS]])
+    return evaluation_health(
+        query_QD,
+        passages.read_rows(near[_some(len(near), draw)]),
+        ids_Qk,
+        scores_Qk,
+        rows_J,
+        ids_J,
+        chosen,
+        passages.read_rows(ids_J[chosen]),
+        num_passages=len(data.corpus),
+    )
+
+
+def _some(num_rows: int, draw: np.random.Generator) -> np.ndarray:
+    """Return at most SAMPLE_ROWS of the row numbers, ascending."""
+    return np.sort(draw.choice(num_rows, min(SAMPLE_ROWS, num_rows), replace=False))
 
 
 def _encode_missing(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from gradcache import OBJECTIVES
+from gradcache.widths import check_widths
 from trainer.encoder.model import ModelSettings
 from trainer.errors import InputError
 from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings
@@ -61,6 +62,22 @@ class LossSettings:
     tile_rows: int | None = None  # rows of scores at once; None: as many as fit a fixed memory
     temperature: float = 0.05  # divides the scores
     learn_temperature: bool = False
+    widths: tuple[int, ...] | None = None  # falling: the mean of the losses of embeddings cut to so many components
+    width_weights: tuple[float, ...] | None = None  # of that mean; None: equal ones
+
+    def __post_init__(self) -> None:
+        try:
+            if self.widths is not None:
+                check_widths(self.widths, self.width_weights)
+        except ValueError as error:
+            raise InputError(f"loss.{error}") from error
+        if self.widths is None and self.width_weights is not None:
+            raise InputError(f"loss.width_weights={list(self.width_weights)} weighs nothing; set loss.widths, too")
+
+    def check_model(self, width: int) -> None:
+        """Raise InputError if embeddings of a width cannot be cut as asked for."""
+        if self.widths is not None and self.widths[0] > width:
+            raise InputError(f"loss.widths begins with {self.widths[0]}, and the model's embeddings have {width} components")
 
 
 @dataclass(frozen=True, kw_only=True)

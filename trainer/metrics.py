@@ -1,16 +1,25 @@
-"""What a run tells the outside: JSON lines, TensorBoard, and a status file that is replaced by rename.
+"""What a run tells the outside: JSON lines, trackers such as TensorBoard, and a status file that is replaced by rename.
 
 Ranks that do not record get the null objects, so that no loop asks whether recording is on.
 """
 
+import importlib.util
 import json
+import logging
 import os
+import re
 import socket
 import time
 from pathlib import Path
 from typing import Any, Protocol
 
+from trainer.errors import InputError
 from trainer.handoff.manifest import write_atomically
+
+log = logging.getLogger(__name__)
+
+TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}  # by the package that each one needs
+PROJECT = "negpool"  # what W&B calls a project and MLflow an experiment
 
 
 class Metrics(Protocol):
@@ -37,24 +46,67 @@ class MetricsFile:
 
 
 class TrainerMetrics:
-    """JSON lines in `logs/metrics.jsonl`, and every number among them in TensorBoard."""
+    """JSON lines in `logs/metrics.jsonl`, and every number among them in the trackers."""
 
-    def __init__(self, run: Path):
+    def __init__(self, run: Path, trackers: tuple[str, ...] = ("tensorboard",)):
+        """trackers: names in TRACKERS, installed. W&B and MLflow take their servers from their own environment variables."""
         self._lines = MetricsFile(run / "logs" / "metrics.jsonl")
-        from torch.utils.tensorboard import SummaryWriter  # takes two seconds, which the miner should not pay
-
-        self._board = SummaryWriter(str(run / "logs" / "tensorboard"))
+        self._trackers = [_start_tracker(name, run) for name in trackers]
 
     def record(self, step: int, values: dict[str, Any]) -> None:
-        """Record one step or event."""
+        """Record one step or event. A tracker that fails is dropped with a warning; the run and its JSON lines go on."""
         self._lines.record(step, values)
-        for key, value in values.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(key, value, step)
+        numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+        for tracker in list(self._trackers) if numbers else []:
+            try:
+                tracker.log(numbers, step=step)
+            except Exception as error:  # whatever a client raises when its server is gone
+                self._trackers.remove(tracker)
+                log.warning("%s is dropped, the run goes on without it: %s", tracker.name, error)
 
     def close(self) -> None:
         self._lines.close()
-        self._board.close()
+        for tracker in self._trackers:
+            tracker.finish()
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Raise InputError if a tracker is not installed; the miner, who needs none, does not ask."""
+    for name in names:
+        if importlib.util.find_spec(TRACKERS[name]) is None:
+            raise InputError(f"run.trackers names {name!r}, which is not installed; run: pip install {TRACKERS[name]}")
+
+
+def _start_tracker(name: str, run: Path) -> Any:
+    """Return a tracker of accelerate's that has begun; raises InputError for one that cannot."""
+    from accelerate import PartialState, tracking  # two seconds, which the miner should not pay
+
+    PartialState()  # the trackers' own messages ask for it; in a trainer it is there already
+    logs = run / "logs"
+    if name == "wandb":
+        tracker = tracking.WandBTracker(PROJECT, name=run.name, dir=str(logs))
+    elif name == "mlflow":
+        tracker = _MLflow(tracking.MLflowTracker(PROJECT, run_name=run.name))
+    else:
+        tracker = tracking.TensorBoardTracker("tensorboard", logs)  # the folder's name below logs/
+    try:
+        tracker.start()
+    except Exception as error:  # of the client's own making: not logged in, no such server, …
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise InputError(f"run.trackers names {name!r}, which does not start ({reason}); set it up, or leave it out") from error
+    return tracker
+
+
+class _MLflow:
+    """MLflow's tracker, with names that it takes: `eval/ndcg@10` is `eval/ndcg_10` there."""
+
+    name = "mlflow"
+
+    def __init__(self, tracker: Any):
+        self.start, self.finish, self._log = tracker.start, tracker.finish, tracker.log
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self._log({re.sub(r"[^\w\-. :/]", "_", key): value for key, value in values.items()}, step=step)
 
 
 class NoMetrics:

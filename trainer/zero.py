@@ -182,13 +182,14 @@ class DeepSpeedSync:
         self._engine = engine
         self._stage = int(engine.zero_optimization_stage())
         self._every_chunk = reduce_every_chunk
-        self._coalescing = contextlib.ExitStack()
+        self._coalescing: contextlib.ExitStack | None = None  # open from a step's first part to its last
         # Stage 3 gathers parameters for each forward; the others communicate only in backwards, which then must match, too.
         self.communicates_in_forward = self._stage == 3 or reduce_every_chunk
 
     def hold(self) -> None:
         """Let backwards accumulate without reducing."""
-        if self._stage > 0 and not self._every_chunk:
+        if self._stage > 0 and not self._every_chunk and self._coalescing is None:
+            self._coalescing = contextlib.ExitStack()
             self._coalescing.enter_context(self._engine.coalesce_grad_reduction())
 
     def backward(self, surrogate: Tensor) -> None:
@@ -198,7 +199,9 @@ class DeepSpeedSync:
     def last_backward(self, surrogate: Tensor) -> None:
         """Run the last backward, and reduce."""
         self._run(surrogate, is_boundary=True)
-        self._coalescing.close()
+        if self._coalescing is not None:
+            coalescing, self._coalescing = self._coalescing, None
+            coalescing.close()
 
     def gradient_scale(self) -> float:
         """Return W: DeepSpeed divides the sum by it."""

@@ -71,6 +71,19 @@ def test_bfloat16_encoding_and_products_point_the_same_way_on_a_gpu():
         assert torch.cosine_similarity(flat(found), flat(wanted), 0) > 0.99
 
 
+def test_gradients_at_several_widths_are_the_references_on_a_gpu():
+    options = {"widths": (32, 12, 5), "width_weights": (1.0, 2.0, 0.5)}
+    result, found = take_step(**options)
+    encoders, temperature = [e.cuda() for e in build(1, 0.0)], Temperature(0.1, learnable=True).cuda()
+    batch = make_batch(0, 6, [on_gpu(e) for e in encoders])
+    wanted = reference_step([batch], objective=OBJECTIVES["info_nce"], temperature=temperature, **OPTIONS, **options)
+    assert result.loss == pytest.approx(wanted, rel=1e-5)
+    assert_same_gradients(found, named(encoders, temperature))
+    narrow, rounded = take_step(product_dtype=torch.bfloat16, **options)
+    assert narrow.loss == pytest.approx(wanted, rel=2e-2) and narrow.loss != result.loss
+    assert torch.cosine_similarity(flat(rounded), flat(found), 0) > 0.99
+
+
 def test_float16_gradients_unscaled_are_those_of_float32_on_a_gpu():
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
     _, wanted = take_step()

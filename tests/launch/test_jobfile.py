@@ -44,6 +44,11 @@ def test_what_is_kept_in_the_run_folder_reads_as_the_same_job(job_file, tmp_path
         ("chunk.memory_gib=0", r"chunk\.memory_gib=0.* must be more than 0"),
         ("chunk.tokens=most", r"chunk\.tokens.*cannot be used"),
         ("loss.tile_rows=0", r"loss\.tile_rows=0 must be more than 0"),
+        ('run.trackers=["tensorbord"]', r"run\.trackers names 'tensorbord', expected tensorboard, wandb, mlflow"),
+        ('run.trackers=["mlflow", "mlflow"]', r"run\.trackers=.* names one twice"),
+        ("loss.widths=[8, 16]", r"loss\.widths are \[8, 16\]; expected one or more that fall"),
+        ("loss.widths=[]", r"loss\.widths are \[\]; expected one or more"),
+        ("loss.width_weights=[1.0]", r"loss\.width_weights=\[1\.0\] weighs nothing; set loss\.widths"),
         ("precision.encode=fp8", r"precision\.encode='fp8' cannot be used"),
         ("parallel.backend=zero4", r"parallel\.backend='zero4' cannot be used"),
         ("parallel.reduce=chunk", r'parallel\.reduce="chunk" saves nothing with parallel\.backend="ddp"'),
@@ -79,6 +84,6 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path, content, sentence)
 def test_the_folder_of_another_job_is_refused_by_the_field_that_differs(job_file, tmp_path):
     kept = tmp_path / "run" / "job.toml"
     write_job(kept, read_job(job_file, []))
-    refuse_other_job(kept, read_job(job_file, ["launch.mine_ranks=3"]))
+    refuse_other_job(kept, read_job(job_file, ["launch.mine_ranks=3", "run.trackers=[]"]))
     with pytest.raises(InputError, match=r"holds a run with optim\.lr=0\.0001, and this job has 0\.0002"):
         refuse_other_job(kept, read_job(job_file, ["optim.lr=2e-4"]))

@@ -58,6 +58,32 @@ def test_the_figures_are_those_of_the_full_matrix(root, tmp_path, num_ranks):
     assert 0 < wanted["mrr@10"] < 1
 
 
+def health_of(rank, root, shards):
+    found = []
+    run_evaluation(rank, root, shards, on_health=found.append)
+    return found
+
+
+def test_rank_0_hears_of_the_health_of_what_was_evaluated(root, tmp_path):
+    (alone,) = health_of(0, root, tmp_path / "alone")
+    (first,), second = run_ranks(health_of, 2, root, tmp_path)
+    assert second == [] and first.keys() == alone.keys()
+    numbers = [name for name, value in alone.items() if isinstance(value, float)]
+    assert [first[name] for name in numbers] == pytest.approx([alone[name] for name in numbers], rel=1e-3)
+    data = open_dataset(root / "data", root / "cache")
+    encoder, tokenizer, _ = load_encoder(ModelSettings(name=str(root / "encoder")))
+
+    def embed(texts):
+        with torch.inference_mode():
+            return encoder.eval()(tokenizer(list(texts), padding=True, return_tensors="pt"))
+
+    judged = data.qrels["test"]
+    cosines = (embed(data.queries[judged.query_rows]["text"]) * embed(data.corpus[judged.corpus_rows]["text"])).sum(1)
+    assert alone["health/alignment"] == pytest.approx(2 - 2 * float(cosines.mean()), rel=1e-4)
+    assert sum(alone["health/positive_score/counts"]) == len(cosines)
+    assert sum(alone["health/hardest_negative_score/counts"]) == len(data.training_queries("test"))
+
+
 def test_what_is_encoded_is_not_encoded_again_and_torn_shards_are(root, tmp_path, monkeypatch):
     first = run_evaluation(0, root, tmp_path)
     encoded = []

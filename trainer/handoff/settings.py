@@ -5,6 +5,7 @@ from pathlib import Path
 
 from trainer.errors import InputError
 from trainer.handoff.negatives import ScheduleEntry
+from trainer.metrics import TRACKERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,6 +14,14 @@ class RunSettings:
 
     folder: Path = Path("runs/default")  # checkpoints, negatives, logs; shared by trainer and miner
     seed: int = 0  # of the order of data, dropout and sampling
+    trackers: tuple[str, ...] = ("tensorboard",)  # of the trainer's figures: tensorboard, wandb, mlflow; JSON lines always
+
+    def __post_init__(self) -> None:
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise InputError(f"run.trackers names {name!r}, expected {', '.join(TRACKERS)}")
+        if len(set(self.trackers)) < len(self.trackers):
+            raise InputError(f"run.trackers={list(self.trackers)} names one twice")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,18 @@
+"""Settings that only a model can refuse."""
+
+import pytest
+
+from trainer.errors import InputError
+from trainer.job import LossSettings
+
+
+def test_widths_beyond_the_models_are_one_sentence():
+    LossSettings(widths=(32, 16)).check_model(32)
+    LossSettings().check_model(32)
+    with pytest.raises(InputError, match=r"loss\.widths begins with 64, and the model's embeddings have 32 components"):
+        LossSettings(widths=(64, 16)).check_model(32)
+
+
+def test_each_width_has_a_weight():
+    with pytest.raises(InputError, match=r"loss\.width_weights are \[1\.0\]; expected one above 0 for each"):
+        LossSettings(widths=(32, 16), width_weights=(1.0,))

@@ -1,0 +1,144 @@
+"""JSON lines always; trackers by name, real ones where they are installed; one that fails takes nothing with it."""
+
+import json
+import sys
+from importlib.machinery import ModuleSpec
+from types import SimpleNamespace
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from trainer.errors import InputError
+from trainer.handoff.settings import RunSettings
+from trainer.metrics import NoMetrics, TrainerMetrics, check_trackers
+
+RECORDS = [
+    (1, {"loss": 2.5, "event": "saved", "health/counts": [1, 2], "chunk_tokens": None}),
+    (2, {"loss": 1.5, "eval/ndcg@10": 0.25}),
+]
+
+
+def record_all(metrics):
+    for step, values in RECORDS:
+        metrics.record(step, values)
+    metrics.close()
+
+
+def lines_of(run):
+    return [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_json_lines_hold_everything_whatever_the_trackers(tmp_path):
+    for trackers in ((), ("tensorboard",)):
+        run = tmp_path / str(len(trackers))
+        record_all(TrainerMetrics(run, trackers))
+        assert [{k: v for k, v in line.items() if k != "time"} for line in lines_of(run)] == [
+            {"step": step, **values} for step, values in RECORDS
+        ]
+        assert (run / "logs" / "tensorboard").exists() == bool(trackers)
+
+
+def test_tensorboard_has_the_numbers_by_step(tmp_path):
+    record_all(TrainerMetrics(tmp_path))
+    events = EventAccumulator(str(tmp_path / "logs" / "tensorboard"))
+    events.Reload()
+    found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert found == {"loss": [(1, 2.5), (2, 1.5)], "eval/ndcg@10": [(2, 0.25)]}
+
+
+def test_mlflow_has_the_numbers_under_names_that_it_takes(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow", reason="pip install mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri((tmp_path / "store").as_uri())
+    record_all(TrainerMetrics(tmp_path / "run", ("mlflow", "tensorboard")))
+    client = mlflow.MlflowClient()
+    (experiment,) = [e for e in client.search_experiments() if e.name == "negpool"]
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.run_name == "run" and run.info.status == "FINISHED"
+    assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")] == [(1, 2.5), (2, 1.5)]
+    assert run.data.metrics["eval/ndcg_10"] == 0.25
+
+
+class StoodInServer:
+    """What W&B and MLflow are asked to do, kept in a list."""
+
+    def __init__(self):
+        self.__spec__ = ModuleSpec("stood_in", None)  # accelerate looks whether there is one
+        self.calls = []
+        self.is_gone = False
+
+    def init(self, **options):
+        self.calls.append(("init", options))
+        return SimpleNamespace(log=self.log, finish=lambda: self.calls.append(("finish", None)))
+
+    def log(self, values, step):
+        if self.is_gone:
+            raise ConnectionError("no route to host")
+        self.calls.append((step, values))
+
+
+def test_mlflow_is_told_the_experiment_the_run_and_names_that_it_takes(tmp_path, monkeypatch):
+    server, started = StoodInServer(), []
+    server.search_experiments = lambda filter_string: []
+    server.create_experiment = lambda name, **_: name
+    server.start_run = lambda **options: started.append((options["experiment_id"], options["run_name"]))
+    server.log_metrics = server.log
+    server.end_run = lambda: server.calls.append(("finish", None))
+    monkeypatch.setitem(sys.modules, "mlflow", server)
+    record_all(TrainerMetrics(tmp_path / "run", ("mlflow",)))
+    assert started == [("negpool", "run")]
+    assert server.calls == [(1, {"loss": 2.5}), (2, {"loss": 1.5, "eval/ndcg_10": 0.25}), ("finish", None)]
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    server = StoodInServer()
+    monkeypatch.setitem(sys.modules, "wandb", server)
+    return server
+
+
+def test_wandb_is_told_the_project_the_run_and_every_number(tmp_path, wandb):
+    run = tmp_path / "my-run"
+    record_all(TrainerMetrics(run, ("wandb",)))
+    (_, options), *logged, (last, _) = wandb.calls
+    assert options == {"project": "negpool", "name": "my-run", "dir": str(run / "logs")}
+    assert logged == [(1, {"loss": 2.5}), (2, {"loss": 1.5, "eval/ndcg@10": 0.25})] and last == "finish"
+
+
+def test_a_tracker_that_fails_is_dropped_and_the_others_go_on(tmp_path, wandb, caplog):
+    metrics = TrainerMetrics(tmp_path, ("wandb", "tensorboard"))
+    wandb.is_gone = True
+    record_all(metrics)
+    assert caplog.text.count("wandb is dropped, the run goes on without it: no route to host") == 1
+    assert len(lines_of(tmp_path)) == 2
+    events = EventAccumulator(str(tmp_path / "logs" / "tensorboard"))
+    events.Reload()
+    assert len(events.Scalars("loss")) == 2
+
+
+def test_a_tracker_that_does_not_start_is_one_sentence(tmp_path, wandb):
+    def refuse(**_):
+        raise ConnectionError("No API key configured. Use `wandb login`.\nMore lines")
+
+    wandb.init = refuse
+    with pytest.raises(InputError, match=r"'wandb', which does not start \(No API key configured. Use `wandb login`\);"):
+        TrainerMetrics(tmp_path, ("wandb",))
+
+
+def test_a_tracker_that_is_not_installed_is_one_sentence(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else object())
+    check_trackers(("tensorboard", "mlflow"))
+    with pytest.raises(InputError, match=r"run\.trackers names 'wandb', which is not installed; run: pip install wandb"):
+        check_trackers(("tensorboard", "wandb"))
+
+
+def test_a_tracker_that_nobody_knows_is_one_sentence():
+    assert RunSettings(trackers=()).trackers == ()
+    with pytest.raises(InputError, match="names 'excel', expected tensorboard, wandb, mlflow"):
+        RunSettings(trackers=("excel",))
+
+
+def test_ranks_that_do_not_speak_record_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record_all(NoMetrics())
+    assert list(tmp_path.iterdir()) == []
