@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from trainer.data.datasets import RetrievalData
-from trainer.encoder.model import Traits, weights_digest
+from trainer.encoder.model import Encoder, Traits, weights_digest
 from trainer.encoder.shards import Shards, drop_torn, open_shards
 from trainer.encoder.tokens import tokenize
 from trainer.encoder.topk import merge_top_k, top_k
@@ -34,7 +34,7 @@ def evaluate(
     world: World,
     data: RetrievalData,
     split: str,
-    encoder: nn.Module,
+    encoder: Encoder,
     tokenizer: PreTrainedTokenizerBase,
     traits: Traits,
     shards_root: Path,
