@@ -11,7 +11,8 @@ from torch import Tensor
 def mean(states_nLD: Tensor, mask_nL: Tensor) -> Tensor:
     """Return the mean state of the real tokens."""
     weight_nL1 = mask_nL.unsqueeze(-1).to(states_nLD.dtype)
-    return (states_nLD * weight_nL1).sum(1) / weight_nL1.sum(1).clamp(min=1)
+    total_nD = (states_nLD * weight_nL1).sum(1, dtype=_wide(states_nLD))
+    return (total_nD / weight_nL1.sum(1, dtype=_wide(states_nLD)).clamp(min=1)).to(states_nLD.dtype)
 
 
 def weighted_mean(states_nLD: Tensor, mask_nL: Tensor) -> Tensor:
@@ -19,7 +20,7 @@ def weighted_mean(states_nLD: Tensor, mask_nL: Tensor) -> Tensor:
 
     Source: SGPT, arXiv 2202.08904; later tokens of a causal model have seen more of the text.
     """
-    weight_nL1 = (mask_nL.cumsum(1) * mask_nL).unsqueeze(-1).to(torch.promote_types(states_nLD.dtype, torch.float32))
+    weight_nL1 = (mask_nL.cumsum(1) * mask_nL).unsqueeze(-1).to(_wide(states_nLD))
     total_nD = (states_nLD * weight_nL1).sum(1)
     return (total_nD / weight_nL1.sum(1).clamp(min=1e-9)).to(states_nLD.dtype)
 
@@ -32,6 +33,11 @@ def cls(states_nLD: Tensor, mask_nL: Tensor) -> Tensor:
 def last(states_nLD: Tensor, mask_nL: Tensor) -> Tensor:
     """Return the state of the last real token, whichever side is padded. Source: cpt-text, arXiv 2201.10005."""
     return _at(states_nLD, mask_nL.shape[1] - 1 - mask_nL.flip(1).int().argmax(1))
+
+
+def _wide(states_nLD: Tensor) -> torch.dtype:
+    """Return what sums over tokens are made in."""
+    return torch.promote_types(states_nLD.dtype, torch.float32)
 
 
 def _at(states_nLD: Tensor, position_n: Tensor) -> Tensor:
