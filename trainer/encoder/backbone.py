@@ -126,7 +126,7 @@ def quantization(settings: ModelSettings) -> dict:
     except ImportError as error:
         raise InputError(
             f'model.quantize="{settings.quantize}" needs bitsandbytes, which is not installed; '
-            "run: pip install bitsandbytes, or leave model.quantize out"
+            "run: pip install 'negpool[qlora]', or leave model.quantize out"
         ) from error
     config = BitsAndBytesConfig(
         load_in_4bit=True,
