@@ -18,9 +18,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    """Trace and differentiate as ever, but generate no C++, which would take minutes."""
+    """Trace and differentiate as ever, but for one shape and without generating C++, which would take minutes."""
     torch._dynamo.reset()
-    monkeypatch.setattr(compiled_module, "HOW", {"backend": "aot_eager", "dynamic": True})
+    monkeypatch.setattr(compiled_module, "HOW", {"backend": "aot_eager", "dynamic": False})
 
 
 def load(folder, **settings):
