@@ -8,26 +8,17 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from trainer.encoder.backbone import (
-    checkpoint_activations,
-    is_causal,
-    load_backbone,
-    load_config,
-    max_positions,
-    positions,
-    positions_from_mask,
-)
-from trainer.encoder.compiled import CompiledLayers
+from trainer.encoder.backbone import is_causal, load_backbone, load_config, max_positions
 from trainer.encoder.dense import Dense, save_dense
 from trainer.encoder.latent import LatentAttention
 from trainer.encoder.lora import add_adapters, merged_weights
@@ -36,13 +27,17 @@ from trainer.encoder.settings import ModelSettings, Traits
 from trainer.encoder.source import LOADING_ERRORS, cannot_load, read_json, resolve_model
 from trainer.encoder.st_folder import (
     LATENT_FOLDER,
+    TOWER_FOLDERS,
     dense_folder,
     not_expressed,
     read_dense_layers,
     read_traits,
+    tower_folders,
     write_description,
+    write_router,
 )
 from trainer.encoder.tokenizer import append_eos, check_belongs, load_tokenizer
+from trainer.encoder.towers import SIDES, Encoder, TwoTowers
 from trainer.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -50,66 +45,6 @@ log = logging.getLogger(__name__)
 TRAITS_FILE = "negpool.json"
 # Of weights that no folder has: every rank and every start must draw the same ones.
 NEW_WEIGHTS_SEED = 0
-
-
-class Encoder(nn.Module):
-    """Token ids to one vector a text; the module that is trained, wrapped and saved."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        pool: Callable[[Tensor, Tensor], Tensor],
-        dense: Sequence[Dense],
-        normalize: bool,
-        is_compiled: bool = False,
-    ):
-        super().__init__()
-        self.model = model
-        self.pool = pool
-        self.dense = nn.ModuleList(dense)
-        self.normalize = normalize
-        self._compiled = CompiledLayers(model) if is_compiled else None
-        self._needs_positions = positions_from_mask(model)
-
-    def forward(self, inputs: Mapping[str, Tensor], keep_activations: bool = False) -> Tensor:
-        """Return (n, D) embeddings of `input_ids` and `attention_mask`, each (n, L), padded on either side.
-
-        keep_activations: recompute none in backward, also where the model's layers are set to.
-        """
-        mask_nL = inputs["attention_mask"]
-        taken = {"input_ids": inputs["input_ids"], "attention_mask": mask_nL}
-        if self._needs_positions:
-            taken["position_ids"] = positions(mask_nL)
-        with self._checkpointing_paused(keep_activations):
-            states_nLD = self._run(taken)
-        embedding_nD = self.pool(states_nLD, mask_nL)
-        for dense in self.dense:
-            embedding_nD = dense(embedding_nD)
-        return nn.functional.normalize(embedding_nD, dim=-1) if self.normalize else embedding_nD
-
-    @property
-    def width(self) -> int:
-        return self.dense[-1].out_width if self.dense else self.state_width  # type: ignore[union-attr, return-value]
-
-    @property
-    def state_width(self) -> int:
-        """Width of a token's state."""
-        return self.model.config.hidden_size
-
-    def _run(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        run = functools.partial(self.model, **inputs)
-        return (run() if self._compiled is None else self._compiled.call(run)).last_hidden_state
-
-    @contextmanager
-    def _checkpointing_paused(self, keep_activations: bool) -> Iterator[None]:
-        is_paused = keep_activations and self.model.is_activation_checkpointing
-        if is_paused:
-            self.model.activation_checkpointing_disable()
-        try:
-            yield
-        finally:
-            if is_paused:
-                checkpoint_activations(self.model)
 
 
 def load_encoder(settings: ModelSettings) -> tuple[Encoder, PreTrainedTokenizerBase, Traits]:
@@ -120,6 +55,16 @@ def load_encoder(settings: ModelSettings) -> tuple[Encoder, PreTrainedTokenizerB
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     source = resolve_model(settings.name)
+    folders = tower_folders(source)
+    if folders and settings.towers == "one":
+        raise InputError(f'{settings.name} has two towers; leave model.towers out, or set it to "two"')
+    if not folders and settings.towers != "two":
+        return _load_tower(source, settings)
+    query, passage = (_load_tower(folder, settings) for folder in folders or (source, source))
+    return TwoTowers(query[0], passage[0]).train(), *query[1:]
+
+
+def _load_tower(source: str, settings: ModelSettings) -> tuple[Encoder, PreTrainedTokenizerBase, Traits]:
     try:
         model, tokenizer = load_backbone(source, settings), load_tokenizer(source)
     except InputError:
@@ -144,7 +89,8 @@ def load_encoder(settings: ModelSettings) -> tuple[Encoder, PreTrainedTokenizerB
 def check_model(name: str) -> None:
     """Raise InputError if a name leads to no model; reads its configuration, not its weights."""
     try:
-        load_config(resolve_model(name))
+        source = resolve_model(name)
+        load_config((tower_folders(source) or [source])[0])
     except InputError:
         raise
     except LOADING_ERRORS as error:
@@ -164,18 +110,40 @@ def save_encoder(
     Memory: a second copy of the weights that have adapters.
     """
     plain = _plain_weights(encoder, weights)
-    with _as_if_not_quantized(encoder.model):
-        encoder.model.save_pretrained(folder, state_dict=_below(plain, "model."))
-    tokenizer.save_pretrained(folder)
-    write_description(folder, traits, encoder.state_width, len(encoder.dense))
-    if isinstance(encoder.pool, LatentAttention):
-        encoder.pool.save(folder / LATENT_FOLDER, _below(plain, "pool."))
-    for i, dense in enumerate(encoder.dense):
-        save_dense(folder / dense_folder(i), dense, _below(plain, f"dense.{i}."))  # type: ignore[arg-type]
-    lost = list(not_expressed(traits))
-    (folder / TRAITS_FILE).write_text(json.dumps({**asdict(traits), "not_expressed": lost}, indent=1) + "\n")
+    lost = list(not_expressed(traits, isinstance(encoder, TwoTowers)))
+    if isinstance(encoder, TwoTowers):
+        for side, name in zip(SIDES, TOWER_FOLDERS, strict=True):
+            (folder / name).mkdir()
+            _save_tower(folder / name, encoder.side(side), tokenizer, traits, _below(plain, f"{side}."), lost)
+        write_router(folder, traits)
+    else:
+        _save_tower(folder, encoder, tokenizer, traits, plain, lost)
+    _write_traits(folder, traits, lost)
     if lost:
         _warn_once("; ".join(lost))
+
+
+def _save_tower(
+    folder: Path,
+    tower: Encoder,
+    tokenizer: PreTrainedTokenizerBase,
+    traits: Traits,
+    plain: Mapping[str, Tensor],
+    lost: list[str],
+) -> None:
+    with _as_if_not_quantized(tower.model):
+        tower.model.save_pretrained(folder, state_dict=_below(plain, "model."))
+    tokenizer.save_pretrained(folder)
+    write_description(folder, traits, tower.state_width, len(tower.dense))
+    if isinstance(tower.pool, LatentAttention):
+        tower.pool.save(folder / LATENT_FOLDER, _below(plain, "pool."))
+    for i, dense in enumerate(tower.dense):
+        save_dense(folder / dense_folder(i), dense, _below(plain, f"dense.{i}."))  # type: ignore[arg-type]
+    _write_traits(folder, traits, lost)
+
+
+def _write_traits(folder: Path, traits: Traits, lost: list[str]) -> None:
+    (folder / TRAITS_FILE).write_text(json.dumps({**asdict(traits), "not_expressed": lost}, indent=1) + "\n")
 
 
 def weights_digest(encoder: Encoder, weights: Mapping[str, Tensor] | None = None) -> str:
@@ -184,7 +152,7 @@ def weights_digest(encoder: Encoder, weights: Mapping[str, Tensor] | None = None
 
     weights: as `save_encoder` takes them.
     """
-    digest = hashlib.sha256(json.dumps([encoder.normalize, is_causal(encoder.model)]).encode())
+    digest = hashlib.sha256(json.dumps([encoder.normalize, is_causal(encoder.side("query").model)]).encode())
     state = encoder.state_dict() if weights is None else weights
     for name, tensor in sorted(merged_weights(encoder, state), key=lambda item: item[0]):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())

@@ -17,6 +17,7 @@ class ModelSettings:
     passage_prefix: str | None = None  # text before every passage
     max_query_tokens: int | None = None  # tokens, special ones included; None: the folder's, else the model's
     max_passage_tokens: int | None = None  # the same for passages
+    towers: Literal["one", "two"] | None = None  # two: queries and passages have their own weights; None: the folder's
     attention: Literal["causal", "bidirectional"] | None = None  # of a decoder: whether tokens see those behind them
     append_eos: bool | None = None  # end every text with the tokenizer's end token; None: where last pooling is new to the model
     latents: int = 512  # vectors that a new latent pooling attends to

@@ -21,6 +21,8 @@ POOLING_NAMES = {"mean": "mean", "cls": "cls", "last": "lasttoken", "weighted_me
 OLD_FLAGS = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken", "weighted_mean": "weightedmean_tokens"}
 LATENT_FOLDER, POOLING_FOLDER = "1_LatentAttention", "1_Pooling"
 LATENT_TYPE = "trainer.encoder.latent.LatentPooling"
+ROUTER = "router_config.json"
+TOWER_FOLDERS = ("query", "document")  # each a whole model, named as sentence-transformers names the tasks
 
 
 def read_traits(source: str, names_pooling: bool) -> dict:
@@ -51,9 +53,7 @@ def write_description(folder: Path, traits: Traits, width: int, num_dense: int) 
     """Write all but the weights; makes the folders of `num_dense` layers, which `dense_folder` names."""
     max_tokens = max(traits.max_query_tokens, traits.max_passage_tokens)
     _write(folder / "sentence_bert_config.json", {"max_seq_length": max_tokens, "do_lower_case": False})
-    prompts = {"query": traits.query_prefix, "document": traits.passage_prefix}
-    similarity = "cosine" if traits.normalize else "dot"
-    _write(folder / "config_sentence_transformers.json", {"prompts": prompts, "similarity_fn_name": similarity})
+    _write_settings(folder, traits)
     is_latent = traits.pooling == "latent"
     modules = [
         ("", "Transformer"),
@@ -71,13 +71,43 @@ def write_description(folder: Path, traits: Traits, width: int, num_dense: int) 
     _write(folder / "modules.json", entries)
 
 
+def write_router(folder: Path, traits: Traits) -> None:
+    """Write what joins two towers, each written in its folder before."""
+    types: dict[str, str] = {}
+    structure: dict[str, list[str]] = {}
+    for tower in TOWER_FOLDERS:
+        for entry in json.loads((folder / tower / "modules.json").read_text()):
+            path = f"{tower}/{entry['path']}".rstrip("/")
+            types[path] = entry["type"]
+            structure.setdefault(tower, []).append(path)
+    parameters = {"default_route": "document", "allow_empty_key": True, "route_mappings": {}}
+    _write(folder / ROUTER, {"types": types, "structure": structure, "parameters": parameters})
+    _write(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Router"}])
+    _write_settings(folder, traits)
+
+
+def tower_folders(source: str) -> list[str]:
+    """Return the folders of the towers for queries and for passages, nothing for a model of one; raises InputError."""
+    if not read_json(source, ROUTER):
+        return []
+    folders = [Path(source) / name for name in TOWER_FOLDERS]
+    if not all((folder / "config.json").is_file() for folder in folders):
+        raise InputError(
+            f"{source} has routes, but not a whole model in each of the folders {' and '.join(TOWER_FOLDERS)}; "
+            "save it with negpool, or set model.name to another"
+        )
+    return [str(folder) for folder in folders]
+
+
 def dense_folder(number: int) -> str:
     """Return the name of a layer's folder."""
     return f"{2 + number}_Dense"
 
 
-def not_expressed(traits: Traits) -> Iterator[str]:
-    """Yield a clause for each trait that sentence-transformers has no words for."""
+def not_expressed(traits: Traits, has_two_towers: bool) -> Iterator[str]:
+    """Yield a clause for each trait that others have no words for."""
+    if has_two_towers:
+        yield f"AutoModel loads one tower at a time, from the folders {' and '.join(TOWER_FOLDERS)}"
     if traits.pooling == "latent":
         yield "SentenceTransformer reads latent pooling only with trust_remote_code=True where negpool is installed"
     if traits.max_query_tokens != traits.max_passage_tokens:
@@ -110,6 +140,12 @@ def _pooling(source: str) -> str | None:
 def _modules(source: str) -> list[tuple[str, str]]:
     """Return the kind and folder of each module."""
     return [(entry["type"].rpartition(".")[2], entry["path"]) for entry in read_json(source, "modules.json") or []]
+
+
+def _write_settings(folder: Path, traits: Traits) -> None:
+    prompts = {"query": traits.query_prefix, "document": traits.passage_prefix}
+    similarity = "cosine" if traits.normalize else "dot"
+    _write(folder / "config_sentence_transformers.json", {"prompts": prompts, "similarity_fn_name": similarity})
 
 
 def _write(path: Path, value) -> None:
