@@ -100,8 +100,10 @@ class TwoTowers(Encoder):
         self.query, self.passage = query, passage
         self.normalize = query.normalize
 
-    def forward(self, inputs: Mapping[str, Tensor], keep_activations: bool = False, side: Side = "query") -> Tensor:
+    def forward(self, inputs: Mapping[str, Tensor], keep_activations: bool = False, side: Side | None = None) -> Tensor:
         """Return (n, D) embeddings of one side's texts, as `Encoder.forward` does."""
+        if side is None:  # neither tower is a default: the wrong one would learn, and nobody would see it
+            raise ValueError(f"two towers must be told whose texts these are: side={' or '.join(SIDES)}")
         return self.side(side)(inputs, keep_activations)
 
     def side(self, side: Side) -> Encoder:

@@ -63,6 +63,8 @@ def test_two_towers_are_saved_and_found_by_us_and_by_sentence_transformers(tmp_p
         torch.testing.assert_close(encode(TEXTS, convert_to_tensor=True), wanted, rtol=0, atol=1e-5)
         assert not torch.allclose(wanted, start[side], atol=1e-2)
     assert not torch.allclose(embed(encoder, tokenizer, "query"), embed(encoder, tokenizer, "passage"), atol=1e-2)
+    with pytest.raises(ValueError, match="side=query or passage"):
+        embed(encoder, tokenizer, None)
     check_model(str(saved))
     AutoModel.from_pretrained(saved / "query")
     said = json.loads((saved / "negpool.json").read_text())["not_expressed"]
