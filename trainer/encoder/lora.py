@@ -43,7 +43,7 @@ def add_adapters(model: nn.Module, settings: ModelSettings) -> None:
 
 
 def merged_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights of a module as if it had no adapters, name by name, each merged when it is asked for.
+    """Yield the weights of a module as if it had no adapters, name by name, each merged, on the CPU, when it is asked for.
 
     weights: what `module.state_dict()` returns, or the same whole tensors where its own are sharded.
     """
@@ -61,7 +61,7 @@ def merged_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator
 
 def _adapted(layer, owner: str, base: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
     down, up = (weights[f"{owner}.lora_{part}.{ADAPTER}.weight"] for part in "AB")
-    return base + layer.scaling[ADAPTER] * (up @ down)
+    return (base + layer.scaling[ADAPTER] * (up @ down)).cpu()
 
 
 def _plain(layer: nn.Module, weight: Tensor) -> Tensor:

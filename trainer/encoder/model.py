@@ -107,7 +107,7 @@ def save_encoder(
     """Write a folder that sentence-transformers, transformers and we can load; the encoder stays as it is.
 
     weights: `encoder.state_dict()` in whole tensors, where the encoder's own are sharded.
-    Memory: a second copy of the weights that have adapters.
+    Memory: a copy, in the host's memory, of the weights that have adapters.
     """
     plain = _plain_weights(encoder, weights)
     lost = list(not_expressed(traits, isinstance(encoder, TwoTowers)))
@@ -116,9 +116,9 @@ def save_encoder(
             (folder / name).mkdir()
             _save_tower(folder / name, encoder.side(side), tokenizer, traits, _below(plain, f"{side}."), lost)
         write_router(folder, traits)
+        _write_traits(folder, traits, lost)
     else:
         _save_tower(folder, encoder, tokenizer, traits, plain, lost)
-    _write_traits(folder, traits, lost)
     if lost:
         _warn_once("; ".join(lost))
 
@@ -154,7 +154,7 @@ def weights_digest(encoder: Encoder, weights: Mapping[str, Tensor] | None = None
     """
     digest = hashlib.sha256(json.dumps([encoder.normalize, is_causal(encoder.side("query").model)]).encode())
     state = encoder.state_dict() if weights is None else weights
-    for name, tensor in sorted(merged_weights(encoder, state), key=lambda item: item[0]):
+    for name, tensor in merged_weights(encoder, dict(sorted(state.items()))):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -212,8 +212,7 @@ def _dense(source: str, settings: ModelSettings, model: PreTrainedModel) -> list
 
 
 def _plain_weights(encoder: Encoder, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    found = merged_weights(encoder, encoder.state_dict() if weights is None else weights)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in found}
+    return dict(merged_weights(encoder, encoder.state_dict() if weights is None else weights))
 
 
 def _below(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -4,7 +4,10 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
+from gradcache import NoSync, Temperature, cached_step, reference_step
 from gradcache.budget import saved_bytes
+from tests.gradcache.test_backends import SETTINGS
+from tests.gradcache.test_step import make_batch
 from tests.gradients import assert_same_gradients, gradients_of
 from tests.trainer.encoder.families import CONFIGS, DECODERS, TEXTS, write_family
 from trainer.encoder.model import ModelSettings, load_encoder, save_encoder, weights_digest
@@ -48,6 +51,26 @@ def test_a_step_gives_every_parameter_a_gradient(folder):
     (encoder(batch(tokenizer)) * weight).sum().backward()
     without = [name for name, p in encoder.named_parameters() if p.grad is None or not float(p.grad.abs().max()) > 0]
     assert without == []
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_rank": 2, "lora_dropout": 0.1}, {"pooling": "latent", "latents": 4}])
+def test_a_cached_step_gives_the_references_gradient(folder, settings):
+    found = []
+    for kept in (0, 2, None):
+        encoder, tokenizer, _ = load(folder, **settings)
+        moved = [p for name, p in encoder.named_parameters() if "lora_B" in name]
+        torch.manual_seed(5)
+        for parameter in moved:
+            torch.nn.init.normal_(parameter, std=0.2)  # zeros would hide every gradient of lora_A
+        count, temperature = len(tokenizer), Temperature(0.1, learnable=True)
+        batch = make_batch(0, 6, [lambda inputs, e=encoder, n=count: e({**inputs, "input_ids": inputs["input_ids"] % n})])
+        if kept is None:
+            reference_step([batch], temperature=temperature, **SETTINGS)
+        else:
+            cached_step(batch, temperature=temperature, sync=NoSync(), group=None, keep_graphs=kept, **SETTINGS)
+        found.append(gradients_of(encoder=encoder, temperature=temperature))
+    assert_same_gradients(found[0], found[2])
+    assert_same_gradients(found[1], found[2])
 
 
 def test_dropout_is_drawn_by_seed_with_and_without_graph(folder):
