@@ -51,12 +51,9 @@ def collate(
     per_query: int,
     seed: int,
     step: int,
-    has_two_towers: bool = False,
+    has_two_towers: bool = False,  # `encode` is then told the side of its texts
 ) -> Batch:
-    """Return what this rank encodes and contrasts in a step; query_n: numbers of its queries, (n,) int64, n may be 0.
-
-    has_two_towers: `encode` is told the side of its texts, for each side has an encoder of its own.
-    """
+    """Return what this rank encodes and contrasts in a step; query_n: numbers of its queries, (n,) int64, n may be 0."""
     positive_n = _choose_positives(dataset, query_n, seed, step)
     negative_m = _choose_negatives(negatives, query_n, per_query, seed, step)
     passage_p = np.concatenate([positive_n, negative_m])

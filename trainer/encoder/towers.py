@@ -20,6 +20,8 @@ SIDES: tuple[Side, Side] = ("query", "passage")
 class Encoder(nn.Module):
     """Token ids to one vector a text; the module that is trained, wrapped and saved."""
 
+    has_two_towers = False  # if so, `forward` must be told the side of its texts
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -94,6 +96,8 @@ class TwoTowers(Encoder):
 
     Both are one module, so that a parallel backend wraps, synchronises and saves them together.
     """
+
+    has_two_towers = True
 
     def __init__(self, query: Encoder, passage: Encoder):
         nn.Module.__init__(self)
