@@ -75,7 +75,7 @@ def _check(job: TrainJob, world: World, num_queries: int) -> dict[str, Any] | No
         raise InputError(f"{job.data.path} has {dataset.num_queries} training queries; set batch.queries lower")
     plain = copy.deepcopy(encoder).to(world.device) if world.speaks else None
     parallel = parallelize(encoder, world, job.parallel, OptimSettings())
-    step = _Step(job, world, dataset, len(data.corpus), num_queries)
+    step = _Step(job, world, dataset, len(data.corpus), num_queries, encoder.has_two_towers)
     variants: dict[str, Any] = {}
     expected = None
     if plain is not None:
@@ -127,8 +127,10 @@ def _check(job: TrainJob, world: World, num_queries: int) -> dict[str, Any] | No
 class _Step:
     """One step of the job, on the same rows whoever takes it."""
 
-    def __init__(self, job: TrainJob, world: World, dataset: TrainingSet, num_passages: int, num_queries: int):
-        self.job, self.world, self.dataset = job, world, dataset
+    def __init__(
+        self, job: TrainJob, world: World, dataset: TrainingSet, num_passages: int, num_queries: int, has_two_towers: bool
+    ):
+        self.job, self.world, self.dataset, self.has_two_towers = job, world, dataset, has_two_towers
         self.rows = global_batch(job.run.seed, 0, dataset.num_queries, num_queries)
         self.negatives = _random_negatives(dataset.num_queries, num_passages, job.negatives.per_query)
         loss = job.loss
@@ -154,6 +156,7 @@ class _Step:
             per_query=self.job.negatives.per_query,
             seed=self.job.run.seed,
             step=0,
+            has_two_towers=self.has_two_towers,
         )
 
     def temperature(self) -> Temperature:

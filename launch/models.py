@@ -57,11 +57,11 @@ def search_corpus(model: str, data_path: Path, question: str, top: int) -> list[
     folder, shards_root = locate_model(model, data)
     encoder, tokenizer, traits = load_encoder(ModelSettings(name=folder))
     tokens = tokenize(data.corpus, tokenizer, prefix=traits.passage_prefix, max_tokens=traits.max_passage_tokens)
-    shards = open_shards(shards_root, weights_digest(encoder), traits.pooling, tokens)
+    shards = open_shards(shards_root, weights_digest(encoder), traits.pooling, tokens, encoder.part("passage"))
     drop_torn(shards)
     for shard in shards.missing():
-        shards.encode(shard, encoder, tokens, lambda n: None)
-    query_1D = encode_question(encoder, tokenizer, traits, question)
+        shards.encode(shard, encoder.side("passage"), tokens, lambda n: None)
+    query_1D = encode_question(encoder.side("query"), tokenizer, traits, question)
     k = min(top, len(data.corpus))
     found = [top_k(query_1D, shards.read(s), k, first_id=int(shards.rows(s)[0])) for s in range(shards.num_shards)]
     scores, ids = merge_top_k(found, k)

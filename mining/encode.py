@@ -10,12 +10,12 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from torch import nn
 
 from mining.ranks import Ranks
 from trainer.encoder.model import Encoder, ModelSettings, load_encoder
 from trainer.encoder.shards import Shards, drop_torn, open_shards
 from trainer.encoder.tokens import TokenTable, tokenize
+from trainer.encoder.towers import SIDES
 from trainer.handoff.weights import Checkpoint
 
 Side = tuple[Shards, TokenTable]
@@ -48,13 +48,16 @@ class TokenCache:
         return encoder, traits.pooling, self._tables
 
 
-def open_sides(run: Path, checkpoint: Checkpoint, pooling: str, tables: list[TokenTable]) -> list[Side]:
+def open_sides(run: Path, checkpoint: Checkpoint, encoder: Encoder, pooling: str, tables: list[TokenTable]) -> list[Side]:
     """Return the shards of queries and of passages under a checkpoint's weights, each with its tokens."""
     digest = checkpoint.manifest["weights_digest"]
-    return [(open_shards(run / "shards", digest, pooling, tokens), tokens) for tokens in tables]
+    return [
+        (open_shards(run / "shards", digest, pooling, tokens, encoder.part(side)), tokens)
+        for side, tokens in zip(SIDES, tables, strict=True)
+    ]
 
 
-def encode_missing(ranks: Ranks, encoder: nn.Module, sides: list[Side], on_progress: Callable[[int, int], None]) -> int:
+def encode_missing(ranks: Ranks, encoder: Encoder, sides: list[Side], on_progress: Callable[[int, int], None]) -> int:
     """Encode the shards that are not there; return how many texts were missing over all ranks.
 
     on_progress: called with the number of texts encoded by this rank, and of all that fall to it.
@@ -75,7 +78,7 @@ def encode_missing(ranks: Ranks, encoder: nn.Module, sides: list[Side], on_progr
 
         for side, shard in mine:
             shards, tokens = sides[side]
-            shards.encode(shard, encoder, tokens, count)
+            shards.encode(shard, encoder.side(SIDES[side]), tokens, count)
 
     ranks.together(encode_mine)
     return sum(len(sides[side][0].rows(shard)) for side, shard in missing)

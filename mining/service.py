@@ -133,7 +133,7 @@ def mine_checkpoint(work: Work, task: Task, checkpoint: Checkpoint) -> None:
     job, ranks, judgements = work.job, work.ranks, work.judgements
     with work.phase("encoding"):
         encoder, pooling, tables = ranks.together(lambda: work.tokens.open(checkpoint))
-        sides = open_sides(job.run.folder, checkpoint, pooling, tables)
+        sides = open_sides(job.run.folder, checkpoint, encoder, pooling, tables)
         encode_missing(ranks, encoder.to(work.device), sides, work.progress)
     queries, passages = (Embeddings(shards) for shards, _ in sides)
     with work.phase("indexing"):

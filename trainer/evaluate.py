@@ -11,14 +11,14 @@ from typing import Any
 import ir_measures
 import numpy as np
 from ir_measures import RR, R, nDCG
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from trainer.data.datasets import RetrievalData
-from trainer.encoder.model import Traits, weights_digest
+from trainer.encoder.model import Encoder, Traits, weights_digest
 from trainer.encoder.shards import Shards, drop_torn, open_shards
 from trainer.encoder.tokens import tokenize
 from trainer.encoder.topk import merge_top_k, top_k
+from trainer.encoder.towers import SIDES
 from trainer.errors import InputError
 from trainer.health import SAMPLE_ROWS, evaluation_health
 from trainer.world import World
@@ -36,7 +36,7 @@ def evaluate(
     world: World,
     data: RetrievalData,
     split: str,
-    encoder: nn.Module,
+    encoder: Encoder,
     tokenizer: PreTrainedTokenizerBase,
     traits: Traits,
     shards_root: Path,
@@ -63,7 +63,10 @@ def evaluate(
         cache=cache,
     )
     digest = weights_digest(encoder)
-    sides = [(open_shards(shards_root, digest, traits.pooling, tokens), tokens) for tokens in (queries, passages)]
+    sides = [
+        (open_shards(shards_root, digest, traits.pooling, tokens, encoder.part(side)), tokens)
+        for side, tokens in zip(SIDES, (queries, passages), strict=True)
+    ]
     _encode_missing(world, encoder, sides, on_progress, should_stop)
     query_QD = sides[0][0].read_rows(np.arange(len(query_rows)))
     scores, ids = _search(world, query_QD, sides[1][0])
@@ -136,7 +139,7 @@ def _some(num_rows: int, draw: np.random.Generator) -> np.ndarray:
 
 def _encode_missing(
     world: World,
-    encoder: nn.Module,
+    encoder: Encoder,
     sides: list[tuple[Shards, Any]],
     on_progress: Callable[[int, int], None],
     should_stop: Callable[[], bool],
@@ -153,7 +156,7 @@ def _encode_missing(
         if should_stop():
             break
         shards, tokens = sides[side]
-        shards.encode(shard, encoder, tokens, lambda n: None)
+        shards.encode(shard, encoder.side(SIDES[side]), tokens, lambda n: None)
         done += len(shards.rows(shard))
         on_progress(done, total)
     if world.all_max([int(should_stop())])[0]:

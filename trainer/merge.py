@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from trainer.encoder.backbone import DROPOUT_NAMES
 from trainer.encoder.model import (
-    DROPOUT_NAMES,
     Encoder,
     ModelSettings,
     Traits,
     load_encoder,
-    resolve_model,
     save_encoder,
     weights_digest,
 )
+from trainer.encoder.source import resolve_model
 from trainer.errors import InputError
 from trainer.handoff.manifest import publish_version
 

@@ -12,6 +12,7 @@ import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from gradcache import OBJECTIVES, NotFinite, StepResult, cached_step
 from trainer.budget import step_budget
 from trainer.data.collate import collate
 from trainer.data.sampler import global_batch, rank_slice
-from trainer.encoder.model import save_encoder
+from trainer.encoder.model import Encoder, save_encoder
 from trainer.errors import InputError
 from trainer.evaluate import Stopped, evaluate
 from trainer.handoff.manifest import prune, write_atomically
@@ -266,11 +267,11 @@ def evaluate_once(run: Training, name: str) -> None:
 
 
 @contextlib.contextmanager
-def evaluable(run: Training) -> Iterator[torch.nn.Module]:
+def evaluable(run: Training) -> Iterator[Encoder]:
     """Give an encoder with the present weights that this rank can use by itself. Collective if sharded."""
     parallel = run.state.parallel
     if not parallel.is_sharded:
-        yield parallel.encoder
+        yield cast(Encoder, parallel.encoder)
         return
     assert run.plain is not None
     run.saver.wait()

@@ -31,6 +31,14 @@ def test_exact_gradients_pass_whatever_the_job_asks_for(job_file, override):
     assert {"model.embeddings", "model.encoder.layer.0", "model.encoder.layer.1", "temperature"} <= groups.keys()
 
 
+@pytest.mark.parametrize("override", ["towers=two", "lora_rank=2", "pooling=latent", "projection=8", "pooling=weighted_mean"])
+def test_exact_gradients_pass_whatever_the_model_is_made_of(job_file, override):
+    found = check_here(str(job_file), [f"model.{override}"], queries=6)
+    assert found["ok"] and len(found["variants"]["tiled"]["groups"]) > 2
+    if override == "towers=two":
+        assert {"query.model.encoder.layer.0", "passage.model.encoder.layer.0"} <= found["variants"]["tiled"]["groups"].keys()
+
+
 @pytest.mark.parametrize("wrong", ["temperature", "one layer"])
 def test_a_gradient_that_is_off_in_one_group_is_exit_1(job_file, monkeypatch, capsys, wrong):
     right = launch.check.cached_step

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from pydantic import TypeAdapter
@@ -45,11 +46,14 @@ def as_job(job: dict) -> MineJob:
     return TypeAdapter(MineJob).validate_json(json.dumps(job))
 
 
-def publish_checkpoint(job: dict, step: int) -> Path:
-    """Publish a random encoder as the checkpoint of a step and return its folder."""
+def publish_checkpoint(job: dict, step: int, towers: Literal["one", "two"] = "one") -> Path:
+    """Publish a random encoder as the checkpoint of a step and return its folder. Two towers differ."""
     run, data = Path(job["run"]["folder"]), Path(job["data"]["path"])
     source = write_tiny_encoder(data.parent / f"encoder-{step}", seed=step)
-    encoder, tokenizer, traits = load_encoder(ModelSettings(name=str(source)))
+    encoder, tokenizer, traits = load_encoder(ModelSettings(name=str(source), towers=towers))
+    if towers == "two":
+        other, *_ = load_encoder(ModelSettings(name=str(write_tiny_encoder(data.parent / f"other-{step}", seed=step + 1))))
+        encoder.side("passage").load_state_dict(other.state_dict())
     digest = open_dataset(data, Path(job["data"]["cache"])).digest
 
     def write(folder: Path) -> None:

@@ -76,16 +76,17 @@ def test_no_positive_held_out_or_equal_text_is_ever_a_negative(tmp_path):
             assert len({texts[i] for i in ids}) == len(ids)
 
 
-def test_the_negatives_are_the_best_of_a_plain_search(tmp_path):
+@pytest.mark.parametrize("towers", ["one", "two"])
+def test_the_negatives_are_the_best_of_a_plain_search(tmp_path, towers):
     job = make_job(tmp_path, sample={"method": "top", "num_negatives": 3})
-    checkpoint = publish_checkpoint(job, 10)
+    checkpoint = publish_checkpoint(job, 10, towers)
     mine(job)
     data = open_dataset(tmp_path / "data", tmp_path / "cache")
     encoder, tokenizer, _ = load_encoder(ModelSettings(name=str(checkpoint / "encoder")))
     with torch.no_grad():
         queries, passages = (
-            encoder.eval()(dict(tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False))).numpy()
-            for texts in (list(data.queries["text"]), list(data.corpus["text"]))
+            encoder.eval().side(side)(dict(tokenizer(texts, padding=True, return_tensors="pt"))).numpy()
+            for side, texts in (("query", list(data.queries["text"])), ("passage", list(data.corpus["text"])))
         )
     judgements, texts = read_judgements(data, "train"), list(data.corpus["text"])
     for place, (query, ids) in enumerate(zip(judgements.query_rows, rows_of(job, "v000001"), strict=True)):

@@ -1,5 +1,7 @@
 """Frozen towers, LoRA, activation checkpointing: the reference's gradients, and only where there should be some."""
 
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,8 +13,9 @@ from tests.gradcache.test_backends import SETTINGS
 from tests.gradcache.test_step import TinyEncoder, make_batch
 from tests.gradients import assert_same_gradients, gradients_of
 from tests.ranks import run_ranks
-from tests.tiny import write_tiny_encoder
+from tests.tiny import VOCABULARY, write_tiny_encoder
 from trainer.encoder.model import ModelSettings, load_encoder
+from trainer.encoder.towers import SIDES
 
 
 def with_lora(encoder):
@@ -63,6 +66,43 @@ def test_what_is_trained_gets_the_references_gradient(kind, rows):
     wanted = gradients_of(**{f"tower{i}": e for i, e in enumerate(encoders)}, temperature=temperature)
     assert len(wanted) > 8
     for found in run_ranks(step, len(rows), rows, kind):
+        assert_same_gradients(found, wanted)
+
+
+def two_towers(folder):
+    encoder, *_ = load_encoder(ModelSettings(name=str(folder), towers="two", projection=7))
+    with torch.no_grad():
+        for parameter in encoder.passage.parameters():
+            parameter.mul_(1.1)
+    return encoder, Temperature(0.1, learnable=True)
+
+
+def sides_of(encoder):
+    def encode(inputs, side):
+        known = inputs["input_ids"] % len(VOCABULARY)
+        return encoder({**inputs, "input_ids": known}, side=side)
+
+    return [functools.partial(encode, side=side) for side in SIDES]
+
+
+def step_of_two_towers(rank, rows, folder):
+    encoder, temperature = two_towers(folder)
+    called = DistributedDataParallel(encoder, broadcast_buffers=False)
+    batch = make_batch(rank, rows[rank], sides_of(called))
+    sync = DDPSync(called)
+    cached_step(batch, temperature=temperature, sync=sync, group=dist.group.WORLD, keep_graphs=2, **SETTINGS)
+    return gradients_of(encoder=encoder, temperature=temperature)
+
+
+@pytest.mark.parametrize("rows", [(5, 3), (0, 4)])
+def test_two_towers_in_one_wrapper_get_the_references_gradient(tmp_path, rows):
+    folder = write_tiny_encoder(tmp_path / "model")
+    encoder, temperature = two_towers(folder)
+    batches = [make_batch(rank, n, sides_of(encoder)) for rank, n in enumerate(rows)]
+    reference_step(batches, temperature=temperature, **SETTINGS)
+    wanted = gradients_of(encoder=encoder, temperature=temperature)
+    assert {name.split(".")[1] for name in wanted if name.startswith("encoder")} == {"query", "passage"}
+    for found in run_ranks(step_of_two_towers, len(rows), rows, folder):
         assert_same_gradients(found, wanted)
 
 

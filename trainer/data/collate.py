@@ -51,6 +51,7 @@ def collate(
     per_query: int,
     seed: int,
     step: int,
+    has_two_towers: bool = False,  # `encode` is then told the side of its texts
 ) -> Batch:
     """Return what this rank encodes and contrasts in a step; query_n: numbers of its queries, (n,) int64, n may be 0."""
     positive_n = _choose_positives(dataset, query_n, seed, step)
@@ -71,17 +72,20 @@ def collate(
         order = np.argsort(np.concatenate([np.flatnonzero(is_query), np.flatnonzero(~is_query)]))
         return {name: _stack(*(side[name] for side in sides))[order].to(device) for name in sides[0]}
 
+    def tower(encode: Callable[..., Tensor], first: int, stop: int) -> Tower:
+        return Tower(
+            encode=encode,
+            encode_kept=functools.partial(encode, keep_activations=True),
+            lengths=torch.from_numpy(lengths[first:stop].astype(np.int64)),
+            load=lambda rows: load(rows + first),
+            # The key is of the token ids, prefix included, so equal keys are equal inputs of a tower.
+            encode_keys=torch.from_numpy(keys[first:stop]),
+        )
+
+    cuts = [("query", 0, len(query_n)), ("passage", len(query_n), len(keys))]
+    sides = [tower(functools.partial(encode, side=side), *cut) for side, *cut in cuts] if has_two_towers else []
     return Batch(
-        towers=[
-            Tower(
-                encode=encode,
-                encode_kept=functools.partial(encode, keep_activations=True),
-                lengths=torch.from_numpy(lengths.astype(np.int64)),
-                load=load,
-                # The key is of the token ids, prefix included, so equal keys are equal inputs on either side.
-                encode_keys=torch.from_numpy(keys),
-            )
-        ],
+        towers=sides or [tower(encode, 0, len(keys))],
         num_queries=len(query_n),
         keys=torch.from_numpy(keys),
         target=torch.arange(len(query_n)),

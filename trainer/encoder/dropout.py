@@ -3,7 +3,7 @@
 Torch draws one Mersenne number per element there, in one thread, which makes a training forward of BERT with dropout more
 than twice as slow as one without; and with dropout it gives up its fused attention. Here eight elements share a draw,
 so a rate is rounded to 1/256, and attention is evaluated in blocks that stay in the cache, the probabilities again in
-backward. The draws come from torch's default generator, so a seed replays them. A GPU keeps torch's own kernels.
+backward. The draws come from torch's default generator, so a seed replays them. A GPU and torch.compile keep torch's own.
 Source of the blockwise backward: FlashAttention (Dao et al. 2022, arXiv 2205.14135).
 """
 
@@ -32,7 +32,7 @@ class Dropout(nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the input with some elements 0 and the others scaled, while training."""
-        if not self.training or self.p == 0 or self.inplace or input.device.type != "cpu":
+        if not self.training or self.p == 0 or self.inplace or input.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(input)
         return _Dropout.apply(input, self.p)
 
@@ -61,19 +61,29 @@ class _Dropout(torch.autograd.Function):
 def attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
     """Return what transformers' `sdpa` attention returns; with dropout on the CPU by blocks of our own.
 
-    query, key, value: (n, H, L, D). Source of the signature: transformers' AttentionInterface.
+    query: (n, H, L, D); key, value: the same, or with fewer heads, each for several of the query's.
+    Source of the signature: transformers' AttentionInterface.
     """
-    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
-    is_plain = not causal and key.shape == query.shape == value.shape and query.dtype == torch.float32
-    if any(kwargs.get(name) is not None for name in ("position_bias", "cache", "softcap", "s_aux")):
-        is_plain = False
-    if dropout == 0 or query.device.type != "cpu" or not is_plain:
+    if dropout == 0 or torch.compiler.is_compiling() or not _is_plain(query, key, value, kwargs):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
-    bias = attention_mask
-    if bias is not None and bias.dtype == torch.bool:
-        bias = torch.zeros(bias.shape, dtype=query.dtype).masked_fill_(~bias, torch.finfo(query.dtype).min)
+    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    mask = attention_mask
+    if mask is None and causal:
+        mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
+    queries_per_key = query.shape[1] // key.shape[1]
+    if queries_per_key > 1:
+        key, value = (t.repeat_interleave(queries_per_key, dim=1) for t in (key, value))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _Attention.apply(query, key, value, bias, dropout, scaling).transpose(1, 2).contiguous(), None
+    return _Attention.apply(query, key, value, mask, dropout, scaling).transpose(1, 2).contiguous(), None
+
+
+def _is_plain(query: Tensor, key: Tensor, value: Tensor, kwargs: dict) -> bool:
+    """Return whether attention is of one text with itself, in float32 on the CPU, with nothing added to it."""
+    is_whole = query.shape[2] == key.shape[2] and key.shape == value.shape and query.shape[3] == key.shape[3]
+    is_extended = any(kwargs.get(name) is not None for name in ("position_bias", "cache", "softcap", "s_aux"))
+    return is_whole and not is_extended and query.dtype == torch.float32 and query.device.type == "cpu"
 
 
 class _Attention(torch.autograd.Function):

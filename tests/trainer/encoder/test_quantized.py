@@ -1,0 +1,31 @@
+"""QLoRA: adapters learn beside 4-bit weights, and what is saved is a float32 model with the same embeddings."""
+
+import pytest
+import torch
+
+from tests.trainer.encoder.families import TEXTS, write_family
+from trainer.encoder.model import ModelSettings, load_encoder, save_encoder, weights_digest
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "query")])
+@pytest.mark.parametrize("family", ["qwen3", "bert"])
+def test_adapters_beside_four_bit_weights_learn_and_are_saved_merged(tmp_path, family, targets):
+    folder = write_family(tmp_path / "model", family)
+    settings = {"name": str(folder), "lora_rank": 4, "quantize": "nf4", "dropout": 0.0, "lora_targets": targets}
+    encoder, tokenizer, traits = load_encoder(ModelSettings(**settings))
+    assert any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in encoder.modules())
+    for name, parameter in encoder.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    (encoder(inputs) * torch.randn(len(TEXTS), 32)).sum().backward()
+    trained = [p for p in encoder.parameters() if p.requires_grad]
+    assert trained and all(float(p.grad.abs().max()) > 0 for p in trained)
+    (tmp_path / "saved").mkdir()
+    save_encoder(tmp_path / "saved", encoder, tokenizer, traits)
+    again, *_ = load_encoder(ModelSettings(name=str(tmp_path / "saved")))
+    assert {p.dtype for p in again.parameters()} == {torch.float32} and weights_digest(again) == weights_digest(encoder)
+    with torch.inference_mode():
+        torch.testing.assert_close(again.eval()(inputs), encoder.eval()(inputs), rtol=0, atol=1e-5)

@@ -1,0 +1,175 @@
+"""The transformer below the pooling: encoders and decoders of transformers' families, without parts that take no part.
+
+Whatever family it is, its dropout is ours (dropout.py), nothing is cached between tokens, and every trained parameter gets
+a gradient, for data parallelism waits for all of them.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+
+from trainer.encoder.dropout import ATTENTION, replace_dropout
+from trainer.encoder.settings import ModelSettings
+from trainer.errors import InputError
+
+# what the families call it
+DROPOUT_NAMES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "hidden_dropout", "attention_dropout", "dropout",
+                 "embedding_dropout", "mlp_dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop")  # fmt: skip
+
+
+def load_backbone(source: str, settings: ModelSettings) -> PreTrainedModel:
+    """Return the model in a folder or of a hub name, float32 or quantised; raises InputError and what transformers raises."""
+    config = _with_dropout(load_config(source), settings.dropout)
+    model = AutoModel.from_pretrained(
+        source, config=config, dtype=torch.float32, **_without_pooler(config), **quantization(settings)
+    )
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False  # keys and values of a text that nobody goes on writing
+    replace_dropout(model)
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(ATTENTION)  # the same on a GPU and without dropout
+    if settings.attention is not None:
+        set_attention(model, settings.attention)
+    if settings.checkpoint_activations:
+        if not model.supports_gradient_checkpointing:
+            raise InputError(
+                f"model.checkpoint_activations=true cannot be had from a model of type {config.model_type}; "
+                "set it to false, or model.name to another model"
+            )
+        checkpoint_activations(model)
+    return model
+
+
+def load_config(source: str) -> PretrainedConfig:
+    """Return the configuration of a model that turns token ids into states; raises InputError for others."""
+    config = AutoConfig.from_pretrained(source)
+    if config.is_encoder_decoder:
+        raise InputError(
+            f"{source} is an encoder with a decoder ({config.model_type}), expected one of the two; set model.name to another"
+        )
+    kind = _kind(config)
+    if getattr(kind, "main_input_name", "input_ids") != "input_ids":
+        raise InputError(
+            f"{source} ({config.model_type}) reads {kind.main_input_name}, expected a model of texts; set model.name to another"
+        )
+    return config
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Let the model's layers recompute their activations in backward, with the same draws."""
+    model.activation_checkpointing_enable({"use_reentrant": False})
+
+
+def is_decoder(model: nn.Module) -> bool:
+    """Return whether the model's layers are made to look back only, whatever its configuration lets them do now."""
+    return any(getattr(module, "is_causal", False) is True for module in model.modules())
+
+
+def is_causal(model: PreTrainedModel) -> bool:
+    """Return whether a token's state depends on no later token."""
+    return is_decoder(model) and getattr(model.config, "is_causal", None) is not False
+
+
+def set_attention(model: PreTrainedModel, attention: str) -> None:
+    """Let a decoder's tokens see those behind them or not; the configuration keeps it. Raises InputError if it cannot be had.
+
+    Source: transformers' masks read `config.is_causal`; LLM2Vec, arXiv 2404.05961, for what it is good for.
+    """
+    if is_decoder(model):
+        model.config.is_causal = attention == "causal"
+    if _looks_ahead(model) != (attention == "bidirectional"):
+        raise InputError(
+            f'model.attention="{attention}" cannot be had from a model of type {model.config.model_type}; '
+            "leave it out, or set model.name to another model"
+        )
+
+
+def layers_of(module: nn.Module) -> list[nn.Module]:
+    """Return the repeated layers of a transformer: the members of its longest list of modules."""
+    lists = [child for child in module.modules() if isinstance(child, nn.ModuleList)]
+    return list(max(lists, key=len, default=[]))
+
+
+def max_positions(model: PreTrainedModel) -> int:
+    """Return the length of the longest text that the model takes, in tokens."""
+    table = _position_table(model)
+    if table is None:
+        return getattr(model.config, "max_position_embeddings", 512)
+    # RoBERTa and its kin count from the number behind the padding's.
+    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+
+
+def positions_from_mask(model: PreTrainedModel) -> bool:
+    """Return whether positions are those of a table counted from the first column, so that padding on the left moves them."""
+    table = _position_table(model)
+    return table is not None and table.padding_idx is None
+
+
+def positions(mask_nL: Tensor) -> Tensor:
+    """Return the number of each real token among its text's, (n, L) int64."""
+    return (mask_nL.cumsum(1) - 1).clamp(min=0)
+
+
+def quantization(settings: ModelSettings) -> dict:
+    """Return what from_pretrained needs for 4-bit weights, nothing where none are asked for; raises InputError.
+
+    Source: QLoRA, arXiv 2305.14314: NormalFloat and quantised constants.
+    """
+    if settings.quantize is None:
+        return {}
+    try:
+        import bitsandbytes  # noqa: F401
+        from transformers import BitsAndBytesConfig
+    except ImportError as error:
+        raise InputError(
+            f'model.quantize="{settings.quantize}" needs bitsandbytes, which is not installed; '
+            "run: pip install 'negpool[qlora]', or leave model.quantize out"
+        ) from error
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=settings.quantize,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+    )
+    return {"quantization_config": config}
+
+
+def _with_dropout(config: PretrainedConfig, dropout: float | None) -> PretrainedConfig:
+    if dropout is not None:
+        for name in DROPOUT_NAMES:
+            if hasattr(config, name):
+                setattr(config, name, dropout)
+    return config
+
+
+def _without_pooler(config: PretrainedConfig) -> dict:
+    """Return the argument that leaves a pooler out: it takes no part in an embedding."""
+    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(_kind(config)).parameters else {}
+
+
+def _kind(config: PretrainedConfig) -> Any:
+    """Return the class of a configuration's model."""
+    if type(config) not in MODEL_MAPPING:
+        raise InputError(f"models of type {config.model_type} have no token states; set model.name to an encoder or a decoder")
+    return MODEL_MAPPING[type(config)]
+
+
+def _position_table(model: nn.Module) -> nn.Embedding | None:
+    tables = [m for name, m in model.named_modules() if name.split(".")[-1] in ("position_embeddings", "wpe")]
+    return next((table for table in tables if isinstance(table, nn.Embedding)), None)
+
+
+def _looks_ahead(model: PreTrainedModel) -> bool:
+    """Return whether the first token's state depends on the second token, by trying."""
+    was_training = model.training
+    model.eval()
+    first_states = []
+    for text in ([0, 1], [0, 2]):  # one by one: rows of one batch may differ in their last bits
+        ids = torch.tensor([text], device=next(model.parameters()).device)
+        with torch.inference_mode():
+            first_states.append(model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0, 0])
+    model.train(was_training)
+    return not torch.equal(*first_states)

@@ -1,0 +1,127 @@
+"""Token ids to one vector a text: one encoder for both sides, or one for each."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trainer.encoder.backbone import checkpoint_activations, layers_of, positions, positions_from_mask
+from trainer.encoder.compiled import CompiledLayers
+from trainer.encoder.dense import Dense
+
+# n rows, L tokens, D width
+Side = Literal["query", "passage"]
+SIDES: tuple[Side, Side] = ("query", "passage")
+
+
+class Encoder(nn.Module):
+    """Token ids to one vector a text; the module that is trained, wrapped and saved."""
+
+    has_two_towers = False  # if so, `forward` must be told the side of its texts
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pool: Callable[[Tensor, Tensor], Tensor],
+        dense: Sequence[Dense],
+        normalize: bool,
+        is_compiled: bool = False,
+    ):
+        super().__init__()
+        self.model = model
+        self.pool = pool
+        self.dense = nn.ModuleList(dense)
+        self.normalize = normalize
+        self._compiled = CompiledLayers(model) if is_compiled else None
+        self._needs_positions = positions_from_mask(model)
+
+    def forward(self, inputs: Mapping[str, Tensor], keep_activations: bool = False) -> Tensor:
+        """Return (n, D) embeddings of `input_ids` and `attention_mask`, each (n, L), padded on either side.
+
+        keep_activations: recompute none in backward, also where the model's layers are set to.
+        """
+        mask_nL = inputs["attention_mask"]
+        taken = {"input_ids": inputs["input_ids"], "attention_mask": mask_nL}
+        if self._needs_positions:
+            taken["position_ids"] = positions(mask_nL)
+        with self._checkpointing_paused(keep_activations):
+            states_nLD = self._run(taken)
+        embedding_nD = self.pool(states_nLD, mask_nL)
+        for dense in self.dense:
+            embedding_nD = dense(embedding_nD)
+        return nn.functional.normalize(embedding_nD, dim=-1) if self.normalize else embedding_nD
+
+    def side(self, side: Side) -> "Encoder":
+        """Return the encoder of a side's texts: this one, for both."""
+        return self
+
+    def part(self, side: Side) -> str | None:
+        """Return the name under which `side` is part of this encoder; None where it is all of it."""
+        return None
+
+    def layers(self) -> list[nn.Module]:
+        """Return the repeated layers of the transformer."""
+        return layers_of(self.model)
+
+    @property
+    def width(self) -> int:
+        return self.dense[-1].out_width if self.dense else self.state_width  # type: ignore[union-attr, return-value]
+
+    @property
+    def state_width(self) -> int:
+        """Width of a token's state."""
+        return self.model.config.hidden_size
+
+    def _run(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        run = functools.partial(self.model, **inputs)
+        return (run() if self._compiled is None else self._compiled.call(run)).last_hidden_state
+
+    @contextmanager
+    def _checkpointing_paused(self, keep_activations: bool) -> Iterator[None]:
+        is_paused = keep_activations and self.model.is_activation_checkpointing
+        if is_paused:
+            self.model.activation_checkpointing_disable()
+        try:
+            yield
+        finally:
+            if is_paused:
+                checkpoint_activations(self.model)
+
+
+class TwoTowers(Encoder):
+    """An encoder for queries and one for passages, with weights of their own.
+
+    Both are one module, so that a parallel backend wraps, synchronises and saves them together.
+    """
+
+    has_two_towers = True
+
+    def __init__(self, query: Encoder, passage: Encoder):
+        nn.Module.__init__(self)
+        self.query, self.passage = query, passage
+        self.normalize = query.normalize
+
+    def forward(self, inputs: Mapping[str, Tensor], keep_activations: bool = False, side: Side | None = None) -> Tensor:
+        """Return (n, D) embeddings of one side's texts, as `Encoder.forward` does."""
+        if side is None:  # neither tower is a default: the wrong one would learn, and nobody would see it
+            raise ValueError(f"two towers must be told whose texts these are: side={' or '.join(SIDES)}")
+        return self.side(side)(inputs, keep_activations)
+
+    def side(self, side: Side) -> Encoder:
+        """Return the encoder of a side's texts."""
+        return self.query if side == "query" else self.passage
+
+    def part(self, side: Side) -> str | None:
+        """Return the name under which `side` is part of this encoder."""
+        return side
+
+    def layers(self) -> list[nn.Module]:
+        """Return the repeated layers of both transformers."""
+        return [*self.query.layers(), *self.passage.layers()]
+
+    @property
+    def width(self) -> int:
+        return self.query.width
