@@ -11,7 +11,7 @@ from trainer.data.datasets import RetrievalData, open_dataset
 from trainer.encoder.encode import encode_rows
 from trainer.encoder.model import ModelSettings, load_encoder, weights_digest
 from trainer.encoder.shards import drop_torn, open_shards
-from trainer.encoder.tokens import tokenize
+from trainer.encoder.tokens import tokenize, tokenize_side
 from trainer.encoder.topk import merge_top_k, top_k
 from trainer.errors import InputError
 from trainer.evaluate import DEPTH, evaluate, judged_queries, measure
@@ -55,7 +55,7 @@ def search_corpus(model: str, data_path: Path, question: str, top: int) -> list[
     data = open_dataset(data_path)
     folder, shards_root = locate_model(model, data)
     encoder, tokenizer, traits = load_encoder(ModelSettings(name=folder))
-    tokens = tokenize(data.corpus, tokenizer, prefix=traits.passage_prefix, max_tokens=traits.max_passage_tokens)
+    tokens = tokenize_side(data, "corpus", tokenizer, traits)
     shards = open_shards(shards_root, weights_digest(encoder), traits.pooling, tokens)
     drop_torn(shards)
     for shard in shards.missing():

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from trainer.data.datasets import RetrievalData
 from trainer.encoder.model import Traits, weights_digest
 from trainer.encoder.shards import Shards, drop_torn, open_shards
-from trainer.encoder.tokens import tokenize
+from trainer.encoder.tokens import tokenize_side
 from trainer.encoder.topk import merge_top_k, top_k
 from trainer.errors import InputError
 from trainer.world import World
@@ -39,7 +39,6 @@ def evaluate(
     traits: Traits,
     shards_root: Path,
     *,
-    cache: Path | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
@@ -50,14 +49,8 @@ def evaluate(
     Raises Stopped on every rank if one is asked to stop. Collective.
     """
     query_rows = judged_queries(data, split)
-    passages = tokenize(data.corpus, tokenizer, prefix=traits.passage_prefix, max_tokens=traits.max_passage_tokens, cache=cache)
-    queries = tokenize(
-        data.queries.select(query_rows),
-        tokenizer,
-        prefix=traits.query_prefix,
-        max_tokens=traits.max_query_tokens,
-        cache=cache,
-    )
+    passages = tokenize_side(data, "corpus", tokenizer, traits)
+    queries = tokenize_side(data, "queries", tokenizer, traits).select(query_rows)
     digest = weights_digest(encoder)
     sides = [(open_shards(shards_root, digest, traits.pooling, tokens), tokens) for tokens in (queries, passages)]
     _encode_missing(world, encoder, sides, on_progress, should_stop)

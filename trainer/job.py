@@ -7,7 +7,7 @@ from typing import Literal
 from gradcache import OBJECTIVES
 from trainer.encoder.model import ModelSettings
 from trainer.errors import InputError
-from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings
+from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings, Sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +102,7 @@ class TrainJob:
 
     run: RunSettings = field(default_factory=RunSettings)
     data: DataSettings = field(default_factory=DataSettings)
+    sources: Sources = field(default_factory=dict)  # several data sets, instead of data.path
     model: ModelSettings = field(default_factory=ModelSettings)
     batch: BatchSettings = field(default_factory=BatchSettings)
     chunk: ChunkSettings = field(default_factory=ChunkSettings)

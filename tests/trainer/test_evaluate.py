@@ -26,7 +26,7 @@ def root(tmp_path_factory):
 def run_evaluation(rank, root, shards, **options):
     data = open_dataset(root / "data", root / "cache")
     encoder, tokenizer, traits = load_encoder(ModelSettings(name=str(root / "encoder")))
-    return evaluate(world_of(rank), data, "test", encoder, tokenizer, traits, shards, cache=root / "cache", **options)
+    return evaluate(world_of(rank), data, "test", encoder, tokenizer, traits, shards, **options)
 
 
 def on_the_full_matrix(root):

@@ -52,6 +52,10 @@ class SourceRows:
     first_passage: int  # a passage that several sources have belongs to the first of them
     settings: SourceSettings
 
+    def first_row(self, side: str) -> int:
+        """Return its first row of "queries" or "corpus"."""
+        return self.first_query if side == "queries" else self.first_passage
+
 
 @dataclass(frozen=True)
 class RetrievalData:
@@ -94,8 +98,7 @@ class RetrievalData:
 
     def source_of(self, side: str, rows: np.ndarray) -> np.ndarray:
         """Return which source each row of "queries" or "corpus" belongs to, int64."""
-        first = [s.first_query if side == "queries" else s.first_passage for s in self.sources]
-        return np.searchsorted(first, rows, side="right") - 1
+        return np.searchsorted([source.first_row(side) for source in self.sources], rows, side="right") - 1
 
     def _qrels(self, split: str) -> Qrels:
         if split not in self.qrels:

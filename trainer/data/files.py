@@ -40,10 +40,21 @@ def read_objects(path: Path, report: Report) -> Iterator[Record]:
             where = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
             report(Problem(path, number, "does not parse", f"this line is not JSON: {where}"))
             continue
-        if isinstance(record, dict):
+        if "\\ud" in line.lower() and not _is_unicode(record):
+            report(Problem(path, number, "not UTF-8", "half a surrogate pair (\\ud800 to \\udfff) stands alone in this line"))
+        elif isinstance(record, dict):
             yield number, record
         else:
             report(Problem(path, number, "not an object", 'expected an object such as {"_id": "1", "text": "…"}'))
+
+
+def _is_unicode(record: Any) -> bool:
+    """Return whether UTF-8 can hold a record: JSON can spell halves of surrogate pairs, which it cannot."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_lines(path: Path, report: Report) -> Iterator[tuple[int, str]]:

@@ -34,7 +34,7 @@ class TextWriter:
 
     def add(self, file: Path, number: int, row_id: str | None, text: str) -> int:
         """Write a text and return which it is, from 0; a text without id has its content's digest for one."""
-        encoded = text.encode("utf-8", "surrogatepass")
+        encoded = text.encode()
         if row_id is None:
             row_id = xxhash.xxh3_128_hexdigest(encoded)
         if not self._files or self._files[-1] != file:
@@ -74,11 +74,7 @@ class TextWriter:
 
     def _flush(self) -> None:
         if self._ids:
-            try:
-                self._writer.write_batch(pa.record_batch([pa.array(self._ids), pa.array(self._texts)], schema=SCHEMA))
-            except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell and UTF-8 cannot
-                texts = [text.encode("utf-8", "replace").decode() for text in self._texts]
-                self._writer.write_batch(pa.record_batch([pa.array(self._ids), pa.array(texts)], schema=SCHEMA))
+            self._writer.write_batch(pa.record_batch([pa.array(self._ids), pa.array(self._texts)], schema=SCHEMA))
             self._ids, self._texts = [], []
 
     def _report_repeated(self, first: int, again: int, report: Report, may_repeat: bool) -> None:
@@ -95,7 +91,7 @@ class TextWriter:
 
 def key_of(row_id: str) -> int:
     """Return the 64-bit key of an id."""
-    return xxhash.xxh3_64_intdigest(row_id.encode("utf-8", "surrogatepass"))
+    return xxhash.xxh3_64_intdigest(row_id.encode())
 
 
 def read_table(path: Path) -> datasets.Dataset:

@@ -180,6 +180,7 @@ def change(record, **values):
 
 BAD = {
     "not JSON": (["{", pairs(1)], r"a\.jsonl:1: this line is not JSON"),
+    "half a character": ([pairs(0), '{"anchor": "\\ud800", "positive": "x"}'], r"a\.jsonl:2: half a surrogate pair"),
     "not an object": ([pairs(0), [1]], r"a\.jsonl:2: expected an object"),
     "another form": ([{"text_a": "x", "text_b": "y"}], r"a\.jsonl:1: found the columns text_a, text_b; .*expected BEIR"),
     "misspelt column": ([{"anchr": "x", "positive": "y"}], r"anchor is missing; did you mean it by 'anchr'\?"),
