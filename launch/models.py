@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from launch.output import start_logging
 from trainer.data.datasets import RetrievalData, open_dataset
+from trainer.data.filter import find_consistent, refuse_full, write_filtered
 from trainer.encoder.encode import encode_rows
 from trainer.encoder.model import ModelSettings, load_encoder, weights_digest
 from trainer.encoder.shards import drop_torn, open_shards
@@ -72,6 +74,27 @@ def search_corpus(model: str, data_path: Path, question: str, top: int) -> list[
         }
         for score, row in zip(scores[0], ids[0], strict=True)
     ]
+
+
+def filter_data(model: str, data_path: Path, out: Path, *, split: str, top_k: int, pool: int, seed: int) -> dict[str, int]:
+    """Write a data set without the training pairs that a model does not find again; return how many there were and stay."""
+    refuse_full(out)
+    data = open_dataset(data_path)
+    folder, shards_root = locate_model(model, data)
+    encoder, tokenizer, traits = load_encoder(ModelSettings(name=folder))
+    encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+    found = find_consistent(data, split, encoder, tokenizer, traits, shards_root, k=top_k, pool=pool, seed=seed)
+    write_filtered(data, found, out)
+    num_kept = int(found.is_kept.sum())
+    num_queries = len(np.unique(data.qrels[split].query_rows[found.places[found.is_kept]]))
+    return {
+        "pairs": len(found.places),
+        "kept": num_kept,
+        "dropped": len(found.places) - num_kept,
+        "queries": len(data.training_queries(split)),
+        "queries_kept": num_queries,
+        "pool": len(found.pool_rows),
+    }
 
 
 def encode_question(encoder, tokenizer, traits, question: str) -> np.ndarray:

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import logging
+import mmap
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 2  # of the table on disk; another number tokenises again
 PARALLEL_FROM = 20_000  # texts; below, starting processes takes longer than tokenising
-ROWS_OF_BATCH = 20_000  # rows of one Arrow batch: few enough headers to read when a table is opened
+ROWS_OF_BATCH = 20_000  # of the file: few enough batches to open, small enough to write
 
 
 class TextRule(NamedTuple):
@@ -50,8 +51,9 @@ class TokenTable:
     lengths: np.ndarray  # (N,) int64 tokens of each text, special ones included
     num_truncated: int  # texts that were longer than the maximum, in the table as it was made
     pad_id: int
-    ids: datasets.Dataset  # column "input_ids", Arrow format
+    ids: "TokenFile"  # of the whole table
     key_of_row: np.ndarray  # (N,) int64
+    row_in_file: np.ndarray | None = None  # (N,) int64; None: as they are
 
     def keys(self, rows: np.ndarray) -> np.ndarray:
         """Return 64-bit keys of the rows' token ids, (n,) int64: equal keys, equal tokens."""
@@ -62,8 +64,8 @@ class TokenTable:
         if len(rows) == len(self.lengths) and (rows == np.arange(len(rows))).all():
             return self
         digest = hashlib.sha256(self.digest.encode() + np.ascontiguousarray(rows, np.int64).tobytes()).hexdigest()
-        lengths, keys = self.lengths[rows], self.key_of_row[rows]
-        return replace(self, digest=digest, lengths=lengths, ids=self.ids.select(rows), key_of_row=keys)
+        lengths, keys, in_file = self.lengths[rows], self.key_of_row[rows], self._in_file(rows)
+        return replace(self, digest=digest, lengths=lengths, key_of_row=keys, row_in_file=in_file)
 
     def pad(self, rows: np.ndarray) -> dict[str, Tensor]:
         """Return `input_ids` and `attention_mask` of some rows, (n, longest) int64, padded on the right."""
@@ -71,8 +73,37 @@ class TokenTable:
         is_token = np.arange(lengths.max(initial=0)) < lengths[:, None]
         ids = np.full(is_token.shape, self.pad_id, np.int64)
         if len(rows):
-            ids[is_token] = _flat(self.ids[np.asarray(rows)])
+            ids[is_token] = self.ids.read(self._in_file(np.asarray(rows)))
         return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(is_token.astype(np.int64))}
+
+    def _in_file(self, rows: np.ndarray) -> np.ndarray:
+        return rows if self.row_in_file is None else self.row_in_file[rows]
+
+
+class TokenFile:
+    """Token ids in an Arrow file, memory-mapped, in batches of ROWS_OF_BATCH rows."""
+
+    def __init__(self, path: Path):
+        with open(path, "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        columns = [batch.column(0) for batch in pa.ipc.open_stream(pa.py_buffer(self._map))]
+        self._batches = [(column.values.to_numpy(), column.offsets.to_numpy()) for column in columns]
+        self._let_go()
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Return the tokens of some rows one after the other, int32."""
+        parts = []
+        for number, row in zip(*(part.tolist() for part in np.divmod(rows, ROWS_OF_BATCH)), strict=True):
+            values, offsets = self._batches[number]
+            parts.append(values[offsets[row] : offsets[row + 1]])
+        found = np.concatenate(parts)
+        self._let_go()
+        return found
+
+    def _let_go(self) -> None:
+        # A random read maps some 64 KiB around it, so a shuffled epoch would make the whole file resident. It stays in
+        # the system's page cache, shared by all ranks of a machine.
+        self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def tokenize_side(data: RetrievalData, side: str, tokenizer: PreTrainedTokenizerBase, traits: Traits) -> TokenTable:
@@ -115,11 +146,10 @@ def _table(
     folder = build_once(
         cache / f"tokens-{FORMAT}-{digest[:24]}", lambda staging: _build(staging, texts, tokenizer, rules, num_proc)
     )
-    ids = datasets.Dataset.from_file(str(folder / "tokens.arrow")).with_format("arrow")
     lengths, keys = (np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("lengths", "keys"))
     num_truncated = json.loads((folder / "about.json").read_text())["num_truncated"]
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return TokenTable(digest, lengths, num_truncated, pad_id, ids, keys)
+    return TokenTable(digest, lengths, num_truncated, pad_id, TokenFile(folder / "tokens.arrow"), keys)
 
 
 def _build(
@@ -199,8 +229,3 @@ def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> bytes:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
         return json.dumps({**rules, "truncation": None, "padding": None}, sort_keys=True).encode()
     return json.dumps([tokenizer.get_vocab(), repr(tokenizer)], sort_keys=True).encode()
-
-
-def _flat(table: pa.Table) -> np.ndarray:
-    """Return the tokens of all rows of a table one after the other, int32."""
-    return np.concatenate([chunk.flatten().to_numpy() for chunk in table.column("input_ids").chunks])

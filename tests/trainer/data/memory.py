@@ -22,14 +22,14 @@ WORDS = np.array(VOCABULARY[5:])
 def write_large_dataset(folder: Path, num_passages: int) -> Path:
     """Write passages of 20 to 60 words, and a query with one positive for every fourth of them."""
     draw = np.random.default_rng(0)
+    phrases = [" ".join(draw.choice(WORDS, length)) for length in draw.integers(10, 30, size=5000)]
     (folder / "qrels").mkdir(parents=True)
     with open(folder / "corpus.jsonl", "w") as corpus:
-        for number in range(num_passages):
-            words = WORDS[draw.integers(len(WORDS), size=draw.integers(20, 60))]
-            corpus.write(f'{{"_id": "d{number}", "title": "", "text": "{" ".join(words)}"}}\n')
+        for number, (first, second) in enumerate(draw.integers(len(phrases), size=(num_passages, 2)).tolist()):
+            corpus.write(f'{{"_id": "d{number}", "title": "", "text": "{phrases[first]} {phrases[second]}"}}\n')
     with open(folder / "queries.jsonl", "w") as queries, open(folder / "qrels" / "train.tsv", "w") as qrels:
-        for number in range(num_passages // 4):
-            queries.write(f'{{"_id": "q{number}", "text": "{" ".join(WORDS[draw.integers(len(WORDS), size=6)])}"}}\n')
+        for number, which in enumerate(draw.integers(len(phrases), size=num_passages // 4).tolist()):
+            queries.write(f'{{"_id": "q{number}", "text": "{phrases[which][:40]}"}}\n')
             qrels.write(f"q{number}\td{4 * number}\t1\n")
     write_tiny_encoder(folder / "encoder")
     return folder
