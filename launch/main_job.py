@@ -81,7 +81,8 @@ def _plan(jobs: Jobs, data) -> str:
 
 
 def _tell_results(console: Console, jobs: Jobs, results: dict[str, Any]) -> None:
-    run, data = jobs.train.run.folder, jobs.train.data.path
+    run = jobs.train.run.folder
+    data = next((source.path for source in jobs.train.sources.values()), jobs.train.data.path)
     names = [name for name in ROW_TITLES if name in results]
     rows = {name: results[name] for name in names}
     if rows:

@@ -40,7 +40,7 @@ def read_objects(path: Path, report: Report) -> Iterator[Record]:
             where = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
             report(Problem(path, number, "does not parse", f"this line is not JSON: {where}"))
             continue
-        if "\\ud" in line.lower() and not _is_unicode(record):
+        if ("\\ud" in line or "\\uD" in line) and not _is_unicode(record):
             report(Problem(path, number, "not UTF-8", "half a surrogate pair (\\ud800 to \\udfff) stands alone in this line"))
         elif isinstance(record, dict):
             yield number, record

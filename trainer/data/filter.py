@@ -144,9 +144,9 @@ def _write_judgements(data: RetrievalData, split: str, found: Consistency, path:
         is_kept[found.places] = found.is_kept
         with_positive = np.unique(qrels.query_rows[is_kept & (qrels.scores > 0)])
         is_kept &= np.isin(qrels.query_rows, with_positive)
-    query_ids, passage_ids = data.queries["_id"], data.corpus["_id"]
+    kept = np.flatnonzero(is_kept)
+    queries, passages = data.queries.select(qrels.query_rows[kept]), data.corpus.select(qrels.corpus_rows[kept])
     with open(path, "w", encoding="utf-8") as file:
         file.write("query-id\tcorpus-id\tscore\n")
-        for at in np.flatnonzero(is_kept):
-            query, passage = query_ids[int(qrels.query_rows[at])], passage_ids[int(qrels.corpus_rows[at])]
-            file.write(f"{query}\t{passage}\t{qrels.scores[at]:g}\n")
+        for query, passage, score in zip(queries["_id"], passages["_id"], qrels.scores[kept], strict=True):
+            file.write(f"{query}\t{passage}\t{score:g}\n")

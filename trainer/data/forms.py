@@ -39,7 +39,7 @@ def find_source(path: Path) -> Source:
         return _beir(path)
     saved = path / "dataset_dict.json", path / "state.json"
     if saved[0].is_file():
-        splits = _read_json(saved[0])["splits"]
+        splits = _listed(saved[0], "splits")
         return Source(path, "records", {SPLIT_NAMES.get(split, split): _saved_files(path / split) for split in splits})
     if saved[1].is_file():
         return Source(path, "records", {"train": _saved_files(path)})
@@ -59,8 +59,7 @@ def _beir(path: Path) -> Source:
 
 def _saved_files(folder: Path) -> list[Path]:
     """Return the Arrow files of a saved `datasets.Dataset`."""
-    names = [entry["filename"] for entry in _read_json(folder / "state.json")["_data_files"]]
-    files = [folder / name for name in names]
+    files = [folder / entry["filename"] for entry in _listed(folder / "state.json", "_data_files")]
     for file in files:
         if not file.is_file():
             raise InputError(f"{file} is missing, and state.json beside it names it; save the data set anew")
@@ -71,7 +70,7 @@ def _record_files(path: Path) -> dict[str, list[Path]]:
     """Return the record files of a folder, or of its folder data, by split."""
     folders = [path, path / "data"]
     files = [file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir()) if file.name.endswith(SUFFIXES)]
-    files = [file for file in files if file.name not in ("dataset_info.json", "dataset_infos.json")]
+    files = [file for file in files if file.is_file() and file.name not in ("dataset_info.json", "dataset_infos.json")]
     if not files:
         raise InputError(f"{path} holds no file of a data set; set data.path to {FORMS}, in {', '.join(SUFFIXES)}")
     splits = {file: _split_of(file) for file in files}
@@ -106,8 +105,9 @@ def _from_hub(path: Path) -> Source:
     return Source(path, "records", {SPLIT_NAMES.get(split, split): files for split, files in splits.items()})
 
 
-def _read_json(path: Path) -> dict:
+def _listed(path: Path, key: str) -> list:
+    """Return what a JSON file of a saved data set lists under a key."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}; save the data set anew") from error
+        return list(json.loads(path.read_text(encoding="utf-8"))[key])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path} does not list {key} of a saved data set ({error!r}); save the data set anew") from error

@@ -56,12 +56,13 @@ class Order:
     def steps_per_epoch(self) -> int:
         """Steps that see every query once, those of a source of weight w w times; the longest source in tasks."""
         if self.mode == "mixed":
-            return num_batches(sum(_window(source) for source in self.sources), self.batch)
+            return steps_per_epoch(sum(_window(source) for source in self.sources), self.batch)
         if self.mode == "tasks":
-            return max(num_batches(source.size, source.batch) for source in self.sources)
-        return sum(num_batches(_window(source), source.batch) for source in self.sources)
+            return max(steps_per_epoch(source.size, source.batch) for source in self.sources)
+        return sum(steps_per_epoch(_window(source), source.batch) for source in self.sources)
 
 
+@functools.lru_cache(maxsize=4)
 def single_order(seed: int, num_queries: int, batch: int) -> Order:
     """Return the order of one source."""
     return Order(seed, batch, (SourceOrder(0, num_queries, batch),))
@@ -85,28 +86,23 @@ def sources_begun_anew(order: Order, step: int) -> list[int]:
     """Return the sources that begin their second epoch at a step while a longer one is still in its first: to be said once."""
     if order.mode != "tasks":
         return []
-    lengths = [num_batches(source.size, source.batch) for source in order.sources]
+    lengths = [steps_per_epoch(source.size, source.batch) for source in order.sources]
     return [i for i, length in enumerate(lengths) if length == step < max(lengths)]
 
 
 def steps_per_epoch(num_queries: int, batch: int) -> int:
-    """Return how many steps see every query of one source once."""
-    return num_batches(num_queries, batch)
+    """Return how many batches hold every query of one source once, the last one smaller."""
+    return -(-num_queries // batch)
 
 
 def global_batch(seed: int, step: int, num_queries: int, batch: int) -> np.ndarray:
     """Return the numbers of the queries in the global batch of a step of one source, (<= batch,) int64."""
-    return step_parts(_single(seed, num_queries, batch), step)[0].rows
+    return step_parts(single_order(seed, num_queries, batch), step)[0].rows
 
 
 def rank_slice(rows: np.ndarray, rank: int, num_ranks: int) -> np.ndarray:
     """Return a rank's share of a global batch: contiguous, sizes differing by one at most, zero rows possible."""
     return rows[len(rows) * rank // num_ranks : len(rows) * (rank + 1) // num_ranks]
-
-
-def num_batches(num_queries: int, batch: int) -> int:
-    """Return how many batches hold all queries, the last one smaller."""
-    return -(-num_queries // batch)
 
 
 def _window(source: SourceOrder) -> int:
@@ -120,7 +116,7 @@ def _slice(rows: np.ndarray, place: int, batch: int) -> np.ndarray:
 
 def _task_part(order: Order, source: int, step: int) -> Part:
     own = order.sources[source]
-    epoch, place = divmod(step, num_batches(own.size, own.batch))
+    epoch, place = divmod(step, steps_per_epoch(own.size, own.batch))
     return Part(source, _slice(_task_epoch(order, source, epoch), place, own.batch))
 
 
@@ -147,7 +143,7 @@ def _task_epoch(order: Order, source: int, epoch: int) -> np.ndarray:
 @functools.lru_cache(maxsize=4)
 def _turns(order: Order, epoch: int) -> np.ndarray:
     """Return (source, which of its batches) of each step of an epoch, in the order of steps."""
-    counts = [num_batches(_window(source), source.batch) for source in order.sources]
+    counts = [steps_per_epoch(_window(source), source.batch) for source in order.sources]
     turns = np.concatenate([np.stack([np.full(n, source), np.arange(n)], axis=1) for source, n in enumerate(counts)])
     return _generator(order.seed, TURNS, epoch, 0).permutation(turns)
 
@@ -159,7 +155,7 @@ def _stream(order: Order, source: int, epoch: int) -> np.ndarray:
     """
     own, window = order.sources[source], _window(order.sources[source])
     start, stop = epoch * window, (epoch + 1) * window
-    own_epochs = range(start // own.size, num_batches(stop, own.size))
+    own_epochs = range(start // own.size, steps_per_epoch(stop, own.size))
     rows = np.concatenate([_generator(order.seed, STREAM, own_epoch, source).permutation(own.size) for own_epoch in own_epochs])
     skipped = start - own_epochs[0] * own.size
     return own.first + rows[skipped : skipped + window]
@@ -176,11 +172,6 @@ def _arranged(order: Order, rows: np.ndarray, batch: int, generator: np.random.G
 def _generator(seed: int, draw: int, epoch: int, source: int) -> np.random.Generator:
     stream = mix(np.uint64(epoch) ^ mix(np.uint64(source) ^ mix(np.uint64(draw))))
     return np.random.Generator(np.random.Philox(key=np.array([seed, stream], np.uint64)))
-
-
-@functools.lru_cache(maxsize=4)
-def _single(seed: int, num_queries: int, batch: int) -> Order:
-    return single_order(seed, num_queries, batch)
 
 
 def choice(seed: int, step: int, rows: np.ndarray, draw: int) -> np.ndarray:

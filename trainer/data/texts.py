@@ -37,7 +37,7 @@ class TextWriter:
         encoded = text.encode()
         if row_id is None:
             row_id = xxhash.xxh3_128_hexdigest(encoded)
-        if not self._files or self._files[-1] != file:
+        if not self._files or self._files[-1] is not file:
             self._files.append(file)
         self.id_keys.append(key_of(row_id))
         self.text_keys.append(xxhash.xxh3_64_intdigest(encoded))

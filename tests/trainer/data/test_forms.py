@@ -272,6 +272,10 @@ def test_what_is_no_data_set_is_said_with_the_forms_that_are(tmp_path):
     next((tmp_path / "saved").glob("*.arrow")).unlink()
     with pytest.raises(InputError, match=r"\.arrow is missing, and state\.json beside it names it"):
         open_dataset(tmp_path / "saved", tmp_path / "cache")
+    for content in ("{", "[]", "{}"):
+        (tmp_path / "saved" / "state.json").write_text(content)
+        with pytest.raises(InputError, match=r"state\.json does not list _data_files of a saved data set"):
+            open_dataset(tmp_path / "saved", tmp_path / "cache")
 
 
 def test_a_name_of_the_hub_without_network_is_one_sentence(tmp_path, monkeypatch):
