@@ -4,26 +4,20 @@ Everything streams: what stays in memory are numbers, some forty bytes for each 
 """
 
 import array
-import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from trainer.data.beir import Judgement, read_judgements, read_texts
 from trainer.data.files import read_records
 from trainer.data.forms import Source
+from trainer.data.judged import JUDGED, NO_SCORE, SIDES, Pairs, save_given, sorted_judgements, write_about
 from trainer.data.problems import Problem, Report, place_of
 from trainer.data.records import PARSERS, Bad, Example, find_form
 from trainer.data.texts import RowLookup, TextWriter, key_of, read_table
 
-SIDES = ("corpus", "queries")
-# score: grade of relevance, above 0 is relevant; teacher: a teacher's score, NaN where there is none
-JUDGED = np.dtype([("query", np.int64), ("passage", np.int64), ("score", np.float32), ("teacher", np.float32)])
 BLOCK = 100_000  # judgements looked up at once
-NO_SCORE = float("nan")
 
 
 def build_source(source: Source, folder: Path, report: Report) -> None:
@@ -110,11 +104,11 @@ class _Records:
 
     def build(self, source: Source) -> None:
         """Read everything and write the tables."""
-        splits: dict[str, _Pairs] = {}
-        negatives = _Pairs()
+        splits: dict[str, Pairs] = {}
+        negatives = Pairs()
         form = None
         for split, files in source.files.items():
-            splits[split] = _Pairs()
+            splits[split] = Pairs()
             for file in files:
                 form = self._read_file(file, form, splits[split], negatives)
         query_rows = self._queries.settle(self._report, may_repeat=True)
@@ -126,7 +120,7 @@ class _Records:
         save_given(self._folder, negatives.rows(query_rows, passage_rows), list(judged.values()), num_queries)
         write_about(self._folder, form or "records")
 
-    def _read_file(self, file: Path, form: str | None, positives: "_Pairs", negatives: "_Pairs") -> str | None:
+    def _read_file(self, file: Path, form: str | None, positives: Pairs, negatives: Pairs) -> str | None:
         """Read one file and return its form; problems go to the report."""
         num_read = 0
         for number, record in read_records(file, self._report):
@@ -143,7 +137,7 @@ class _Records:
             self._report(Problem(file, 0, "empty", "this file has no sound record; remove it or fill it"))
         return form
 
-    def _add(self, example: Example, file: Path, number: int, positives: "_Pairs", negatives: "_Pairs") -> None:
+    def _add(self, example: Example, file: Path, number: int, positives: Pairs, negatives: Pairs) -> None:
         if not example.grade > 0:
             raise Bad("no positive", f"score is {example.grade:g}, so the record has no positive; expected a score above 0")
         self._check_scored(example.scored, file, number)
@@ -160,52 +154,3 @@ class _Records:
             kept = f"{first or 'no scores'} as in {place_of(earlier_file, earlier)}"
             sentence = f"found {scored or 'no scores'}, expected {kept}; give every record its scores, or take them from all"
             raise Bad("no teacher score", sentence)
-
-
-class _Pairs:
-    """Queries and passages by the order in which they were added, with grade and teacher's score."""
-
-    def __init__(self) -> None:
-        self._columns = {"query": array.array("q"), "passage": array.array("q")} | {
-            name: array.array("f") for name in ("score", "teacher")
-        }
-
-    def add(self, *values: Any) -> None:
-        for column, value in zip(self._columns.values(), values, strict=True):
-            column.append(value)
-
-    def rows(self, query_rows: np.ndarray, passage_rows: np.ndarray) -> np.ndarray:
-        """Return the pairs by row, (n,) JUDGED."""
-        found = np.zeros(len(self._columns["query"]), JUDGED)
-        for name, column in self._columns.items():
-            found[name] = np.array(column)
-        found["query"], found["passage"] = query_rows[found["query"]], passage_rows[found["passage"]]
-        return found
-
-
-def sorted_judgements(judged: np.ndarray) -> np.ndarray:
-    """Return judgements by query and passage, each pair once, with its highest score, teacher's included."""
-    order = np.lexsort((-np.nan_to_num(judged["teacher"]), -judged["score"], judged["passage"], judged["query"]))
-    ordered = judged[order]
-    is_new = np.ones(len(ordered), bool)
-    is_new[1:] = (ordered["query"][1:] != ordered["query"][:-1]) | (ordered["passage"][1:] != ordered["passage"][:-1])
-    return ordered[is_new]
-
-
-def save_given(folder: Path, negatives: np.ndarray, judged: list[np.ndarray], num_queries: int) -> None:
-    """Write the given negatives, row q those of query q, without any that is a positive of its query; none: no files."""
-    if not len(negatives):
-        return
-    negatives = sorted_judgements(negatives)
-    span = 1 + max(int(rows["passage"].max(initial=0)) for rows in [negatives, *judged])
-    positives = np.concatenate([rows["query"][rows["score"] > 0] * span + rows["passage"][rows["score"] > 0] for rows in judged])
-    negatives = negatives[~np.isin(negatives["query"] * span + negatives["passage"], positives)]
-    indptr = np.searchsorted(negatives["query"], np.arange(num_queries + 1))
-    for name, values in (("indptr", indptr), ("ids", negatives["passage"]), ("scores", negatives["teacher"])):
-        np.save(folder / f"given-{name}.npy", values, allow_pickle=False)
-
-
-def write_about(folder: Path, form: str, **fields: Any) -> None:
-    """Write what a table's reader must know beside it: its form, and a digest of each side's texts."""
-    content = {side: hashlib.sha256(np.load(folder / f"{side}-keys.npy")[1].tobytes()).hexdigest() for side in SIDES}
-    (folder / "about.json").write_text(json.dumps({"form": form, "content": content, **fields}))

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from trainer.data.build import SIDES, build_source
+from trainer.data.build import build_source
 from trainer.data.forms import find_source
+from trainer.data.judged import SIDES
 from trainer.data.problems import Problem, has_rows
 from trainer.data.texts import batches, first_of_equal
 

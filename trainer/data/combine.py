@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainer.data.build import JUDGED, save_given, sorted_judgements, write_about
+from trainer.data.judged import JUDGED, save_given, sorted_judgements, write_about
 from trainer.data.texts import SCHEMA, RowLookup, batches, key_of, read_table
 from trainer.errors import InputError
 from trainer.handoff.settings import SourceSettings

@@ -12,10 +12,11 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from trainer.data.build import SIDES, build_source
+from trainer.data.build import build_source
 from trainer.data.cache import build_once, cache_folder, file_digest
 from trainer.data.combine import combine_sources
 from trainer.data.forms import Source, find_source
+from trainer.data.judged import SIDES
 from trainer.data.problems import refuse
 from trainer.data.texts import read_table
 from trainer.errors import InputError

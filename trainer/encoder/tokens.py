@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import logging
-import mmap
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,7 +17,6 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import torch
 import xxhash
 from torch import Tensor
@@ -27,12 +25,12 @@ from transformers import PreTrainedTokenizerBase
 from trainer.data.cache import build_once, cache_folder
 from trainer.data.datasets import RetrievalData
 from trainer.encoder.model import Traits
+from trainer.encoder.token_file import TokenFile, write_token_file
 
 log = logging.getLogger(__name__)
 
 FORMAT = 2  # of the table on disk; another number tokenises again
 PARALLEL_FROM = 20_000  # texts; below, starting processes takes longer than tokenising
-ROWS_OF_BATCH = 20_000  # of the file: few enough batches to open, small enough to write
 
 
 class TextRule(NamedTuple):
@@ -51,7 +49,7 @@ class TokenTable:
     lengths: np.ndarray  # (N,) int64 tokens of each text, special ones included
     num_truncated: int  # texts that were longer than the maximum, in the table as it was made
     pad_id: int
-    ids: "TokenFile"  # of the whole table
+    ids: TokenFile  # of the whole table
     key_of_row: np.ndarray  # (N,) int64
     row_in_file: np.ndarray | None = None  # (N,) int64; None: as they are
 
@@ -78,32 +76,6 @@ class TokenTable:
 
     def _in_file(self, rows: np.ndarray) -> np.ndarray:
         return rows if self.row_in_file is None else self.row_in_file[rows]
-
-
-class TokenFile:
-    """Token ids in an Arrow file, memory-mapped, in batches of ROWS_OF_BATCH rows."""
-
-    def __init__(self, path: Path):
-        with open(path, "rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        columns = [batch.column(0) for batch in pa.ipc.open_stream(pa.py_buffer(self._map))]
-        self._batches = [(column.values.to_numpy(), column.offsets.to_numpy()) for column in columns]
-        self._let_go()
-
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        """Return the tokens of some rows one after the other, int32."""
-        parts = []
-        for number, row in zip(*(part.tolist() for part in np.divmod(rows, ROWS_OF_BATCH)), strict=True):
-            values, offsets = self._batches[number]
-            parts.append(values[offsets[row] : offsets[row + 1]])
-        found = np.concatenate(parts)
-        self._let_go()
-        return found
-
-    def _let_go(self) -> None:
-        # A random read maps some 64 KiB around it, so a shuffled epoch would make the whole file resident. It stays in
-        # the system's page cache, shared by all ranks of a machine.
-        self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def tokenize_side(data: RetrievalData, side: str, tokenizer: PreTrainedTokenizerBase, traits: Traits) -> TokenTable:
@@ -174,7 +146,7 @@ def _build(
         limits = " or ".join(str(limit) for limit in sorted({rule.max_tokens for rule in rules}))
         log.info("%d of %d texts are longer than %s tokens and were cut", num_truncated, len(texts), limits)
     (folder / "about.json").write_text(json.dumps({"num_truncated": num_truncated}))
-    _write_ids(columns.table.select(["input_ids"]), folder / "tokens.arrow")
+    write_token_file(columns.table.select(["input_ids"]), folder / "tokens.arrow")
     for leftover in folder.glob("map*.arrow"):
         leftover.unlink()
 
@@ -214,12 +186,6 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: in
         return ids, [bool(encoding.overflowing) for encoding in encoded.encodings]
     longer = tokenizer(texts, truncation=True, max_length=max_tokens + 1, return_attention_mask=False)["input_ids"]
     return ids, [len(row) > max_tokens for row in longer]
-
-
-def _write_ids(ids: pa.Table, path: Path) -> None:
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, ids.schema) as writer:
-        for start in range(0, len(ids), ROWS_OF_BATCH):
-            writer.write_table(ids.slice(start, ROWS_OF_BATCH).combine_chunks())
 
 
 def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> bytes:

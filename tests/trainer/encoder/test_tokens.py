@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from trainer.data.datasets import open_dataset
+from trainer.encoder import token_file
 from trainer.encoder import tokens as tokens_module
 from trainer.encoder.model import Traits
 from trainer.encoder.tokens import tokenize, tokenize_side
@@ -95,7 +96,7 @@ def test_the_table_of_an_opened_data_set_is_found_without_its_texts(setting, mon
 
 def test_several_processes_make_the_same_table(setting, tmp_path, monkeypatch):
     corpus, tokenizer, root = setting
-    monkeypatch.setattr(tokens_module, "ROWS_OF_BATCH", 10)
+    monkeypatch.setattr(token_file, "ROWS_OF_BATCH", 10)
     tables = []
     for num_proc in (1, 2):
         cache = tmp_path / str(num_proc)
