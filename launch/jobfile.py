@@ -21,6 +21,7 @@ from trainer.handoff.settings import SourceSettings
 from trainer.job import TrainJob
 
 Job = TypeVar("Job")
+HOW = {("data", "cache"), ("data", "num_proc")}  # where and by how many something is made, not what
 SOURCES = "sources"  # the one section of sections, [sources.NAME]
 
 
@@ -77,7 +78,7 @@ def refuse_other_job(path: Path, jobs: Jobs) -> None:
     for section in now.keys() - {"launch", "mine"}:
         for key in sorted(now[section].keys() | kept.get(section, {}).keys()):
             before, after = kept.get(section, {}).get(key), now[section].get(key)
-            if before != after:
+            if before != after and (section, key) not in HOW:
                 raise InputError(
                     f"{path.parent} holds a run with {section}.{key}={before!r}, and this job has {after!r}; "
                     "set run.folder to a new folder, or delete that one"

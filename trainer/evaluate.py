@@ -4,6 +4,7 @@ Embeddings go through the run's shards, so what the miner or an interrupted eval
 Figures are those of `ir-measures`.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def measure(
     qrels: dict[str, dict[str, int]] = {}
     judged = data.qrels[split]
     for query, passage, score in zip(judged.query_rows, judged.corpus_rows, judged.scores, strict=True):
-        qrels.setdefault(str(query), {})[str(passage)] = int(score)
+        qrels.setdefault(str(query), {})[str(passage)] = math.ceil(score)  # trec_eval has whole grades
     run = {
         str(row): {str(i): float(s) for i, s in zip(ids, scores, strict=True) if i >= 0}
         for row, ids, scores in zip(query_rows, ids_Qk, scores_Qk, strict=True)

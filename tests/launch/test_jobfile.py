@@ -119,6 +119,6 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path, content, sentence)
 def test_the_folder_of_another_job_is_refused_by_the_field_that_differs(job_file, tmp_path):
     kept = tmp_path / "run" / "job.toml"
     write_job(kept, read_job(job_file, []))
-    refuse_other_job(kept, read_job(job_file, ["launch.mine_ranks=3"]))
+    refuse_other_job(kept, read_job(job_file, ["launch.mine_ranks=3", "data.num_proc=3", "data.cache=elsewhere"]))
     with pytest.raises(InputError, match=r"holds a run with optim\.lr=0\.0001, and this job has 0\.0002"):
         refuse_other_job(kept, read_job(job_file, ["optim.lr=2e-4"]))

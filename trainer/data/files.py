@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.data.problems import Problem, Report
+from trainer.data.problems import Problem, Report, first_byte, open_plain
 
 BATCH = 1000  # rows of Parquet and Arrow read at once
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".arrow")
@@ -25,7 +25,7 @@ def read_records(path: Path, report: Report) -> Iterator[Record]:
     """Yield (number, record) of the sound records of a file; the number of a line or row, from 1."""
     if path.suffix in (".parquet", ".arrow"):
         yield from _table_records(path, report)
-    elif _first_byte(path) == b"[":
+    elif first_byte(path) == b"[":
         yield from _array_records(path, report)
     else:
         yield from read_objects(path, report)
@@ -60,7 +60,7 @@ def _is_unicode(record: Any) -> bool:
 def read_lines(path: Path, report: Report) -> Iterator[tuple[int, str]]:
     """Yield (number, line) of the lines that are UTF-8 and not blank."""
     try:
-        with _open(path) as file:
+        with open_plain(path) as file:
             for number, raw in enumerate(file, 1):
                 try:
                     line = raw.decode("utf-8").rstrip("\r\n")
@@ -73,18 +73,6 @@ def read_lines(path: Path, report: Report) -> Iterator[tuple[int, str]]:
         report(Problem(path, 0, "ends early", f"this gzip file is cut off or damaged ({error}); copy it anew"))
     except OSError as error:
         report(Problem(path, 0, "missing", f"this file cannot be read ({error.strerror}); a data set needs it"))
-
-
-def _open(path: Path):
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
-
-
-def _first_byte(path: Path) -> bytes:
-    try:
-        with _open(path) as file:
-            return file.read(64).lstrip()[:1]
-    except (OSError, EOFError, zlib.error):
-        return b""  # read_lines says what is wrong
 
 
 def _array_records(path: Path, report: Report) -> Iterator[Record]:

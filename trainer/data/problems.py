@@ -4,9 +4,11 @@ One set of rules for two readers: `open_dataset` stops at the first problem, `ch
 """
 
 import difflib
+import gzip
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from trainer.errors import InputError
 
@@ -30,7 +32,21 @@ Report = Callable[[Problem], None]
 
 def has_rows(file: Path) -> bool:
     """Return whether places in a file are rows, not lines."""
-    return file.suffix in (".parquet", ".arrow")
+    return file.suffix in (".parquet", ".arrow") or (".json" in file.suffixes and first_byte(file) == b"[")
+
+
+def open_plain(path: Path) -> IO[bytes]:
+    """Open a file that may be gzipped."""
+    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # type: ignore[return-value]
+
+
+def first_byte(path: Path) -> bytes:
+    """Return the first byte of a file that is no space; nothing if it cannot be read."""
+    try:
+        with open_plain(path) as file:
+            return file.read(64).lstrip()[:1]
+    except (OSError, EOFError, zlib.error):
+        return b""
 
 
 def place_of(file: Path, number: int) -> str:

@@ -231,6 +231,8 @@ def test_a_problem_in_a_table_names_its_row(tmp_path):
     with pytest.raises(InputError, match=r"a\.parquet, row 2: anchor is missing"):
         open_dataset(path, tmp_path / "cache")
     assert check_dataset(path).as_json()["problems"][0]["row"] == 2
+    with pytest.raises(InputError, match=r"a\.json, row 2: anchor is missing"):
+        open_dataset(write_array(tmp_path / "a.json", [pairs(1), pairs(1) | {"anchor": None}]), tmp_path / "cache")
 
 
 def test_a_file_that_ends_early_is_refused(tmp_path):
