@@ -6,9 +6,9 @@ million. Other positives of the query do not count against a pair.
 """
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from trainer.encoder.shards import Shards, drop_torn, open_shards
 from trainer.encoder.tokens import TokenTable, tokenize_side
 from trainer.encoder.topk import merge_top_k, top_k
 from trainer.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,8 @@ def find_consistent(
     k: int,
     pool: int,
     seed: int,
-    on_progress: Callable[[int], None] = lambda n: None,
 ) -> Consistency:
-    """Return which pairs of a split stay: the passage is among the query's k nearest of `pool` random passages and itself.
-
-    on_progress: called with the number of texts encoded.
-    """
+    """Return which pairs of a split stay: the passage is among the query's k nearest of `pool` random passages and itself."""
     query_rows = data.training_queries(split)
     indptr, places = data.positive_judgements(query_rows, split)
     positive_rows = data.qrels[split].corpus_rows[places]
@@ -61,8 +59,9 @@ def find_consistent(
     passages = tokenize_side(data, "corpus", tokenizer, traits).select(needed)
     digest = weights_digest(encoder)
     query_shards, passage_shards = (open_shards(shards_root, digest, traits.pooling, side) for side in (queries, passages))
+    log.info("%d queries and %d passages, of them %d random ones, to encode", len(query_rows), len(needed), len(pool_rows))
     for shards, tokens in ((query_shards, queries), (passage_shards, passages)):
-        _encode_missing(shards, encoder, tokens, on_progress)
+        _encode_missing(shards, encoder, tokens)
     positive_p = np.searchsorted(needed, positive_rows)
     keys = passages.keys(np.arange(len(needed)))
     is_kept = _within_top_k(query_shards, passage_shards, indptr, positive_p, np.isin(needed, pool_rows), keys, k)
@@ -96,10 +95,10 @@ def write_filtered(data: RetrievalData, found: Consistency, out: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _encode_missing(shards: Shards, encoder: nn.Module, tokens: TokenTable, on_progress: Callable[[int], None]) -> None:
+def _encode_missing(shards: Shards, encoder: nn.Module, tokens: TokenTable) -> None:
     drop_torn(shards)
     for shard in shards.missing():
-        shards.encode(shard, encoder, tokens, on_progress)
+        shards.encode(shard, encoder, tokens, lambda n: None)
 
 
 def _within_top_k(
