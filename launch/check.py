@@ -28,7 +28,7 @@ from trainer.data.sampler import choice, global_batch, rank_slice
 from trainer.encoder.model import load_encoder
 from trainer.errors import InputError
 from trainer.handoff.negatives import Negatives
-from trainer.job import TrainJob
+from trainer.job import OptimSettings, TrainJob
 from trainer.parallel import Parallel, parallelize
 from trainer.precision import set_tf32
 from trainer.prepare import tokenized
@@ -73,7 +73,7 @@ def _check(job: TrainJob, world: World, num_queries: int) -> dict[str, Any] | No
     if dataset.num_queries < num_queries:
         raise InputError(f"{data.path} has {dataset.num_queries} training queries; set batch.queries lower")
     plain = copy.deepcopy(encoder).to(world.device) if world.speaks else None
-    parallel = parallelize(encoder, world, job.parallel)
+    parallel = parallelize(encoder, world, job.parallel, OptimSettings())
     step = _Step(job, world, dataset, len(data.corpus), num_queries)
     variants: dict[str, Any] = {}
     expected = None

@@ -31,11 +31,12 @@ Data = Annotated[Path, typer.Argument(help="data set: BEIR folder, record files,
 Rounds = Annotated[int, typer.Option(min=1, help="turns of everybody; medians are shown")]
 Peer = Annotated[bool, typer.Option(help="measure sentence-transformers, too")]
 Out = Annotated[Path | None, typer.Option(help="folder for a report: JSON, Markdown and a picture")]
+AllowChange = Annotated[bool, typer.Option("--allow-change", help="go on in a run's folder with another job")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output")]
 
 
 @app.command()
-def run(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> int:
+def run(job: JobFile, overrides: Overrides = None, allow_change: AllowChange = False, as_json: Json = False) -> int:
     """Train and mine together on this machine, with one live view."""
     messages().print(f"[dim]negpool run {escape(str(job))}: reading the job and the data[/dim]")  # imports take seconds
     from launch.jobfile import read_job
@@ -43,18 +44,18 @@ def run(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> int
 
     start_logging()
     jobs = read_job(job, overrides or [])
-    outcome = run_main_job(jobs, job, messages())
+    outcome = run_main_job(jobs, job, messages(), allow_change)
     if as_json:
         print_json(outcome)
     return 0 if outcome["finished"] else EXIT_STOPPED
 
 
 @app.command()
-def train(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> int:
-    """Train only; under torchrun or accelerate launch on several ranks."""
+def train(job: JobFile, overrides: Overrides = None, allow_change: AllowChange = False, as_json: Json = False) -> int:
+    """Train only; under torchrun, accelerate launch or deepspeed on several ranks."""
     from launch.sides import train_side
 
-    outcome = train_side(job, overrides or [])
+    outcome = train_side(job, overrides or [], allow_change)
     if as_json and outcome is not None:
         print_json(outcome.as_json())
     return 0 if outcome is None or outcome.finished else EXIT_STOPPED

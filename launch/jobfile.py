@@ -23,6 +23,7 @@ from trainer.job import TrainJob
 Job = TypeVar("Job")
 HOW = {("data", "cache"), ("data", "num_proc")}  # where and by how many something is made, not what
 SOURCES = "sources"  # the one section of sections, [sources.NAME]
+MAY_CHANGE = {"launch", "mine", "parallel", "chunk", "checkpoint", "eval"}  # sections, from one start of a run to the next
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,18 +71,19 @@ def write_job(path: Path, jobs: Jobs) -> None:
 def refuse_other_job(path: Path, jobs: Jobs) -> None:
     """Raise InputError, naming the field, if the job kept in a run folder is another one.
 
-    How many processes run, and on which side, may change from start to start; what is computed may not.
+    How many processes run, how they share the work and what is kept of it may change from start to start; what is
+    trained, on which data and in which order may not.
     """
     if not path.exists():
         return
     kept, now = tomllib.loads(path.read_text()), jobs.resolved()
-    for section in now.keys() - {"launch", "mine"}:
+    for section in sorted(now.keys() - MAY_CHANGE):
         for key in sorted(now[section].keys() | kept.get(section, {}).keys()):
             before, after = kept.get(section, {}).get(key), now[section].get(key)
             if before != after and (section, key) not in HOW:
                 raise InputError(
                     f"{path.parent} holds a run with {section}.{key}={before!r}, and this job has {after!r}; "
-                    "set run.folder to a new folder, or delete that one"
+                    "set run.folder to a new folder, or go on with --allow-change"
                 )
 
 

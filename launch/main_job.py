@@ -21,14 +21,14 @@ from trainer.metrics import read_status
 from trainer.prepare import check_sizes
 
 
-def run_main_job(jobs: Jobs, job_file: Path, console: Console) -> dict[str, Any]:
+def run_main_job(jobs: Jobs, job_file: Path, console: Console, allow_change: bool = False) -> dict[str, Any]:
     """Run a job to its end, or until asked to stop; return what `results.json` holds, and whether it finished."""
     started = time.monotonic()
     run = jobs.train.run.folder
     data = open_data(jobs.train.data, jobs.train.sources)  # a bad input ends here, before anything starts
     check_sizes(jobs.train, data, jobs.launch.train_ranks)
     check_model(jobs.train.model.name)
-    keep_job(jobs)
+    keep_job(jobs, allow_change)
     console.print(_plan(jobs, data))
     with View(console) as view:
         how = supervise(run, run / "job.toml", jobs.launch, view)

@@ -16,13 +16,13 @@ from trainer.handoff.manifest import disk_error, is_disk_full
 from trainer.state import Outcome
 
 
-def train_side(job_file: Path, overrides: list[str]) -> Outcome | None:
+def train_side(job_file: Path, overrides: list[str], allow_change: bool = False) -> Outcome | None:
     """Train as this rank of the world that the launcher describes; return the outcome on rank 0."""
     rank = int(os.environ.get("RANK", "0"))
     start_logging(rank)
     jobs = read_job(job_file, overrides)
     if rank == 0:
-        keep_job(jobs)
+        keep_job(jobs, allow_change)
     _stop_without_parent()
     from trainer.train import train
     from trainer.world import join_world
@@ -53,10 +53,11 @@ def mine_side(job_file: Path, overrides: list[str], once: bool) -> Literal["fini
         raise _told(jobs, "miner", error) from error
 
 
-def keep_job(jobs: Jobs) -> None:
+def keep_job(jobs: Jobs, allow_change: bool = False) -> None:
     """Keep the resolved job and the versions of libraries in the run folder; refuse the folder of another job."""
     folder = jobs.train.run.folder
-    refuse_other_job(folder / "job.toml", jobs)
+    if not allow_change:
+        refuse_other_job(folder / "job.toml", jobs)
     write_job(folder / "job.toml", jobs)
     write_environment(folder / "environment.json")
 

@@ -1,48 +1,145 @@
 """Checkpoints: `encoder/` for the miner and for people, `state/` for resume, one manifest, one rename.
 
-Under DDP rank 0 holds everything and writes alone; the others go on to the next step and wait for it there.
+The loop stops only while a copy is made; a thread writes it. Every rank writes its own part of the state, rank 0 waits for
+all parts, adds the encoder and publishes. The price is a copy of what a rank holds in the host's memory.
 """
 
 import json
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import safetensors.torch
+import torch
 
-from trainer.encoder.model import Traits, save_encoder, weights_digest
-from trainer.handoff.manifest import prune, publish_version, write_latest
+from trainer.encoder.model import Encoder, weights_digest
+from trainer.handoff.manifest import publish_version, write_latest
 from trainer.handoff.weights import Checkpoint, checkpoint_name, checkpoints_folder
+from trainer.parts import Fragment, Parts, part_name, write_part
 from trainer.state import TrainState
+from trainer.world import COLLECTIVE_TIMEOUT_S, World
+
+log = logging.getLogger(__name__)
+
+PARTS = ".parts-"  # prefix of the folder where ranks leave their parts
+POLL_S = 0.02
 
 
-def save_checkpoint(run: Path, state: TrainState, tokenizer, traits: Traits, fields: dict) -> Path:
-    """Publish the state after `state.step` and point LATEST at it; return the folder. Rank 0 only.
+class Saver:
+    """Writes checkpoints behind the loop's back, one at a time."""
 
-    fields: JSON values for the manifest: data_digest, is_final, …
-    """
+    def __init__(self, run: Path, world: World):
+        self._run, self._world = run, world
+        self._copies: dict[str, torch.Tensor] = {}  # used again: fresh pages cost more than the copy
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
 
-    def write(folder: Path) -> None:
-        (folder / "encoder").mkdir()
-        save_encoder(folder / "encoder", state.encoder, tokenizer, traits)
-        (folder / "state").mkdir()
-        safetensors.torch.save_file(state.tensors(), folder / "state" / "tensors.safetensors")
-        (folder / "state" / "trainer.json").write_text(json.dumps(state.values()))
+    def save(
+        self,
+        state: TrainState,
+        encoder: Encoder | None,
+        write_encoder: Callable[[Path], None],
+        fields: dict,
+        on_published: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Copy the state after `state.step`, then write and publish it in the background.
 
-    folder = checkpoints_folder(run) / checkpoint_name(state.step)
-    publish_version(folder, write, {"step": state.step, "weights_digest": weights_digest(state.encoder), **fields})
-    write_latest(folder.parent, folder.name)
-    return folder
+        encoder: a plain one with the weights to publish, left alone until `wait` returns; None but on rank 0.
+        fields: JSON values for the manifest: data_digest, is_final, … Every rank calls it. Waits for the one before.
+        """
+        self.wait()
+        fragments = [self._copy(fragment) for fragment in state.parallel.kept_fragments()]
+        values = state.values()
+        parts = checkpoints_folder(self._run) / f"{PARTS}{checkpoint_name(state.step)}"
+
+        def write() -> None:
+            started = time.perf_counter()
+            parts.mkdir(parents=True, exist_ok=True)
+            write_part(parts / part_name(self._world.rank, self._world.num_ranks), fragments)
+            if encoder is not None:
+                folder = self._publish(parts, values, encoder, write_encoder, fields)
+                on_published()
+                log.info("step %d: saved %s, in %.1f s behind the loop", values["step"], folder, time.perf_counter() - started)
+
+        self._thread = threading.Thread(target=self._run_thread, args=(write,), daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is published, as far as this rank writes it; raises what the thread raised."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise what a background write has raised."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _run_thread(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except BaseException as error:
+            self._error = error
+
+    def _copy(self, fragment: Fragment) -> Fragment:
+        """Return the fragment with its values in this saver's own memory."""
+        held = self._copies.get(fragment.name)
+        if held is None or len(held) != len(fragment.values):
+            held = torch.empty(len(fragment.values), pin_memory=fragment.values.is_cuda)
+            self._copies[fragment.name] = held
+        held.copy_(fragment.values)
+        return Fragment(fragment.name, fragment.start, fragment.numel, held)
+
+    def _publish(
+        self, parts: Path, values: dict[str, Any], encoder: Encoder, write_encoder: Callable[[Path], None], fields: dict
+    ) -> Path:
+        """Put all together, publish it and point LATEST at it; return the folder. Rank 0 only."""
+
+        def write(folder: Path) -> None:
+            (folder / "encoder").mkdir()
+            write_encoder(folder / "encoder")
+            self._wait_for_parts(parts)
+            shutil.move(parts, folder / "state")
+            (folder / "state" / "trainer.json").write_text(json.dumps(values))
+
+        folder = checkpoints_folder(self._run) / checkpoint_name(values["step"])
+        publish_version(folder, write, {"step": values["step"], "weights_digest": weights_digest(encoder), **fields})
+        write_latest(folder.parent, folder.name)
+        return folder
+
+    def _wait_for_parts(self, parts: Path) -> None:
+        deadline = time.monotonic() + COLLECTIVE_TIMEOUT_S
+        names = [part_name(rank, self._world.num_ranks) for rank in range(self._world.num_ranks)]
+        while missing := [name for name in names if not (parts / name).exists()]:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no checkpoint: {', '.join(missing)} did not come within {COLLECTIVE_TIMEOUT_S} s")
+            time.sleep(POLL_S)
 
 
-def load_checkpoint(checkpoint: Checkpoint, state: TrainState) -> None:
-    """Take over counters, optimizer, schedule and temperature of a verified checkpoint, on every rank.
-
-    The encoder's weights come with `load_encoder(checkpoint.encoder_folder)`.
-    """
-    tensors = safetensors.torch.load_file(checkpoint.folder / "state" / "tensors.safetensors")
-    state.load(tensors, json.loads((checkpoint.folder / "state" / "trainer.json").read_text()))
+def clean_parts(run: Path) -> None:
+    """Delete the parts of checkpoints that were never published; only at the start of a run."""
+    for leftover in checkpoints_folder(run).glob(f"{PARTS}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
-def prune_checkpoints(run: Path, keep: int, needed_steps: set[int]) -> list[Path]:
-    """Delete all but the newest `keep`, the pinned ones and those that a fixed schedule still mines."""
-    needed = {checkpoint_name(step) for step in needed_steps}
-    return prune(checkpoints_folder(run), keep, lambda folder: folder.name in needed)
+def load_weights(checkpoint: Checkpoint, encoder: torch.nn.Module) -> None:
+    """Take over the trained weights of a verified checkpoint into a bare encoder. Raises TornVersion."""
+    parts = Parts(checkpoint.folder / "state")
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(parts.read(f"parameter.{name}", 0, parameter.numel()).view_as(parameter))
+
+
+def load_state(checkpoint: Checkpoint, state: TrainState) -> None:
+    """Take over counters, moments and temperature of a verified checkpoint, on every rank."""
+    parts = Parts(checkpoint.folder / "state")
+    state.load(json.loads((checkpoint.folder / "state" / "trainer.json").read_text()))
+    for fragment in state.parallel.fragments():
+        if not fragment.name.startswith("parameter."):
+            fragment.values.copy_(parts.read(fragment.name, fragment.start, len(fragment.values)))

@@ -48,6 +48,7 @@ class ParallelSettings:
 
     backend: Backend = "ddp"
     reduce: Literal["step", "chunk"] = "step"  # chunk: fsdp2, zero2 and zero3 keep shards of gradients, for more traffic
+    deepspeed: Path | None = None  # zero0 to zero3: a JSON file of DeepSpeed's own settings; launch/deepspeed/ has some
     offload: bool = False  # zero1 to zero3: the optimizer, and with zero3 the parameters, in the host's memory
 
     def __post_init__(self) -> None:
@@ -56,6 +57,8 @@ class ParallelSettings:
                 f'parallel.reduce="chunk" saves nothing with parallel.backend="{self.backend}", which keeps whole gradients; '
                 'set parallel.reduce="step", or parallel.backend to fsdp2, zero2 or zero3'
             )
+        if self.deepspeed is not None and not self.backend.startswith("zero"):
+            raise InputError(f'parallel.deepspeed is for parallel.backend zero0 to zero3, found "{self.backend}"')
         if self.offload and self.backend not in ("zero1", "zero2", "zero3"):
             raise InputError(f'parallel.offload=true needs parallel.backend zero1, zero2 or zero3, found "{self.backend}"')
 
@@ -83,12 +86,13 @@ class PrecisionSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSettings:
-    """Section `optim`: AdamW, linear warm-up, linear decay to zero."""
+    """Section `optim`: AdamW, with a linear warm-up."""
 
     lr: float = 2e-5
     temperature_lr: float = 1e-2  # of the logarithm of 1 / temperature, when it is learnt
     weight_decay: float = 0.01  # not on biases and norms
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # of the encoder's gradient; the temperature's is clipped by itself
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"  # what follows the warm-up, as transformers has it
     warmup_share: float = 0.1  # of all steps
     epochs: float = 1.0  # passes over the training queries; unused when steps is set
     steps: int | None = None
@@ -100,6 +104,7 @@ class CheckpointSettings:
 
     every_steps: int = 200  # also after the last step
     keep: int = 3  # newest ones kept; pinned ones stay
+    keep_every_steps: int | None = None  # of these steps all are kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +152,11 @@ class TrainJob:
         if isinstance(self.chunk.keep_graphs, int) and self.chunk.keep_graphs < 0:
             raise InputError(f'chunk.keep_graphs={self.chunk.keep_graphs} must be 0 or more, "all" or "auto"')
         _check_objective("loss.objective", self.loss.objective)
+        if self.precision.encode == "fp16" and self.parallel.backend != "ddp":
+            raise InputError(
+                f'precision.encode="fp16" needs a loss scaler, which parallel.backend="{self.parallel.backend}" has none for; '
+                'set precision.encode="bf16" or parallel.backend="ddp"'
+            )
         if self.run.seed < 0:
             raise InputError(f"run.seed={self.run.seed} must be 0 or more")
         self._check_schedule()

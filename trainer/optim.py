@@ -1,29 +1,45 @@
-"""AdamW with decay groups, linear warm-up and linear decay."""
+"""AdamW with decay groups, and the learning rate as a function of the step."""
 
+from collections.abc import Callable, Iterable
+
+import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_linear_schedule_with_warmup
+from transformers import get_scheduler
 
-from gradcache import Temperature
 from trainer.job import OptimSettings
 
 
-def build_optimizer(
-    encoder: nn.Module, temperature: Temperature, settings: OptimSettings, num_steps: int
-) -> tuple[Optimizer, LRScheduler]:
-    """Return the optimizer of the encoder and the temperature, and its schedule over `num_steps`."""
-    trained = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> Optimizer:
+    """Return the optimizer of the trained ones among an encoder's parameters."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
         # Biases and norms are the vectors among the parameters; pulling them to zero only hurts.
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        {
-            "params": [p for p in temperature.parameters() if p.requires_grad],
-            "weight_decay": 0.0,
-            "lr": settings.temperature_lr,
-        },
     ]
-    optimizer = AdamW([g for g in groups if g["params"]], lr=settings.lr, fused=True)
+    return AdamW([g for g in groups if g["params"]], lr=settings.lr, fused=True)
+
+
+def build_schedule(settings: OptimSettings, num_steps: int) -> Callable[[int], float]:
+    """Return the factor of the learning rate at a step, counted from 0. Nothing of it must survive a restart."""
+    nothing = AdamW([nn.Parameter(torch.empty(1))])
     warmup = round(settings.warmup_share * num_steps)
-    return optimizer, get_linear_schedule_with_warmup(optimizer, warmup, num_steps)
+    schedule = get_scheduler(settings.schedule, nothing, num_warmup_steps=warmup, num_training_steps=num_steps)
+    return schedule.lr_lambdas[0]
+
+
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    """Set the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def moments_of(optimizer: Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return AdamW's state of a parameter, zeros before its first step: views, so what is copied in takes effect."""
+    state = optimizer.state[parameter]
+    if not state:
+        device = parameter.device if optimizer.defaults["fused"] else torch.device("cpu")
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    return state

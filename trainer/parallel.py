@@ -1,13 +1,10 @@
-"""The encoder under a parallel backend, and how its gradients are synchronised once a step.
+"""The encoder under a parallel backend: how gradients are synchronised, how it is updated, what of it this rank holds.
 
-Each backend is a function of its own below; which one is a setting. DeepSpeed owns its optimizer, so there `Parallel` says
-how to update; everywhere else it is the plain optimizer's step.
+One process, DDP and FSDP2 are here, DeepSpeed is in `zero.py`. Whatever the backend, weights and AdamW's moments are runs
+of elements (see `parts.py`), so a checkpoint of one opens under all others.
 """
 
-import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,68 +13,144 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gradcache import DDPSync, FSDP2Sync, GradientSync, NoSync
-from gradcache.sync import reach_parameters
-from trainer.errors import InputError
-from trainer.job import ParallelSettings
+from trainer.job import OptimSettings, ParallelSettings
+from trainer.optim import build_optimizer, moments_of
+from trainer.parts import Fragment
 from trainer.world import World
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
-@dataclass(frozen=True)
+
 class Parallel:
-    """A model that is ready for steps on several ranks."""
+    """A model that is ready for steps: in one process, or whole on every rank under DDP."""
 
-    module: nn.Module  # what is called
-    sync: GradientSync
-    engine: Any = None  # DeepSpeed's, which owns the optimizer
+    is_sharded = False  # True: no rank can use the encoder by itself
+
+    def __init__(self, encoder: nn.Module, module: nn.Module, sync: GradientSync, optim: OptimSettings):
+        self.encoder = encoder  # the bare encoder, for its names and parameters
+        self.module = module  # what is called in steps
+        self.sync = sync
+        self.optimizer = build_optimizer(encoder.parameters(), optim)
+        self._max_norm = optim.max_grad_norm
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return the trained parameters by their names in the bare encoder."""
+        return {name: p for name, p in self.encoder.named_parameters() if p.requires_grad}
+
+    def update(self, scaler: torch.amp.GradScaler) -> float:
+        """Clip, step the optimizer, forget the gradients; return their norm before clipping. Collective if sharded."""
+        scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained().values(), self._max_norm)
+        scaler.step(self.optimizer)
+        self.clear_gradients()
+        return float(_whole(norm))
+
+    def clear_gradients(self) -> None:
+        """Forget all gradients."""
+        self.encoder.zero_grad(set_to_none=True)
 
     def full_gradients(self) -> dict[str, Tensor | None]:
         """Return whole copies of all trained parameters' gradients, on every rank. Collective."""
-        return {name: self._full_gradient(p) for name, p in self._named_parameters() if p.requires_grad}
+        return {name: None if p.grad is None else _whole(p.grad).clone() for name, p in self.trained().items()}
 
-    def clear_gradients(self) -> None:
-        """Forget all gradients. Collective under DeepSpeed, whose update with a learning rate of 0 it is."""
-        if self.engine is None:
-            self.module.zero_grad(set_to_none=True)
-            return
-        self.engine.step()
-        self.engine.module.zero_grad(set_to_none=True)
+    def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the trained parameters, whole, one after the other, on every rank. Collective if sharded."""
+        for name, parameter in self.trained().items():
+            yield name, _whole(parameter.detach())
 
-    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, parameter in self.module.named_parameters():
-            yield name.removeprefix("module."), parameter
+    def fragments(self) -> Iterator[Fragment]:
+        """Yield what this rank holds of weights and moments, as views: what is copied into them takes effect.
 
-    def _full_gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        if self.engine is not None and self.engine.zero_optimization_stage() > 0:
-            from deepspeed.utils import safe_get_full_grad
+        Under DDP every rank holds all.
+        """
+        for name, parameter in self.trained().items():
+            moments = moments_of(self.optimizer, parameter)
+            for kind, tensor in (("parameter", parameter), *((kind, moments[kind]) for kind in MOMENTS)):
+                yield self._fragment(f"{kind}.{name}", tensor.detach())
 
-            return safe_get_full_grad(parameter).float().clone()
-        gradient = parameter.grad
-        return gradient.full_tensor() if isinstance(gradient, DTensor) else None if gradient is None else gradient.clone()
+    def kept_fragments(self) -> Iterator[Fragment]:
+        """Yield what this rank is to keep, so that all ranks together keep everything once."""
+        rank, num_ranks = self._place
+        for fragment in self.fragments():
+            yield fragment.share(rank, num_ranks)
+
+    @property
+    def num_updates(self) -> int:
+        """Steps that AdamW has made, fewer than the run's where float16 skipped some."""
+        return int(next((state["step"] for state in self._adam_states()), torch.zeros(())).item())
+
+    @num_updates.setter
+    def num_updates(self, number: int) -> None:
+        list(self.fragments())  # makes the states of an optimizer that has made no step
+        for state in self._adam_states():
+            state["step"].fill_(number)
+
+    def _adam_states(self) -> Iterator[dict[str, Tensor]]:
+        return (state for state in self.optimizer.state.values() if "step" in state)
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        group = self.module.process_group if isinstance(self.module, DistributedDataParallel) else None
+        return (0, 1) if group is None else (group.rank(), group.size())
+
+    def _fragment(self, name: str, tensor: Tensor) -> Fragment:
+        return Fragment(name, 0, tensor.numel(), tensor.view(-1))
 
 
-def parallelize(encoder: nn.Module, world: World, settings: ParallelSettings) -> Parallel:
+class _FSDP2(Parallel):
+    """Every rank holds some rows of every parameter."""
+
+    is_sharded = True
+    _place = (0, 1)  # what a rank holds, no other does
+
+    def _fragment(self, name: str, tensor: Tensor) -> Fragment:
+        assert isinstance(tensor, DTensor)
+        rank, num_ranks = tensor.device_mesh.get_local_rank(), tensor.device_mesh.size()
+        rows_per_rank = -(-tensor.shape[0] // num_ranks)  # torch.chunk's, which fully_shard cuts by
+        first_row = min(rank * rows_per_rank, tensor.shape[0])
+        return Fragment(name, first_row * (tensor.numel() // tensor.shape[0]), tensor.numel(), tensor.to_local().view(-1))
+
+
+def is_sharded(settings: ParallelSettings, world: World) -> bool:
+    """Tell whether no rank will be able to use the encoder by itself."""
+    return settings.backend == "zero3" or (settings.backend == "fsdp2" and world.group is not None)
+
+
+def parallelize(encoder: nn.Module, world: World, settings: ParallelSettings, optim: OptimSettings) -> Parallel:
     """Return the encoder, on its device, under the backend. Collective. One rank needs none, but for DeepSpeed.
 
     Raises InputError where a backend is not installed.
     """
     encoder = encoder.to(world.device)
     if settings.backend.startswith("zero"):
-        return _with_deepspeed(encoder, world, settings)
+        from trainer.zero import with_deepspeed
+
+        return with_deepspeed(encoder, world, settings, optim)
     if world.group is None:
-        return Parallel(encoder, NoSync(encoder))
+        return Parallel(encoder, encoder, NoSync(encoder), optim)
     if settings.backend == "fsdp2":
-        return _with_fsdp2(encoder, settings)
+        return _with_fsdp2(encoder, settings, optim)
     module = world.accelerator.prepare_model(encoder)
     assert isinstance(module, DistributedDataParallel)
-    return Parallel(module, DDPSync(module))
+    return Parallel(encoder, module, DDPSync(module), optim)
 
 
-def _with_fsdp2(encoder: nn.Module, settings: ParallelSettings) -> Parallel:
+def copy_weights(parallel: Parallel, encoder: nn.Module | None) -> None:
+    """Copy the trained weights into a plain encoder; None: only take part. Collective if sharded."""
+    own = {} if encoder is None else dict(encoder.named_parameters())
+    with torch.no_grad():
+        for name, values in parallel.whole_parameters():
+            if name in own:
+                own[name].copy_(values)
+
+
+def _with_fsdp2(encoder: nn.Module, settings: ParallelSettings, optim: OptimSettings) -> Parallel:
     """Shard each layer by itself, so that one layer's parameters are whole at a time, and the rest together."""
     for layer in layers_of(encoder):
         fully_shard(layer)
     module: FSDPModule = fully_shard(encoder)
-    return Parallel(encoder, FSDP2Sync(module, reduce_every_chunk=settings.reduce == "chunk"))
+    sync = FSDP2Sync(module, reduce_every_chunk=settings.reduce == "chunk")
+    return _FSDP2(encoder, encoder, sync, optim)
 
 
 def layers_of(encoder: nn.Module) -> list[nn.Module]:
@@ -86,98 +159,5 @@ def layers_of(encoder: nn.Module) -> list[nn.Module]:
     return list(max(lists, key=len, default=[]))
 
 
-def _with_deepspeed(encoder: nn.Module, world: World, settings: ParallelSettings) -> Parallel:
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise InputError(
-            f'parallel.backend="{settings.backend}" needs DeepSpeed; run: pip install "negpool[deepspeed]"'
-        ) from error
-    stage = int(settings.backend.removeprefix("zero"))
-    on_host = {"device": "cpu"}
-    zero: dict[str, Any] = {"stage": stage}
-    if settings.offload:
-        zero |= {"offload_optimizer": on_host, **({"offload_param": on_host} if stage == 3 else {})}
-    config = {
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only logs with it
-        "gradient_accumulation_steps": 1,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    with _quiet():
-        deepspeed.init_distributed(dist_backend="gloo" if world.device.type == "cpu" else "nccl", verbose=False)
-        optimizer = torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], lr=0.0)
-        engine, *_ = deepspeed.initialize(model=encoder, optimizer=optimizer, config=config)
-    return Parallel(engine, DeepSpeedSync(engine, reduce_every_chunk=settings.reduce == "chunk"), engine)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep DeepSpeed's start-up messages, some hundred lines, from the terminal."""
-    import logging
-
-    logger = logging.getLogger("DeepSpeed")
-    before = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-class DeepSpeedSync:
-    """A DeepSpeed engine of stage 0, 1, 2 or 3.
-
-    Stages 1 to 3 coalesce the reductions of a step, which DeepSpeed can since 0.19.2; stage 0 reduces at its boundary.
-    reduce_every_chunk: stages 2 and 3 reduce behind each chunk, so that gradients never exist whole.
-    """
-
-    def __init__(self, engine, reduce_every_chunk: bool = False):
-        self._engine = engine
-        self._stage = int(engine.zero_optimization_stage())
-        self._every_chunk = reduce_every_chunk
-        self._coalescing = contextlib.ExitStack()
-        # Stage 3 gathers parameters for each forward; the others communicate only in backwards, which then must match, too.
-        self.communicates_in_forward = self._stage == 3 or reduce_every_chunk
-
-    def hold(self) -> None:
-        """Let backwards accumulate without reducing."""
-        if self._stage > 0 and not self._every_chunk:
-            self._coalescing.enter_context(self._engine.coalesce_grad_reduction())
-
-    def backward(self, surrogate: Tensor) -> None:
-        """Run it through the engine, which counts backwards and scales float16 losses."""
-        self._run(surrogate, is_boundary=False)
-
-    def last_backward(self, surrogate: Tensor) -> None:
-        """Run the last backward, and reduce."""
-        self._run(surrogate, is_boundary=True)
-        self._coalescing.close()
-
-    def gradient_scale(self) -> float:
-        """Return W: DeepSpeed divides the sum by it."""
-        return float(self._engine.dp_world_size)
-
-    def can_forget_gradients(self) -> bool:
-        """Return False: the engine has them in places of its own."""
-        return False
-
-    def forget_gradients(self) -> None:
-        """Never called."""
-        raise AssertionError("DeepSpeed's gradients are its own")
-
-    def _run(self, surrogate: Tensor, is_boundary: bool) -> None:
-        if self._stage == 0 or self._every_chunk:
-            self._engine.set_gradient_accumulation_boundary(is_boundary)
-        # Every parameter gets a gradient, also on a rank without rows: the ranks' reductions must have equal shapes.
-        if is_boundary and self._stage < 3:
-            surrogate = reach_parameters(surrogate, self._engine.module)
-            for parameter in self._engine.module.parameters():
-                if parameter.requires_grad and parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-        if surrogate.requires_grad:
-            self._engine.backward(surrogate)
-        if self._stage == 3 and self._every_chunk and not is_boundary:
-            # Counts the backward, so that the next one adds to it. DeepSpeed does it in a forward, but a kept graph has none.
-            self._engine.optimizer.clear_backward_seen_flag()
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

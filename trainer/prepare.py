@@ -3,21 +3,23 @@
 A run folder that holds a whole checkpoint is resumed from it, an empty one is started.
 """
 
+import copy
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import filelock
 from torch import Tensor
+from torch.optim import AdamW
 from transformers import PreTrainedTokenizerBase
 
-from gradcache import Budget, GradientSync, Temperature
-from trainer.checkpoint import load_checkpoint
+from gradcache import Budget, Temperature
+from trainer.checkpoint import Saver, clean_parts, load_state, load_weights
 from trainer.data.collate import TrainingSet, training_set
 from trainer.data.datasets import RetrievalData, open_data
 from trainer.data.sampler import steps_per_epoch
-from trainer.encoder.model import Traits, load_encoder
+from trainer.encoder.model import Encoder, Traits, load_encoder
 from trainer.encoder.tokens import tokenize_side
 from trainer.errors import InputError, RunInUse
 from trainer.feed import NegativesFeed
@@ -26,8 +28,8 @@ from trainer.handoff.weights import Checkpoint, checkpoints_folder, newest_check
 from trainer.interrupt import Interrupt
 from trainer.job import TrainJob
 from trainer.metrics import Metrics, NoMetrics, NoStatus, Status, TrainerMetrics
-from trainer.optim import build_optimizer
-from trainer.parallel import parallelize
+from trainer.optim import build_schedule
+from trainer.parallel import is_sharded, parallelize
 from trainer.precision import encode_in, loss_scaler, set_tf32
 from trainer.state import TrainState
 from trainer.world import World
@@ -43,9 +45,11 @@ class Training:
     world: World
     data: RetrievalData
     dataset: TrainingSet
-    encode: Callable[..., Tensor]  # the encoder, its DDP wrapper, under autocast if that is asked for
-    sync: GradientSync
+    encode: Callable[..., Tensor]  # the encoder under its backend, under autocast if that is asked for
     state: TrainState
+    plain: Encoder | None  # a copy that no backend holds: what is published and, of a sharded one, evaluated
+    lr_factor: Callable[[int], float]  # of a step's learning rate
+    saver: Saver
     tokenizer: PreTrainedTokenizerBase
     traits: Traits
     feed: NegativesFeed
@@ -53,17 +57,14 @@ class Training:
     metrics: Metrics
     status: Status | NoStatus
     num_steps: int
-    budget: Budget | None  # of memory; found with the first batch
     lock: filelock.BaseFileLock | None  # held by rank 0 while it lives
+    saved_step: int | None = None  # of the newest checkpoint
+    budget: Budget | None = None  # of memory; found with the first batch
+    batch_key: str = ""  # of the queries of the last step: equal keys, equal global batches
 
 
 def prepare(job: TrainJob, world: World) -> Training:
     """Return a started or resumed run. Collective. Raises InputError for a job or data that cannot be used."""
-    if job.parallel.backend != "ddp":
-        raise InputError(
-            f'parallel.backend="{job.parallel.backend}" can be checked with negpool check, but not be trained with yet: '
-            'its checkpoints are still to come; set parallel.backend="ddp"'
-        )
     run = job.run.folder
     lock = claim_run(job, world)
     status: Status | NoStatus = Status(run, "trainer") if world.speaks else NoStatus()
@@ -71,17 +72,24 @@ def prepare(job: TrainJob, world: World) -> Training:
     data = open_data(job.data, job.sources)
     check_sizes(job, data, world.num_ranks)
     checkpoint = world.broadcast(_newest(job) if world.speaks else None)
-    settings = job.model if checkpoint is None else replace(job.model, name=str(checkpoint.encoder_folder))
+    if checkpoint is not None and checkpoint.manifest["data_digest"] != data.digest:
+        raise InputError(
+            f"{data.path} is not the data that {checkpoint.folder} was trained on; give it back what it held, "
+            "or set run.folder to a new folder"
+        )
     set_tf32(job.precision)
-    encoder, tokenizer, traits = load_encoder(settings)
+    encoder, tokenizer, traits = load_encoder(job.model)
+    if checkpoint is not None:
+        load_weights(checkpoint, encoder)
     dataset = tokenized(job, data, tokenizer, traits)
     num_steps = num_steps_of(job, dataset.num_queries)
-    parallel = parallelize(encoder, world, job.parallel)
+    plain = copy.deepcopy(encoder) if world.speaks or is_sharded(job.parallel, world) else None
+    parallel = parallelize(encoder, world, job.parallel, job.optim)
     temperature = Temperature(job.loss.temperature, job.loss.learn_temperature).to(world.device)
-    optimizer, schedule = build_optimizer(encoder, temperature, job.optim, num_steps)
-    state = TrainState(encoder, temperature, optimizer, schedule, loss_scaler(job.precision, world.device))
+    of_temperature = AdamW(temperature.parameters(), lr=job.optim.temperature_lr, weight_decay=0.0)
+    state = TrainState(parallel, temperature, of_temperature, loss_scaler(job.precision, world.device))
     if checkpoint is not None:
-        load_checkpoint(checkpoint, state)
+        load_state(checkpoint, state)
         log.info("resumed from step %d of %d", state.step, num_steps)
     interrupt = Interrupt()
     num_passages = len(data.corpus)
@@ -94,8 +102,10 @@ def prepare(job: TrainJob, world: World) -> Training:
         data,
         dataset,
         encode_in(parallel.module, job.precision, world.device),
-        parallel.sync,
         state,
+        plain,
+        build_schedule(job.optim, num_steps),
+        Saver(run, world),
         tokenizer,
         traits,
         feed,
@@ -103,8 +113,8 @@ def prepare(job: TrainJob, world: World) -> Training:
         metrics,
         status,
         num_steps,
-        None,
         lock,
+        saved_step=None if checkpoint is None else checkpoint.step,
     )
 
 
@@ -123,6 +133,7 @@ def claim_run(job: TrainJob, world: World) -> filelock.BaseFileLock | None:
     except filelock.Timeout as error:
         raise RunInUse(f"another trainer is at work in {job.run.folder}; wait for it, or set run.folder") from error
     clean_staging(checkpoints_folder(job.run.folder))
+    clean_parts(job.run.folder)
     return lock
 
 

@@ -5,23 +5,30 @@ update, record, save. Everything random in it is a function of (seed, step), so 
 the way that an undisturbed one goes.
 """
 
+import contextlib
 import json
 import logging
 import resource
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 
 from gradcache import OBJECTIVES, NotFinite, StepResult, cached_step
 from trainer.budget import step_budget
-from trainer.checkpoint import prune_checkpoints, save_checkpoint
 from trainer.data.collate import collate
 from trainer.data.sampler import global_batch, rank_slice
+from trainer.encoder.model import save_encoder
 from trainer.errors import InputError
 from trainer.evaluate import Stopped, evaluate
-from trainer.handoff.manifest import write_atomically
+from trainer.handoff.manifest import prune, write_atomically
+from trainer.handoff.weights import checkpoint_name, checkpoints_folder
 from trainer.job import TrainJob
+from trainer.optim import set_learning_rate
+from trainer.parallel import copy_weights
 from trainer.precision import product_dtype
 from trainer.prepare import Training, prepare
 from trainer.state import Outcome
@@ -44,11 +51,13 @@ def train(job: TrainJob, world: World) -> Outcome:
             started = time.perf_counter()
             result = step(run)
             grad_norm = update(run)
+            run.saver.check()
             state.step += 1
             record(run, result, grad_norm, time.perf_counter() - started)
             if state.step % job.checkpoint.every_steps == 0 or state.step == run.num_steps:
                 save(run)
         evaluate_once(run, "trained")
+        run.saver.wait()
     except Stopped:
         return stop(run)
     except NotFinite as error:
@@ -84,6 +93,7 @@ def step(run: Training) -> StepResult:
     """Leave the exact gradient of this step in the parameters. Collective."""
     job, state, world = run.job, run.state, run.world
     rows = global_batch(job.run.seed, state.step, run.dataset.num_queries, job.batch.queries)
+    run.batch_key = xxhash.xxh3_64_hexdigest(np.ascontiguousarray(rows).tobytes())
     batch = collate(
         run.dataset,
         run.feed.in_force,
@@ -95,7 +105,7 @@ def step(run: Training) -> StepResult:
         step=state.step,
     )
     if run.budget is None:
-        run.budget = step_budget(job.chunk, batch, state.encoder, world)
+        run.budget = step_budget(job.chunk, batch, state.parallel.encoder, world)
     result = cached_step(
         batch,
         objective=OBJECTIVES[job.loss.objective],
@@ -105,7 +115,7 @@ def step(run: Training) -> StepResult:
         product_dtype=product_dtype(job.precision),
         scaler=state.scaler,
         temperature=state.temperature,
-        sync=run.sync,
+        sync=state.parallel.sync,
         group=world.group,
         chunk_tokens=run.budget.chunk_tokens,
         keep_graphs=run.budget.keep_graphs,
@@ -119,16 +129,18 @@ def step(run: Training) -> StepResult:
 
 
 def update(run: Training) -> float:
-    """Clip, step the optimizer and its schedule, and return the norm of the gradient before clipping."""
-    state = run.state
-    parameters = [*state.encoder.parameters(), *state.temperature.parameters()]
-    state.scaler.unscale_(state.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, run.job.optim.max_grad_norm)
-    state.scaler.step(state.optimizer)
+    """Clip, step the optimizers, and return the norm of the encoder's gradient before clipping. Collective if sharded."""
+    state, optim, factor = run.state, run.job.optim, run.lr_factor(run.state.step)
+    set_learning_rate(state.parallel.optimizer, optim.lr * factor)
+    norm = state.parallel.update(state.scaler)
+    if state.temperature.log_scale.grad is not None:
+        set_learning_rate(state.temperature_optimizer, optim.temperature_lr * factor)
+        state.scaler.unscale_(state.temperature_optimizer)
+        torch.nn.utils.clip_grad_norm_(state.temperature.parameters(), optim.max_grad_norm)
+        state.scaler.step(state.temperature_optimizer)
+        state.temperature_optimizer.zero_grad(set_to_none=True)
     state.scaler.update()
-    state.schedule.step()
-    state.optimizer.zero_grad(set_to_none=True)
-    return float(norm)
+    return norm
 
 
 def record(run: Training, result: StepResult, grad_norm: float, seconds: float) -> None:
@@ -141,9 +153,10 @@ def record(run: Training, result: StepResult, grad_norm: float, seconds: float) 
     values = {
         "loss": result.loss,
         "grad_norm": grad_norm,
-        "lr": state.schedule.get_last_lr()[0],
+        "lr": run.job.optim.lr * run.lr_factor(state.step - 1),
         "temperature": state.temperature.value,
         "num_queries": result.num_queries,
+        "batch_key": run.batch_key,
         "num_chunks": result.num_chunks,
         "tokens_per_rank_per_s": round(tokens_per_s, 1),
         "chunk_tokens": None if run.budget is None else run.budget.chunk_tokens,
@@ -178,23 +191,43 @@ def _name_text(run: Training, error: NotFinite) -> str:
 
 
 def save(run: Training) -> None:
-    """Publish a checkpoint of the present step and prune old ones. Rank 0 writes."""
-    if not run.world.speaks:
-        return
+    """Publish a checkpoint of the present step and prune old ones, behind the loop's back. Collective."""
     started = time.perf_counter()
-    is_final = run.state.step == run.num_steps
+    run.saver.wait()
+    state, is_final = run.state, run.state.step == run.num_steps
+    if run.saved_step == state.step:
+        return
+    run.saved_step = state.step
+    copy_weights(state.parallel, run.plain)
     fields = {"data_digest": run.data.digest, "is_final": is_final, "num_steps": run.num_steps}
-    folder = save_checkpoint(run.job.run.folder, run.state, run.tokenizer, run.traits, fields)
+    published = run.plain if run.world.speaks else None
+
+    def write_encoder(folder: Path) -> None:
+        assert run.plain is not None
+        save_encoder(folder, run.plain, run.tokenizer, run.traits)
+
+    run.saver.save(state, published, write_encoder, fields, on_published=lambda: prune_checkpoints(run, state.step))
+    run.metrics.record(state.step, {"event": "saved", "time/save_s": round(time.perf_counter() - started, 3)})
+
+
+def prune_checkpoints(run: Training, step: int) -> None:
+    """Delete all checkpoints but the newest, the pinned ones, those of round steps and those that a schedule still mines."""
+    settings = run.job.checkpoint
     # A fixed schedule may mine a checkpoint long after it was written: as long as its negatives are not in force.
-    needed = {e.checkpoint for e in run.job.negatives.schedule if e.step >= run.state.step}
-    prune_checkpoints(run.job.run.folder, run.job.checkpoint.keep, needed)
-    run.metrics.record(run.state.step, {"event": "saved", "time/save_s": round(time.perf_counter() - started, 3)})
-    log.info("step %d: saved %s", run.state.step, folder)
+    needed = {checkpoint_name(e.checkpoint) for e in run.job.negatives.schedule if e.step >= step}
+
+    def is_needed(folder: Path) -> bool:
+        of_folder = int(folder.name.removeprefix("step-"))
+        is_round = settings.keep_every_steps is not None and of_folder % settings.keep_every_steps == 0
+        return is_round or folder.name in needed
+
+    prune(checkpoints_folder(run.job.run.folder), settings.keep, is_needed)
 
 
 def stop(run: Training) -> Outcome:
     """Save and say so: the run was asked to stop. Collective."""
     save(run)
+    run.saver.wait()
     run.world.barrier()  # a launcher ends the other ranks as soon as one leaves
     run.status.update(phase="stopped")
     log.info("stopped at step %d of %d as asked; the same command goes on from here", run.state.step, run.num_steps)
@@ -213,21 +246,36 @@ def evaluate_once(run: Training, name: str) -> None:
         return
     phase = f"evaluating the {name} model"
     run.status.update(phase=phase, training_done=is_trained, done=0, total=None)
-    measures = evaluate(
-        run.world,
-        run.data,
-        split,
-        run.state.encoder,
-        run.tokenizer,
-        run.traits,
-        run.job.run.folder / "shards",
-        on_progress=lambda done, total: run.status.update(done=done, total=total),
-        should_stop=run.interrupt.is_set,
-    )
+    with evaluable(run) as encoder:
+        measures = evaluate(
+            run.world,
+            run.data,
+            split,
+            encoder,
+            run.tokenizer,
+            run.traits,
+            run.job.run.folder / "shards",
+            on_progress=lambda done, total: run.status.update(done=done, total=total),
+            should_stop=run.interrupt.is_set,
+        )
     if run.world.speaks:
         write_atomically(path, json.dumps({"step": run.state.step, "split": split, **measures}))
         run.metrics.record(run.state.step, {f"eval/{key}": value for key, value in measures.items()})
         log.info("%s model: %s", name, "  ".join(f"{key} {value:.4f}" for key, value in measures.items()))
+
+
+@contextlib.contextmanager
+def evaluable(run: Training) -> Iterator[torch.nn.Module]:
+    """Give an encoder with the present weights that this rank can use by itself. Collective if sharded."""
+    parallel = run.state.parallel
+    if not parallel.is_sharded:
+        yield parallel.encoder
+        return
+    assert run.plain is not None
+    run.saver.wait()
+    copy_weights(parallel, run.plain)
+    yield run.plain.to(run.world.device)
+    run.plain.to("cpu")
 
 
 def evaluations(job: TrainJob) -> dict[str, dict[str, float]]:

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import KwargsHandler
 
+from trainer.errors import InputError
+
 COLLECTIVE_TIMEOUT_S = 600  # a lost rank is noticed after this long by those who wait for it
 
 
@@ -72,7 +74,13 @@ warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=Futu
 
 
 def join_world() -> World:
-    """Join the process group that the launcher's environment describes (accelerate, torchrun), or stay alone."""
+    """Join the process group that the launcher's environment describes (accelerate, torchrun, deepspeed), or stay alone."""
+    for name, backend in (("ACCELERATE_USE_FSDP", "fsdp2"), ("ACCELERATE_USE_DEEPSPEED", "zero2")):
+        if os.environ.get(name, "false").lower() in ("true", "1"):
+            raise InputError(
+                f"accelerate's configuration sets {name}, and would share the model out by itself; set distributed_type to "
+                f'MULTI_GPU there, and parallel.backend="{backend}" in the job'
+            )
     timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     keep_freed_memory()
     use_cpu = not torch.cuda.is_available()

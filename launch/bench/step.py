@@ -29,7 +29,7 @@ from trainer.data.datasets import RetrievalData, open_dataset
 from trainer.encoder.model import Encoder, ModelSettings, load_encoder, resolve_model
 from trainer.encoder.tokens import TokenTable, tokenize
 from trainer.errors import InputError
-from trainer.job import ParallelSettings
+from trainer.job import OptimSettings, ParallelSettings
 from trainer.parallel import parallelize
 from trainer.world import World, join_world
 
@@ -117,7 +117,7 @@ class _Bench:
         self.world, self.model_name, self.max_tokens = world, model, max_tokens
         settings = ModelSettings(name=model, max_query_tokens=max_tokens, max_passage_tokens=max_tokens)
         self.encoder, self.tokenizer, self.traits = load_encoder(settings)
-        self.parallel = parallelize(self.encoder, world, ParallelSettings())
+        self.parallel = parallelize(self.encoder, world, ParallelSettings(), OptimSettings())
         self.models: list[nn.Module] = [self.encoder]
         self.chunk_tokens = CHUNK_TOKENS[world.device.type]
         dataset = open_dataset(path, None)

@@ -103,7 +103,8 @@ def weights(run: Path) -> bytes:
 
 
 def state(run: Path) -> bytes:
-    return (run / "checkpoints" / f"step-{NUM_STEPS:08d}" / "state" / "tensors.safetensors").read_bytes()
+    folder = run / "checkpoints" / f"step-{NUM_STEPS:08d}" / "state"
+    return b"".join(path.read_bytes() for path in sorted(folder.glob("part-*")))
 
 
 def is_whole(run: Path) -> bool:

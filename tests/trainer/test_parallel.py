@@ -12,7 +12,7 @@ from tests.gradcache.test_backends import SETTINGS, build, full_gradients, make_
 from tests.gradients import assert_same_gradients
 from tests.ranks import run_ranks
 from trainer.errors import InputError
-from trainer.job import ParallelSettings
+from trainer.job import OptimSettings, ParallelSettings
 from trainer.parallel import parallelize
 
 pytest.importorskip("deepspeed", reason="pip install 'negpool[deepspeed]'")
@@ -37,7 +37,7 @@ def two_steps_of_each(rank, rows):
     found = []
     for settings, keep_graphs in CASES:
         (encoder,), temperature = build(1)
-        parallel = parallelize(encoder, world, settings)
+        parallel = parallelize(encoder, world, settings, OptimSettings())
         for seed in range(2):
             temperature.zero_grad(set_to_none=True)
             result = cached_step(
@@ -50,7 +50,7 @@ def two_steps_of_each(rank, rows):
             )
             gradients = {f"tower0.{name}": gradient for name, gradient in parallel.full_gradients().items()}
             found.append((result.loss, {"temperature.log_scale": temperature.log_scale.grad.clone(), **gradients}))
-            parallel.engine.step()  # its learning rate is 0; it clears the gradients
+            parallel.clear_gradients()
     return found
 
 
