@@ -23,7 +23,7 @@ from launch.jobfile import read_job
 from launch.ranks import answer, on_ranks
 from trainer.budget import CPU_BUDGET
 from trainer.data.collate import TrainingSet, collate
-from trainer.data.datasets import open_dataset
+from trainer.data.datasets import open_data
 from trainer.data.sampler import choice, global_batch, rank_slice
 from trainer.encoder.model import load_encoder
 from trainer.errors import InputError
@@ -67,12 +67,12 @@ def check_here(job: str, overrides: list[str], queries: int) -> dict[str, Any] |
 
 
 def _check(job: TrainJob, world: World, num_queries: int) -> dict[str, Any] | None:
-    data = open_dataset(job.data.path, job.data.cache)
+    data = open_data(job.data, job.sources)
     encoder, tokenizer, traits = load_encoder(job.model)
     job.loss.check_model(encoder.width)
     dataset = tokenized(job, data, tokenizer, traits)
     if dataset.num_queries < num_queries:
-        raise InputError(f"{job.data.path} has {dataset.num_queries} training queries; set batch.queries lower")
+        raise InputError(f"{data.path} has {dataset.num_queries} training queries; set batch.queries lower")
     plain = copy.deepcopy(encoder).to(world.device) if world.speaks else None
     parallel = parallelize(encoder, world, job.parallel, OptimSettings())
     step = _Step(job, world, dataset, len(data.corpus), num_queries, encoder.has_two_towers)

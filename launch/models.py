@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from launch.output import start_logging
 from trainer.data.datasets import RetrievalData, open_dataset
+from trainer.data.filter import find_consistent, refuse_full, write_filtered
 from trainer.encoder.encode import encode_rows
 from trainer.encoder.model import ModelSettings, load_encoder, weights_digest
 from trainer.encoder.shards import drop_torn, open_shards
-from trainer.encoder.tokens import tokenize
+from trainer.encoder.tokens import tokenize, tokenize_side
 from trainer.encoder.topk import merge_top_k, top_k
 from trainer.errors import InputError
 from trainer.evaluate import DEPTH, evaluate, judged_queries, measure
@@ -56,7 +58,7 @@ def search_corpus(model: str, data_path: Path, question: str, top: int) -> list[
     data = open_dataset(data_path)
     folder, shards_root = locate_model(model, data)
     encoder, tokenizer, traits = load_encoder(ModelSettings(name=folder))
-    tokens = tokenize(data.corpus, tokenizer, prefix=traits.passage_prefix, max_tokens=traits.max_passage_tokens)
+    tokens = tokenize_side(data, "corpus", tokenizer, traits)
     shards = open_shards(shards_root, weights_digest(encoder), traits.pooling, tokens, encoder.part("passage"))
     drop_torn(shards)
     for shard in shards.missing():
@@ -86,6 +88,27 @@ def merge_named_models(out: Path, models: list[str], how: str, base: str | None,
     except ValueError as error:
         raise InputError(f"--weights {weights} are not numbers with commas between, as in 2,1,1") from error
     return merge_models(out, [model_folder(model) for model in models], how, base and model_folder(base), numbers)
+
+
+def filter_data(model: str, data_path: Path, out: Path, *, split: str, top_k: int, pool: int, seed: int) -> dict[str, int]:
+    """Write a data set without the training pairs that a model does not find again; return how many there were and stay."""
+    refuse_full(out)
+    data = open_dataset(data_path)
+    folder, shards_root = locate_model(model, data)
+    encoder, tokenizer, traits = load_encoder(ModelSettings(name=folder))
+    encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+    found = find_consistent(data, split, encoder, tokenizer, traits, shards_root, k=top_k, pool=pool, seed=seed)
+    write_filtered(data, found, out)
+    num_kept = int(found.is_kept.sum())
+    num_queries = len(np.unique(data.qrels[split].query_rows[found.places[found.is_kept]]))
+    return {
+        "pairs": len(found.places),
+        "kept": num_kept,
+        "dropped": len(found.places) - num_kept,
+        "queries": len(data.training_queries(split)),
+        "queries_kept": num_queries,
+        "pool": len(found.pool_rows),
+    }
 
 
 def encode_question(encoder, tokenizer, traits, question: str) -> np.ndarray:

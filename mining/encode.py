@@ -8,13 +8,13 @@ from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
-import datasets
 import numpy as np
 
 from mining.ranks import Ranks
+from trainer.data.datasets import RetrievalData
 from trainer.encoder.model import Encoder, ModelSettings, load_encoder
 from trainer.encoder.shards import Shards, drop_torn, open_shards
-from trainer.encoder.tokens import TokenTable, tokenize
+from trainer.encoder.tokens import TokenTable, tokenize_side
 from trainer.encoder.towers import SIDES
 from trainer.handoff.weights import Checkpoint
 
@@ -22,13 +22,13 @@ Side = tuple[Shards, TokenTable]
 
 
 class TokenCache:
-    """The token tables of queries and passages, looked for anew only when the tokenizer or its limits change.
+    """The token tables of training queries and passages, looked for anew only when the tokenizer or its limits change.
 
-    Finding a table on disk reads all texts; from checkpoint to checkpoint only the weights differ.
+    From checkpoint to checkpoint only the weights differ.
     """
 
-    def __init__(self, queries: datasets.Dataset, corpus: datasets.Dataset, cache: Path | None):
-        self._texts, self._cache = (queries, corpus), cache
+    def __init__(self, data: RetrievalData, query_rows: np.ndarray):
+        self._data, self._query_rows = data, query_rows
         self._made_for: object = None
         self._tables: list[TokenTable] = []
 
@@ -38,12 +38,8 @@ class TokenCache:
         files = checkpoint.manifest["files"].items()
         made_for = [(n, f["sha256"]) for n, f in files if n.startswith("encoder/") and not n.endswith(".safetensors")]
         if made_for != self._made_for:
-            prefixes = traits.query_prefix, traits.passage_prefix
-            limits = traits.max_query_tokens, traits.max_passage_tokens
-            self._tables = [
-                tokenize(texts, tokenizer, prefix=prefix, max_tokens=max_tokens, cache=self._cache)
-                for texts, prefix, max_tokens in zip(self._texts, prefixes, limits, strict=True)
-            ]
+            queries, passages = (tokenize_side(self._data, side, tokenizer, traits) for side in ("queries", "corpus"))
+            self._tables = [queries.select(self._query_rows), passages]
             self._made_for = made_for
         return encoder, traits.pooling, self._tables
 

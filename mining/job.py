@@ -8,7 +8,7 @@ from mining.index import IndexSettings
 from mining.sampling import SampleSettings
 from mining.search import SearchSettings
 from trainer.errors import InputError
-from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings
+from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings, Sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,7 @@ class MineJob:
 
     run: RunSettings = field(default_factory=RunSettings)
     data: DataSettings = field(default_factory=DataSettings)
+    sources: Sources = field(default_factory=dict)
     negatives: NegativesSettings = field(default_factory=NegativesSettings)
     mine: MineSettings = field(default_factory=MineSettings)
     index: IndexSettings = field(default_factory=IndexSettings)

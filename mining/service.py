@@ -94,7 +94,7 @@ def next_task(work: Work, once: bool) -> Task | None:
         checkpoint = work.watch.look(version, work.done_digest, read_refresh(run), takes_final=once)
         if checkpoint is not None:
             if checkpoint.manifest.get("data_digest", work.data.digest) != work.data.digest:
-                raise InputError(f"{checkpoint.folder} was not trained on {job.data.path}; set data.path or run.folder")
+                raise InputError(f"{checkpoint.folder} was not trained on {work.data.path}; set data.path or run.folder")
             return Task(version, checkpoint)
         # Nobody will take what could still be mined after the trainer's last step.
         trainer = read_status(run, "trainer")

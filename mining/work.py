@@ -15,7 +15,7 @@ from mining.publish import claim_negatives, last_version
 from mining.ranks import Ranks
 from mining.state import Refresh, write_refresh
 from mining.watch import HOLDER, PIN_S, Task, Watch
-from trainer.data.datasets import RetrievalData, open_dataset
+from trainer.data.datasets import RetrievalData, open_data
 from trainer.errors import RunInUse
 from trainer.handoff.manifest import disk_error, pin, unpin
 from trainer.metrics import Metrics, MetricsFile, NoMetrics, NoStatus, Status
@@ -82,7 +82,7 @@ def open_work(job: MineJob, ranks: Ranks) -> Work:
     status: Status | NoStatus = Status(run, "miner") if ranks.speaks else NoStatus()
     status.update(phase="starting", started=time.time())
     ranks.on_wait = status.update
-    data = ranks.together(lambda: open_dataset(job.data.path, job.data.cache))
+    data = ranks.together(lambda: open_data(job.data, job.sources))
     judgements = ranks.together(lambda: read_judgements(data, job.data.train_split))
     sizes = judgements.num_queries, len(data.corpus)
     ranks.decide(lambda: claim_negatives(run, *sizes))
@@ -95,7 +95,7 @@ def open_work(job: MineJob, ranks: Ranks) -> Work:
         metrics=MetricsFile(run / "logs" / "miner.jsonl") if ranks.speaks else NoMetrics(),
         data=data,
         judgements=judgements,
-        tokens=TokenCache(data.queries.select(judgements.query_rows), data.corpus, job.data.cache),
+        tokens=TokenCache(data, judgements.query_rows),
         watch=Watch(job),
         device=torch.device("cuda", local_rank % num_gpus) if num_gpus else torch.device("cpu"),
         done_digest=None if last is None else last.manifest.get("weights_digest"),

@@ -4,6 +4,7 @@ Embeddings go through the run's shards, so what the miner or an interrupted eval
 Figures are those of `ir-measures`.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from trainer.data.datasets import RetrievalData
 from trainer.encoder.model import Encoder, Traits, weights_digest
 from trainer.encoder.shards import Shards, drop_torn, open_shards
-from trainer.encoder.tokens import tokenize
+from trainer.encoder.tokens import tokenize_side
 from trainer.encoder.topk import merge_top_k, top_k
 from trainer.encoder.towers import SIDES
 from trainer.errors import InputError
@@ -41,7 +42,6 @@ def evaluate(
     traits: Traits,
     shards_root: Path,
     *,
-    cache: Path | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
     on_health: Callable[[dict[str, Any]], None] | None = None,
@@ -54,14 +54,8 @@ def evaluate(
     Raises Stopped on every rank if one is asked to stop. Collective.
     """
     query_rows = judged_queries(data, split)
-    passages = tokenize(data.corpus, tokenizer, prefix=traits.passage_prefix, max_tokens=traits.max_passage_tokens, cache=cache)
-    queries = tokenize(
-        data.queries.select(query_rows),
-        tokenizer,
-        prefix=traits.query_prefix,
-        max_tokens=traits.max_query_tokens,
-        cache=cache,
-    )
+    passages = tokenize_side(data, "corpus", tokenizer, traits)
+    queries = tokenize_side(data, "queries", tokenizer, traits).select(query_rows)
     digest = weights_digest(encoder)
     sides = [
         (open_shards(shards_root, digest, traits.pooling, tokens, encoder.part(side)), tokens)
@@ -89,7 +83,7 @@ def measure(
     qrels: dict[str, dict[str, int]] = {}
     judged = data.qrels[split]
     for query, passage, score in zip(judged.query_rows, judged.corpus_rows, judged.scores, strict=True):
-        qrels.setdefault(str(query), {})[str(passage)] = int(score)
+        qrels.setdefault(str(query), {})[str(passage)] = math.ceil(score)  # trec_eval has whole grades
     run = {
         str(row): {str(i): float(s) for i, s in zip(ids, scores, strict=True) if i >= 0}
         for row, ids, scores in zip(query_rows, ids_Qk, scores_Qk, strict=True)

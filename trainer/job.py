@@ -7,9 +7,17 @@ from typing import Literal
 
 from gradcache import OBJECTIVES
 from gradcache.widths import check_widths
+from trainer.data.sampler import Mode
 from trainer.encoder.model import ModelSettings
 from trainer.errors import InputError
-from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings
+from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings, Sources, SourceSettings
+
+# Of a source's settings, those that say nothing in a mode.
+IDLE_IN_MODE: dict[Mode, tuple[str, ...]] = {
+    "mixed": ("batch", "temperature", "objective", "loss_weight"),
+    "homogeneous": (),
+    "tasks": ("weight",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +25,10 @@ class BatchSettings:
     """Section `batch`."""
 
     queries: int = 128  # queries of one step over all ranks
+    # of several sources: queries of all in a batch, one source for each batch, or a batch of every source in each step
+    mode: Mode = "mixed"
+    avoid_duplicates: bool = False  # keep equal queries, and those that share a positive, out of each other's batch
+    clusters: Path | None = None  # .npz file of clusters of training queries; batches are made of whole ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +137,7 @@ class TrainJob:
 
     run: RunSettings = field(default_factory=RunSettings)
     data: DataSettings = field(default_factory=DataSettings)
+    sources: Sources = field(default_factory=dict)  # several data sets, instead of data.path
     model: ModelSettings = field(default_factory=ModelSettings)
     batch: BatchSettings = field(default_factory=BatchSettings)
     chunk: ChunkSettings = field(default_factory=ChunkSettings)
@@ -155,9 +168,7 @@ class TrainJob:
                 raise InputError(f"{name}={value} must be more than 0")
         if isinstance(self.chunk.keep_graphs, int) and self.chunk.keep_graphs < 0:
             raise InputError(f'chunk.keep_graphs={self.chunk.keep_graphs} must be 0 or more, "all" or "auto"')
-        if self.loss.objective not in OBJECTIVES:
-            near = difflib.get_close_matches(self.loss.objective, OBJECTIVES, n=2, cutoff=0.4) or list(OBJECTIVES)
-            raise InputError(f"loss.objective={self.loss.objective!r} is unknown; did you mean {' or '.join(near)}?")
+        _check_objective("loss.objective", self.loss.objective)
         if self.precision.encode == "fp16" and self.parallel.backend != "ddp":
             raise InputError(
                 f'precision.encode="fp16" needs a loss scaler, which parallel.backend="{self.parallel.backend}" has none for; '
@@ -166,6 +177,7 @@ class TrainJob:
         if self.run.seed < 0:
             raise InputError(f"run.seed={self.run.seed} must be 0 or more")
         self._check_schedule()
+        self._check_sources()
 
     def _check_schedule(self) -> None:
         for entry in self.negatives.schedule:
@@ -174,3 +186,23 @@ class TrainJob:
                     f"negatives.schedule names checkpoint {entry.checkpoint}, which is never written; "
                     f"choose multiples of checkpoint.every_steps={self.checkpoint.every_steps}"
                 )
+
+    def _check_sources(self) -> None:
+        mode, idle = self.batch.mode, IDLE_IN_MODE[self.batch.mode]
+        for name, source in self.sources.items():
+            if source.objective is not None:
+                _check_objective(f"sources.{name}.objective", source.objective)
+            for key in idle:
+                value = getattr(source, key)
+                if value != getattr(SourceSettings(path=source.path), key):
+                    others = " or ".join(f'"{other}"' for other, keys in IDLE_IN_MODE.items() if key not in keys)
+                    raise InputError(
+                        f'sources.{name}.{key}={value!r} has no effect with batch.mode="{mode}"; '
+                        f"set batch.mode to {others}, or take it away"
+                    )
+
+
+def _check_objective(setting: str, objective: str) -> None:
+    if objective not in OBJECTIVES:
+        near = difflib.get_close_matches(objective, OBJECTIVES, n=2, cutoff=0.4) or list(OBJECTIVES)
+        raise InputError(f"{setting}={objective!r} is unknown; did you mean {' or '.join(near)}?")

@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from gradcache import Budget, Temperature
 from trainer.checkpoint import Saver, clean_parts, load_state, load_weights
 from trainer.data.collate import TrainingSet, training_set
-from trainer.data.datasets import RetrievalData, open_dataset
+from trainer.data.datasets import RetrievalData, open_data
 from trainer.data.sampler import steps_per_epoch
 from trainer.encoder.model import Encoder, Traits, load_encoder
-from trainer.encoder.tokens import tokenize
+from trainer.encoder.tokens import tokenize_side
 from trainer.errors import InputError, RunInUse
 from trainer.feed import NegativesFeed
 from trainer.handoff.manifest import clean_staging
@@ -69,12 +69,12 @@ def prepare(job: TrainJob, world: World) -> Training:
     lock = claim_run(job, world)
     status: Status | NoStatus = Status(run, "trainer") if world.speaks else NoStatus()
     status.update(phase="preparing", step=0)
-    data = open_dataset(job.data.path, job.data.cache)
+    data = open_data(job.data, job.sources)
     check_sizes(job, data, world.num_ranks)
     checkpoint = world.broadcast(_newest(job) if world.speaks else None)
     if checkpoint is not None and checkpoint.manifest["data_digest"] != data.digest:
         raise InputError(
-            f"{job.data.path} is not the data that {checkpoint.folder} was trained on; give it back what it held, "
+            f"{data.path} is not the data that {checkpoint.folder} was trained on; give it back what it held, "
             "or set run.folder to a new folder"
         )
     set_tf32(job.precision)
@@ -166,14 +166,6 @@ def _newest(job: TrainJob) -> Checkpoint | None:
 def tokenized(job: TrainJob, data: RetrievalData, tokenizer: PreTrainedTokenizerBase, traits: Traits) -> TrainingSet:
     """Return the training set of a job's data."""
     split = job.data.train_split
-    queries = tokenize(
-        data.queries.select(data.training_queries(split)),
-        tokenizer,
-        prefix=traits.query_prefix,
-        max_tokens=traits.max_query_tokens,
-        cache=job.data.cache,
-    )
-    passages = tokenize(
-        data.corpus, tokenizer, prefix=traits.passage_prefix, max_tokens=traits.max_passage_tokens, cache=job.data.cache
-    )
+    queries = tokenize_side(data, "queries", tokenizer, traits).select(data.training_queries(split))
+    passages = tokenize_side(data, "corpus", tokenizer, traits)
     return training_set(data, split, queries, passages)

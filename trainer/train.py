@@ -256,7 +256,6 @@ def evaluate_once(run: Training, name: str) -> None:
             run.tokenizer,
             run.traits,
             run.job.run.folder / "shards",
-            cache=run.job.data.cache,
             on_progress=lambda done, total: run.status.update(done=done, total=total),
             should_stop=run.interrupt.is_set,
         )

@@ -65,12 +65,52 @@ def test_what_cannot_be_used_is_one_sentence(job_file, override, sentence):
     assert "\n" not in str(error.value)
 
 
+def test_sources_are_sections_of_their_own_and_survive_the_run_folder(job_file, tmp_path):
+    with open(job_file, "a") as file:
+        file.write('[sources.nq]\npath = "data/nq"\nweight = 2\n[sources.faq]\npath = "faq.jsonl"\n')
+    jobs = read_job(job_file, ["sources.faq.query_prefix=ask: ", "sources.more.path=more.parquet", "batch.mode=homogeneous"])
+    assert list(jobs.train.sources) == list(jobs.mine.sources) == ["nq", "faq", "more"]
+    assert (jobs.train.sources["nq"].weight, jobs.train.sources["faq"].query_prefix) == (2.0, "ask: ")
+    write_job(tmp_path / "kept.toml", jobs)
+    assert read_job(tmp_path / "kept.toml", []) == jobs
+    with pytest.raises(InputError, match=r"sources\.more="):
+        refuse_other_job(tmp_path / "kept.toml", read_job(job_file, ["batch.mode=homogeneous", "sources.faq.query_prefix=ask: "]))
+
+
+@pytest.mark.parametrize(
+    "overrides, sentence",
+    [
+        (["sources.a.paht=x"], r"unknown key sources\.a\.paht; did you mean path\?"),
+        (["sources.a.weight=2"], r"sources\.a\.path is missing; set it in the job file"),
+        (["sources.a.path=x", "sources.a.weight=0"], r"weight=0.* of x must be more than 0"),
+        (["sources.a.path=x", "sources.a.weight=much"], r"sources\.a\.weight='much' cannot be used"),
+        (["sources.a=x"], r"'sources\.a=x' is not an override; expected .*sources\.NAME\.key=value"),
+        (
+            ["sources.a.path=x", "sources.a.batch=4"],
+            r'sources\.a\.batch=4 has no effect with batch\.mode="mixed"; set batch\.mode',
+        ),
+        (
+            ["sources.a.path=x", "sources.a.weight=4", "batch.mode=tasks"],
+            r'sources\.a\.weight=4.0 has no effect with batch\.mode="tasks"',
+        ),
+        (["sources.a.path=x", "sources.a.objective=infonce", "batch.mode=tasks"], r"sources\.a\.objective='infonce' is unknown"),
+        (["batch.mode=task"], r"batch\.mode='task' cannot be used"),
+        (["data.num_proc=0"], r"data\.num_proc=0 must be at least 1"),
+    ],
+)
+def test_sources_that_cannot_be_used_are_one_sentence(job_file, overrides, sentence):
+    with pytest.raises(InputError, match=sentence) as error:
+        read_job(job_file, overrides)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     "content, sentence",
     [
         (None, "there is no job file"),
         (b"[run\n", "is not a readable TOML file"),
         (b"\xff\xfe", "is not a readable TOML file"),
+        (b"[sources]\na = 3\n", r"sources\.a is 3, expected a section \[sources\.a\] with keys"),
         (b"optim = 3\n", r"optim is 3, expected a section \[optim\]"),
     ],
 )
@@ -84,6 +124,8 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path, content, sentence)
 def test_the_folder_of_another_job_is_refused_by_the_field_that_differs(job_file, tmp_path):
     kept = tmp_path / "run" / "job.toml"
     write_job(kept, read_job(job_file, []))
-    refuse_other_job(kept, read_job(job_file, ["launch.mine_ranks=3", "run.trackers=[]"]))
+    refuse_other_job(
+        kept, read_job(job_file, ["launch.mine_ranks=3", "data.num_proc=3", "data.cache=elsewhere", "run.trackers=[]"])
+    )
     with pytest.raises(InputError, match=r"holds a run with optim\.lr=0\.0001, and this job has 0\.0002"):
         refuse_other_job(kept, read_job(job_file, ["optim.lr=2e-4"]))

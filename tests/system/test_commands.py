@@ -167,3 +167,19 @@ def test_data_check_prints_statistics_and_problems(root, tmp_path):
 def test_an_unknown_command_or_option_is_exit_2(root):
     assert "No such command 'tran'" in call(root, "tran", exit_code=2)[1]
     call(root, "train", "--fast", exit_code=2)
+
+
+def test_data_filter_writes_a_data_set_of_the_pairs_that_stay(root, tmp_path):
+    words = ["data", "filter", root / "data", "--model", root / "encoder", "--out", tmp_path / "out", "--top-k", 3, "--pool", 30]
+    found = json.loads(call(root, *words, "--json")[0])
+    assert 0 < found["kept"] < found["pairs"] == found["kept"] + found["dropped"] and found["pool"] == 30
+    lines = (tmp_path / "out" / "qrels" / "train.tsv").read_text().splitlines()
+    assert len(lines) == 1 + found["kept"]
+    assert "is not empty; give --out a new folder" in call(root, *words, exit_code=2)[1]
+
+
+def test_data_check_reads_records_and_names_line_and_forms(root, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"anchor": "a", "positive": "b"}\n{"anchor": "a"}\n')
+    assert "pairs.jsonl:2: positive is missing" in call(root, "data", "check", tmp_path / "pairs.jsonl", exit_code=2)[0]
+    (tmp_path / "notes.csv").write_text("")
+    assert "notes.csv is no .jsonl" in call(root, "data", "check", tmp_path / "notes.csv", exit_code=2)[1]

@@ -1,5 +1,7 @@
 """The sharded evaluation equals ir-measures on the full score matrix, on any number of ranks, and encodes nothing twice."""
 
+import dataclasses
+
 import ir_measures
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from trainer.data.datasets import open_dataset
 from trainer.encoder.model import ModelSettings, load_encoder
 from trainer.encoder.shards import Shards
 from trainer.errors import InputError
-from trainer.evaluate import MEASURES, Stopped, evaluate
+from trainer.evaluate import MEASURES, Stopped, evaluate, measure
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,7 @@ def root(tmp_path_factory):
 def run_evaluation(rank, root, shards, **options):
     data = open_dataset(root / "data", root / "cache")
     encoder, tokenizer, traits = load_encoder(ModelSettings(name=str(root / "encoder")))
-    return evaluate(world_of(rank), data, "test", encoder, tokenizer, traits, shards, cache=root / "cache", **options)
+    return evaluate(world_of(rank), data, "test", encoder, tokenizer, traits, shards, **options)
 
 
 def on_the_full_matrix(root):
@@ -107,3 +109,12 @@ def test_an_absent_split_is_one_sentence(root, tmp_path):
     with pytest.raises(InputError, match=r"has no qrels/final\.tsv, only dev, test, train"):
         data.training_queries("final")
     assert np.unique(data.qrels["test"].scores).tolist() == [1]
+
+
+def test_a_fractional_grade_is_relevant(root):
+    data = open_dataset(root / "data", root / "cache")
+    rows = data.training_queries("test")
+    qrels = data.qrels["test"]
+    half = dataclasses.replace(data, qrels={"test": dataclasses.replace(qrels, scores=np.full(len(qrels.scores), 0.5))})
+    ids = np.array([[data.positives(np.array([row]), "test")[1][0]] for row in rows])
+    assert measure(half, "test", rows, np.ones((len(rows), 1), np.float32), ids)["mrr@10"] == 1

@@ -1,25 +1,12 @@
-"""BEIR files line by line, with every problem as (file, line, sentence).
+"""BEIR's files line by line: texts with ids, and judgements."""
 
-One set of rules for two readers: `open_dataset` stops at the first problem, `check_dataset` collects all.
-"""
-
-import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-
-class Problem(NamedTuple):
-    """Something in a data set that a person must mend; line 0: the file as a whole."""
-
-    file: Path
-    line: int
-    kind: str  # problems of one kind are counted together
-    sentence: str
-
-    def __str__(self) -> str:
-        where = f"{self.file}:{self.line}" if self.line else str(self.file)
-        return f"{where}: {self.sentence}"
+from trainer.data.files import read_lines, read_objects
+from trainer.data.problems import Problem, Report, near_names
 
 
 class Judgement(NamedTuple):
@@ -31,25 +18,15 @@ class Judgement(NamedTuple):
     score: float
 
 
-Report = Callable[[Problem], None]
-
-
 def read_texts(path: Path, report: Report) -> Iterator[tuple[int, str, str]]:
     """Yield (line, id, text) of the sound lines of corpus.jsonl or queries.jsonl; text is title and text, joined."""
-    for number, line in _lines(path, report):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            report(Problem(path, number, "does not parse", f"this line is not JSON: {error.msg} at column {error.colno}"))
-            continue
-        if not isinstance(row, dict):
-            report(Problem(path, number, "not an object", 'expected an object such as {"_id": "1", "text": "…"}'))
-            continue
+    for number, row in read_objects(path, report):
         wrong = [key for key in ("_id", "text") if not isinstance(row.get(key), str)]
         if wrong or not isinstance(row.get("title", "") or "", str):
             name = wrong[0] if wrong else "title"
             found = f"is {row[name]!r}" if name in row else "is missing"
-            report(Problem(path, number, f"{name} is no string", f"{name} {found}; expected a string"))
+            sentence = f"{name} {found}; expected a string{near_names(name, row.keys() - {'_id', 'text', 'title'})}"
+            report(Problem(path, number, f"{name} is no string", sentence))
             continue
         text = f"{row.get('title') or ''} {row['text']}".strip()
         if not row["_id"]:
@@ -62,7 +39,7 @@ def read_texts(path: Path, report: Report) -> Iterator[tuple[int, str, str]]:
 
 def read_judgements(path: Path, report: Report) -> Iterator[Judgement]:
     """Yield the sound lines of qrels/SPLIT.tsv; a header line may stand first."""
-    for number, line in _lines(path, report):
+    for number, line in read_lines(path, report):
         cells = line.split("\t")
         if len(cells) != 3:
             expected = "expected query-id, corpus-id and score, separated by tabs"
@@ -74,21 +51,7 @@ def read_judgements(path: Path, report: Report) -> Iterator[Judgement]:
             if number > 1 or cells[0] != "query-id":
                 report(Problem(path, number, "no number", f"the score {cells[2]!r} is not a number"))
             continue
-        yield Judgement(number, cells[0], cells[1], score)
-
-
-def _lines(path: Path, report: Report) -> Iterator[tuple[int, str]]:
-    try:
-        file = open(path, "rb")  # noqa: SIM115 - closed below, after the last line was taken
-    except OSError as error:
-        report(Problem(path, 0, "missing", f"this file cannot be read ({error.strerror}); a data set needs it"))
-        return
-    with file:
-        for number, raw in enumerate(file, 1):
-            try:
-                line = raw.decode("utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                report(Problem(path, number, "not UTF-8", f"byte {error.start + 1} of this line is not UTF-8"))
-                continue
-            if line.strip():
-                yield number, line
+        if math.isfinite(score):
+            yield Judgement(number, cells[0], cells[1], score)
+        else:
+            report(Problem(path, number, "no number", f"the score {cells[2]!r} is not a finite number"))

@@ -1,14 +1,20 @@
 """Where Arrow tables and token ids are kept, and how several processes build one without tearing it."""
 
 import contextlib
+import hashlib
+import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
 
-from trainer.handoff.manifest import disk_error
+from trainer.errors import InputError
+from trainer.handoff.manifest import disk_error, write_atomically
+
+RECENT_S = 2.0  # the coarsest clock of a file system still in use
 
 
 def cache_folder(cache: Path | None) -> Path:
@@ -41,3 +47,25 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     except OSError as error:
         raise disk_error(error, folder) from error
     return folder
+
+
+def file_digest(path: Path, cache: Path) -> str:
+    """Return the SHA-256 of a file, remembered under its path, size and time of change.
+
+    As `make` and `git` do. What was written in the last seconds is read again the next time, too: a second change may
+    leave the same time.
+    """
+    try:
+        about = path.stat()
+        known = json.dumps([str(path.resolve()), about.st_size, about.st_mtime_ns, about.st_ino])
+        memo = cache / "digests" / hashlib.sha256(known.encode()).hexdigest()[:24]
+        if memo.is_file() and len(kept := memo.read_text()) == 64:
+            return kept
+        with open(path, "rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); a data set needs it") from error
+    if time.time() - about.st_mtime > RECENT_S:
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(memo, digest)
+    return digest

@@ -1,32 +1,39 @@
 """What a person should know of a data set before training on it: its statistics, and every problem with file and line."""
 
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
+import pyarrow.compute as pc
 
-from trainer.data.beir import Problem, read_judgements, read_texts
-from trainer.data.datasets import SIDES, dataset_files, duplicate_id, judgement_problems
+from trainer.data.build import build_source
+from trainer.data.forms import find_source
+from trainer.data.judged import SIDES
+from trainer.data.problems import Problem, has_rows
+from trainer.data.texts import batches, first_of_equal
 
 SHOWN = 10  # problems of one kind that are printed
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """The statistics by file, and all problems in the order of files and lines."""
+    """The statistics by table, and all problems in the order of files and lines."""
 
     statistics: dict[str, dict[str, Any]]
     problems: list[Problem]
 
     def as_json(self) -> dict[str, Any]:
-        problems = [{"file": str(p.file), "line": p.line, "kind": p.kind, "problem": p.sentence} for p in self.problems]
+        problems = [
+            {"file": str(p.file), "row" if has_rows(p.file) else "line": p.number, "kind": p.kind, "problem": p.sentence}
+            for p in self.problems
+        ]
         return {"statistics": self.statistics, "problems": problems}
 
     def as_text(self) -> str:
-        """Return one line a file, then the problems, at most SHOWN of a kind."""
+        """Return one line a table, then the problems, at most SHOWN of a kind."""
         lines = [
             f"{name:<12}" + "  ".join(f"{key} {value}" for key, value in values.items())
             for name, values in self.statistics.items()
@@ -43,47 +50,48 @@ class DataReport:
 
 
 def check_dataset(path: Path) -> DataReport:
-    """Return the report on a folder in BEIR's form; raises InputError if it is no such folder."""
+    """Return the report on a data set of any form; raises InputError if there is none."""
+    source = find_source(path)
     problems: list[Problem] = []
-    statistics: dict[str, dict[str, Any]] = {}
-    files = dataset_files(path)
-    ids: dict[str, pa.ChunkedArray] = {}
-    for side in SIDES:
-        statistics[side], ids[side] = _check_texts(files[side], problems)
-    test_queries: dict[str, set[str]] = {}
-    for name, file in files.items():
-        if name in SIDES:
-            continue
-        judgements = list(read_judgements(file, problems.append))
-        problems += judgement_problems(file, judgements, ids)
-        test_queries[name] = {j.query for j in judgements if j.score > 0}
-        positives = Counter(j.query for j in judgements if j.score > 0)
-        earlier = [other for other in test_queries if other != name and test_queries[other] & test_queries[name]]
-        statistics[name] = {
-            "queries": len(positives),
-            "positives": sum(positives.values()),
-            "most_of_a_query": max(positives.values(), default=0),
-            **({"shares_queries_with": ", ".join(earlier)} if earlier else {}),
-        }
+    with tempfile.TemporaryDirectory(prefix="negpool-check-") as name:
+        folder = Path(name)
+        build_source(source, folder, problems.append)
+        statistics = {side: _text_statistics(folder, side) for side in SIDES}
+        statistics |= _split_statistics(folder)
+        if (folder / "given-ids.npy").exists():
+            scores = np.load(folder / "given-scores.npy")
+            statistics["negatives"] = {"given": len(scores), "with_teacher_score": int(np.isfinite(scores).sum())}
     return DataReport(statistics, problems)
 
 
-def _check_texts(file: Path, problems: list[Problem]) -> tuple[dict[str, Any], pa.ChunkedArray]:
-    first_line: dict[str, int] = {}
-    lengths, texts = [], Counter[int]()
-    for number, row_id, text in read_texts(file, problems.append):
-        if (earlier := first_line.setdefault(row_id, number)) != number:
-            problems.append(duplicate_id(file, number, row_id, earlier))
-        lengths.append(len(text))
-        texts[hash(text)] += 1
-    if not lengths:
-        problems.append(Problem(file, 0, "empty", "this file has no sound line; expected at least one text"))
-    quantiles = np.quantile(lengths, [0.5, 0.95, 1]).astype(int).tolist() if lengths else [0, 0, 0]
-    statistics = {
-        "texts": len(lengths),
-        "repeated": sum(count - 1 for count in texts.values()),
+def _text_statistics(folder: Path, side: str) -> dict[str, Any]:
+    keys = np.load(folder / f"{side}-keys.npy")[1]
+    lengths = [pc.utf8_length(batch.column("text")).to_numpy(zero_copy_only=False) for batch in batches(folder / f"{side}.arrow")]
+    quantiles = np.quantile(np.concatenate(lengths), [0.5, 0.95, 1]).astype(int).tolist() if len(keys) else [0, 0, 0]
+    return {
+        "texts": len(keys),
+        "repeated": int((first_of_equal(keys) != np.arange(len(keys))).sum()),
         "characters_median": quantiles[0],
         "characters_95%": quantiles[1],
         "characters_most": quantiles[2],
     }
-    return statistics, pa.chunked_array([pa.array(list(first_line), pa.string())])
+
+
+def _split_statistics(folder: Path) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    earlier: dict[str, np.ndarray] = {}
+    for file in sorted(folder.glob("qrels-*.npy")):
+        rows = np.load(file)
+        positives = rows[rows["score"] > 0]
+        queries, counts = np.unique(positives["query"], return_counts=True)
+        shared = [name for name, others in earlier.items() if np.isin(queries, others).any()]
+        num_scored = int(np.isfinite(positives["teacher"]).sum())
+        found[file.stem] = {
+            "queries": len(queries),
+            "positives": len(positives),
+            "most_of_a_query": int(counts.max(initial=0)),
+            **({"with_teacher_score": num_scored} if num_scored else {}),
+            **({"shares_queries_with": ", ".join(shared)} if shared else {}),
+        }
+        earlier[file.stem] = queries
+    return found

@@ -18,6 +18,7 @@ from trainer.data.sampler import choice
 from trainer.encoder.tokens import TokenTable
 from trainer.handoff.negatives import Negatives
 
+GIVEN = -1  # version of the negatives that come with the data
 POSITIVE_DRAW, NEGATIVE_DRAW = 1, 2  # keep the draws of one step apart
 
 
@@ -29,6 +30,8 @@ class TrainingSet:
     passages: TokenTable  # of the whole corpus
     positive_indptr: np.ndarray  # (num_queries + 1,) int64
     positive_rows: np.ndarray  # corpus rows, int64
+    positive_grades: np.ndarray  # float32, of relevance
+    positive_teacher: np.ndarray  # float32, a teacher's scores, NaN where there are none
 
     @property
     def num_queries(self) -> int:
@@ -37,8 +40,23 @@ class TrainingSet:
 
 def training_set(data: RetrievalData, split: str, queries: TokenTable, passages: TokenTable) -> TrainingSet:
     """Return the training set of a split; `queries` holds the tokens of data.training_queries(split), in order."""
-    indptr, rows = data.positives(data.training_queries(split), split)
-    return TrainingSet(queries, passages, indptr, rows)
+    indptr, at = data.positive_judgements(data.training_queries(split), split)
+    qrels = data.qrels[split]
+    return TrainingSet(queries, passages, indptr, qrels.corpus_rows[at], qrels.scores[at], qrels.teacher[at])
+
+
+def given_negatives(data: RetrievalData, split: str) -> Negatives | None:
+    """Return the negatives that the data set itself names, as a table of the training queries; None: it names none.
+
+    Their scores are a teacher's, NaN where there are none. Version GIVEN, for no miner has made them.
+    """
+    if data.given is None:
+        return None
+    rows = data.training_queries(split)
+    start, count = data.given.indptr[rows], np.diff(data.given.indptr)[rows]
+    indptr = np.concatenate([[0], np.cumsum(count)])
+    at = np.repeat(start - indptr[:-1], count) + np.arange(indptr[-1])
+    return Negatives(indptr, data.given.ids[at], data.given.scores[at], GIVEN, {"origin": "the data set"})
 
 
 def collate(
@@ -54,9 +72,8 @@ def collate(
     has_two_towers: bool = False,  # `encode` is then told the side of its texts
 ) -> Batch:
     """Return what this rank encodes and contrasts in a step; query_n: numbers of its queries, (n,) int64, n may be 0."""
-    positive_n = _choose_positives(dataset, query_n, seed, step)
-    negative_m = _choose_negatives(negatives, query_n, per_query, seed, step)
-    passage_p = np.concatenate([positive_n, negative_m])
+    chosen = choose_passages(dataset, negatives, query_n, per_query, seed, step)
+    positive_n, passage_p = chosen.rows[: len(query_n)], chosen.rows
     keys = np.concatenate([dataset.queries.keys(query_n), dataset.passages.keys(passage_p)])
     lengths = np.concatenate([dataset.queries.lengths[query_n], dataset.passages.lengths[passage_p]])
 
@@ -93,27 +110,58 @@ def collate(
     )
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """The passages of some queries: the positive of each, then their negatives, query after query."""
+
+    rows: np.ndarray  # (p,) int64 corpus rows
+    query: np.ndarray  # (p,) int64: which of the n queries each belongs to
+    teacher: np.ndarray  # (p,) float32: a teacher's score of each, NaN where there is none
+
+
+def choose_passages(
+    dataset: TrainingSet, negatives: Negatives | None, query_n: np.ndarray, per_query: int, seed: int, step: int
+) -> Chosen:
+    """Return the passages of some queries in a step: one positive of each, and up to `per_query` of its negatives.
+
+    Mined negatives bring the miner's scores, which are no teacher's: only given ones are taken.
+    """
+    at_n = _choose_positives(dataset, query_n, seed, step)
+    at_m, query_m = _choose_negatives(negatives, query_n, per_query, seed, step)
+    ids = np.zeros(0, np.int64) if negatives is None else negatives.ids
+    is_given = negatives is not None and negatives.version == GIVEN
+    teacher_m = negatives.scores[at_m] if negatives is not None and is_given else np.full(len(at_m), np.nan, np.float32)
+    return Chosen(
+        np.concatenate([dataset.positive_rows[at_n], ids[at_m]]),
+        np.concatenate([np.arange(len(query_n)), query_m]),
+        np.concatenate([dataset.positive_teacher[at_n], teacher_m]),
+    )
+
+
 def _choose_positives(dataset: TrainingSet, query_n: np.ndarray, seed: int, step: int) -> np.ndarray:
-    """Return one positive's corpus row of each query, uniform among them."""
+    """Return where one positive of each query stands, uniform among them."""
     start, stop = dataset.positive_indptr[query_n], dataset.positive_indptr[query_n + 1]
     draw = choice(seed, step, query_n, POSITIVE_DRAW)
-    return dataset.positive_rows[start + (draw * (stop - start)).astype(np.int64)]
+    return start + (draw * (stop - start)).astype(np.int64)
 
 
-def _choose_negatives(negatives: Negatives | None, query_n: np.ndarray, per_query: int, seed: int, step: int) -> np.ndarray:
-    """Return up to `per_query` distinct corpus rows of each query's list, uniform, one after the other."""
+def _choose_negatives(
+    negatives: Negatives | None, query_n: np.ndarray, per_query: int, seed: int, step: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return where up to `per_query` distinct ones of each query's list stand, uniform, and whose they are."""
+    nothing = np.empty(0, np.int64), np.empty(0, np.int64)
     if negatives is None or per_query == 0 or len(query_n) == 0:
-        return np.empty(0, np.int64)
+        return nothing
     start, stop = negatives.indptr[query_n], negatives.indptr[query_n + 1]
     longest = int((stop - start).max(initial=0))
     if longest == 0:
-        return np.empty(0, np.int64)
+        return nothing
     # (n, longest): a random number for every candidate, 2 where the list is shorter; the smallest are taken
     draw_nm = np.stack([choice(seed, step, query_n, NEGATIVE_DRAW + j) for j in range(longest)], axis=1)
     draw_nm[np.arange(longest) >= (stop - start)[:, None]] = 2
     taken_nk = np.argsort(draw_nm, axis=1, kind="stable")[:, :per_query]
     is_there_nk = np.take_along_axis(draw_nm, taken_nk, 1) < 2
-    return np.asarray(negatives.ids[(start[:, None] + taken_nk)[is_there_nk]])
+    return (start[:, None] + taken_nk)[is_there_nk], np.nonzero(is_there_nk)[0]
 
 
 def _positive_keys(dataset: TrainingSet, query_n: np.ndarray, positive_n: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A data set in BEIR's form as memory-mapped Arrow tables and row numbers.
+"""Data sets of any form as memory-mapped Arrow tables and row numbers; several sources become one.
 
 The files are read and checked once; the tables are kept under the digest of the files' content, so a changed file is read
 again and an unchanged one is opened in milliseconds. A data set with any problem is refused whole.
@@ -6,31 +6,56 @@ again and an unchanged one is opened in milliseconds. A data set with any proble
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from trainer.data.beir import Judgement, Problem, read_judgements, read_texts
-from trainer.data.cache import build_once, cache_folder
+from trainer.data.build import build_source
+from trainer.data.cache import build_once, cache_folder, file_digest
+from trainer.data.combine import combine_sources
+from trainer.data.forms import Source, find_source
+from trainer.data.judged import SIDES
+from trainer.data.problems import refuse
+from trainer.data.texts import read_table
 from trainer.errors import InputError
+from trainer.handoff.settings import DataSettings, Sources, SourceSettings
 
-SIDES = ("corpus", "queries")
-FORMAT = 1  # of the tables below; another number reads the files again
+FORMAT = 2  # of the tables below; another number reads the files again
 
 
 @dataclass(frozen=True)
 class Qrels:
-    """Judgements of one split, sorted by query row, then corpus row."""
+    """Judgements of one split, sorted by query row, then corpus row; memory-mapped."""
 
     query_rows: np.ndarray  # (n,) int64
     corpus_rows: np.ndarray  # (n,) int64
-    scores: np.ndarray  # (n,) float32; above 0 is relevant
+    scores: np.ndarray  # (n,) float32 grades; above 0 is relevant
+    teacher: np.ndarray  # (n,) float32, a teacher's score of the pair, NaN where there is none
+
+
+@dataclass(frozen=True)
+class Given:
+    """Negatives that the data set itself names, by query: those of query row q are ids[indptr[q]:indptr[q + 1]]."""
+
+    indptr: np.ndarray  # (num_queries + 1,) int64, over all queries
+    ids: np.ndarray  # (n,) int64 corpus rows
+    scores: np.ndarray  # (n,) float32, a teacher's score of the pair, NaN where there is none
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """One source's place in the tables, and its settings. It has the rows from here to the next source."""
+
+    name: str
+    first_query: int
+    first_passage: int  # a passage that several sources have belongs to the first of them
+    settings: SourceSettings
+
+    def first_row(self, side: str) -> int:
+        """Return its first row of "queries" or "corpus"."""
+        return self.first_query if side == "queries" else self.first_passage
 
 
 @dataclass(frozen=True)
@@ -43,6 +68,11 @@ class RetrievalData:
     queries: datasets.Dataset
     qrels: dict[str, Qrels]  # by split: train, dev, test as there are
     digest: str  # SHA-256 of the files
+    content: dict[str, str]  # of "corpus" and "queries": SHA-256 over the keys of all texts
+    sources: tuple[SourceRows, ...]
+    given: Given | None = None
+    num_proc: int | None = None  # processes that tokenise
+    form: str = "BEIR"  # what the files were, for people
 
     def training_queries(self, split: str = "train") -> np.ndarray:
         """Return the rows of the queries with a positive in a split, in file order, int64.
@@ -54,126 +84,81 @@ class RetrievalData:
 
     def positives(self, query_rows: np.ndarray, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
         """Return the positives of some queries as (indptr, corpus rows), int64: those of the i-th in its slice."""
+        indptr, at = self.positive_judgements(query_rows, split)
+        return indptr, self.qrels[split].corpus_rows[at]
+
+    def positive_judgements(self, query_rows: np.ndarray, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
+        """Return where in the split's judgements the positives of some queries stand, as (indptr, places), int64."""
         qrels = self._qrels(split)
-        is_positive = qrels.scores > 0
-        queries, passages = qrels.query_rows[is_positive], qrels.corpus_rows[is_positive]
+        is_positive = np.flatnonzero(qrels.scores > 0)
+        queries = qrels.query_rows[is_positive]
         low, high = np.searchsorted(queries, query_rows), np.searchsorted(queries, query_rows, side="right")
         indptr = np.concatenate([[0], np.cumsum(high - low)])
         within = np.arange(indptr[-1]) - np.repeat(indptr[:-1], high - low)
-        return indptr, passages[np.repeat(low, high - low) + within]
+        return indptr, is_positive[np.repeat(low, high - low) + within]
 
-    @cached_property
-    def _splits(self) -> str:
-        return ", ".join(sorted(self.qrels))
+    def source_of(self, side: str, rows: np.ndarray) -> np.ndarray:
+        """Return which source each row of "queries" or "corpus" belongs to, int64."""
+        return np.searchsorted([source.first_row(side) for source in self.sources], rows, side="right") - 1
 
     def _qrels(self, split: str) -> Qrels:
         if split not in self.qrels:
-            raise InputError(f"{self.path} has no qrels/{split}.tsv, only {self._splits}; choose one of these as split")
+            splits = ", ".join(sorted(self.qrels))
+            raise InputError(f"{self.path} has no qrels/{split}.tsv, only {splits}; choose one of these as split")
         return self.qrels[split]
 
 
+def open_data(settings: DataSettings, sources: Sources) -> RetrievalData:
+    """Return the data of a job: that of data.path, or that of all sources as one; raises InputError."""
+    if not sources:
+        return replace(open_dataset(settings.path, settings.cache), num_proc=settings.num_proc)
+    parts = [_named(open_dataset(source.path, settings.cache), name, source) for name, source in sources.items()]
+    if len(parts) == 1 and not parts[0].sources[0].settings.id_prefix:
+        return replace(parts[0], num_proc=settings.num_proc)
+    cache = cache_folder(settings.cache)
+    depends_on = [[part.digest, part.sources[0].settings.id_prefix] for part in parts]
+    digest = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
+    folders = [(_folder(cache, part.digest), part.sources[0]) for part in parts]
+    folder = build_once(_folder(cache, digest), lambda staging: combine_sources(folders, staging))
+    firsts = json.loads((folder / "about.json").read_text())["first_rows"]
+    rows = tuple(
+        SourceRows(name, query, passage, source) for (name, source), (query, passage) in zip(sources.items(), firsts, strict=True)
+    )
+    path = Path(" + ".join(str(source.path) for source in sources.values()))
+    return replace(_open_tables(path, cache, folder, digest), sources=rows, num_proc=settings.num_proc)
+
+
 def open_dataset(path: Path, cache: Path | None = None) -> RetrievalData:
-    """Return the data set in a folder; raises InputError with file, line and reason at the first problem."""
+    """Return the data set at a path; raises InputError with file, line and reason at the first problem."""
     cache = cache_folder(cache)
-    files = dataset_files(path)
-    digest = _digest(files)
-    folder = build_once(cache / f"data-{FORMAT}-{digest[:24]}", lambda staging: _build(files, staging))
-    corpus, queries = (datasets.Dataset.from_file(str(folder / f"{side}.arrow")) for side in SIDES)
+    source = find_source(path)
+    digest = _digest(source, cache)
+    folder = build_once(_folder(cache, digest), lambda staging: build_source(source, staging, refuse))
+    return _open_tables(path, cache, folder, digest)
+
+
+def _open_tables(path: Path, cache: Path, folder: Path, digest: str) -> RetrievalData:
+    corpus, queries = (read_table(folder / f"{side}.arrow") for side in SIDES)
     qrels = {}
     for file in sorted(folder.glob("qrels-*.npy")):
-        rows = np.load(file, allow_pickle=False)
-        qrels[file.stem.removeprefix("qrels-")] = Qrels(rows["query"], rows["passage"], rows["score"])
-    return RetrievalData(path, cache, corpus, queries, qrels, digest)
+        rows = np.load(file, mmap_mode="r", allow_pickle=False)
+        qrels[file.stem.removeprefix("qrels-")] = Qrels(rows["query"], rows["passage"], rows["score"], rows["teacher"])
+    given = None
+    if (folder / "given-ids.npy").exists():
+        given = Given(*(np.load(folder / f"given-{name}.npy", mmap_mode="r") for name in ("indptr", "ids", "scores")))
+    about = json.loads((folder / "about.json").read_text())
+    whole = SourceRows("data", 0, 0, SourceSettings(path=path))
+    return RetrievalData(path, cache, corpus, queries, qrels, digest, about["content"], (whole,), given, form=about["form"])
 
 
-def dataset_files(path: Path) -> dict[str, Path]:
-    """Return the files of a data set by name: corpus, queries, and qrels-SPLIT; raises InputError if there are none."""
-    if not path.is_dir():
-        raise InputError(f"there is no data set in {path}; data.path must be a folder with corpus.jsonl and queries.jsonl")
-    files = {side: path / f"{side}.jsonl" for side in SIDES}
-    splits = {f"qrels-{file.stem}": file for file in sorted((path / "qrels").glob("*.tsv"))}
-    for file in files.values():
-        if not file.is_file():
-            raise InputError(f"{file} is missing; a data set needs corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv")
-    if not splits:
-        raise InputError(f"{path / 'qrels'} holds no judgements; a data set needs at least one qrels/SPLIT.tsv")
-    return files | splits
+def _named(part: RetrievalData, name: str, settings: SourceSettings) -> RetrievalData:
+    return replace(part, sources=(SourceRows(name, 0, 0, settings),))
 
 
-def find_rows(ids: pa.ChunkedArray, wanted: list[str]) -> np.ndarray:
-    """Return the row of each wanted id, int64, -1 where there is none."""
-    rows = pc.index_in(pa.array(wanted, pa.string()), value_set=ids.cast(pa.string()))
-    return pc.fill_null(rows, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+def _folder(cache: Path, digest: str) -> Path:
+    return cache / f"data-{FORMAT}-{digest[:24]}"
 
 
-def _digest(files: dict[str, Path]) -> str:
-    digests = {}
-    for name, file in files.items():
-        with open(file, "rb") as content:
-            digests[name] = hashlib.file_digest(content, "sha256").hexdigest()
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
-
-
-def refuse(problem: Problem) -> None:
-    """Raise the problem as an InputError."""
-    raise InputError(str(problem))
-
-
-def _build(files: dict[str, Path], folder: Path) -> None:
-    ids = {}
-    for side in SIDES:
-        _write_table(files[side], folder / f"{side}.arrow")
-        ids[side] = datasets.Dataset.from_file(str(folder / f"{side}.arrow")).data.column("_id")
-    for name, file in files.items():
-        if name not in SIDES:
-            np.save(folder / f"{name}.npy", _judged_rows(file, ids), allow_pickle=False)
-
-
-def _write_table(file: Path, out: Path) -> None:
-    from datasets.arrow_writer import ArrowWriter
-
-    first_line: dict[bytes, int] = {}
-    features = datasets.Features({"_id": datasets.Value("string"), "text": datasets.Value("string")})
-    with ArrowWriter(path=str(out), features=features) as writer:
-        for number, row_id, text in read_texts(file, refuse):
-            # A hash of 16 bytes for each id, not the id: ten million stay within a gigabyte.
-            key = hashlib.blake2b(row_id.encode(), digest_size=16).digest()
-            if (earlier := first_line.setdefault(key, number)) != number:
-                refuse(duplicate_id(file, number, row_id, earlier))
-            writer.write({"_id": row_id, "text": text})
-        if not first_line:
-            refuse(Problem(file, 0, "empty", "this file has no line; expected at least one text"))
-        writer.finalize()
-
-
-def duplicate_id(file: Path, line: int, row_id: str, earlier: int) -> Problem:
-    """Return the problem of an id that stood on an earlier line."""
-    return Problem(file, line, "duplicate id", f"_id {row_id!r} stands on line {earlier} already; ids must differ")
-
-
-def _judged_rows(file: Path, ids: dict[str, pa.ChunkedArray]) -> np.ndarray:
-    judgements = list(read_judgements(file, refuse))
-    for problem in judgement_problems(file, judgements, ids):
-        refuse(problem)
-    rows = np.zeros(len(judgements), [("query", np.int64), ("passage", np.int64), ("score", np.float32)])
-    rows["query"] = find_rows(ids["queries"], [j.query for j in judgements])
-    rows["passage"] = find_rows(ids["corpus"], [j.passage for j in judgements])
-    rows["score"] = [j.score for j in judgements]
-    return np.unique(rows)
-
-
-def judgement_problems(file: Path, judgements: list[Judgement], ids: dict[str, pa.ChunkedArray]) -> Iterator[Problem]:
-    """Yield the judgements that name what is not there, and the queries without a positive."""
-    if not judgements:
-        yield Problem(file, 0, "empty", "this file has no judgement; remove it or fill it")
-        return
-    for side, names in (("queries", [j.query for j in judgements]), ("corpus", [j.passage for j in judgements])):
-        what = "query" if side == "queries" else "document"
-        for i in np.flatnonzero(find_rows(ids[side], names) < 0):
-            sentence = f"{what} {names[i]!r} is not in {side}.jsonl; add it there or remove this line"
-            yield Problem(file, judgements[i].line, f"unknown {what}", sentence)
-    with_positive = {j.query for j in judgements if j.score > 0}
-    first = {j.query: j.line for j in reversed(judgements) if j.query not in with_positive}
-    for query, line in sorted(first.items(), key=lambda item: item[1]):
-        sentence = f"query {query!r} has no document with a score above 0; give it one or remove its lines"
-        yield Problem(file, line, "no positive", sentence)
+def _digest(source: Source, cache: Path) -> str:
+    digests = {name: [file_digest(file, cache) for file in files] for name, files in source.files.items()}
+    return hashlib.sha256(json.dumps([source.kind, digests], sort_keys=True).encode()).hexdigest()

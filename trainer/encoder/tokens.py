@@ -1,46 +1,69 @@
 """Token ids of many texts: computed once, kept in Arrow, memory-mapped ever after.
 
-A table is found again by a digest of the texts, the tokenizer's content, the prefix and the maximum length, so nothing
-is tokenised twice, and nothing of another tokenizer is ever taken.
+A table is found again by a digest of the texts, the tokenizer's content, the prefixes and the maximum lengths, so nothing
+is tokenised twice, and nothing of another tokenizer is ever taken. The texts of an opened data set have a digest already,
+so finding their table reads none of them.
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import torch
 import xxhash
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trainer.data.cache import build_once, cache_folder
+from trainer.data.datasets import RetrievalData
+from trainer.encoder.model import Traits
+from trainer.encoder.token_file import TokenFile, write_token_file
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the table on disk; another number tokenises again
+FORMAT = 2  # of the table on disk; another number tokenises again
 PARALLEL_FROM = 20_000  # texts; below, starting processes takes longer than tokenising
+
+
+class TextRule(NamedTuple):
+    """How the texts from one row on, up to the next rule's, become tokens."""
+
+    first_row: int
+    prefix: str
+    max_tokens: int  # longer texts are cut there, special tokens included
 
 
 @dataclass(frozen=True)
 class TokenTable:
     """Token ids of N texts."""
 
-    digest: str  # of texts, tokenizer, prefix and maximum length
+    digest: str  # of texts, tokenizer, prefixes and maximum lengths
     lengths: np.ndarray  # (N,) int64 tokens of each text, special ones included
-    num_truncated: int  # texts that were longer than the maximum
+    num_truncated: int  # texts that were longer than the maximum, in the table as it was made
     pad_id: int
-    ids: datasets.Dataset  # column "input_ids", Arrow format
+    ids: TokenFile  # of the whole table
     key_of_row: np.ndarray  # (N,) int64
+    row_in_file: np.ndarray | None = None  # (N,) int64; None: as they are
 
     def keys(self, rows: np.ndarray) -> np.ndarray:
         """Return 64-bit keys of the rows' token ids, (n,) int64: equal keys, equal tokens."""
         return self.key_of_row[rows]
+
+    def select(self, rows: np.ndarray) -> "TokenTable":
+        """Return the table of some rows, in their order; the tokens stay where they are."""
+        if len(rows) == len(self.lengths) and (rows == np.arange(len(rows))).all():
+            return self
+        digest = hashlib.sha256(self.digest.encode() + np.ascontiguousarray(rows, np.int64).tobytes()).hexdigest()
+        lengths, keys, in_file = self.lengths[rows], self.key_of_row[rows], self._in_file(rows)
+        return replace(self, digest=digest, lengths=lengths, key_of_row=keys, row_in_file=in_file)
 
     def pad(self, rows: np.ndarray) -> dict[str, Tensor]:
         """Return `input_ids` and `attention_mask` of some rows, (n, longest) int64, padded on the right."""
@@ -48,87 +71,121 @@ class TokenTable:
         is_token = np.arange(lengths.max(initial=0)) < lengths[:, None]
         ids = np.full(is_token.shape, self.pad_id, np.int64)
         if len(rows):
-            ids[is_token] = _flat(self.ids[np.asarray(rows)])
+            ids[is_token] = self.ids.read(self._in_file(np.asarray(rows)))
         return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(is_token.astype(np.int64))}
+
+    def _in_file(self, rows: np.ndarray) -> np.ndarray:
+        return rows if self.row_in_file is None else self.row_in_file[rows]
+
+
+def tokenize_side(data: RetrievalData, side: str, tokenizer: PreTrainedTokenizerBase, traits: Traits) -> TokenTable:
+    """Return the token table of all "queries" or of the whole "corpus", each source by its own prefix and limit.
+
+    Made now, or found in the cache without a look at the texts.
+    """
+    word = "query" if side == "queries" else "passage"
+    rules = []
+    for source in data.sources:
+        names = f"{word}_prefix", f"max_{word}_tokens"
+        own = [getattr(source.settings, name) for name in names]
+        prefix, limit = [getattr(traits, name) if value is None else value for name, value in zip(names, own, strict=True)]
+        rules.append(TextRule(source.first_row(side), prefix, limit))
+    texts = data.queries if side == "queries" else data.corpus
+    return _table(texts, data.content[side], tokenizer, rules, data.cache, data.num_proc)
 
 
 def tokenize(
-    texts: datasets.Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    prefix: str,
-    max_tokens: int,
-    cache: Path | None = None,
+    texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, prefix: str, max_tokens: int, cache: Path | None = None
 ) -> TokenTable:
-    """Return the token table of the column "text", made now or found in the cache.
+    """Return the token table of the column "text" of any texts, made now or found in the cache by their content."""
+    content = hashlib.sha256()
+    for batch in texts.with_format("arrow").iter(1000):
+        keys = [xxhash.xxh3_64_intdigest(text.encode()) for text in batch.column("text").to_pylist()]
+        content.update(np.array(keys, np.uint64).tobytes())
+    return _table(texts, content.hexdigest(), tokenizer, [TextRule(0, prefix, max_tokens)], cache_folder(cache), None)
 
-    max_tokens: longer texts are cut there, special tokens included; how many is logged when the table is made.
-    """
-    digest = _digest(texts, tokenizer, prefix, max_tokens)
+
+def _table(
+    texts: datasets.Dataset,
+    content: str,
+    tokenizer: PreTrainedTokenizerBase,
+    rules: list[TextRule],
+    cache: Path,
+    num_proc: int | None,
+) -> TokenTable:
+    depends_on = [content, hashlib.sha256(_tokenizer_content(tokenizer)).hexdigest(), rules]
+    digest = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
     folder = build_once(
-        cache_folder(cache) / f"tokens-{FORMAT}-{digest[:24]}",
-        lambda staging: _build(staging, texts, tokenizer, prefix, max_tokens),
+        cache / f"tokens-{FORMAT}-{digest[:24]}", lambda staging: _build(staging, texts, tokenizer, rules, num_proc)
     )
-    ids = datasets.Dataset.from_file(str(folder / "tokens.arrow")).with_format("arrow")
     lengths, keys = (np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("lengths", "keys"))
     num_truncated = json.loads((folder / "about.json").read_text())["num_truncated"]
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return TokenTable(digest, lengths, num_truncated, pad_id, ids, keys)
+    return TokenTable(digest, lengths, num_truncated, pad_id, TokenFile(folder / "tokens.arrow"), keys)
 
 
-def _build(folder: Path, texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, prefix: str, max_tokens: int) -> None:
-    def encode(batch: dict[str, list]) -> dict[str, list]:
-        whole = [prefix + text for text in batch["text"]]
-        cut = tokenizer(whole, truncation=True, max_length=max_tokens, return_attention_mask=False)["input_ids"]
-        longer = tokenizer(whole, truncation=True, max_length=max_tokens + 1, return_attention_mask=False)["input_ids"]
-        arrays = [np.asarray(row, np.int32) for row in cut]
-        return {
-            "input_ids": arrays,
-            "length": [len(row) for row in arrays],
-            "key": [xxhash.xxh3_64_intdigest(row.tobytes()) - (1 << 63) for row in arrays],
-            "is_cut": [len(row) > max_tokens for row in longer],
-        }
-
-    num_proc = min(os.cpu_count() or 1, 16) if len(texts) >= PARALLEL_FROM else None
+def _build(
+    folder: Path, texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, rules: list[TextRule], num_proc: int | None
+) -> None:
     datasets.disable_progress_bars()  # they would be drawn into ours
-    table = texts.map(
-        encode,
+    features = {"input_ids": datasets.List(datasets.Value("int32"))}
+    features |= {name: datasets.Value(kind) for name, kind in (("length", "int64"), ("key", "int64"), ("is_cut", "bool"))}
+    columns = texts.map(
+        _encoder(tokenizer, rules),
         batched=True,
+        with_indices=True,
         remove_columns=texts.column_names,
-        num_proc=num_proc,
-        cache_file_name=str(folder / "map.arrow") if num_proc is None else None,
-        features=datasets.Features(
-            {
-                "input_ids": datasets.List(datasets.Value("int32")),
-                "length": datasets.Value("int64"),
-                "key": datasets.Value("int64"),
-                "is_cut": datasets.Value("bool"),
-            }
-        ),
-    )
-    columns = table.data
+        num_proc=_num_proc(len(texts), num_proc),
+        cache_file_name=str(folder / "map.arrow"),
+        features=datasets.Features(features),
+    ).data
     for name, column in (("lengths", "length"), ("keys", "key")):
         np.save(folder / f"{name}.npy", columns.column(column).to_numpy(), allow_pickle=False)
     num_truncated = int(np.sum(columns.column("is_cut").to_numpy(zero_copy_only=False)))
     if num_truncated:
-        log.info("%d of %d texts are longer than %d tokens and were cut", num_truncated, len(texts), max_tokens)
+        limits = " or ".join(str(limit) for limit in sorted({rule.max_tokens for rule in rules}))
+        log.info("%d of %d texts are longer than %s tokens and were cut", num_truncated, len(texts), limits)
     (folder / "about.json").write_text(json.dumps({"num_truncated": num_truncated}))
-    with pa.OSFile(str(folder / "tokens.arrow"), "wb") as sink:
-        ids = columns.table.select(["input_ids"])
-        with pa.ipc.new_stream(sink, ids.schema) as writer:
-            writer.write_table(ids)
-    for leftover in folder.glob("*map.arrow"):
+    write_token_file(columns.table.select(["input_ids"]), folder / "tokens.arrow")
+    for leftover in folder.glob("map*.arrow"):
         leftover.unlink()
 
 
-def _digest(texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, prefix: str, max_tokens: int) -> str:
-    content = xxhash.xxh3_128()
-    for batch in texts.with_format("arrow").iter(1000):
-        content.update(json.dumps(batch.column("text").to_pylist()).encode())
-    digest = hashlib.sha256(content.digest())
-    digest.update(_tokenizer_content(tokenizer))
-    digest.update(json.dumps([prefix, max_tokens]).encode())
-    return digest.hexdigest()
+def _num_proc(num_texts: int, num_proc: int | None) -> int | None:
+    """Return how many processes tokenise; None: this one."""
+    if num_proc is None:
+        num_proc = min(len(os.sched_getaffinity(0)), 16) if num_texts >= PARALLEL_FROM else 1
+    return None if num_proc == 1 else min(num_proc, num_texts)
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase, rules: list[TextRule]) -> Callable[..., dict[str, Any]]:
+    """Return what turns a batch of texts and their rows into columns."""
+    first_rows = [rule.first_row for rule in rules]
+
+    def encode(batch: dict[str, list], rows: list[int]) -> dict[str, Any]:
+        # A source's rows stand together, so a batch has one or two rules.
+        starts = [0, *(first - rows[0] for first in first_rows if rows[0] < first <= rows[-1]), len(rows)]
+        arrays: list[np.ndarray] = []
+        is_cut: list[bool] = []
+        for start, stop in itertools.pairwise(starts):
+            if start < stop:
+                rule = rules[int(np.searchsorted(first_rows, rows[start], side="right")) - 1]
+                ids, cut = _encode(tokenizer, [rule.prefix + text for text in batch["text"][start:stop]], rule.max_tokens)
+                arrays, is_cut = arrays + ids, is_cut + cut
+        keys = [xxhash.xxh3_64_intdigest(row.tobytes()) - (1 << 63) for row in arrays]
+        return {"input_ids": arrays, "length": [len(row) for row in arrays], "key": keys, "is_cut": is_cut}
+
+    return encode
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int) -> tuple[list[np.ndarray], list[bool]]:
+    """Return each text's ids, int32, and whether it was cut."""
+    encoded = tokenizer(texts, truncation=True, max_length=max_tokens, return_attention_mask=False)
+    ids = [np.asarray(row, np.int32) for row in encoded["input_ids"]]
+    if encoded.encodings is not None:  # a fast tokenizer keeps what it has cut off
+        return ids, [bool(encoding.overflowing) for encoding in encoded.encodings]
+    longer = tokenizer(texts, truncation=True, max_length=max_tokens + 1, return_attention_mask=False)["input_ids"]
+    return ids, [len(row) > max_tokens for row in longer]
 
 
 def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> bytes:
@@ -138,8 +195,3 @@ def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> bytes:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
         return json.dumps({**rules, "truncation": None, "padding": None}, sort_keys=True).encode()
     return json.dumps([tokenizer.get_vocab(), repr(tokenizer)], sort_keys=True).encode()
-
-
-def _flat(table: pa.Table) -> np.ndarray:
-    """Return the tokens of all rows of a table one after the other, int32."""
-    return np.concatenate([chunk.flatten().to_numpy() for chunk in table.column("input_ids").chunks])

@@ -28,9 +28,41 @@ class RunSettings:
 class DataSettings:
     """Section `data`: what is trained on, mined from and evaluated with."""
 
-    path: Path = Path("data/code")  # a folder in BEIR's form
+    path: Path = Path("data/code")  # BEIR's form, a saved data set, record files, or a name of the hub; unused with sources
     cache: Path | None = None  # Arrow tables and token ids; None: negpool in the user's cache folder
-    train_split: str = "train"  # qrels/NAME.tsv
+    train_split: str = "train"  # qrels/NAME.tsv, or the files named so
+    num_proc: int | None = None  # processes that tokenise; None: one for each core, 16 at most, and one for few texts
+
+    def __post_init__(self) -> None:
+        if self.num_proc is not None and self.num_proc < 1:
+            raise InputError(f"data.num_proc={self.num_proc} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSettings:
+    """Section `sources.NAME`: one of several data sets that are trained on together. None: what the job says elsewhere."""
+
+    path: Path  # as data.path
+    id_prefix: str = ""  # before its ids, where another source has the same for other texts
+    weight: float = 1.0  # how often its queries come, for once in an epoch; not in batch.mode "tasks"
+    query_prefix: str | None = None  # before its queries, an instruction perhaps
+    passage_prefix: str | None = None
+    max_query_tokens: int | None = None
+    max_passage_tokens: int | None = None
+    batch: int | None = None  # its queries in one step, over all ranks; not in batch.mode "mixed"
+    temperature: float | None = None
+    objective: str | None = None
+    loss_weight: float = 1.0  # of its loss in a step of several sources
+
+    def __post_init__(self) -> None:
+        positive = ("weight", "max_query_tokens", "max_passage_tokens", "batch", "temperature", "loss_weight")
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"sources: {name}={value} of {self.path} must be more than 0")
+
+
+Sources = dict[str, SourceSettings]  # by name, in the order of the job file
 
 
 @dataclass(frozen=True, kw_only=True)

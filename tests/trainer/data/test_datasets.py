@@ -1,11 +1,15 @@
 """A data set is read whole or refused with file and line; nothing half-written stays."""
 
+import hashlib
 import json
+import os
+import time
 
 import numpy as np
 import pytest
 
 from tests.tiny import write_tiny_dataset
+from trainer.data.cache import file_digest
 from trainer.data.check import check_dataset
 from trainer.data.datasets import open_dataset
 from trainer.errors import InputError
@@ -43,7 +47,7 @@ def test_a_title_stands_before_the_text(folder, tmp_path):
 def test_an_unchanged_data_set_is_not_read_again_and_a_changed_one_is(folder, tmp_path, monkeypatch):
     first = open_dataset(folder, tmp_path / "cache")
     with monkeypatch.context() as patch:
-        patch.setattr("trainer.data.datasets._build", lambda *_: pytest.fail("read again"))
+        patch.setattr("trainer.data.datasets.build_source", lambda *_: pytest.fail("read again"))
         assert open_dataset(folder, tmp_path / "cache").digest == first.digest
     with open(folder / "corpus.jsonl", "a") as corpus:
         corpus.write('{"_id": "new", "text": "a new text"}\n')
@@ -95,10 +99,10 @@ def test_a_bad_data_set_is_refused_with_file_and_line(folder, tmp_path, case):
     with pytest.raises(InputError, match=sentence) as error:
         open_dataset(folder, tmp_path / "cache")
     assert "\n" not in str(error.value)
-    left = [p for p in (tmp_path / "cache").glob("*") if p.suffix != ".lock"]
+    left = [p for p in (tmp_path / "cache").glob("*") if p.suffix != ".lock" and p.name != "digests"]
     assert left == [], "nothing half-written"
     if "missing" not in case:
-        assert any(problem for problem in check_dataset(folder).problems if problem.line or "empty" in case)
+        assert any(problem for problem in check_dataset(folder).problems if problem.number or "empty" in case)
 
 
 def test_a_check_finds_every_problem_and_open_the_first(folder):
@@ -124,3 +128,32 @@ def test_graded_scores_are_kept(folder, tmp_path):
     replace_line(TRAIN, 2, b"q0\td0-0\t3")(folder)
     qrels = open_dataset(folder, tmp_path / "cache").qrels["train"]
     assert qrels.scores.max() == 3 and qrels.scores.dtype == np.float32
+
+
+def test_what_is_read_in_many_batches_is_what_is_read_in_one(folder, tmp_path, monkeypatch):
+    records = [{"anchor": f"q{i % 7}", "positive": f"p{i % 11}", "negative": f"n{i % 5}"} for i in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    paths = {"beir": folder, "pairs": tmp_path / "pairs.jsonl"}
+    whole = {name: open_dataset(path, tmp_path / "cache") for name, path in paths.items()}
+    monkeypatch.setattr("trainer.data.texts.BATCH", 4)
+    monkeypatch.setattr("trainer.data.build.BLOCK", 5)
+    for name, path in paths.items():
+        parts = open_dataset(path, tmp_path / "other")
+        assert len(parts.corpus.data.column("_id").chunks) > 2
+        for side in ("corpus", "queries"):
+            assert getattr(parts, side)[:] == getattr(whole[name], side)[:]
+        assert parts.content == whole[name].content
+        for split, qrels in whole[name].qrels.items():
+            np.testing.assert_array_equal(parts.qrels[split].query_rows, qrels.query_rows)
+            np.testing.assert_array_equal(parts.qrels[split].corpus_rows, qrels.corpus_rows)
+
+
+def test_a_digest_is_remembered_until_the_file_changes(tmp_path):
+    file = tmp_path / "a.jsonl"
+    digests = []
+    for content, age_s in (("one", 100), ("two", 50), ("new", 0), ("now", 0)):
+        file.write_text(content)
+        os.utime(file, (time.time() - age_s,) * 2)
+        digests.append(file_digest(file, tmp_path / "cache"))
+    assert digests == [hashlib.sha256(text.encode()).hexdigest() for text in ("one", "two", "new", "now")]
+    assert len(list((tmp_path / "cache" / "digests").iterdir())) == 2, "what has just changed is not remembered"

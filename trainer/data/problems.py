@@ -1,0 +1,65 @@
+"""What a person must mend in a data set, with file and place.
+
+One set of rules for two readers: `open_dataset` stops at the first problem, `check_dataset` collects all.
+"""
+
+import difflib
+import gzip
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from trainer.errors import InputError
+
+
+class Problem(NamedTuple):
+    """Something in a data set that a person must mend; number 0: the file as a whole."""
+
+    file: Path
+    number: int  # of the line; of the row in a file without lines, counted from 1
+    kind: str  # problems of one kind are counted together
+    sentence: str
+
+    def __str__(self) -> str:
+        if not self.number:
+            return f"{self.file}: {self.sentence}"
+        return f"{place_of(self.file, self.number)}: {self.sentence}"
+
+
+Report = Callable[[Problem], None]
+
+
+def has_rows(file: Path) -> bool:
+    """Return whether places in a file are rows, not lines."""
+    return file.suffix in (".parquet", ".arrow") or (".json" in file.suffixes and first_byte(file) == b"[")
+
+
+def open_plain(path: Path) -> IO[bytes]:
+    """Open a file that may be gzipped."""
+    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # type: ignore[return-value]
+
+
+def first_byte(path: Path) -> bytes:
+    """Return the first byte of a file that is no space; nothing if it cannot be read."""
+    try:
+        with open_plain(path) as file:
+            return file.read(64).lstrip()[:1]
+    except (OSError, EOFError, zlib.error):
+        return b""
+
+
+def place_of(file: Path, number: int) -> str:
+    """Return a place as an editor opens it, or as a row of a file without lines."""
+    return f"{file}, row {number}" if has_rows(file) else f"{file}:{number}"
+
+
+def refuse(problem: Problem) -> None:
+    """Raise the problem as an InputError."""
+    raise InputError(str(problem))
+
+
+def near_names(missing: str, found: Iterable[str]) -> str:
+    """Return a clause on the name that was perhaps meant, or an empty text."""
+    close = difflib.get_close_matches(missing, list(found), n=1, cutoff=0.6)
+    return f"; did you mean it by {close[0]!r}?" if close else ""

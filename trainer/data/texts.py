@@ -1,0 +1,141 @@
+"""Texts of one side on their way into Arrow: written as they come, told apart by 64-bit keys.
+
+Ids and texts are never held in memory: eight bytes of key for each, and eight for its place in the files. So ten million
+texts pass through some hundred megabytes. Two of ten million keys are equal by chance once in 400,000 data sets.
+"""
+
+import array
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from trainer.data.problems import Problem, Report, has_rows, place_of
+
+BATCH = 10_000  # texts written at once
+PLACE_BITS = 40  # of the number of a line or row; the file stands above
+SCHEMA = pa.schema([("_id", pa.string()), ("text", pa.string())])
+
+
+class TextWriter:
+    """The texts of one side, written to an Arrow file as they come."""
+
+    def __init__(self, out: Path):
+        self.out = out
+        self.id_keys, self.text_keys, self.places = (array.array("Q") for _ in range(3))
+        self._files: list[Path] = []
+        self._ids: list[str] = []
+        self._texts: list[str] = []
+        self._writer = pa.ipc.new_stream(str(out), SCHEMA)
+
+    def add(self, file: Path, number: int, row_id: str | None, text: str) -> int:
+        """Write a text and return which it is, from 0; a text without id has its content's digest for one."""
+        encoded = text.encode()
+        if row_id is None:
+            row_id = xxhash.xxh3_128_hexdigest(encoded)
+        if not self._files or self._files[-1] is not file:
+            self._files.append(file)
+        self.id_keys.append(key_of(row_id))
+        self.text_keys.append(xxhash.xxh3_64_intdigest(encoded))
+        self.places.append((len(self._files) - 1) << PLACE_BITS | number)
+        self._ids.append(row_id)
+        self._texts.append(text)
+        if len(self._ids) == BATCH:
+            self._flush()
+        return len(self.id_keys) - 1
+
+    def settle(self, report: Report, may_repeat: bool) -> np.ndarray:
+        """Finish the file with one row for each id and return the row of every text that was added, int64.
+
+        may_repeat: an id may come again with the same text; if not, any repeated id is a problem.
+        """
+        self._flush()
+        self._writer.close()
+        keys = np.array(self.id_keys, np.uint64)
+        first = first_of_equal(keys)
+        for again in np.flatnonzero(first != np.arange(len(keys))):
+            if not may_repeat or self.text_keys[again] != self.text_keys[first[again]]:
+                self._report_repeated(int(first[again]), int(again), report, may_repeat)
+        is_first = first == np.arange(len(keys))
+        if not is_first.all():
+            keep_rows(self.out, is_first)
+        kept = np.stack([keys[is_first], np.array(self.text_keys, np.uint64)[is_first]])
+        np.save(self.out.with_name(f"{self.out.stem}-keys.npy"), kept, allow_pickle=False)
+        return (np.cumsum(is_first) - 1)[first]
+
+    def place(self, index: int) -> tuple[Path, int]:
+        """Return the file and the number that a text came from."""
+        place = self.places[index]
+        return self._files[place >> PLACE_BITS], place & ((1 << PLACE_BITS) - 1)
+
+    def _flush(self) -> None:
+        if self._ids:
+            self._writer.write_batch(pa.record_batch([pa.array(self._ids), pa.array(self._texts)], schema=SCHEMA))
+            self._ids, self._texts = [], []
+
+    def _report_repeated(self, first: int, again: int, report: Report, may_repeat: bool) -> None:
+        row_id = read_table(self.out)[again]["_id"]
+        (file, number), (earlier_file, earlier) = self.place(again), self.place(first)
+        word = "row" if has_rows(file) else "line"
+        where = f"{word} {earlier}" if earlier_file == file else place_of(earlier_file, earlier)
+        if may_repeat:
+            sentence = f"id {row_id!r} has another text than at {where}; give equal ids to equal texts alone"
+            report(Problem(file, number, "two texts of an id", sentence))
+        else:
+            report(Problem(file, number, "duplicate id", f"_id {row_id!r} stands on {where} already; ids must differ"))
+
+
+def key_of(row_id: str) -> int:
+    """Return the 64-bit key of an id."""
+    return xxhash.xxh3_64_intdigest(row_id.encode())
+
+
+def read_table(path: Path) -> datasets.Dataset:
+    """Return a table of ids and texts, memory-mapped."""
+    return datasets.Dataset.from_file(str(path))
+
+
+def batches(path: Path) -> Iterator[pa.RecordBatch]:
+    """Yield the batches of a table, memory-mapped."""
+    with pa.memory_map(str(path)) as source:
+        yield from pa.ipc.open_stream(source)
+
+
+def keep_rows(path: Path, is_kept: np.ndarray) -> None:
+    """Write a table anew with some of its rows."""
+    rest = path.with_suffix(".rest")
+    start = 0
+    with pa.ipc.new_stream(str(rest), SCHEMA) as writer:
+        for batch in batches(path):
+            writer.write_batch(batch.filter(pa.array(is_kept[start : start + len(batch)])))
+            start += len(batch)
+    os.replace(rest, path)
+
+
+def first_of_equal(keys: np.ndarray) -> np.ndarray:
+    """Return where the first of all keys that equal each one stands, int64."""
+    order = np.argsort(keys, kind="stable")
+    is_new = np.ones(len(keys), bool)
+    is_new[1:] = keys[order[1:]] != keys[order[:-1]]
+    first = np.empty(len(keys), np.int64)
+    first[order] = order[np.maximum.accumulate(np.where(is_new, np.arange(len(keys)), 0))]
+    return first
+
+
+class RowLookup:
+    """From keys of ids to rows, by a sorted array."""
+
+    def __init__(self, id_keys: np.ndarray):
+        self._order = np.argsort(id_keys, kind="stable")
+        self._sorted = id_keys[self._order]
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """Return the row of each key, int64, -1 where there is none."""
+        if not len(self._sorted):
+            return np.full(len(keys), -1, np.int64)
+        at = np.minimum(np.searchsorted(self._sorted, keys), len(self._sorted) - 1)
+        return np.where(self._sorted[at] == keys, self._order[at], -1).astype(np.int64)
