@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradcache.replay import borrowed_generators
 from trainer.encoder.backbone import layers_of
 
 log = logging.getLogger(__name__)
@@ -24,11 +25,25 @@ class CompiledLayers:
 
     def __init__(self, model: nn.Module):
         self._layers = layers_of(model)
+        self._is_tried = False
         for layer in self._layers:
             layer.compile(**HOW)
 
     def call(self, run: Callable):
-        """Return run(), by compiled layers if they can be had."""
+        """Return run(), by compiled layers if they can be had.
+
+        The first call tries both kinds of graph beforehand: a failure between the two encodings of a step, or in the middle
+        of one, would leave them with different draws.
+        """
+        if self._layers and not self._is_tried and not torch.is_inference_mode_enabled():
+            self._is_tried = True
+            with borrowed_generators():
+                for with_graph in (False, True):
+                    with torch.set_grad_enabled(with_graph):
+                        self._call(run)
+        return self._call(run)
+
+    def _call(self, run: Callable):
         try:
             return run()
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
