@@ -10,7 +10,7 @@ import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -262,8 +262,9 @@ def _known(gradients: dict, name: str) -> Tensor:
     return gradient
 
 
-def _random_negatives(num_queries: int, num_passages: int, per_query: int) -> Negatives | None:
+def _random_negatives(num_queries: int, num_passages: int, per_query: int | Literal["all"]) -> Negatives | None:
     """Return a table of random passages in the place of mined ones: as many rows to encode, no mining."""
+    per_query = 1 if per_query == "all" else per_query
     if per_query == 0:
         return None
     rows = np.arange(num_queries * per_query)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from trainer.encoder.model import Encoder, weights_digest
 from trainer.handoff.manifest import publish_version, write_latest
 from trainer.handoff.weights import Checkpoint, checkpoint_name, checkpoints_folder
 from trainer.parts import Fragment, Parts, part_name, write_part
@@ -40,18 +39,16 @@ class Saver:
     def save(
         self,
         state: TrainState,
-        encoder: Encoder | None,
-        write_encoder: Callable[[Path], None],
-        fields: dict,
+        write_encoder: Callable[[Path], dict[str, Any]] | None,
         on_published: Callable[[], None] = lambda: None,
     ) -> None:
-        """Copy the state after `state.step`, then write and publish it in the background.
+        """Copy the state after `state.step`, then write and publish it in the background. Waits for the one before.
 
-        encoder: a plain one with the weights to publish, left alone until `wait` returns; None but on rank 0.
-        fields: JSON values for the manifest: data_digest, is_final, … Every rank calls it. Waits for the one before.
+        write_encoder: fills a folder from weights that stay what they are until `wait` returns, and gives JSON values for the
+        manifest; None but on rank 0. Every rank calls it.
         """
         self.wait()
-        fragments = [self._copy(fragment) for fragment in state.parallel.kept_fragments()]
+        fragments = [self._copy(fragment) for fragment in state.kept_fragments()]
         values = state.values()
         parts = checkpoints_folder(self._run) / f"{PARTS}{checkpoint_name(state.step)}"
 
@@ -59,8 +56,8 @@ class Saver:
             started = time.perf_counter()
             parts.mkdir(parents=True, exist_ok=True)
             write_part(parts / part_name(self._world.rank, self._world.num_ranks), fragments)
-            if encoder is not None:
-                folder = self._publish(parts, values, encoder, write_encoder, fields)
+            if write_encoder is not None:
+                folder = self._publish(parts, values, write_encoder)
                 on_published()
                 log.info("step %d: saved %s, in %.1f s behind the loop", values["step"], folder, time.perf_counter() - started)
 
@@ -95,20 +92,19 @@ class Saver:
         held.copy_(fragment.values)
         return Fragment(fragment.name, fragment.start, fragment.numel, held)
 
-    def _publish(
-        self, parts: Path, values: dict[str, Any], encoder: Encoder, write_encoder: Callable[[Path], None], fields: dict
-    ) -> Path:
+    def _publish(self, parts: Path, values: dict[str, Any], write_encoder: Callable[[Path], dict[str, Any]]) -> Path:
         """Put all together, publish it and point LATEST at it; return the folder. Rank 0 only."""
+        fields = {"step": values["step"]}
 
         def write(folder: Path) -> None:
             (folder / "encoder").mkdir()
-            write_encoder(folder / "encoder")
+            fields.update(write_encoder(folder / "encoder"))
             self._wait_for_parts(parts)
             shutil.move(parts, folder / "state")
             (folder / "state" / "trainer.json").write_text(json.dumps(values))
 
         folder = checkpoints_folder(self._run) / checkpoint_name(values["step"])
-        publish_version(folder, write, {"step": values["step"], "weights_digest": weights_digest(encoder), **fields})
+        publish_version(folder, write, fields)
         write_latest(folder.parent, folder.name)
         return folder
 
@@ -140,6 +136,9 @@ def load_state(checkpoint: Checkpoint, state: TrainState) -> None:
     """Take over counters, moments and temperature of a verified checkpoint, on every rank."""
     parts = Parts(checkpoint.folder / "state")
     state.load(json.loads((checkpoint.folder / "state" / "trainer.json").read_text()))
-    for fragment in state.parallel.fragments():
-        if not fragment.name.startswith("parameter."):
+    for fragment in state.fragments():
+        kind, _, name = fragment.name.partition(".")
+        if kind == "average" and not parts.numel(fragment.name):  # ema.decay was set later: it begins at the weights
+            fragment.values.copy_(parts.read(f"parameter.{name}", fragment.start, len(fragment.values)))
+        elif kind != "parameter":
             fragment.values.copy_(parts.read(fragment.name, fragment.start, len(fragment.values)))

@@ -2,7 +2,8 @@
 
 Before a step all ranks exchange one small message. Rank 0 names a version; it comes into force at the first step before
 which every rank said that it had verified and mapped it. So all switch together, and nobody waits for the miner. Only
-version 0, and the versions of a fixed schedule, are waited for, before a step and never inside one.
+version 0, the versions of a fixed schedule and, if the job says so, younger ones than too old ones are waited for, before a
+step and never inside one.
 """
 
 import logging
@@ -34,9 +35,15 @@ class NegativesFeed:
         num_queries: int,
         num_passages: int,
         should_stop: Callable[[], bool],
+        given: Negatives | None = None,
     ):
-        """should_stop: may differ between ranks; one rank's yes stops all."""
+        """should_stop: may differ between ranks; one rank's yes stops all. given: the data's own, where none are mined."""
         self.in_force: Negatives | None = None
+        self._given = given
+        self._previous: Negatives | None = None  # in force before, and kept until the next swap
+        self._taken_back: dict[int, int | None] = {}  # versions that hurt -> what came back for them
+        self._warned: set[int] = set()  # versions that were called too old
+        self._stale_since_s: float | None = None
         self._world, self._run, self._settings = world, run, settings
         self._num_queries, self._num_passages = num_queries, num_passages
         self._should_stop = should_stop
@@ -61,16 +68,42 @@ class NegativesFeed:
             self._wanted = target
             if target != NONE and -minus_oldest_fetched == target != self._version():
                 self._put_in_force()
-            if stop or not is_required_by_0 or (self.in_force is not None and self._version() == target):
+            is_there = self.in_force is not None and self._version() == target and not self._must_be_younger(step)
+            if stop or not is_required_by_0 or is_there:
                 return bool(stop)
             on_wait()
             time.sleep(POLL_S / 2)
 
+    def of_step(self, step: int) -> Negatives | None:
+        """Return the negatives that a step draws from, the same on every rank; None: in-batch ones only."""
+        if not self._is_stale(step):
+            return self.in_force or self._given
+        falls_back = self._settings.when_stale == "fallback"
+        if self._version() not in self._warned and self._world.speaks:
+            how = "in-batch negatives until there are younger ones" if falls_back else "still used"
+            log.warning(
+                "step %d: negatives v%d are older than negatives.max_age_steps=%d; %s",
+                step, self._version(), self._settings.max_age_steps, how,
+            )  # fmt: skip
+        self._warned.add(self._version())
+        return self._given if falls_back else self.in_force
+
+    def take_back(self, version: int, back_to: int | None) -> None:
+        """Never use a version again, and go back to an earlier one; None: to none. Every rank calls it."""
+        self._taken_back[version] = back_to
+        if self._version() != version:
+            return
+        if back_to is None:
+            self._let_go(self.in_force)
+            self.in_force = None
+        elif self._previous is not None and self._previous.version == back_to:  # at once: every rank has kept it
+            self.in_force, self._previous = self._previous, self.in_force
+
     def close(self) -> None:
-        """Stop the background thread and let go of the version in force."""
+        """Stop the background thread and let go of the versions in use."""
         self._closed.set()
-        if self._world.speaks and self.in_force is not None:
-            unpin(self._folder(self.in_force), "trainer")
+        for negatives in (self.in_force, self._previous):
+            self._let_go(negatives)
 
     def _decide(self, step: int) -> tuple[int, bool]:
         """Return the version that should be in force, and whether the step must wait for it. Rank 0 only."""
@@ -79,19 +112,44 @@ class NegativesFeed:
         if self._settings.schedule:
             return sum(entry.step <= step for entry in self._settings.schedule), True
         newest = read_latest(negatives_folder(self._run))
+        version = NONE if newest is None else int(newest.removeprefix("v"))
+        if version in self._taken_back:
+            back_to = self._taken_back[version]
+            return (NONE if back_to is None else back_to), False
         waited_s = time.monotonic() - self._started
-        is_required = self.in_force is None and waited_s < self._settings.first_wait_s
-        if self.in_force is None and not is_required and newest is None and step == 0:
+        is_awaited = self.in_force is None and self._given is None
+        is_required = (is_awaited and waited_s < self._settings.first_wait_s) or self._waits_for_younger(step)
+        if is_awaited and not is_required and newest is None and step == 0:
             log.warning("no negatives after %.0f s; starting with in-batch negatives", waited_s)
-        return (NONE if newest is None else int(newest.removeprefix("v"))), is_required
+        return version, is_required
+
+    def _is_stale(self, step: int) -> bool:
+        limit, mined_at = self._settings.max_age_steps, None if self.in_force is None else self.in_force.checkpoint_step
+        return limit is not None and mined_at is not None and step - mined_at > limit
+
+    def _must_be_younger(self, step: int) -> bool:
+        return self._settings.when_stale == "wait" and self._is_stale(step)
+
+    def _waits_for_younger(self, step: int) -> bool:
+        """Tell whether the step still waits for younger negatives. Rank 0 only."""
+        if not self._must_be_younger(step):
+            self._stale_since_s = None
+            return False
+        now_s = time.monotonic()
+        self._stale_since_s = self._stale_since_s or now_s
+        return now_s - self._stale_since_s < self._settings.first_wait_s
 
     def _put_in_force(self) -> None:
         assert self._fetched is not None
         if self._world.speaks:
             pin(self._folder(self._fetched), "trainer", PIN_S)
-            if self.in_force is not None:
-                unpin(self._folder(self.in_force), "trainer")
-        self.in_force = self._fetched
+        if self._previous is not None and self._previous.version != self._fetched.version:
+            self._let_go(self._previous)
+        self._previous, self.in_force, self._stale_since_s = self.in_force, self._fetched, None
+
+    def _let_go(self, negatives: Negatives | None) -> None:
+        if self._world.speaks and negatives is not None:
+            unpin(self._folder(negatives), "trainer")
 
     def _version(self) -> int:
         return NONE if self.in_force is None else self.in_force.version
@@ -111,6 +169,8 @@ class NegativesFeed:
                     if wanted not in said:
                         said.add(wanted)
                         log.info("negatives %s not taken: %s", version_name(wanted), torn)
-            if self._world.speaks and self.in_force is not None and time.monotonic() - pinned_at > PIN_S / 4:
+            if self._world.speaks and time.monotonic() - pinned_at > PIN_S / 4:
                 pinned_at = time.monotonic()
-                pin(self._folder(self.in_force), "trainer", PIN_S)
+                for held in (self.in_force, self._previous):
+                    if held is not None:
+                        pin(self._folder(held), "trainer", PIN_S)

@@ -8,6 +8,7 @@ from typing import Literal
 from gradcache import OBJECTIVES
 from gradcache.widths import check_widths
 from trainer.data.sampler import Mode
+from trainer.early_stop import StopSettings
 from trainer.encoder.model import ModelSettings
 from trainer.errors import InputError
 from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings, Sources, SourceSettings
@@ -116,19 +117,32 @@ class OptimSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmaSettings:
+    """Section `ema`: a moving average of the weights; evaluated and published in their place."""
+
+    decay: float | None = None  # share of the average that stays with each step, as 0.999; None: no average
+
+    def __post_init__(self) -> None:
+        if self.decay is not None and not 0 < self.decay < 1:
+            raise InputError(f"ema.decay={self.decay} must lie between 0 and 1, as 0.999 does; leave it out for no average")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
     """Section `checkpoint`."""
 
     every_steps: int = 200  # also after the last step
-    keep: int = 3  # newest ones kept; pinned ones stay
+    keep: int = 3  # newest ones kept; pinned ones stay, and the best one on dev if there is an evaluation at its step
     keep_every_steps: int | None = None  # of these steps all are kept
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings:
-    """Section `eval`: before the first step and after the last one, with the corpus sharded over the ranks."""
+    """Section `eval`: before the first step, after the last one and in between, with the corpus sharded over the ranks."""
 
-    split: str = "test"  # qrels/NAME.tsv; an absent one is said and skipped
+    split: str = "test"  # qrels/NAME.tsv, before and after; an absent one is said and skipped
+    dev_split: str = "dev"  # in between, and what section stop decides by
+    every_steps: int | None = None  # in between; None: never
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +159,9 @@ class TrainJob:
     loss: LossSettings = field(default_factory=LossSettings)
     precision: PrecisionSettings = field(default_factory=PrecisionSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
+    ema: EmaSettings = field(default_factory=EmaSettings)
     negatives: NegativesSettings = field(default_factory=NegativesSettings)
+    stop: StopSettings = field(default_factory=StopSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
 
@@ -162,6 +178,8 @@ class TrainJob:
             "optim.steps": 1 if self.optim.steps is None else self.optim.steps,
             "checkpoint.every_steps": self.checkpoint.every_steps,
             "checkpoint.keep": self.checkpoint.keep,
+            "checkpoint.keep_every_steps": self.checkpoint.keep_every_steps or 1,
+            "eval.every_steps": self.eval.every_steps or 1,
         }
         for name, value in positive.items():
             if not value > 0:
@@ -176,6 +194,16 @@ class TrainJob:
             )
         if self.run.seed < 0:
             raise InputError(f"run.seed={self.run.seed} must be 0 or more")
+        if self.stop.needs_evaluations and self.eval.every_steps is None:
+            raise InputError("section stop decides by evaluations on dev, and there are none; set eval.every_steps")
+        if self.ema.decay is not None and self.parallel.backend == "zero3":
+            raise InputError('ema.decay cannot be used with parallel.backend="zero3"; set zero2 or fsdp2')
+        age = self.negatives.max_age_steps
+        if self.negatives.when_stale == "wait" and age is not None and age < 2 * self.checkpoint.every_steps:
+            raise InputError(
+                f'negatives.max_age_steps={age} with when_stale="wait" would wait for checkpoints that are not written yet; '
+                f"set it to {2 * self.checkpoint.every_steps} or more, or checkpoint.every_steps lower"
+            )
         self._check_schedule()
         self._check_sources()
 

@@ -4,7 +4,7 @@ One process, DDP and FSDP2 are here, DeepSpeed is in `zero.py`. Whatever the bac
 of elements (see `parts.py`), so a checkpoint of one opens under all others.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gradcache import DDPSync, FSDP2Sync, GradientSync, NoSync
+from trainer.encoder.backbone import layers_of
+from trainer.encoder.towers import Encoder
 from trainer.job import OptimSettings, ParallelSettings
 from trainer.optim import build_optimizer, moments_of
 from trainer.parts import Fragment
@@ -25,13 +27,15 @@ class Parallel:
     """A model that is ready for steps: in one process, or whole on every rank under DDP."""
 
     is_sharded = False  # True: no rank can use the encoder by itself
+    is_replicated = True  # False: what a rank holds of weights and moments, no other does
 
-    def __init__(self, encoder: nn.Module, module: nn.Module, sync: GradientSync, optim: OptimSettings):
+    def __init__(self, encoder: nn.Module, module: nn.Module, sync: GradientSync, optim: OptimSettings, world: World):
         self.encoder = encoder  # the bare encoder, for its names and parameters
         self.module = module  # what is called in steps
         self.sync = sync
         self.optimizer = build_optimizer(encoder.parameters(), optim)
         self._max_norm = optim.max_grad_norm
+        self._world = world
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by their names in the bare encoder."""
@@ -66,13 +70,20 @@ class Parallel:
         for name, parameter in self.trained().items():
             moments = moments_of(self.optimizer, parameter)
             for kind, tensor in (("parameter", parameter), *((kind, moments[kind]) for kind in MOMENTS)):
-                yield self._fragment(f"{kind}.{name}", tensor.detach())
+                yield self.fragment(f"{kind}.{name}", tensor.detach())
 
     def kept_fragments(self) -> Iterator[Fragment]:
         """Yield what this rank is to keep, so that all ranks together keep everything once."""
-        rank, num_ranks = self._place
-        for fragment in self.fragments():
-            yield fragment.share(rank, num_ranks)
+        return self.kept(self.fragments(), self.is_replicated)
+
+    def kept(self, fragments: Iterable[Fragment], is_replicated: bool) -> Iterator[Fragment]:
+        """Yield this rank's share of fragments that every rank holds, or all that no other holds."""
+        for fragment in fragments:
+            yield fragment.share(self._world.rank, self._world.num_ranks) if is_replicated else fragment
+
+    def fragment(self, name: str, tensor: Tensor) -> Fragment:
+        """Return what this rank holds of a tensor that is laid out as a parameter is, as a view."""
+        return Fragment(name, 0, tensor.numel(), tensor.view(-1))
 
     @property
     def num_updates(self) -> int:
@@ -88,22 +99,22 @@ class Parallel:
     def _adam_states(self) -> Iterator[dict[str, Tensor]]:
         return (state for state in self.optimizer.state.values() if "step" in state)
 
-    @property
-    def _place(self) -> tuple[int, int]:
-        group = self.module.process_group if isinstance(self.module, DistributedDataParallel) else None
-        return (0, 1) if group is None else (group.rank(), group.size())
-
-    def _fragment(self, name: str, tensor: Tensor) -> Fragment:
-        return Fragment(name, 0, tensor.numel(), tensor.view(-1))
-
 
 class _FSDP2(Parallel):
     """Every rank holds some rows of every parameter."""
 
     is_sharded = True
-    _place = (0, 1)  # what a rank holds, no other does
+    is_replicated = False
 
-    def _fragment(self, name: str, tensor: Tensor) -> Fragment:
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return the trained parameters by their names, sharded: a forward without backward leaves some gathered."""
+        for module in self.encoder.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return super().trained()
+
+    def fragment(self, name: str, tensor: Tensor) -> Fragment:
+        """Return this rank's rows of a tensor."""
         assert isinstance(tensor, DTensor)
         rank, num_ranks = tensor.device_mesh.get_local_rank(), tensor.device_mesh.size()
         rows_per_rank = -(-tensor.shape[0] // num_ranks)  # torch.chunk's, which fully_shard cuts by
@@ -127,12 +138,12 @@ def parallelize(encoder: nn.Module, world: World, settings: ParallelSettings, op
 
         return with_deepspeed(encoder, world, settings, optim)
     if world.group is None:
-        return Parallel(encoder, encoder, NoSync(encoder), optim)
+        return Parallel(encoder, encoder, NoSync(encoder), optim, world)
     if settings.backend == "fsdp2":
-        return _with_fsdp2(encoder, settings, optim)
+        return _with_fsdp2(encoder, world, settings, optim)
     module = world.accelerator.prepare_model(encoder)
     assert isinstance(module, DistributedDataParallel)
-    return Parallel(encoder, module, DDPSync(module), optim)
+    return Parallel(encoder, module, DDPSync(module), optim, world)
 
 
 def copy_weights(parallel: Parallel, encoder: nn.Module | None) -> None:
@@ -144,19 +155,13 @@ def copy_weights(parallel: Parallel, encoder: nn.Module | None) -> None:
                 own[name].copy_(values)
 
 
-def _with_fsdp2(encoder: nn.Module, settings: ParallelSettings, optim: OptimSettings) -> Parallel:
+def _with_fsdp2(encoder: nn.Module, world: World, settings: ParallelSettings, optim: OptimSettings) -> Parallel:
     """Shard each layer by itself, so that one layer's parameters are whole at a time, and the rest together."""
-    for layer in layers_of(encoder):
+    for layer in encoder.layers() if isinstance(encoder, Encoder) else layers_of(encoder):
         fully_shard(layer)
     module: FSDPModule = fully_shard(encoder)
     sync = FSDP2Sync(module, reduce_every_chunk=settings.reduce == "chunk")
-    return _FSDP2(encoder, encoder, sync, optim)
-
-
-def layers_of(encoder: nn.Module) -> list[nn.Module]:
-    """Return the repeated layers of a transformer: the members of its longest list of modules."""
-    lists = [module for module in encoder.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=len, default=[]))
+    return _FSDP2(encoder, encoder, sync, optim, world)
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -10,15 +10,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import filelock
+import numpy as np
 from torch import Tensor
 from torch.optim import AdamW
 from transformers import PreTrainedTokenizerBase
 
 from gradcache import Budget, Temperature
 from trainer.checkpoint import Saver, clean_parts, load_state, load_weights
-from trainer.data.collate import TrainingSet, training_set
+from trainer.data.collate import TrainingSet, given_negatives, training_set
 from trainer.data.datasets import RetrievalData, open_data
-from trainer.data.sampler import steps_per_epoch
+from trainer.data.order import build_order
+from trainer.data.sampler import Order
+from trainer.early_stop import EarlyStop, RollBack
+from trainer.ema import build_average
 from trainer.encoder.model import Encoder, Traits, load_encoder
 from trainer.encoder.tokens import tokenize_side
 from trainer.errors import InputError, RunInUse
@@ -27,11 +31,12 @@ from trainer.handoff.manifest import clean_staging
 from trainer.handoff.weights import Checkpoint, checkpoints_folder, newest_checkpoint
 from trainer.interrupt import Interrupt
 from trainer.job import TrainJob
-from trainer.metrics import Metrics, NoMetrics, NoStatus, Status, TrainerMetrics
+from trainer.metrics import Metrics, NoMetrics, NoStatus, Status, TrainerMetrics, check_trackers
 from trainer.optim import build_schedule
 from trainer.parallel import is_sharded, parallelize
 from trainer.precision import encode_in, loss_scaler, set_tf32
 from trainer.state import TrainState
+from trainer.tasks import Task, build_tasks
 from trainer.world import World
 
 log = logging.getLogger(__name__)
@@ -56,16 +61,21 @@ class Training:
     interrupt: Interrupt
     metrics: Metrics
     status: Status | NoStatus
+    order: Order  # of the training queries
+    tasks: dict[int | None, Task]  # what becomes of each source's queries
+    has_two_towers: bool
     num_steps: int
     lock: filelock.BaseFileLock | None  # held by rank 0 while it lives
     saved_step: int | None = None  # of the newest checkpoint
     budget: Budget | None = None  # of memory; found with the first batch
+    data_s: float = 0.0  # that the last step took to put its batch together
     batch_key: str = ""  # of the queries of the last step: equal keys, equal global batches
 
 
 def prepare(job: TrainJob, world: World) -> Training:
     """Return a started or resumed run. Collective. Raises InputError for a job or data that cannot be used."""
     run = job.run.folder
+    check_trackers(job.run.trackers)
     lock = claim_run(job, world)
     status: Status | NoStatus = Status(run, "trainer") if world.speaks else NoStatus()
     status.update(phase="preparing", step=0)
@@ -81,20 +91,39 @@ def prepare(job: TrainJob, world: World) -> Training:
     encoder, tokenizer, traits = load_encoder(job.model)
     if checkpoint is not None:
         load_weights(checkpoint, encoder)
+    job.loss.check_model(encoder.width)
     dataset = tokenized(job, data, tokenizer, traits)
-    num_steps = num_steps_of(job, dataset.num_queries)
+    split, batch = job.data.train_split, job.batch
+    order = build_order(
+        data,
+        dataset,
+        split,
+        seed=job.run.seed,
+        batch=batch.queries,
+        mode=batch.mode,
+        avoid_duplicates=batch.avoid_duplicates,
+        clusters=batch.clusters,
+    )
+    num_steps = job.optim.steps or max(1, math.ceil(job.optim.epochs * order.steps_per_epoch))
     plain = copy.deepcopy(encoder) if world.speaks or is_sharded(job.parallel, world) else None
     parallel = parallelize(encoder, world, job.parallel, job.optim)
     temperature = Temperature(job.loss.temperature, job.loss.learn_temperature).to(world.device)
     of_temperature = AdamW(temperature.parameters(), lr=job.optim.temperature_lr, weight_decay=0.0)
-    state = TrainState(parallel, temperature, of_temperature, loss_scaler(job.precision, world.device))
+    scaler = loss_scaler(job.precision, world.device)
+    decisions = EarlyStop(job.stop), RollBack(job.stop)
+    state = TrainState(parallel, temperature, of_temperature, scaler, build_average(parallel, job.ema), *decisions)
     if checkpoint is not None:
         load_state(checkpoint, state)
+        num_steps = state.step if state.early_stop.is_over else num_steps
         log.info("resumed from step %d of %d", state.step, num_steps)
     interrupt = Interrupt()
     num_passages = len(data.corpus)
-    feed = NegativesFeed(world, run, job.negatives, dataset.num_queries, num_passages, interrupt.is_set)
-    metrics: Metrics = TrainerMetrics(run) if world.speaks else NoMetrics()
+    given = given_negatives(data, split) if job.negatives.per_query else None
+    feed = NegativesFeed(world, run, job.negatives, dataset.num_queries, num_passages, interrupt.is_set, given)
+    for version in state.roll_back.refused:
+        if version is not None:
+            feed.take_back(version, state.negatives_version)
+    metrics: Metrics = TrainerMetrics(run, job.run.trackers) if world.speaks else NoMetrics()
     status.update(step=state.step, num_steps=num_steps)
     return Training(
         job,
@@ -112,6 +141,9 @@ def prepare(job: TrainJob, world: World) -> Training:
         interrupt,
         metrics,
         status,
+        order,
+        build_tasks(job.loss, data, temperature, world.device),
+        encoder.has_two_towers,
         num_steps,
         lock,
         saved_step=None if checkpoint is None else checkpoint.step,
@@ -138,25 +170,24 @@ def claim_run(job: TrainJob, world: World) -> filelock.BaseFileLock | None:
 
 
 def check_sizes(job: TrainJob, data: RetrievalData, num_ranks: int) -> None:
-    """Raise InputError where the data, the batch and the ranks do not fit together."""
-    num_queries = len(data.training_queries(job.data.train_split))
-    if job.batch.queries < num_ranks:
-        raise InputError(
-            f"batch.queries={job.batch.queries} is less than the {num_ranks} ranks; every rank needs a query, "
-            "so set batch.queries higher or launch fewer ranks"
-        )
-    if num_queries < job.batch.queries:
-        raise InputError(
-            f"{data.path} has {num_queries} training queries, fewer than batch.queries={job.batch.queries}; "
-            "set batch.queries lower"
-        )
-
-
-def num_steps_of(job: TrainJob, num_queries: int) -> int:
-    """Return the length of the run in steps."""
-    if job.optim.steps is not None:
-        return job.optim.steps
-    return max(1, math.ceil(job.optim.epochs * steps_per_epoch(num_queries, job.batch.queries)))
+    """Raise InputError where the data, the batches and the ranks do not fit together."""
+    rows = data.training_queries(job.data.train_split)
+    batches = [("batch.queries", job.batch.queries, data.path, len(rows))]
+    if job.batch.mode != "mixed":
+        counts = np.bincount(data.source_of("queries", rows), minlength=len(data.sources)).tolist()
+        batches = [
+            (f"sources.{s.name}.batch", s.settings.batch, s.settings.path, count) if s.settings.batch
+            else ("batch.queries", job.batch.queries, s.settings.path, count)
+            for s, count in zip(data.sources, counts, strict=True)
+        ]  # fmt: skip
+    for name, batch, path, num_queries in batches:
+        if batch < num_ranks:
+            raise InputError(
+                f"{name}={batch} is less than the {num_ranks} ranks; every rank needs a query, "
+                f"so set {name} higher or launch fewer ranks"
+            )
+        if num_queries < batch:
+            raise InputError(f"{path} has {num_queries} training queries, fewer than {name}={batch}; set {name} lower")
 
 
 def _newest(job: TrainJob) -> Checkpoint | None:

@@ -1,5 +1,7 @@
 """Everything of a training run that must survive a restart, beside weights and moments: a few numbers."""
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -7,8 +9,11 @@ import torch
 from torch.optim import AdamW
 
 from gradcache import Temperature
+from trainer.early_stop import EarlyStop, RollBack
+from trainer.ema import NoAverage, WeightAverage
 from trainer.optim import moments_of
 from trainer.parallel import MOMENTS, Parallel
+from trainer.parts import Fragment
 
 COUNTERS = ("step", "negatives_version", "swaps", "seconds")
 
@@ -21,10 +26,23 @@ class TrainState:
     temperature: Temperature
     temperature_optimizer: AdamW  # its learning rate is 0 where the temperature is fixed
     scaler: torch.amp.GradScaler  # of float16 gradients
+    average: WeightAverage | NoAverage
+    early_stop: EarlyStop
+    roll_back: RollBack
     step: int = 0  # steps done
     negatives_version: int | None = None  # in force after `step`
     swaps: list[list[int]] = field(default_factory=list)  # [step, version] of every swap so far
     seconds: float = 0.0  # spent in steps, over all starts
+
+    def fragments(self) -> Iterator[Fragment]:
+        """Yield what this rank holds of weights, moments and averages, as views."""
+        return itertools.chain(self.parallel.fragments(), self.average.fragments())
+
+    def kept_fragments(self) -> Iterator[Fragment]:
+        """Yield what this rank is to keep of them."""
+        # Averages are laid out as parameters are, whoever shards the moments.
+        averages = self.parallel.kept(self.average.fragments(), not self.parallel.is_sharded)
+        return itertools.chain(self.parallel.kept_fragments(), averages)
 
     def values(self) -> dict[str, Any]:
         """Return what JSON can hold: all but the tensors of the encoder."""
@@ -32,6 +50,9 @@ class TrainState:
         return {
             **{name: getattr(self, name) for name in COUNTERS},
             "num_updates": self.parallel.num_updates,
+            "num_averaged": self.average.num_updates,
+            "early_stop": self.early_stop.state_dict(),
+            "roll_back": self.roll_back.state_dict(),
             "scaler": self.scaler.state_dict(),
             # Python's floats hold a float32 exactly.
             "temperature": {
@@ -45,6 +66,9 @@ class TrainState:
         for name in COUNTERS:
             setattr(self, name, values[name])
         self.parallel.num_updates = values["num_updates"]
+        self.average.num_updates = values["num_averaged"]
+        self.early_stop.load_state_dict(values["early_stop"])
+        self.roll_back.load_state_dict(values["roll_back"])
         if values["scaler"]:
             self.scaler.load_state_dict(values["scaler"])
         kept = dict(values["temperature"])

@@ -5,34 +5,28 @@ update, record, save. Everything random in it is a function of (seed, step), so 
 the way that an undisturbed one goes.
 """
 
-import contextlib
-import json
 import logging
 import resource
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
 import xxhash
 
-from gradcache import OBJECTIVES, NotFinite, StepResult, cached_step
+from gradcache import NotFinite, StepResult, cached_step
+from gradcache.replay import replay_seed
 from trainer.budget import step_budget
 from trainer.data.collate import collate
-from trainer.data.sampler import global_batch, rank_slice
-from trainer.encoder.model import Encoder, save_encoder
+from trainer.data.sampler import Part, rank_slice, sources_begun_anew, step_parts
 from trainer.errors import InputError
-from trainer.evaluate import Stopped, evaluate
-from trainer.handoff.manifest import prune, write_atomically
-from trainer.handoff.weights import checkpoint_name, checkpoints_folder
+from trainer.evaluate import Stopped
 from trainer.job import TrainJob
+from trainer.milestones import evaluate_on_dev, evaluate_once, evaluations, save
 from trainer.optim import set_learning_rate
-from trainer.parallel import copy_weights
 from trainer.precision import product_dtype
 from trainer.prepare import Training, prepare
 from trainer.state import Outcome
+from trainer.tasks import joined
 from trainer.world import World
 
 log = logging.getLogger(__name__)
@@ -55,6 +49,7 @@ def train(job: TrainJob, world: World) -> Outcome:
             run.saver.check()
             state.step += 1
             record(run, result, grad_norm, time.perf_counter() - started)
+            evaluate_on_dev(run)
             if state.step % job.checkpoint.every_steps == 0 or state.step == run.num_steps:
                 save(run)
         evaluate_once(run, "trained")
@@ -72,6 +67,7 @@ def train(job: TrainJob, world: World) -> Outcome:
 
 def switch_negatives(run: Training) -> bool:
     """Bring the negatives of the next step into force; return whether to stop before it. Collective."""
+    started = time.perf_counter()
     asked_to_stop = run.feed.before_step(run.state.step, on_wait=lambda: run.status.update(phase="waiting for negatives"))
     in_force = run.feed.in_force
     if in_force is not None and in_force.version != run.state.negatives_version:
@@ -83,6 +79,7 @@ def switch_negatives(run: Training) -> bool:
                 "event": "negatives swapped",
                 "negatives/version": in_force.version,
                 "negatives/checkpoint_step": in_force.checkpoint_step,
+                "time/switch_s": round(time.perf_counter() - started, 5),
             },
         )
         origin = "BM25" if in_force.checkpoint_step is None else f"the checkpoint of step {in_force.checkpoint_step}"
@@ -92,41 +89,58 @@ def switch_negatives(run: Training) -> bool:
 
 def step(run: Training) -> StepResult:
     """Leave the exact gradient of this step in the parameters. Collective."""
-    job, state, world = run.job, run.state, run.world
-    rows = global_batch(job.run.seed, state.step, run.dataset.num_queries, job.batch.queries)
-    run.batch_key = xxhash.xxh3_64_hexdigest(np.ascontiguousarray(rows).tobytes())
+    run.data_s, number = 0.0, run.state.step
+    parts = step_parts(run.order, number)
+    run.batch_key = xxhash.xxh3_64_hexdigest(np.concatenate([part.rows for part in parts]).tobytes())
+    for source in sources_begun_anew(run.order, number):
+        log.info("step %d: source %s begins again, others are longer", number, run.data.sources[source].name)
+    results = [take_part(run, part, i, is_last=i == len(parts) - 1) for i, part in enumerate(parts)]
+    result = joined(results, [run.tasks[part.source].weight for part in parts])
+    if result.num_halved:
+        assert run.budget is not None
+        run.budget = run.budget.halved()
+        log.warning("step %d: out of memory; from here on chunk.tokens is %d", number, run.budget.chunk_tokens)
+    return result
+
+
+def take_part(run: Training, part: Part, number: int, is_last: bool) -> StepResult:
+    """Add the gradient of one task's queries; the last part synchronises the sum. Collective."""
+    job, state, world, task = run.job, run.state, run.world, run.tasks[part.source]
+    started = time.perf_counter()
     batch = collate(
         run.dataset,
-        run.feed.in_force,
-        rank_slice(rows, world.rank, world.num_ranks),
+        run.feed.of_step(state.step),
+        rank_slice(part.rows, world.rank, world.num_ranks),
         encode=run.encode,
         device=world.device,
         per_query=job.negatives.per_query,
         seed=job.run.seed,
         step=state.step,
+        has_two_towers=run.has_two_towers,
     )
+    run.data_s += time.perf_counter() - started
     if run.budget is None:
         run.budget = step_budget(job.chunk, batch, state.parallel.encoder, world)
-    result = cached_step(
+    return cached_step(
         batch,
-        objective=OBJECTIVES[job.loss.objective],
+        objective=task.objective,
         symmetric=job.loss.symmetric,
         same_side=job.loss.same_side,
         tile_rows=job.loss.tile_rows,
         product_dtype=product_dtype(job.precision),
+        widths=job.loss.widths,
+        width_weights=job.loss.width_weights,
         scaler=state.scaler,
-        temperature=state.temperature,
+        temperature=task.temperature,
         sync=state.parallel.sync,
         group=world.group,
         chunk_tokens=run.budget.chunk_tokens,
         keep_graphs=run.budget.keep_graphs,
-        seed=job.run.seed,
+        seed=job.run.seed if number == 0 else replay_seed(job.run.seed, number),  # parts must not draw alike
         step=state.step,
+        weight=task.weight,
+        is_last=is_last,
     )
-    if result.num_halved:
-        run.budget = run.budget.halved()
-        log.warning("step %d: out of memory; from here on chunk.tokens is %d", state.step, run.budget.chunk_tokens)
-    return result
 
 
 def update(run: Training) -> float:
@@ -140,7 +154,10 @@ def update(run: Training) -> float:
         torch.nn.utils.clip_grad_norm_(state.temperature.parameters(), optim.max_grad_norm)
         state.scaler.step(state.temperature_optimizer)
         state.temperature_optimizer.zero_grad(set_to_none=True)
+    scale = state.scaler.get_scale()
     state.scaler.update()
+    if state.scaler.get_scale() >= scale:  # float16 that overflows skips the step
+        state.average.update()
     return norm
 
 
@@ -165,6 +182,7 @@ def record(run: Training, result: StepResult, grad_norm: float, seconds: float) 
         "share/encoded_twice": result.share_encoded_twice,
         "share/masked": result.share_masked,
         "time/step_s": round(seconds, 4),
+        "time/data_s": round(run.data_s, 5),
         "time/encode_s": round(result.encode_s, 4),
         "time/loss_s": round(result.loss_s, 4),
         "time/backward_s": round(result.backward_s, 4),
@@ -191,40 +209,6 @@ def _name_text(run: Training, error: NotFinite) -> str:
     return str(error).replace(f"key {error.key}", f"id {names[int(found[0])]['_id']!r}") if len(found) else str(error)
 
 
-def save(run: Training) -> None:
-    """Publish a checkpoint of the present step and prune old ones, behind the loop's back. Collective."""
-    started = time.perf_counter()
-    run.saver.wait()
-    state, is_final = run.state, run.state.step == run.num_steps
-    if run.saved_step == state.step:
-        return
-    run.saved_step = state.step
-    copy_weights(state.parallel, run.plain)
-    fields = {"data_digest": run.data.digest, "is_final": is_final, "num_steps": run.num_steps}
-    published = run.plain if run.world.speaks else None
-
-    def write_encoder(folder: Path) -> None:
-        assert run.plain is not None
-        save_encoder(folder, run.plain, run.tokenizer, run.traits)
-
-    run.saver.save(state, published, write_encoder, fields, on_published=lambda: prune_checkpoints(run, state.step))
-    run.metrics.record(state.step, {"event": "saved", "time/save_s": round(time.perf_counter() - started, 3)})
-
-
-def prune_checkpoints(run: Training, step: int) -> None:
-    """Delete all checkpoints but the newest, the pinned ones, those of round steps and those that a schedule still mines."""
-    settings = run.job.checkpoint
-    # A fixed schedule may mine a checkpoint long after it was written: as long as its negatives are not in force.
-    needed = {checkpoint_name(e.checkpoint) for e in run.job.negatives.schedule if e.step >= step}
-
-    def is_needed(folder: Path) -> bool:
-        of_folder = int(folder.name.removeprefix("step-"))
-        is_round = settings.keep_every_steps is not None and of_folder % settings.keep_every_steps == 0
-        return is_round or folder.name in needed
-
-    prune(checkpoints_folder(run.job.run.folder), settings.keep, is_needed)
-
-
 def stop(run: Training) -> Outcome:
     """Save and say so: the run was asked to stop. Collective."""
     save(run)
@@ -233,56 +217,6 @@ def stop(run: Training) -> Outcome:
     run.status.update(phase="stopped")
     log.info("stopped at step %d of %d as asked; the same command goes on from here", run.state.step, run.num_steps)
     return Outcome(finished=False, step=run.state.step, evaluations=evaluations(run.job))
-
-
-def evaluate_once(run: Training, name: str) -> None:
-    """Evaluate as `name` unless an earlier start of this run has done so. Collective. Raises Stopped."""
-    split = run.job.eval.split
-    if split not in run.data.qrels:
-        log.info("no qrels/%s.tsv: not evaluated", split)
-        return
-    path = run.job.run.folder / "evaluations" / f"{name}.json"
-    is_trained = run.state.step == run.num_steps
-    if run.world.broadcast(path.exists() or (name == "untrained" and run.state.step > 0)):
-        return
-    phase = f"evaluating the {name} model"
-    run.status.update(phase=phase, training_done=is_trained, done=0, total=None)
-    with evaluable(run) as encoder:
-        measures = evaluate(
-            run.world,
-            run.data,
-            split,
-            encoder,
-            run.tokenizer,
-            run.traits,
-            run.job.run.folder / "shards",
-            on_progress=lambda done, total: run.status.update(done=done, total=total),
-            should_stop=run.interrupt.is_set,
-        )
-    if run.world.speaks:
-        write_atomically(path, json.dumps({"step": run.state.step, "split": split, **measures}))
-        run.metrics.record(run.state.step, {f"eval/{key}": value for key, value in measures.items()})
-        log.info("%s model: %s", name, "  ".join(f"{key} {value:.4f}" for key, value in measures.items()))
-
-
-@contextlib.contextmanager
-def evaluable(run: Training) -> Iterator[Encoder]:
-    """Give an encoder with the present weights that this rank can use by itself. Collective if sharded."""
-    parallel = run.state.parallel
-    if not parallel.is_sharded:
-        yield cast(Encoder, parallel.encoder)
-        return
-    assert run.plain is not None
-    run.saver.wait()
-    copy_weights(parallel, run.plain)
-    yield run.plain.to(run.world.device)
-    run.plain.to("cpu")
-
-
-def evaluations(job: TrainJob) -> dict[str, dict[str, float]]:
-    """Return what was evaluated in a run so far, by name."""
-    folder = job.run.folder / "evaluations"
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
 def peak_memory_gib(world: World) -> float:

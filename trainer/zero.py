@@ -41,7 +41,7 @@ def with_deepspeed(encoder: nn.Module, world: World, settings: ParallelSettings,
         ) from error
     with _quiet():
         deepspeed.init_distributed(dist_backend="gloo" if world.device.type == "cpu" else "nccl", verbose=False)
-        return _Zero(encoder, settings, optim)
+        return _Zero(encoder, settings, optim, world)
 
 
 def engine_config(settings: ParallelSettings, optim: OptimSettings) -> dict[str, Any]:
@@ -82,13 +82,13 @@ def _read_config(path: Path, stage: int) -> dict[str, Any]:
 class _Zero(Parallel):
     """An engine. From stage 1 on a rank holds runs of the flattened parameters, wherever their edges fall."""
 
-    def __init__(self, encoder: nn.Module, settings: ParallelSettings, optim: OptimSettings):
+    def __init__(self, encoder: nn.Module, settings: ParallelSettings, optim: OptimSettings, world: World):
         import deepspeed
 
-        super().__init__(encoder, encoder, NoSync(), optim)
+        super().__init__(encoder, encoder, NoSync(), optim, world)
         self._engine, *_ = deepspeed.initialize(model=encoder, optimizer=self.optimizer, config=engine_config(settings, optim))
         self._stage = int(settings.backend.removeprefix("zero"))
-        self.is_sharded = self._stage == 3
+        self.is_sharded, self.is_replicated = self._stage == 3, self._stage == 0
         self.module = self._engine
         self.sync = DeepSpeedSync(self._engine, reduce_every_chunk=settings.reduce == "chunk")
         self._make_moments()
@@ -146,11 +146,6 @@ class _Zero(Parallel):
                 moments_of(self.optimizer, partition)
         if self._stage in (1, 2):
             zero._lazy_init_hp_params_optimizer_state()
-
-    @property
-    def _place(self) -> tuple[int, int]:
-        world = torch.distributed
-        return (world.get_rank(), world.get_world_size()) if self._stage == 0 else (0, 1)
 
     def _runs_in_groups(self, name: str, parameter: nn.Parameter) -> Iterator[Fragment]:
         """Yield a parameter's run in this rank's partition of its group; none where it lies on other ranks."""

@@ -1,21 +1,25 @@
-"""The moving average: its closed form, the way in and back bit by bit, shards of FSDP2, and what survives a restart."""
+"""The moving average: its closed form, the way in and back bit by bit. Shards and restarts are in test_checkpoint.py."""
 
 import pytest
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
-from tests.ranks import run_ranks
-from trainer.ema import EmaSettings, NoAverage, WeightAverage, build_average
+from tests.trainer.worlds import world_of
+from trainer.ema import NoAverage, WeightAverage, build_average
 from trainer.errors import InputError
+from trainer.job import EmaSettings, OptimSettings, ParallelSettings, TrainJob
+from trainer.parallel import parallelize
 
 DECAY, STEPS = 0.5, 6
 
 
 def model():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 3))  # rows that two ranks cannot share evenly
+    return nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 3))
+
+
+def parallel(module):
+    return parallelize(module, world_of(), ParallelSettings(), OptimSettings())
 
 
 def move(module, step):
@@ -26,7 +30,7 @@ def move(module, step):
 
 
 def averaged(module, steps=STEPS):
-    average = WeightAverage(module, DECAY)
+    average = WeightAverage(parallel(module), DECAY)
     for step in range(steps):
         move(module, step)
         average.update()
@@ -45,11 +49,15 @@ def closed_form(steps=STEPS):
 
 
 def weights(module):
-    return {name: p.full_tensor() if isinstance(p, DTensor) else p.detach().clone() for name, p in module.named_parameters()}
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
 
 
 def same(found, wanted):
     return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def held(average):
+    return {f.name: f.values.clone() for f in average.fragments()}
 
 
 def test_the_average_is_the_closed_form_and_not_the_weights():
@@ -66,12 +74,12 @@ def test_the_average_is_the_closed_form_and_not_the_weights():
 def test_weights_come_back_bit_by_bit_also_after_an_error():
     module = model()
     average = averaged(module)
-    before, kept = weights(module), average.state_dict()
+    before, kept = weights(module), held(average)
     pointers = [p.data_ptr() for p in module.parameters()]
     with pytest.raises(RuntimeError, match="evaluation"), average.swapped_in():
         assert not same(weights(module), before)
         raise RuntimeError("in the evaluation")
-    assert same(weights(module), before) and same(average.state_dict(), kept)
+    assert same(weights(module), before) and same(held(average), kept)
     assert [p.data_ptr() for p in module.parameters()] == pointers, "an optimizer holds the same tensors"
 
 
@@ -80,71 +88,18 @@ def test_only_what_is_trained_is_averaged():
     module[0].requires_grad_(False)
     frozen = module[0].weight.clone()
     average = averaged(module)
-    assert average.state_dict().keys() == {"2.weight", "2.bias", "num_updates"}
+    assert held(average).keys() == {"average.2.weight", "average.2.bias"}
     with average.swapped_in():
         assert torch.equal(module[0].weight, frozen)
 
 
-def test_a_restart_goes_on_as_if_there_had_been_none():
+def test_no_average_swaps_nothing():
     module = model()
-    average = averaged(module, steps=3)
-    state, before = average.state_dict(), weights(module)
-    for step in range(3, STEPS):
-        move(module, step)
-        average.update()
-    again = model()
-    again.load_state_dict(before)
-    resumed = WeightAverage(again, DECAY)
-    resumed.load_state_dict(state)
-    for step in range(3, STEPS):
-        move(again, step)
-        resumed.update()
-    assert same(resumed.state_dict(), average.state_dict())
-
-
-def sharded(rank, whole):
-    """Return the weights that an evaluation under FSDP2 saw and used, the weights before and behind it, and the state."""
-    module = model()
-    fully_shard(module[0])
-    fully_shard(module)  # the last layer: FSDP leaves it gathered behind a forward
-    average = averaged(module)
-    inputs = torch.ones(2, 3)
-    before = weights(module)
-    with torch.no_grad():
-        module(inputs)
-        assert not isinstance(module[2].weight, DTensor)
-        with average.swapped_in():
-            seen, output = weights(module), module(inputs)
-        after = weights(module)
-    state = average.state_dict()
-    assert isinstance(state["0.weight"], DTensor)
-    full = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in state.items()}
-    other = WeightAverage(module, DECAY)
-    other.load_state_dict(full if whole else state)
-    reloaded = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in other.state_dict().items()}
-    return seen, output, same(before, after), same(full, reloaded)
-
-
-@pytest.mark.parametrize("whole", [True, False])
-def test_shards_of_fsdp2_average_like_whole_weights(whole):
-    plain = model()
-    average = averaged(plain)
-    with average.swapped_in(), torch.no_grad():
-        wanted, wanted_output = weights(plain), plain(torch.ones(2, 3))
-    for seen, output, came_back, reloaded in run_ranks(sharded, 2, whole):
-        assert same(seen, wanted) and came_back and reloaded
-        torch.testing.assert_close(output, wanted_output)
-
-
-def test_no_average_swaps_nothing_and_says_what_is_missing():
-    module, average = model(), build_average(model(), EmaSettings())
-    assert isinstance(average, NoAverage) and average.state_dict() == {}
+    average = build_average(parallel(module), EmaSettings())
+    assert isinstance(average, NoAverage) and held(average) == {}
     average.update()
     with average.swapped_in():
         assert same(weights(module), weights(model()))
-    average.load_state_dict({})
-    with pytest.raises(ValueError, match=r"ema\.decay is not set"):
-        average.load_state_dict(averaged(module).state_dict())
 
 
 def test_what_cannot_be_averaged_is_one_sentence():
@@ -152,9 +107,6 @@ def test_what_cannot_be_averaged_is_one_sentence():
         with pytest.raises(InputError, match=r"ema\.decay=.* must lie between 0 and 1"):
             EmaSettings(decay=decay)
     with pytest.raises(InputError, match=r"weight is torch\.bfloat16, too coarse"):
-        WeightAverage(model().bfloat16(), DECAY)
-    module = model()
-    state = averaged(module).state_dict()
-    module[0].requires_grad_(False)
-    with pytest.raises(ValueError, match=r"of other parameters: 0\.bias, 0\.weight"):
-        WeightAverage(module, DECAY).load_state_dict(state)
+        WeightAverage(parallel(model().bfloat16()), DECAY)
+    with pytest.raises(InputError, match=r"set zero2 or fsdp2"):
+        TrainJob(ema=EmaSettings(decay=0.9), parallel=ParallelSettings(backend="zero3"))

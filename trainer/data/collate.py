@@ -7,6 +7,7 @@ Passages are ordered positives first, so query i's target is passage i.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ def collate(
     *,
     encode: Callable[..., Tensor],
     device: torch.device,
-    per_query: int,
+    per_query: int | Literal["all"],
     seed: int,
     step: int,
     has_two_towers: bool = False,  # `encode` is then told the side of its texts
@@ -120,7 +121,12 @@ class Chosen:
 
 
 def choose_passages(
-    dataset: TrainingSet, negatives: Negatives | None, query_n: np.ndarray, per_query: int, seed: int, step: int
+    dataset: TrainingSet,
+    negatives: Negatives | None,
+    query_n: np.ndarray,
+    per_query: int | Literal["all"],
+    seed: int,
+    step: int,
 ) -> Chosen:
     """Return the passages of some queries in a step: one positive of each, and up to `per_query` of its negatives.
 
@@ -146,7 +152,7 @@ def _choose_positives(dataset: TrainingSet, query_n: np.ndarray, seed: int, step
 
 
 def _choose_negatives(
-    negatives: Negatives | None, query_n: np.ndarray, per_query: int, seed: int, step: int
+    negatives: Negatives | None, query_n: np.ndarray, per_query: int | Literal["all"], seed: int, step: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return where up to `per_query` distinct ones of each query's list stand, uniform, and whose they are."""
     nothing = np.empty(0, np.int64), np.empty(0, np.int64)
@@ -159,7 +165,7 @@ def _choose_negatives(
     # (n, longest): a random number for every candidate, 2 where the list is shorter; the smallest are taken
     draw_nm = np.stack([choice(seed, step, query_n, NEGATIVE_DRAW + j) for j in range(longest)], axis=1)
     draw_nm[np.arange(longest) >= (stop - start)[:, None]] = 2
-    taken_nk = np.argsort(draw_nm, axis=1, kind="stable")[:, :per_query]
+    taken_nk = np.argsort(draw_nm, axis=1, kind="stable")[:, : None if per_query == "all" else per_query]
     is_there_nk = np.take_along_axis(draw_nm, taken_nk, 1) < 2
     return (start[:, None] + taken_nk)[is_there_nk], np.nonzero(is_there_nk)[0]
 

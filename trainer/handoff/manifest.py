@@ -33,7 +33,7 @@ def publish_version(folder: Path, write: Callable[[Path], None], fields: dict[st
     """Write a version into `folder` so that it appears whole or not at all, and return its manifest.
 
     write: called with an empty staging folder; fills it.
-    fields: JSON values kept in the manifest beside the list of files.
+    fields: JSON values kept in the manifest beside the list of files; `write` may add some.
     Raises InputError when the disk is full or the folder cannot be written; nothing half-written stays behind.
     """
     # Two processes may encode the same shard: each stages its own.

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from trainer.errors import InputError
 from trainer.handoff.negatives import ScheduleEntry
@@ -69,15 +70,21 @@ Sources = dict[str, SourceSettings]  # by name, in the order of the job file
 class NegativesSettings:
     """Section `negatives`: how the trainer takes over what the miner publishes."""
 
-    per_query: int = 1  # hard negatives drawn from the table for each query and step; 0: in-batch negatives only
+    # hard negatives drawn from the table for each query and step; 0: in-batch negatives only
+    per_query: int | Literal["all"] = 1
     first_wait_s: float = 120.0  # seconds to wait for version 0 before the first step; then in-batch negatives only
+    max_age_steps: int | None = None  # steps since the checkpoint that the negatives in force were mined from; None: any age
+    # older ones are said, or not used (in-batch negatives only), or newer ones are waited for, first_wait_s at most
+    when_stale: Literal["warn", "fallback", "wait"] = "warn"
     # Swaps fixed beforehand, in order, so that a run can be repeated to the bit: the trainer waits for each, and the
     # miner mines exactly these checkpoints. Empty: each version comes into force as soon as every rank has verified it.
     schedule: tuple[ScheduleEntry, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.per_query < 0:
-            raise InputError(f"negatives.per_query={self.per_query} is negative; expected 0 or more")
+        if self.per_query != "all" and self.per_query < 0:
+            raise InputError(f'negatives.per_query={self.per_query} is negative; expected 0 or more, or "all"')
+        if self.max_age_steps is not None and self.max_age_steps < 1:
+            raise InputError(f"negatives.max_age_steps={self.max_age_steps} must be at least 1; leave it out for any age")
         for earlier, later in zip(self.schedule, self.schedule[1:], strict=False):
             if not (earlier.step < later.step and earlier.checkpoint <= later.checkpoint):
                 raise InputError("negatives.schedule is not in order: steps must rise from entry to entry")

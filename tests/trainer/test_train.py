@@ -1,0 +1,166 @@
+"""Whole runs in this process: what the job asks for happens at the steps it names, and comes out in the files."""
+
+import json
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import trainer.milestones
+from tests.tiny import write_tiny_dataset, write_tiny_encoder
+from tests.trainer.worlds import world_of
+from trainer.early_stop import StopSettings
+from trainer.encoder.model import load_encoder
+from trainer.encoder.settings import ModelSettings
+from trainer.handoff.manifest import versions
+from trainer.handoff.negatives import publish_negatives
+from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings, SourceSettings
+from trainer.handoff.weights import open_checkpoint
+from trainer.job import (
+    BatchSettings,
+    CheckpointSettings,
+    ChunkSettings,
+    EmaSettings,
+    EvalSettings,
+    LossSettings,
+    OptimSettings,
+    TrainJob,
+)
+from trainer.parts import Parts
+from trainer.train import train
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    write_tiny_dataset(folder / "data")
+    write_tiny_dataset(folder / "more", num_queries=24, seed=1)
+    write_tiny_encoder(folder / "encoder")
+    return folder
+
+
+@pytest.fixture
+def job(root, tmp_path):
+    return TrainJob(
+        run=RunSettings(folder=tmp_path / "run", trackers=()),
+        data=DataSettings(path=root / "data", cache=root / "cache"),
+        model=ModelSettings(name=str(root / "encoder")),
+        batch=BatchSettings(queries=7),
+        chunk=ChunkSettings(tokens=64, keep_graphs="all"),
+        optim=OptimSettings(steps=6, lr=1e-3),
+        checkpoint=CheckpointSettings(every_steps=2),
+        negatives=NegativesSettings(per_query=0),
+    )
+
+
+def lines(job):
+    return [json.loads(line) for line in (job.run.folder / "logs" / "metrics.jsonl").read_text().splitlines()]
+
+
+def final(job, step=6):
+    return open_checkpoint(job.run.folder / "checkpoints" / f"step-{step:08d}")
+
+
+def test_a_task_of_each_source_makes_one_update(job, root, caplog):
+    sources = {
+        "code": SourceSettings(path=root / "data", batch=7, temperature=0.1),
+        "notes": SourceSettings(path=root / "more", batch=5, id_prefix="n-", objective="info_nce_multi", loss_weight=0.5),
+    }
+    job = replace(job, sources=sources, batch=BatchSettings(mode="tasks"))
+    caplog.set_level("INFO")
+    assert train(job, world_of()).step == 6
+    steps = [line for line in lines(job) if "loss" in line]
+    assert steps[0]["num_queries"] == 12 and len({line["batch_key"] for line in steps}) == 6
+    assert "source notes begins again, others are longer" in caplog.text
+    assert final(job).manifest["num_steps"] == 6
+
+
+@pytest.mark.parametrize("mode", ["mixed", "homogeneous"])
+def test_several_sources_share_batches_or_take_turns(job, root, mode):
+    sources = {name: SourceSettings(path=root / name, id_prefix=f"{name}-") for name in ("data", "more")}
+    job = replace(job, sources=sources, batch=BatchSettings(queries=7, mode=mode), optim=OptimSettings(epochs=1))
+    outcome = train(job, world_of())
+    assert sum(line["num_queries"] for line in lines(job) if "loss" in line) == 32 + 16 or outcome.step >= 7
+
+
+def test_averaged_weights_are_published_and_the_others_resumed(job):
+    job = replace(job, ema=EmaSettings(decay=0.5))
+    train(job, world_of())
+    checkpoint = final(job)
+    parts, published = Parts(checkpoint.folder / "state"), load_file(checkpoint.encoder_folder / "model.safetensors")
+    differing = 0
+    for name, values in published.items():
+        average, last = (parts.read(f"{kind}.model.{name}", 0, values.numel()) for kind in ("average", "parameter"))
+        assert torch.equal(values.flatten(), average), name
+        differing += not torch.equal(average, last)
+    assert differing > 10
+
+
+def test_a_run_without_gain_on_dev_ends_early_and_stays_ended(job):
+    stop = StopSettings(patience=1, min_gain=0.9)
+    job = replace(job, stop=stop, eval=EvalSettings(every_steps=2), checkpoint=CheckpointSettings(every_steps=2, keep=1))
+    assert train(job, world_of()).step == 4, "the first evaluation is the best so far, the second no gain"
+    assert final(job, 4).manifest["is_final"]
+    kept = [folder.name for folder in versions(job.run.folder / "checkpoints")]
+    assert kept == ["step-00000002", "step-00000004"], "the best on dev, and the newest"
+    evaluated = [line["step"] for line in lines(job) if "dev/ndcg@10" in line]
+    assert evaluated == [2, 4] and any("health/alignment" in line for line in lines(job))
+    again = train(job, world_of())
+    assert again.step == 4 and again.finished
+    assert [line["step"] for line in lines(job) if "dev/ndcg@10" in line] == evaluated
+
+
+def test_negatives_under_which_dev_fell_are_taken_back(job, monkeypatch):
+    num_queries = 36
+
+    def publish(version, mined_at):
+        ids = np.arange(num_queries)
+        publish_negatives(
+            job.run.folder, version, np.arange(num_queries + 1), ids, np.zeros(num_queries), {"checkpoint_step": mined_at}
+        )
+
+    job = replace(
+        job,
+        negatives=NegativesSettings(per_query="all"),
+        stop=StopSettings(max_fall=0.1),
+        eval=EvalSettings(every_steps=1),
+        optim=OptimSettings(steps=40),
+    )
+    publish(0, None)
+    versions_seen = []
+
+    def scripted(world, data, split, encoder, *args, **options):
+        """Good until version 1 is in force."""
+        version = next((v for v in reversed([line.get("negatives/version") for line in lines(job)]) if v is not None), 0)
+        versions_seen.append(version)
+        if len(versions_seen) == 3:
+            publish(1, 2)
+        time.sleep(0.1)  # the feed polls
+        return {"ndcg@10": 0.2 if version == 1 else 0.8}
+
+    monkeypatch.setattr(trainer.milestones, "evaluate", scripted)
+    train(job, world_of())
+    events = [(line["event"], line["negatives/version"]) for line in lines(job) if "negatives" in line.get("event", "")]
+    assert events == [
+        ("negatives swapped", 0),
+        ("negatives swapped", 1),
+        ("negatives taken back", 1),
+        ("negatives swapped", 0),
+    ]
+    used = [line["negatives/version"] for line in lines(job) if "loss" in line]
+    assert used[-1] == 0 and 1 in used
+
+
+@pytest.mark.parametrize(
+    "changes", [{"towers": "two"}, {"lora_rank": 2}, {"pooling": "latent", "latents": 8}, {"projection": 16}], ids=str
+)
+def test_every_kind_of_encoder_trains_and_comes_out(job, changes):
+    job = replace(job, model=replace(job.model, **changes), loss=LossSettings(widths=(16, 8), learn_temperature=True))
+    outcome = train(job, world_of())
+    losses = [line["loss"] for line in lines(job) if "loss" in line]
+    assert all(np.isfinite(losses)) and outcome.evaluations["trained"] != outcome.evaluations["untrained"]
+    encoder, *_ = load_encoder(ModelSettings(name=str(final(job).encoder_folder)))
+    assert encoder.has_two_towers == ("towers" in changes)

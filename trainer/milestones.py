@@ -1,0 +1,151 @@
+"""What happens to a run at set steps: it is saved, evaluated, and evaluations on dev may end it or take negatives back."""
+
+import contextlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from trainer.encoder.model import save_encoder, weights_digest
+from trainer.encoder.towers import Encoder
+from trainer.evaluate import evaluate
+from trainer.handoff.manifest import prune, write_atomically
+from trainer.handoff.weights import checkpoints_folder
+from trainer.job import TrainJob
+from trainer.parallel import copy_weights
+from trainer.prepare import Training
+
+log = logging.getLogger(__name__)
+
+
+def save(run: Training) -> None:
+    """Publish a checkpoint of the present step and prune old ones, behind the loop's back. Collective."""
+    started = time.perf_counter()
+    run.saver.wait()
+    state, is_final = run.state, run.state.step == run.num_steps
+    if run.saved_step == state.step:
+        return
+    run.saved_step = state.step
+    with state.average.swapped_in():
+        copy_weights(state.parallel, run.plain)
+    fields = {"data_digest": run.data.digest, "is_final": is_final, "num_steps": run.num_steps}
+
+    def write_encoder(folder: Path) -> dict[str, Any]:
+        assert run.plain is not None
+        save_encoder(folder, run.plain, run.tokenizer, run.traits)
+        return {"weights_digest": weights_digest(run.plain), **fields}
+
+    step, best = state.step, state.early_stop.best_step
+    run.saver.save(state, write_encoder if run.world.speaks else None, lambda: prune_checkpoints(run.job, step, best))
+    run.metrics.record(state.step, {"event": "saved", "time/save_s": round(time.perf_counter() - started, 4)})
+
+
+def prune_checkpoints(job: TrainJob, step: int, best_step: int | None) -> None:
+    """Delete all but the newest checkpoints, the pinned ones, the best, those of round steps and what a schedule still mines."""
+    settings = job.checkpoint
+    # A fixed schedule may mine a checkpoint long after it was written: as long as its negatives are not in force.
+    needed = {entry.checkpoint for entry in job.negatives.schedule if entry.step >= step} | {best_step}
+
+    def is_needed(folder: Path) -> bool:
+        of_folder = int(folder.name.removeprefix("step-"))
+        is_round = settings.keep_every_steps is not None and of_folder % settings.keep_every_steps == 0
+        return is_round or of_folder in needed
+
+    prune(checkpoints_folder(job.run.folder), settings.keep, is_needed)
+
+
+def evaluate_once(run: Training, name: str) -> None:
+    """Evaluate as `name` unless an earlier start of this run has done so. Collective. Raises Stopped."""
+    split = run.job.eval.split
+    if split not in run.data.qrels:
+        log.info("no qrels/%s.tsv: not evaluated", split)
+        return
+    path = run.job.run.folder / "evaluations" / f"{name}.json"
+    if run.world.broadcast(path.exists() or (name == "untrained" and run.state.step > 0)):
+        return
+    measures = _evaluated(run, split, f"evaluating the {name} model")
+    if run.world.speaks:
+        write_atomically(path, json.dumps({"step": run.state.step, "split": split, **measures}))
+        run.metrics.record(run.state.step, {f"eval/{key}": value for key, value in measures.items()})
+        log.info("%s model: %s", name, _in_words(measures))
+
+
+def evaluate_on_dev(run: Training) -> None:
+    """Evaluate in between, at a step that is due, and do what section stop makes of it. Collective. Raises Stopped."""
+    settings, state = run.job.eval, run.state
+    is_due = settings.every_steps is not None and state.step > 0 and state.step % settings.every_steps == 0
+    if not is_due or state.step == run.num_steps or state.early_stop.last_step == state.step:
+        return
+    measures = _evaluated(run, settings.dev_split, "evaluating on dev")
+    run.metrics.record(state.step, {f"dev/{key}": value for key, value in measures.items()})
+    if run.world.speaks:
+        log.info("step %d, dev: %s", state.step, _in_words(measures))
+    if state.early_stop.observe(state.step, measures):
+        log.info("step %d: no gain on dev since step %s; the run ends here", state.step, state.early_stop.best_step)
+        run.num_steps = state.step
+    fall = state.roll_back.observe(state.negatives_version, measures)
+    if fall is not None and fall.version is not None:
+        run.feed.take_back(fall.version, fall.back_to)
+        values = {"event": "negatives taken back", "negatives/version": fall.version, "negatives/back_to": fall.back_to}
+        run.metrics.record(state.step, values)
+        log.warning(
+            "step %d: dev fell from %.4f to %.4f under negatives v%d, which are taken back",
+            state.step, fall.before, fall.after, fall.version,
+        )  # fmt: skip
+
+
+def evaluations(job: TrainJob) -> dict[str, dict[str, float]]:
+    """Return what was evaluated in a run so far, by name."""
+    folder = job.run.folder / "evaluations"
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+@contextlib.contextmanager
+def evaluable(run: Training) -> Iterator[Encoder]:
+    """Give an encoder with the present weights, or their average, that this rank can use by itself. Collective."""
+    parallel, average = run.state.parallel, run.state.average
+    if not parallel.is_sharded:
+        with average.swapped_in():
+            yield cast(Encoder, parallel.encoder)
+        return
+    assert run.plain is not None
+    run.saver.wait()
+    with average.swapped_in():
+        copy_weights(parallel, run.plain)
+    yield run.plain.to(run.world.device)
+    run.plain.to("cpu")
+
+
+def _evaluated(run: Training, split: str, phase: str) -> dict[str, float]:
+    folder, step = run.job.run.folder, run.state.step
+    has_checkpoint = step % run.job.checkpoint.every_steps == 0 or step == run.num_steps
+    # What the miner will need, too, or nobody else.
+    shards = folder / "shards" if has_checkpoint else folder / "evaluations" / "shards"
+    run.status.update(phase=phase, training_done=run.state.step == run.num_steps, done=0, total=None)
+
+    def on_health(found: dict[str, Any]) -> None:
+        run.metrics.record(run.state.step, found)
+
+    with evaluable(run) as encoder:
+        measures = evaluate(
+            run.world,
+            run.data,
+            split,
+            encoder,
+            run.tokenizer,
+            run.traits,
+            shards,
+            on_progress=lambda done, total: run.status.update(done=done, total=total),
+            should_stop=run.interrupt.is_set,
+            on_health=on_health,
+        )
+    if run.world.speaks and not has_checkpoint:
+        shutil.rmtree(shards, ignore_errors=True)
+    return measures
+
+
+def _in_words(measures: dict[str, float]) -> str:
+    return "  ".join(f"{key} {value:.4f}" for key, value in measures.items())

@@ -1,0 +1,53 @@
+"""The tasks of a step: which of a step's queries share a loss, which loss that is, and what it weighs in the update."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from gradcache import OBJECTIVES, Objective, StepResult, Temperature
+from trainer.data.datasets import RetrievalData
+from trainer.job import LossSettings
+
+SUMMED = ("num_queries", "num_chunks", "num_halved", "num_tokens", "num_padded_tokens", "encode_s", "loss_s", "backward_s")
+
+
+@dataclass(frozen=True)
+class Task:
+    """How the queries of one source, or of all, become a loss."""
+
+    objective: Objective
+    temperature: Temperature
+    weight: float  # of its loss in the update
+
+
+def build_tasks(
+    settings: LossSettings, data: RetrievalData, temperature: Temperature, device: torch.device
+) -> dict[int | None, Task]:
+    """Return the task of each source by its number, and of mixed queries under None.
+
+    temperature: the run's own, of all that have none of their own.
+    """
+    tasks: dict[int | None, Task] = {None: Task(OBJECTIVES[settings.objective], temperature, 1.0)}
+    for number, source in enumerate(data.sources):
+        own = source.settings
+        tasks[number] = Task(
+            OBJECTIVES[own.objective or settings.objective],
+            temperature if own.temperature is None else Temperature(own.temperature).to(device),
+            own.loss_weight,
+        )
+    return tasks
+
+
+def joined(results: Sequence[StepResult], weights: Sequence[float]) -> StepResult:
+    """Return what a step of several tasks found: the weighted sum of their losses, the sums of all else."""
+    if len(results) == 1:
+        return replace(results[0], loss=results[0].loss * weights[0])
+    sums = {name: sum(getattr(result, name) for result in results) for name in SUMMED}
+    padded = max(1, sums["num_padded_tokens"])
+    return StepResult(
+        loss=sum(result.loss * weight for result, weight in zip(results, weights, strict=True)),
+        share_encoded_twice=sum(r.share_encoded_twice * r.num_padded_tokens for r in results) / padded,
+        share_masked=sum(r.share_masked for r in results) / len(results),  # tasks' batches are of one size, more or less
+        **sums,
+    )
