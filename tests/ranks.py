@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PRELOAD = ["torch", "torch.distributed", "transformers", "gradcache", "tests.ranks"]
+# All that ranks import: each process pays for what is missing here, one of transformers' models takes two seconds.
+PRELOAD = ["torch.distributed.fsdp", "transformers.models.bert.modeling_bert", "deepspeed", "trainer.train", "tests.ranks"]
 
 
 def run_ranks(fn: Callable, num_ranks: int, *args: Any, timeout_s: float = 120) -> list[Any]:
