@@ -106,12 +106,7 @@ def prepare(job: TrainJob, world: World) -> Training:
     )
     num_steps = job.optim.steps or max(1, math.ceil(job.optim.epochs * order.steps_per_epoch))
     plain = copy.deepcopy(encoder) if world.speaks or is_sharded(job.parallel, world) else None
-    parallel = parallelize(encoder, world, job.parallel, job.optim)
-    temperature = Temperature(job.loss.temperature, job.loss.learn_temperature).to(world.device)
-    of_temperature = AdamW(temperature.parameters(), lr=job.optim.temperature_lr, weight_decay=0.0)
-    scaler = loss_scaler(job.precision, world.device)
-    decisions = EarlyStop(job.stop), RollBack(job.stop)
-    state = TrainState(parallel, temperature, of_temperature, scaler, build_average(parallel, job.ema), *decisions)
+    state = first_state(job, world, encoder)
     if checkpoint is not None:
         load_state(checkpoint, state)
         num_steps = state.step if state.early_stop.is_over else num_steps
@@ -130,7 +125,7 @@ def prepare(job: TrainJob, world: World) -> Training:
         world,
         data,
         dataset,
-        encode_in(parallel.module, job.precision, world.device),
+        encode_in(state.parallel.module, job.precision, world.device),
         state,
         plain,
         build_schedule(job.optim, num_steps),
@@ -142,11 +137,26 @@ def prepare(job: TrainJob, world: World) -> Training:
         metrics,
         status,
         order,
-        build_tasks(job.loss, data, temperature, world.device),
+        build_tasks(job.loss, data, state.temperature, world.device),
         encoder.has_two_towers,
         num_steps,
         lock,
         saved_step=None if checkpoint is None else checkpoint.step,
+    )
+
+
+def first_state(job: TrainJob, world: World, encoder: Encoder) -> TrainState:
+    """Return the state before the first step, the encoder under its backend. Collective."""
+    parallel = parallelize(encoder, world, job.parallel, job.optim)
+    temperature = Temperature(job.loss.temperature, job.loss.learn_temperature).to(world.device)
+    return TrainState(
+        parallel,
+        temperature,
+        AdamW(temperature.parameters(), lr=job.optim.temperature_lr, weight_decay=0.0),
+        loss_scaler(job.precision, world.device),
+        build_average(parallel, job.ema),
+        EarlyStop(job.stop),
+        RollBack(job.stop),
     )
 
 
