@@ -60,7 +60,7 @@ def test_mteb_finds_the_figures_that_we_find(tmp_path):
     encoder, tokenizer, traits = load_encoder(settings)
     (tmp_path / "saved").mkdir()
     save_encoder(tmp_path / "saved", encoder, tokenizer, traits)
-    ours = evaluate(world_of(), data, "test", encoder, tokenizer, traits, tmp_path / "shards", cache=tmp_path / "cache")
+    ours = evaluate(world_of(), data, "test", encoder, tokenizer, traits, tmp_path / "shards")
     model = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
     result = mteb.evaluate(model, task_on(data), cache=None, co2_tracker=False, show_progress_bar=False)
     (theirs,) = result.task_results[0].scores["test"]

@@ -86,7 +86,7 @@ def test_each_side_is_evaluated_by_its_own_tower_and_kept_apart(tmp_path):
     encoder, tokenizer, traits = load(folder, towers="two")
 
     def figures(encoder, shards):
-        found = evaluate(world_of(), data, "test", encoder, tokenizer, traits, tmp_path / shards, cache=tmp_path / "cache")
+        found = evaluate(world_of(), data, "test", encoder, tokenizer, traits, tmp_path / shards)
         return found, len(list((tmp_path / shards).iterdir()))
 
     tied = load(folder)[0]
