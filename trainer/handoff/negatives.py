@@ -1,8 +1,9 @@
 """The table of hard negatives that the miner publishes and the trainer maps.
 
 A version is a CSR table of three arrays. Row q belongs to the q-th query of `queries.jsonl` that has a training
-positive; ids are row numbers of `corpus.jsonl`. Rows may have different lengths, zero included. The arrays are opened
-memory-mapped and never unpickled.
+positive; ids are row numbers of `corpus.jsonl`. Rows may have different lengths, zero included. Two more arrays are there
+where the miner was asked for them: a teacher's scores and clusters of the queries. The arrays are opened memory-mapped and
+never unpickled.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from trainer.handoff.manifest import TornVersion, open_version, publish_version, write_latest
+
+TYPES = {"indptr": np.int64, "ids": np.int64, "scores": np.float32, "teacher_scores": np.float32, "clusters": np.int64}
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class Negatives:
     scores: np.ndarray  # (num_negatives,) float32, the miner's score of each
     version: int
     manifest: dict[str, Any]
+    teacher_scores: np.ndarray | None = None  # (num_negatives,) float32, a cross-encoder's score of each
+    clusters: np.ndarray | None = None  # (num_queries,) int64, the cluster of each query
 
     @property
     def num_queries(self) -> int:
@@ -51,17 +56,26 @@ def version_name(version: int) -> str:
 
 
 def publish_negatives(
-    run: Path, version: int, indptr: np.ndarray, ids: np.ndarray, scores: np.ndarray, fields: dict[str, Any]
+    run: Path,
+    version: int,
+    indptr: np.ndarray,
+    ids: np.ndarray,
+    scores: np.ndarray,
+    fields: dict[str, Any],
+    *,
+    teacher_scores: np.ndarray | None = None,
+    clusters: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Publish a version whole, point LATEST at it and return its manifest.
 
     fields: what the manifest says of their origin: checkpoint_step (None for BM25), data digest, settings, counters, …
     """
+    arrays = {"indptr": indptr, "ids": ids, "scores": scores, "teacher_scores": teacher_scores, "clusters": clusters}
 
     def write(folder: Path) -> None:
-        np.save(folder / "indptr.npy", np.asarray(indptr, np.int64), allow_pickle=False)
-        np.save(folder / "ids.npy", np.asarray(ids, np.int64), allow_pickle=False)
-        np.save(folder / "scores.npy", np.asarray(scores, np.float32), allow_pickle=False)
+        for name, array in arrays.items():
+            if array is not None:
+                np.save(folder / f"{name}.npy", np.asarray(array, TYPES[name]), allow_pickle=False)
 
     folder = negatives_folder(run) / version_name(version)
     manifest = publish_version(folder, write, {"version": version, "num_queries": len(indptr) - 1, **fields})
@@ -77,12 +91,23 @@ def open_negatives(run: Path, name: str, num_queries: int, num_passages: int) ->
     folder = negatives_folder(run) / name
     manifest = open_version(folder)
     try:
-        indptr, ids, scores = (
-            np.load(folder / f"{part}.npy", mmap_mode="r", allow_pickle=False) for part in ("indptr", "ids", "scores")
-        )
-    except (OSError, ValueError) as error:
+        arrays = {
+            part: np.load(folder / f"{part}.npy", mmap_mode="r", allow_pickle=False)
+            for part in TYPES
+            if f"{part}.npy" in manifest["files"]
+        }
+        negatives = Negatives(**arrays, version=int(manifest["version"]), manifest=manifest)
+    except (OSError, ValueError, TypeError) as error:
         raise TornVersion(f"{folder} cannot be read: {error}") from error
-    fits = len(indptr) == num_queries + 1 and indptr[0] == 0 and indptr[-1] == len(ids) == len(scores)
-    if not fits or np.any(np.diff(indptr) < 0) or np.any(ids < 0) or np.any(ids >= num_passages):
+    if not _fits(negatives, num_queries, num_passages):
         raise TornVersion(f"{folder} does not fit {num_queries} queries and {num_passages} passages")
-    return Negatives(indptr, ids, scores, int(manifest["version"]), manifest)
+    return negatives
+
+
+def _fits(negatives: Negatives, num_queries: int, num_passages: int) -> bool:
+    indptr, ids = negatives.indptr, negatives.ids
+    if len(indptr) != num_queries + 1 or indptr[0] != 0 or indptr[-1] != len(ids) or len(ids) != len(negatives.scores):
+        return False
+    is_table = not (np.any(np.diff(indptr) < 0) or np.any(ids < 0) or np.any(ids >= num_passages))
+    has_teacher = negatives.teacher_scores is None or len(negatives.teacher_scores) == len(ids)
+    return is_table and has_teacher and (negatives.clusters is None or len(negatives.clusters) == num_queries)

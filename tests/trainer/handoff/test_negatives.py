@@ -22,6 +22,17 @@ def test_the_trainer_maps_what_the_miner_published(tmp_path):
     assert read_latest(negatives_folder(tmp_path)) == "v000003"
 
 
+def test_teacher_scores_and_clusters_are_kept_where_there_are_any(tmp_path):
+    teacher, clusters = np.arange(len(IDS), dtype=np.float32), np.array([2, 0, 2])
+    publish_negatives(tmp_path, 1, INDPTR, IDS, SCORES, {}, teacher_scores=teacher, clusters=clusters)
+    negatives = open_negatives(tmp_path, "v000001", 3, 6)
+    np.testing.assert_array_equal(negatives.teacher_scores, teacher)
+    np.testing.assert_array_equal(negatives.clusters, clusters)
+    publish_negatives(tmp_path, 2, INDPTR, IDS, SCORES, {}, clusters=clusters[:2])
+    with pytest.raises(TornVersion, match="does not fit"):
+        open_negatives(tmp_path, "v000002", 3, 6)
+
+
 @pytest.mark.parametrize("num_queries, num_passages", [(2, 6), (4, 6), (3, 5)])
 def test_a_table_for_other_data_is_refused(tmp_path, num_queries, num_passages):
     publish_negatives(tmp_path, 0, INDPTR, IDS, SCORES, {})
