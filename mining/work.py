@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 import filelock
 import torch
 
+from mining.clusters import check_clusters
 from mining.encode import TokenCache
 from mining.job import MineJob
 from mining.judgements import Judgements, read_judgements
 from mining.publish import claim_negatives, last_version
 from mining.ranks import Ranks
+from mining.rerank import Reranker, open_reranker
 from mining.state import Refresh, write_refresh
 from mining.watch import HOLDER, PIN_S, Task, Watch
 from trainer.data.datasets import RetrievalData, open_data
@@ -34,6 +36,7 @@ class Work:
     tokens: TokenCache
     watch: Watch
     device: torch.device
+    reranker: Reranker | None
     done_digest: str | None  # weights that need no mining: those mined last, or refused
     task: Task | None = None  # what is being made
     seconds: dict[str, float] = field(default_factory=dict)  # its phases so far
@@ -68,6 +71,11 @@ class Work:
             self._pinned_at = time.monotonic()
             pin(self.task.checkpoint.folder, HOLDER, PIN_S)
 
+    def between_batches(self) -> None:
+        """Tell that work goes on; raises Stopped if any rank was asked to stop."""
+        self.keep_alive()
+        self.ranks.check_stop()
+
     def finish(self) -> None:
         """Let go of the checkpoint, mined or refused."""
         if self.task is not None and self.task.checkpoint is not None and self.ranks.speaks:
@@ -85,9 +93,11 @@ def open_work(job: MineJob, ranks: Ranks) -> Work:
     data = ranks.together(lambda: open_data(job.data, job.sources))
     judgements = ranks.together(lambda: read_judgements(data, job.data.train_split))
     sizes = judgements.num_queries, len(data.corpus)
+    ranks.decide(lambda: check_clusters(job.clusters, judgements.num_queries))
     ranks.decide(lambda: claim_negatives(run, *sizes))
     last = last_version(run, *sizes) if ranks.speaks else None
     local_rank, num_gpus = ranks.local_rank(), torch.cuda.device_count()
+    device = torch.device("cuda", local_rank % num_gpus) if num_gpus else torch.device("cpu")
     work = Work(
         job=job,
         ranks=ranks,
@@ -97,10 +107,13 @@ def open_work(job: MineJob, ranks: Ranks) -> Work:
         judgements=judgements,
         tokens=TokenCache(data, judgements.query_rows),
         watch=Watch(job),
-        device=torch.device("cuda", local_rank % num_gpus) if num_gpus else torch.device("cpu"),
+        device=device,
+        reranker=ranks.together(lambda: open_reranker(job.rerank, data, judgements.query_rows, device)),
         done_digest=None if last is None else last.manifest.get("weights_digest"),
     )
     ranks.on_wait = work.keep_alive
+    if work.reranker is not None:
+        work.reranker.on_batch = work.between_batches
     return work
 
 
