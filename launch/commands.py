@@ -3,6 +3,8 @@
 Heavy imports stand inside the commands, so that `--help` answers at once.
 """
 
+import enum
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +12,7 @@ import typer
 from rich.markup import escape
 
 from launch.output import measures_table, messages, print_json, results, start_logging
+from trainer.errors import InputError
 
 EXIT_STOPPED = 75
 
@@ -61,20 +64,69 @@ def train(job: JobFile, overrides: Overrides = None, allow_change: AllowChange =
     return 0 if outcome is None or outcome.finished else EXIT_STOPPED
 
 
+class Form(enum.StrEnum):
+    """What `mine --out` writes; names as in mining/export.py."""
+
+    ids = "ids"
+    sentence_transformers = "sentence-transformers"
+    tevatron = "tevatron"
+    flagembedding = "flagembedding"
+
+
 @app.command()
 def mine(
-    job: JobFile,
-    overrides: Overrides = None,
+    words: Annotated[list[str] | None, typer.Argument(metavar="[JOB.toml] [section.key=value]...", help="job, settings")] = None,
     once: Annotated[bool, typer.Option("--once", help="one refresh from the newest checkpoint, then exit")] = False,
+    model: Annotated[
+        str | None, typer.Option(help='mine with this model, or "bm25", without a run: folder, run, hub name or package')
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="data set; default: the job's data.path")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="write what was mined, or a run's newest negatives, to FILE.jsonl or .parquet")
+    ] = None,
+    form: Annotated[Form, typer.Option(help="of --out: ids, or texts as other trainers read them")] = Form.ids,
+    show: Annotated[str | None, typer.Option(metavar="QUERY_ID", help="show a query, its positives and its negatives")] = None,
     as_json: Json = False,
 ) -> int:
-    """Mine only; under mpiexec or srun on several ranks."""
+    """Mine for a run; or with any model, to a file; or show what was mined. Under mpiexec or srun on several ranks."""
+    from launch.mine import Stopped, mine_model, read_newest, shown_parts, written_parts
+
+    job, overrides = _job_and_overrides(words or [], data)
+    found: dict[str, Any] | None
+    if model is not None:
+        if out is None and show is None:
+            raise InputError("nothing would come of it; give --out FILE.jsonl, or --show QUERY_ID")
+        try:
+            found = mine_model(job, overrides, model, out, form.value, show)
+        except Stopped:
+            return EXIT_STOPPED
+    elif job is None:
+        raise InputError("there is nothing to mine from; give a job file, or --model and --data")
+    elif out is not None or show is not None:
+        found = read_newest(job, overrides, out, form.value, show)
+    else:
+        return _mine_for_run(job, overrides, once, as_json)
+    if found is not None and as_json:
+        print_json(found)
+    elif found is not None:
+        for part in [*([shown_parts(found)] if "query_id" in found else []), *([written_parts(found)] if "out" in found else [])]:
+            results().print(part)
+    return 0
+
+
+def _mine_for_run(job: Path, overrides: list[str], once: bool, as_json: bool) -> int:
     from launch.sides import mine_side
 
-    how = mine_side(job, overrides or [], once)
+    how = mine_side(job, overrides, once)
     if as_json:
         print_json({"ended": how})
     return 0 if how == "finished" else EXIT_STOPPED
+
+
+def _job_and_overrides(words: list[str], data: Path | None) -> tuple[Path | None, list[str]]:
+    """Return the job file, where the first word is one, and the overrides; --data is data.path."""
+    job = Path(words[0]) if words and "=" not in words[0] else None
+    return job, [*words[job is not None :], *([] if data is None else [f"data.path={json.dumps(str(data))}"])]
 
 
 @app.command("eval")
