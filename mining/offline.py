@@ -8,15 +8,19 @@ data set, and the next call finds them. The price is a copy of the model's weigh
 import contextlib
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import filelock
+
 from mining.job import MineJob
 from mining.judgements import Judgements, read_judgements
 from mining.publish import last_version
 from mining.ranks import Ranks
+from mining.work import claim
 from trainer.data.datasets import RetrievalData, open_data
 from trainer.encoder.model import load_encoder, save_encoder, weights_digest
 from trainer.encoder.settings import ModelSettings
@@ -30,6 +34,8 @@ from trainer.metrics import read_status
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+PREFIX = "mine-"
+CLAIMED_AFTER_S = 3600.0  # a service claims its folder within minutes of its making
 ALL_ENCODINGS = 1 << 30  # the shards are not this folder's own: none is deleted
 
 
@@ -76,7 +82,8 @@ def read_mined(job: MineJob) -> Mined:
 
 def _make_run(job: MineJob, model: ModelSettings | None, shards: Path | None) -> Path:
     data = open_data(job.data, job.sources)
-    run = Path(tempfile.mkdtemp(prefix="mine-", dir=data.cache))
+    clean_left(data.cache)
+    run = Path(tempfile.mkdtemp(prefix=PREFIX, dir=data.cache))
     try:
         if model is not None:
             _publish_model(run, model, data.digest)
@@ -87,6 +94,15 @@ def _make_run(job: MineJob, model: ModelSettings | None, shards: Path | None) ->
         shutil.rmtree(run)
         raise
     return run
+
+
+def clean_left(cache: Path) -> None:
+    """Delete the folders of miners that were killed: old enough to have been claimed, and claimed by nobody now."""
+    for run in cache.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError, filelock.Timeout):
+            if time.time() - run.stat().st_mtime > CLAIMED_AFTER_S:
+                with claim(run).acquire(timeout=0):
+                    shutil.rmtree(run, ignore_errors=True)
 
 
 def _publish_model(run: Path, model: ModelSettings, data_digest: str) -> None:

@@ -4,6 +4,7 @@ Memory holds one tile of candidates and the negatives drawn so far. Each rank wo
 puts the rows together.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ from trainer.handoff.negatives import Negatives
 
 SPARE = 16  # rows drawn from the corpus beyond those needed, in place of those that are no negatives
 
+GoOn = Callable[[float], None]  # told which share of a tile's pairs is done
 Table = dict[str, np.ndarray]  # columns of one length; "query": place within the share
 
 
@@ -76,17 +78,23 @@ def draw_negatives(draw: Draw, ranks: Ranks, retriever: Retriever, on_progress: 
     parts, num_queries = [], draw.judgements.num_queries
     for start in range(0, num_queries, QUERY_TILE):
         tile = slice(start, min(start + QUERY_TILE, num_queries))
-        on_progress(start, num_queries)
-        ranks.together(ranks.check_stop)
-        parts.append(_draw_tile(draw, ranks, retriever, tile))
+        go_on = functools.partial(_go_on, ranks, on_progress, tile, num_queries)
+        ranks.together(go_on)
+        parts.append(_draw_tile(draw, ranks, retriever, tile, go_on))
     gathered = ranks.gather(parts)
     return _join([part for parts in gathered for part in parts]) if ranks.speaks else None
 
 
-def _draw_tile(draw: Draw, ranks: Ranks, retriever: Retriever, tile: slice) -> tuple:
+def _go_on(ranks: Ranks, on_progress: Callable[[int, int], None], tile: slice, num_queries: int, share_done: float = 0) -> None:
+    """Tell how far a tile is; raises Stopped if any rank was asked to stop."""
+    on_progress(int(tile.start + share_done * (tile.stop - tile.start)), num_queries)
+    ranks.check_stop()
+
+
+def _draw_tile(draw: Draw, ranks: Ranks, retriever: Retriever, tile: slice, go_on: GoOn) -> tuple:
     """Return this rank's part of a tile: its first place, the length of each row, the columns, and what was counted."""
-    share = _find(draw, ranks, retriever, tile)
-    kept, unknown_QK = _filter(draw, ranks, share)
+    share = _find(draw, ranks, retriever, tile, go_on)
+    kept, unknown_QK = _filter(draw, ranks, share, go_on)
     drawn_QK = _choose(draw, share, kept, unknown_QK)
     table = _columns(share, drawn_QK)
     if draw.sample.num_random or draw.filter.when_empty == "random":  # alike on every rank: BM25's scores are collective
@@ -97,14 +105,14 @@ def _draw_tile(draw: Draw, ranks: Ranks, retriever: Retriever, tile: slice) -> t
         del table["teacher_scores"]
     else:
         new = np.isnan(table["teacher_scores"])
-        table["teacher_scores"][new] = _ask_teacher(draw, ranks, share.places, table["query"][new], table["ids"][new])
+        table["teacher_scores"][new] = _ask_teacher(draw, ranks, share.places, table["query"][new], table["ids"][new], go_on)
     if draw.sample.replace == "all":
         del table["first_scores"]
     lengths = np.bincount(table.pop("query"), minlength=len(share.rows))
     return share.places.start, lengths, table | share.positives, share.counts, kept.dropped
 
 
-def _find(draw: Draw, ranks: Ranks, retriever: Retriever, tile: slice) -> Share:
+def _find(draw: Draw, ranks: Ranks, retriever: Retriever, tile: slice, go_on: GoOn) -> Share:
     scores_QK, ids_QK = retriever.find(tile)
     mine = share_of(tile.stop - tile.start, ranks.rank, ranks.num_ranks)
     places = slice(tile.start + mine.start, tile.start + mine.stop)
@@ -117,7 +125,7 @@ def _find(draw: Draw, ranks: Ranks, retriever: Retriever, tile: slice) -> Share:
     positives: dict[str, np.ndarray | None] = {"positive_scores": retriever.score_positives(places)}
     if draw.reranker is not None:
         query_n = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
-        positives["positive_teacher_scores"] = _ask_teacher(draw, ranks, places, query_n, positive_rows)
+        positives["positive_teacher_scores"] = _ask_teacher(draw, ranks, places, query_n, positive_rows, go_on)
     known = {name: scores for name, scores in positives.items() if scores is not None}
     return Share(
         places=places,
@@ -132,7 +140,7 @@ def _find(draw: Draw, ranks: Ranks, retriever: Retriever, tile: slice) -> Share:
     )
 
 
-def _filter(draw: Draw, ranks: Ranks, share: Share) -> tuple[Kept, np.ndarray]:
+def _filter(draw: Draw, ranks: Ranks, share: Share, go_on: GoOn) -> tuple[Kept, np.ndarray]:
     """Return which candidates passed all filters, and the mask of those of which nothing is known, (Q, K)."""
     kept = Kept(share.ids_QK)
     share.counts["candidates"] = int(kept.mask_QK.sum())
@@ -142,7 +150,8 @@ def _filter(draw: Draw, ranks: Ranks, share: Share) -> tuple[Kept, np.ndarray]:
     if draw.reranker is not None:
         kept.narrow("rerank_top_k", kept.mask_QK.cumsum(1) <= draw.rerank.top_k)
         query_n, at_n = np.nonzero(kept.mask_QK)
-        share.teacher_QK[query_n, at_n] = _ask_teacher(draw, ranks, share.places, query_n, share.ids_QK[query_n, at_n])
+        ids = share.ids_QK[query_n, at_n]
+        share.teacher_QK[query_n, at_n] = _ask_teacher(draw, ranks, share.places, query_n, ids, go_on)
         drop_by_cross_encoder(draw.rerank, kept, share.teacher_QK, share.best["positive_teacher_scores"])
     share.counts["queries_without"] = int(kept.empty().sum())
     return kept, unknown_QK
@@ -195,11 +204,13 @@ def _with_random(draw: Draw, retriever: Retriever, share: Share, table: Table, i
     return {name: np.concatenate([column, more[name]]) for name, column in table.items()}
 
 
-def _ask_teacher(draw: Draw, ranks: Ranks, places: slice, query_n: np.ndarray, passage_rows: np.ndarray) -> np.ndarray:
+def _ask_teacher(
+    draw: Draw, ranks: Ranks, places: slice, query_n: np.ndarray, passage_rows: np.ndarray, go_on: GoOn
+) -> np.ndarray:
     """Return the cross-encoder's score of some pairs, queries ascending. Collective: one's request to stop is everyone's."""
     reranker = draw.reranker
     assert reranker is not None
-    return ranks.together(lambda: reranker.score(query_n + places.start, passage_rows))
+    return ranks.together(lambda: reranker.score(query_n + places.start, passage_rows, go_on))
 
 
 def _scores_at_first(ids_QK: np.ndarray, last_ids_QL: np.ndarray, last_scores_QL: np.ndarray) -> np.ndarray:

@@ -53,18 +53,27 @@ class Reranker:
     max_tokens: int
     data: RetrievalData
     query_rows: np.ndarray  # (Q,) int64 rows of queries.jsonl
-    on_batch: Callable[[], None] = lambda: None  # called after each batch
 
-    def score(self, query_places: np.ndarray, passage_rows: np.ndarray) -> np.ndarray:
-        """Return the score of each pair, (n,) float32.
+    def score(
+        self, query_places: np.ndarray, passage_rows: np.ndarray, on_block: Callable[[float], None] = lambda _: None
+    ) -> np.ndarray:
+        """Return the score of each pair, (n,) float32; raises InputError for one that is not finite.
 
         query_places: which training query each pair has, ascending; blocks of SHARE_ROWS of them are scored together.
+        on_block: called before each block with the share of the pairs that is done.
         """
         scores = np.empty(len(query_places), np.float32)
         blocks = query_places // SHARE_ROWS
         for block in np.unique(blocks):
             at = slice(*np.searchsorted(blocks, [block, block + 1]))
+            on_block(at.start / len(blocks))
             scores[at] = self._score_block(query_places[at], passage_rows[at])
+        if not np.isfinite(scores).all():
+            first = int(np.isfinite(scores).argmin())
+            query = self.data.queries[int(self.query_rows[query_places[first]])]["_id"]
+            passage = self.data.corpus[int(passage_rows[first])]["_id"]
+            found = f"the cross-encoder scores query {query!r} with passage {passage!r} as {scores[first]}"
+            raise InputError(f"{found}; set rerank.model to another")
         return scores
 
     def _score_block(self, query_places: np.ndarray, passage_rows: np.ndarray) -> np.ndarray:
@@ -80,7 +89,6 @@ class Reranker:
             batch = order[start : start + max(1, BATCH_TOKENS // int(lengths[order[start]]))]
             scores[batch] = self._score_batch({name: [values[i] for i in batch] for name, values in encoded.items()})
             start += len(batch)
-            self.on_batch()
         return scores
 
     def _score_batch(self, inputs: dict[str, Any]) -> np.ndarray:

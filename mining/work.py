@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import filelock
 import torch
@@ -71,11 +72,6 @@ class Work:
             self._pinned_at = time.monotonic()
             pin(self.task.checkpoint.folder, HOLDER, PIN_S)
 
-    def between_batches(self) -> None:
-        """Tell that work goes on; raises Stopped if any rank was asked to stop."""
-        self.keep_alive()
-        self.ranks.check_stop()
-
     def finish(self) -> None:
         """Let go of the checkpoint, mined or refused."""
         if self.task is not None and self.task.checkpoint is not None and self.ranks.speaks:
@@ -112,16 +108,19 @@ def open_work(job: MineJob, ranks: Ranks) -> Work:
         done_digest=None if last is None else last.manifest.get("weights_digest"),
     )
     ranks.on_wait = work.keep_alive
-    if work.reranker is not None:
-        work.reranker.on_batch = work.between_batches
     return work
+
+
+def claim(run: Path) -> filelock.BaseFileLock:
+    """Return the lock that a live miner of a run folder holds."""
+    return filelock.FileLock(run / "status" / "miner.lock")
 
 
 @contextlib.contextmanager
 def claim_run(job: MineJob, ranks: Ranks) -> Iterator[None]:
     """Hold the miner's place in the run folder on rank 0. Collective; raises InputError if a live miner holds it."""
     folder = job.run.folder / "status"
-    lock = filelock.FileLock(folder / "miner.lock")
+    lock = claim(job.run.folder)
 
     def take() -> None:
         try:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 
 from launch.commands import app
 from launch.local import mpi_command
-from mining.offline import read_mined
+from mining import service
+from mining.offline import clean_left, read_mined
+from mining.work import claim
 from tests.mining.run import as_job, make_job, publish_checkpoint
 from tests.mining.test_service import mine as mine_for_run
 from tests.tiny import write_tiny_cross_encoder, write_tiny_dataset, write_tiny_encoder
@@ -27,6 +30,14 @@ def root(tmp_path_factory):
     write_tiny_dataset(folder / "data", num_queries=120)
     write_tiny_encoder(folder / "encoder")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handlers():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +110,29 @@ def test_a_person_reads_counters_and_a_query_with_its_passages(root, tmp_path, c
     assert len(shown["negatives"]) == 5 and len(shown["positives"]) == 2
     positives = [passage["score"] for passage in shown["positives"]]
     assert positives == sorted(positives, reverse=True) and np.isfinite(positives).all()
+
+
+def test_a_miner_that_is_asked_to_stop_leaves_with_75_and_no_file(root, tmp_path, capsys, monkeypatch):
+    draw = service.draw_negatives
+
+    def stop_first(*how):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return draw(*how)
+
+    monkeypatch.setattr(service, "draw_negatives", stop_first)
+    assert mine(capsys, root, "--out", tmp_path / "ids.jsonl")[0] == 75
+    assert not list(tmp_path.iterdir()) and not list(open_dataset(root / "data").cache.glob("mine-*"))
+
+
+def test_what_a_killed_miner_left_is_deleted_but_nothing_of_a_live_one(tmp_path):
+    names = "mine-dead", "mine-alive", "mine-new"
+    for name in names:
+        (tmp_path / name / "status").mkdir(parents=True)
+        claim(tmp_path / name).acquire().lock.release()
+        os.utime(tmp_path / name, (0, 0) if name != "mine-new" else None)
+    with claim(tmp_path / "mine-alive"):
+        clean_left(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine-alive", "mine-new"]
 
 
 @pytest.mark.parametrize(

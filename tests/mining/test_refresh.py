@@ -45,7 +45,8 @@ class Words:
 
     score_QN: np.ndarray
 
-    def score(self, query_places, passage_rows):
+    def score(self, query_places, passage_rows, on_block):
+        on_block(0.5)
         assert (np.diff(query_places) >= 0).all()
         return self.score_QN[query_places, passage_rows].copy()
 
@@ -69,13 +70,18 @@ BEST = np.take_along_axis(SCORES, POSITIVE, 1).max(1)
 KEYS = np.arange(NUM_PASSAGES), np.arange(NUM_QUERIES) + 1000
 
 
+TOLD: list[tuple[int, int]] = []
+
+
 def draw(filter=(), sample=(), rerank=(), version=1, scores=SCORES, **how):
     settings = (
         FilterSettings(**{"relative_margin": "off", **dict(filter)}),
         SampleSettings(**{"num_negatives": 4, **dict(sample)}),
         RerankSettings(**dict(rerank)),
     )
-    found = draw_negatives(Draw(*settings, 0, version, JUDGED, *KEYS, **how), RANKS, Matrix(scores, JUDGED), lambda *_: None)
+    found = draw_negatives(
+        Draw(*settings, 0, version, JUDGED, *KEYS, **how), RANKS, Matrix(scores, JUDGED), lambda *told: TOLD.append(told)
+    )
     assert found is not None
     rows = np.repeat(np.arange(NUM_QUERIES), np.diff(found.indptr))
     np.testing.assert_array_equal(found.scores, scores[rows, found.ids])
@@ -179,6 +185,7 @@ def test_a_cross_encoder_filters_and_its_scores_stand_beside_every_negative():
     flat = np.repeat(np.arange(NUM_QUERIES), np.diff(found.indptr))
     np.testing.assert_array_equal(found.more["teacher_scores"], teacher[flat, found.ids])
     np.testing.assert_array_equal(found.more["positive_teacher_scores"], np.take_along_axis(teacher, POSITIVE, 1).ravel())
+    assert (30, 60) in TOLD, "half of the pairs"
     assert all(found.dropped[f"rerank_{name}"] > 0 for name in ("top_k", "margin", "max_score"))
 
 

@@ -1,6 +1,7 @@
 """A tiny cross-encoder against transformers on one pair at a time, and models that are none."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from mining.filters import Kept
 from mining.rerank import RerankSettings, drop_by_cross_encoder, open_reranker
 from mining.search import SHARE_ROWS, share_of
-from tests.tiny import write_tiny_cross_encoder, write_tiny_dataset, write_tiny_encoder
+from tests.tiny import VOCABULARY, write_tiny_cross_encoder, write_tiny_dataset, write_tiny_encoder
 from trainer.data.datasets import open_dataset
 from trainer.errors import InputError
 
@@ -93,6 +94,20 @@ def test_what_is_no_cross_encoder_is_refused_in_a_sentence(root, model, sentence
     with pytest.raises(InputError, match=sentence) as refused:
         reranker(root, model)
     assert "AutoModelForSequenceClassification" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_score_that_is_no_number_names_query_and_passage(root):
+    found = reranker(root)
+    with torch.no_grad():
+        found.model.get_input_embeddings().weight[VOCABULARY.index("socket")] = torch.nan
+    shares: list[float] = []
+    with pytest.raises(InputError, match=r"scores query 'q\d+' with passage 'd\d+-\d' as nan; set rerank\.model") as refused:
+        found.score(*pairs(found), shares.append)
+    query = re.search(r"query '(q\d+)'", str(refused.value))[1]
+    passage = re.search(r"passage '(\S+)'", str(refused.value))[1]
+    texts = [row["text"] for table in (found.data.queries, found.data.corpus) for row in table if row["_id"] in (query, passage)]
+    assert len(texts) == 2 and any("socket" in text for text in texts)
+    assert shares[0] == 0 and shares == sorted(shares) and shares[-1] < 1
 
 
 def test_filters_keep_what_scores_below_the_positive_and_the_ceiling():
