@@ -36,8 +36,12 @@ class NegativesFeed:
         num_passages: int,
         should_stop: Callable[[], bool],
         given: Negatives | None = None,
+        is_used: bool = True,
     ):
-        """should_stop: may differ between ranks; one rank's yes stops all. given: the data's own, where none are mined."""
+        """should_stop: may differ between ranks; one rank's yes stops all. given: the data's own, where none are mined.
+
+        is_used: False: no version is ever looked for.
+        """
         self.in_force: Negatives | None = None
         self._given = given
         self._previous: Negatives | None = None  # in force before, and kept until the next swap
@@ -51,7 +55,8 @@ class NegativesFeed:
         self._fetched: Negatives | None = None  # the version fetched last
         self._started = time.monotonic()
         self._closed = threading.Event()
-        if settings.per_query:
+        self._is_used = is_used
+        if is_used:
             threading.Thread(target=self._fetch, daemon=True).start()
 
     def before_step(self, step: int, on_wait: Callable[[], None] = lambda: None) -> bool:
@@ -107,7 +112,7 @@ class NegativesFeed:
 
     def _decide(self, step: int) -> tuple[int, bool]:
         """Return the version that should be in force, and whether the step must wait for it. Rank 0 only."""
-        if self._settings.per_query == 0:
+        if not self._is_used:
             return NONE, False
         if self._settings.schedule:
             return sum(entry.step <= step for entry in self._settings.schedule), True

@@ -32,6 +32,7 @@ from trainer.handoff.weights import Checkpoint, checkpoints_folder, newest_check
 from trainer.interrupt import Interrupt
 from trainer.job import TrainJob
 from trainer.metrics import Metrics, NoMetrics, NoStatus, Status, TrainerMetrics, check_trackers
+from trainer.mined_clusters import MinedClusters
 from trainer.optim import build_schedule
 from trainer.parallel import is_sharded, parallelize
 from trainer.precision import encode_in, loss_scaler, set_tf32
@@ -62,6 +63,7 @@ class Training:
     metrics: Metrics
     status: Status | NoStatus
     order: Order  # of the training queries
+    clusters: MinedClusters | None  # that make its batches
     tasks: dict[int | None, Task]  # what becomes of each source's queries
     has_two_towers: bool
     num_steps: int
@@ -102,7 +104,7 @@ def prepare(job: TrainJob, world: World) -> Training:
         batch=batch.queries,
         mode=batch.mode,
         avoid_duplicates=batch.avoid_duplicates,
-        clusters=batch.clusters,
+        clusters=None if batch.clusters == "mined" else batch.clusters,
     )
     num_steps = job.optim.steps or max(1, math.ceil(job.optim.epochs * order.steps_per_epoch))
     plain = copy.deepcopy(encoder) if world.speaks or is_sharded(job.parallel, world) else None
@@ -114,7 +116,17 @@ def prepare(job: TrainJob, world: World) -> Training:
     interrupt = Interrupt()
     num_passages = len(data.corpus)
     given = given_negatives(data, split) if job.negatives.per_query else None
-    feed = NegativesFeed(world, run, job.negatives, dataset.num_queries, num_passages, interrupt.is_set, given)
+    clusters = MinedClusters(world, run, dataset.num_queries) if batch.clusters == "mined" else None
+    feed = NegativesFeed(
+        world,
+        run,
+        job.negatives,
+        dataset.num_queries,
+        num_passages,
+        interrupt.is_set,
+        given,
+        is_used=job.negatives.per_query != 0 or clusters is not None,
+    )
     for version in state.roll_back.refused:
         if version is not None:
             feed.take_back(version, state.negatives_version)
@@ -137,6 +149,7 @@ def prepare(job: TrainJob, world: World) -> Training:
         metrics,
         status,
         order,
+        clusters,
         build_tasks(job.loss, data, state.temperature, world.device),
         encoder.has_two_towers,
         num_steps,

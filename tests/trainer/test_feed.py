@@ -17,9 +17,9 @@ def publish(run, version):
     publish_negatives(run, version, indptr, np.array([version, 1]), np.zeros(2), {"checkpoint_step": 10 * version})
 
 
-def open_feed(run, rank=0, **settings):
+def open_feed(run, rank=0, is_used=True, **settings):
     settings = NegativesSettings(**{"first_wait_s": 30.0, **settings})
-    return NegativesFeed(world_of(rank), run, settings, num_queries=2, num_passages=9, should_stop=lambda: False)
+    return NegativesFeed(world_of(rank), run, settings, 2, 9, lambda: False, is_used=is_used)
 
 
 def step_until(feed, version, limit_s=20.0):
@@ -114,7 +114,7 @@ def test_all_ranks_switch_at_the_same_step(tmp_path, num_ranks):
 
 
 def stop_on_ranks(rank, run):
-    feed = open_feed(run, rank, per_query=0)
+    feed = open_feed(run, rank, is_used=False)
     feed._should_stop = lambda: rank == 1
     return feed.before_step(0)
 
