@@ -1,9 +1,11 @@
 """New negatives come into force at one step on all ranks, whole or not at all."""
 
+import statistics
 import time
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from tests.ranks import run_ranks
 from tests.trainer.worlds import world_of
@@ -121,3 +123,27 @@ def stop_on_ranks(rank, run):
 
 def test_one_rank_that_is_asked_to_stop_stops_all(tmp_path):
     assert run_ranks(stop_on_ranks, 2, tmp_path) == [True, True]
+
+
+def swap_times_on_ranks(rank, run):
+    feed, swaps, others = open_feed(run, rank), [], []
+    for version in range(6):
+        if rank == 0 and version:
+            publish(run, version)
+        deadline = time.monotonic() + 20
+        while feed.in_force is None or feed.in_force.version != version:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+            dist.barrier()
+            started, before = time.perf_counter(), feed.in_force
+            feed.before_step(version)
+            (others if feed.in_force is before else swaps).append(time.perf_counter() - started)
+    feed.close()
+    return swaps[1:], others  # the first is waited for
+
+
+def test_a_swap_costs_its_step_next_to_nothing(tmp_path):
+    publish(tmp_path, 0)
+    for swaps, others in run_ranks(swap_times_on_ranks, 2, tmp_path):
+        assert len(swaps) == 5 and len(others) > 10
+        assert statistics.median(swaps) - statistics.median(others) < 0.005
