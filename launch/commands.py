@@ -232,6 +232,43 @@ def status(folder: Annotated[Path, typer.Argument(metavar="RUN", help="run folde
     return 0
 
 
+@app.command()
+def doctor(
+    folder: Annotated[Path, typer.Option(help="where runs will live; under mpiexec or srun seen from all nodes")] = Path("runs"),
+    as_json: Json = False,
+) -> int:
+    """Look for MPI, GPUs, NCCL, FAISS, Slurm and a sound shared folder; exit 1 if something needed is missing or wrong."""
+    from launch.doctor import examine
+    from launch.tables import as_text, doctor_parts
+
+    found = examine(folder)
+    if found is None:
+        return 0
+    if as_json:
+        print_json(found)
+    else:
+        results().print(as_text(doctor_parts(found)))
+    return 0 if found["ok"] else 1
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")],
+    out: Annotated[Path | None, typer.Option(help="folder to make or renew; default: RUN/report")] = None,
+    as_json: Json = False,
+) -> int:
+    """Write one page about a run, with plots and examples, that needs nothing but a browser; pictures beside it."""
+    from launch.report.page import write_report
+
+    start_logging()
+    page = write_report(folder, out)
+    if as_json:
+        print_json({"page": str(page), "pictures": sorted(str(path) for path in page.parent.glob("*.png"))})
+    else:
+        results().print(f"{page}", markup=False)
+    return 0
+
+
 @data_app.command("code")
 def data_code(
     out: Annotated[Path, typer.Option(help="folder to make")],
