@@ -66,12 +66,18 @@ def mine(
     job: JobFile,
     overrides: Overrides = None,
     once: Annotated[bool, typer.Option("--once", help="one refresh from the newest checkpoint, then exit")] = False,
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="step-00000200", help="one refresh from this checkpoint, mined before or not, then exit")
+    ] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="figures for Prometheus on this port of 127.0.0.1; 0: any free one")
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Mine only; under mpiexec or srun on several ranks."""
     from launch.sides import mine_side
 
-    how = mine_side(job, overrides or [], once)
+    how = mine_side(job, overrides or [], once, checkpoint, metrics_port)
     if as_json:
         print_json({"ended": how})
     return 0 if how == "finished" else EXIT_STOPPED

@@ -16,6 +16,7 @@ from torch import nn
 
 from trainer.encoder.encode import ENCODE_TOKENS, encode_rows
 from trainer.encoder.tokens import TokenTable
+from trainer.errors import NotFiniteEmbedding
 from trainer.handoff.manifest import MANIFEST, TornVersion, open_version, publish_version
 
 
@@ -40,8 +41,9 @@ class Shards:
         return [i for i in range(self.num_shards) if not (self._path(i) / MANIFEST).is_file()]
 
     def encode(self, shard: int, encoder: nn.Module, tokens: TokenTable, on_progress: Callable[[int], None]) -> None:
-        """Encode one shard and publish it whole."""
+        """Encode one shard and publish it whole; raises NotFiniteEmbedding."""
         embedding_nD = encode_rows(encoder, tokens, self.rows(shard), on_progress)
+        check_finite(embedding_nD, tokens, self.rows(shard))
         self._publish(shard, embedding_nD)
 
     def read(self, shard: int) -> np.ndarray:
@@ -63,6 +65,17 @@ class Shards:
             np.save(folder / "embeddings.npy", embedding_nD, allow_pickle=False)
 
         publish_version(self._path(shard), write, {"shard": shard, "rows": len(embedding_nD)})
+
+
+def check_finite(embedding_nD: np.ndarray, tokens: TokenTable, rows: np.ndarray) -> None:
+    """Raise NotFiniteEmbedding, naming the first text, if any of some rows' embeddings holds NaN or infinity."""
+    is_finite = np.isfinite(embedding_nD).all(1)
+    if not is_finite.all():
+        row = int(rows[np.argmin(is_finite)])
+        raise NotFiniteEmbedding(
+            f"the embedding of {tokens.name(row)} is not finite, and so for {int((~is_finite).sum())} of {len(rows)} texts; "
+            "the weights have diverged: go back to an earlier checkpoint, or set optim.lr lower"
+        )
 
 
 def open_shards(root: Path, weights_digest: str, pooling: str, tokens: TokenTable, part: str | None = None) -> Shards:

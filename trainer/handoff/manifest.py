@@ -12,17 +12,18 @@ import json
 import os
 import shutil
 import socket
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import InputError
+from trainer.handoff.clock import seconds_since_written
 
 MANIFEST = "manifest.json"
 LATEST = "LATEST"
 PINS = ".pins"
 STAGING = ".staging-"
+REFUSALS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 
 
 class TornVersion(Exception):
@@ -70,12 +71,17 @@ def clean_staging(parent: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def is_disk_full(error: Exception) -> bool:
+def is_disk_full(error: BaseException) -> bool:
     """Tell whether a disk or quota was full; libraries that are not Python's own only say so in words."""
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
 
 
-def disk_error(error: Exception, path: Path) -> InputError:
+def is_disk_error(error: BaseException) -> bool:
+    """Tell whether a disk, its quota or its rights refused something: a person can mend it."""
+    return is_disk_full(error) or (isinstance(error, OSError) and error.errno in REFUSALS)
+
+
+def disk_error(error: BaseException, path: Path | str) -> InputError:
     """Return the sentence for a write that the disk refused."""
     if is_disk_full(error):
         return InputError(f"no room left on the disk for {path}; free some space or set run.folder to another disk")
@@ -83,13 +89,16 @@ def disk_error(error: Exception, path: Path) -> InputError:
     return InputError(f"cannot write {path}: {reason}; run.folder must be a folder you may write to")
 
 
-def open_version(folder: Path) -> dict[str, Any]:
+def open_version(folder: Path, only: str = "") -> dict[str, Any]:
     """Return the manifest of a version after verifying the size and SHA-256 of every file it names.
 
+    only: verify the files whose names begin so, for a reader who opens no others.
     Raises TornVersion, naming the file, if the manifest or any file is missing or altered.
     """
     manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
+        if not name.startswith(only):
+            continue
         try:
             actual = _size_and_hash(folder / name)
         except OSError as error:
@@ -150,10 +159,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def pin(folder: Path, holder: str, seconds: float) -> None:
-    """Keep retention away from a version for some seconds; pinning again extends it."""
-    pins = folder.parent / PINS
-    pins.mkdir(exist_ok=True)
-    write_atomically(pins / f"{folder.name}.{holder}", str(time.time() + seconds))
+    """Keep retention away from a version for some seconds; pinning again extends it. Raises InputError."""
+    write_atomically(folder.parent / PINS / f"{folder.name}.{holder}", str(seconds))
 
 
 def unpin(folder: Path, holder: str) -> None:
@@ -162,10 +169,11 @@ def unpin(folder: Path, holder: str) -> None:
 
 
 def is_pinned(folder: Path) -> bool:
-    """Tell whether anyone holds an unexpired pin on a version."""
+    """Tell whether anyone holds an unexpired pin on a version; two machines' clocks may differ."""
     for lease in (folder.parent / PINS).glob(f"{folder.name}.*"):
         with contextlib.suppress(OSError, ValueError):
-            if float(lease.read_text()) > time.time():
+            age_s = seconds_since_written(lease)
+            if age_s is not None and age_s < float(lease.read_text()):
                 return True
     return False
 
@@ -176,8 +184,17 @@ def prune(parent: Path, keep: int, needed: Callable[[Path], bool] = lambda _: Fa
     for folder in versions(parent)[:-keep]:
         if is_pinned(folder) or needed(folder) or folder.name == read_latest(parent):
             continue
-        (folder / MANIFEST).unlink(missing_ok=True)  # first: from here on nobody opens it
-        shutil.rmtree(folder, ignore_errors=True)
+        # One rename, as it came: from here on nobody opens it, and what a killed process leaves is cleared as staging is.
+        gone = parent / f"{STAGING}{folder.name}-deleted"
+        shutil.rmtree(gone, ignore_errors=True)
+        try:
+            os.rename(folder, gone)
+            if is_pinned(folder):  # by someone who found it just before; who finds it now sees that it is there
+                os.rename(gone, folder)
+                continue
+        except OSError as error:
+            raise disk_error(error, folder) from error
+        shutil.rmtree(gone, ignore_errors=True)
         deleted.append(folder)
     return deleted
 
