@@ -64,8 +64,8 @@ def run_service(job: MineJob, comm: "MPI.Comm", *, once: bool = False) -> How:
 
 
 def _serve(job: MineJob, ranks: Ranks, once: bool) -> How:
-    with claim_run(job, ranks):
-        work = open_work(job, ranks)
+    with claim_run(job, ranks) as claim:
+        work = open_work(job, ranks, claim)
         how: How = "finished"
         try:
             while (task := ranks.decide(lambda: next_task(work, once))) is not None:
@@ -180,7 +180,9 @@ def publish_drawn(work: Work, task: Task, drawn: Drawn | None, recall: float | N
 
     def tell_and_publish() -> None:
         assert drawn is not None
-        manifest = publish(work.job, task.version, checkpoint, work.judgements, drawn, work.data.digest, recall, work.seconds)
+        manifest = publish(
+            work.job, work.claim, task.version, checkpoint, work.judgements, drawn, work.data.digest, recall, work.seconds
+        )
         kept = {key: manifest[key] for key in ("version", "source", "num_negatives", "held_out", "audit", "seconds")}
         dropped = manifest["filter"]["dropped"]
         work.metrics.record(checkpoint.step if checkpoint else 0, {"event": "published", **kept, "dropped": dropped})
