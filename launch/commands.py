@@ -83,6 +83,52 @@ def mine(
     return 0 if how == "finished" else EXIT_STOPPED
 
 
+@app.command()
+def submit(
+    job: JobFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="of the trainers")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="a rank for each; 0: as many ranks as section launch says")] = 0,
+    miner_nodes: Annotated[int, typer.Option(min=0, help="0: train only")] = 1,
+    cpus_per_rank: Annotated[int, typer.Option(min=1, help="cores")] = 4,
+    partition: Annotated[str | None, typer.Option(help="default: the cluster's")] = None,
+    time: Annotated[str | None, typer.Option(help="limit of one start: 30, 4:00:00 or 2-0; default: the partition's")] = None,
+    save_seconds: Annotated[int, typer.Option(min=1, help="before the limit, to save in")] = 120,
+    max_restarts: Annotated[int, typer.Option(min=0, help="after limits, lost nodes, preemption and deaths, of each job")] = 10,
+    together: Annotated[bool, typer.Option("--together", help="one heterogeneous job for both sides")] = False,
+    sbatch: Annotated[list[str] | None, typer.Option(help="more of its options: --sbatch=--account=me; repeatable")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the commands and what Slurm thinks of them")] = False,
+    allow_change: AllowChange = False,
+    as_json: Json = False,
+) -> int:
+    """Submit trainers and miner to Slurm."""
+    from launch.jobfile import read_job
+    from launch.submit import Size
+    from launch.submit import submit as submit_job
+
+    start_logging()
+    size = Size(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        miner_nodes=miner_nodes,
+        cpus_per_rank=cpus_per_rank,
+        partition=partition,
+        time=time,
+        save_seconds=save_seconds,
+        max_restarts=max_restarts,
+        together=together,
+        options=tuple(sbatch or ()),
+    )
+    found = submit_job(read_job(job, overrides or []), size, dry_run, allow_change)
+    if as_json:
+        print_json(found)
+    else:
+        from launch.submit import describe
+
+        results().print(describe(found), markup=False)
+    return 0
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help='model folder, run folder, hub name, package, or "bm25"')],

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from launch.agree import agree, check_mpi_world
 from launch.jobfile import Jobs, read_job, refuse_other_job, write_job
 from launch.output import start_logging
 from launch.versions import write_environment
@@ -29,6 +30,7 @@ def train_side(job_file: Path, overrides: list[str], allow_change: bool = False)
 
     world = join_world()
     try:
+        agree(jobs, "trainer", world.speaks, world.gather_objects, world.broadcast)
         outcome = train(jobs.train, world)
     except (InputError, OSError) as error:
         raise _told(jobs, "trainer", error) from error
@@ -50,6 +52,8 @@ def mine_side(
     from mining.service import run_service
 
     try:
+        check_mpi_world(MPI.COMM_WORLD.Get_size(), os.environ, MPI.Get_library_version().split(",")[0])
+        agree(jobs, "miner", rank == 0, MPI.COMM_WORLD.gather, MPI.COMM_WORLD.bcast)
         return run_service(jobs.mine, MPI.COMM_WORLD, once=once, checkpoint=checkpoint, metrics_port=metrics_port)
     except (InputError, OSError) as error:
         raise _told(jobs, "miner", error) from error

@@ -10,6 +10,7 @@ from mining.job import MineJob
 from mining.judgements import Judgements
 from mining.refresh import Drawn
 from trainer.encoder.shards import prune_shards
+from trainer.handoff.claim import Claim
 from trainer.handoff.manifest import TornVersion, clean_staging, prune, read_latest, versions, write_latest
 from trainer.handoff.negatives import Negatives, negatives_folder, open_negatives, publish_negatives, version_name
 from trainer.handoff.weights import Checkpoint
@@ -44,6 +45,7 @@ def last_version(run: Path, num_queries: int, num_passages: int) -> Negatives | 
 
 def publish(
     job: MineJob,
+    claim: Claim,
     version: int,
     checkpoint: Checkpoint | None,
     judgements: Judgements,
@@ -54,6 +56,7 @@ def publish(
 ) -> dict[str, Any]:
     """Publish a version, prune old ones, and return its manifest.
 
+    claim: of the run; raises RunInUse if another service has taken this one's place.
     checkpoint: where it came from; None: BM25.
     recall: of the index, audited; None: there was no index.
     seconds: wall time by phase.
@@ -84,7 +87,7 @@ def publish(
         "audit": audit,
         "seconds": seconds,
     }
-    manifest = publish_negatives(run, version, drawn.indptr, drawn.ids, drawn.scores, fields)
+    manifest = publish_negatives(run, version, drawn.indptr, drawn.ids, drawn.scores, fields, claim.check)
     _prune(job)
     return manifest
 

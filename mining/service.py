@@ -82,8 +82,8 @@ def run_service(
 
 
 def _serve(job: MineJob, ranks: Ranks, once: bool, checkpoint: str | None, metrics_port: int | None) -> How:
-    with claim_run(job, ranks):
-        work = open_work(job, ranks)
+    with claim_run(job, ranks) as claim:
+        work = open_work(job, ranks, claim)
         if metrics_port is not None:
             ranks.decide(lambda: serve_figures(job.run.folder, work.status.values, metrics_port))
         how: How = "finished"
@@ -244,7 +244,9 @@ def publish_drawn(work: Work, task: Task, drawn: Drawn | None, recall: float | N
 
     def tell_and_publish() -> None:
         assert drawn is not None
-        manifest = publish(work.job, task.version, checkpoint, work.judgements, drawn, work.data.digest, recall, work.seconds)
+        manifest = publish(
+            work.job, work.claim, task.version, checkpoint, work.judgements, drawn, work.data.digest, recall, work.seconds
+        )
         kept = {key: manifest[key] for key in ("version", "source", "num_negatives", "held_out", "audit", "seconds")}
         dropped = manifest["filter"]["dropped"]
         work.status.update(**version_figures(manifest))

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import filelock
 import torch
 
 from mining.encode import TokenCache
@@ -19,8 +18,8 @@ from mining.sources import changed_files, claim_data
 from mining.state import Refresh, write_refresh
 from mining.watch import HOLDER, PIN_S, Task, Watch
 from trainer.data.datasets import RetrievalData, open_data
-from trainer.errors import RunInUse
-from trainer.handoff.manifest import disk_error, pin, unpin
+from trainer.handoff.claim import Claim, claim_side
+from trainer.handoff.manifest import pin, unpin
 from trainer.metrics import Metrics, MetricsFile, NoMetrics, NoStatus, Status
 
 log = logging.getLogger(__name__)
@@ -35,6 +34,7 @@ class Work:
 
     job: MineJob
     ranks: Ranks
+    claim: Claim  # this start's place in the run folder
     status: Status | NoStatus
     metrics: Metrics
     data: RetrievalData
@@ -135,10 +135,10 @@ class Work:
         return self.watch.is_superseded(checkpoint)
 
 
-def open_work(job: MineJob, ranks: Ranks) -> Work:
+def open_work(job: MineJob, ranks: Ranks, claim: Claim) -> Work:
     """Return a service that is ready to work. Collective. Raises InputError for data that cannot be used."""
     run = job.run.folder
-    status: Status | NoStatus = Status(run, "miner") if ranks.speaks else NoStatus()
+    status: Status | NoStatus = Status(run, "miner", claim.check) if ranks.speaks else NoStatus()
     status.update(phase="starting", started=time.time())
     ranks.on_wait = status.update
     data = ranks.together(lambda: open_data(job.data, job.sources))
@@ -151,6 +151,7 @@ def open_work(job: MineJob, ranks: Ranks) -> Work:
     work = Work(
         job=job,
         ranks=ranks,
+        claim=claim,
         status=status,
         metrics=MetricsFile(run / "logs" / "miner.jsonl") if ranks.speaks else NoMetrics(),
         data=data,
@@ -167,22 +168,10 @@ def open_work(job: MineJob, ranks: Ranks) -> Work:
 
 
 @contextlib.contextmanager
-def claim_run(job: MineJob, ranks: Ranks) -> Iterator[None]:
-    """Hold the miner's place in the run folder on rank 0. Collective; raises InputError if a live miner holds it."""
-    folder = job.run.folder / "status"
-    lock = filelock.FileLock(folder / "miner.lock")
-
-    def take() -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            raise RunInUse(f"another miner is at work in {job.run.folder}; wait for it, or set run.folder") from error
-        except OSError as error:
-            raise disk_error(error, folder) from error
-
-    ranks.decide(take)
+def claim_run(job: MineJob, ranks: Ranks) -> Iterator[Claim]:
+    """Hold the miner's place in the run folder. Collective; raises InputError if a live miner holds it."""
+    claim = ranks.decide(lambda: claim_side(job.run.folder, "miner"))
     try:
-        yield
+        yield claim
     finally:
-        lock.release()
+        claim.release()

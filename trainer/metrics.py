@@ -11,7 +11,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -138,11 +138,12 @@ class NoMetrics:
 class Status:
     """`status/SIDE.json`: phase, progress and heartbeat of one side of a run, for `status` and the live view."""
 
-    def __init__(self, run: Path, side: str, min_interval_s: float = 0.5):
+    def __init__(self, run: Path, side: str, may_write: Callable[[], None] = lambda: None, min_interval_s: float = 0.5):
+        """may_write: called before each write; raises if this process may not write any more."""
         self._path = _status_file(run, side)
         self.values: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname()}
         self._written = 0.0
-        self._min_interval_s = min_interval_s
+        self._may_write, self._min_interval_s = may_write, min_interval_s
 
     def update(self, **values: Any) -> None:
         """Merge values in and write the file, at most every `min_interval_s` unless the phase changed."""
@@ -150,6 +151,7 @@ class Status:
         self.values |= values
         if changed_phase or time.monotonic() - self._written >= self._min_interval_s:
             self._written = time.monotonic()
+            self._may_write()
             write_atomically(self._path, json.dumps({**self.values, "heartbeat": time.time()}))
 
 

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import filelock
 import numpy as np
 from torch import Tensor
 from torch.optim import AdamW
@@ -25,8 +24,9 @@ from trainer.early_stop import EarlyStop, RollBack
 from trainer.ema import build_average
 from trainer.encoder.model import Encoder, Traits, load_encoder
 from trainer.encoder.tokens import tokenize_side
-from trainer.errors import InputError, RunInUse
+from trainer.errors import InputError
 from trainer.feed import NegativesFeed
+from trainer.handoff.claim import Claim, claim_side
 from trainer.handoff.manifest import clean_staging
 from trainer.handoff.weights import Checkpoint, checkpoints_folder, newest_checkpoint
 from trainer.interrupt import Interrupt
@@ -67,7 +67,7 @@ class Training:
     tasks: dict[int | None, Task]  # what becomes of each source's queries
     has_two_towers: bool
     num_steps: int
-    lock: filelock.BaseFileLock | None  # held by rank 0 while it lives
+    claim: Claim  # this start's place in the run folder
     saved_step: int | None = None  # of the newest checkpoint
     budget: Budget | None = None  # of memory; found with the first batch
     data_s: float = 0.0  # that the last step took to put its batch together
@@ -78,8 +78,8 @@ def prepare(job: TrainJob, world: World) -> Training:
     """Return a started or resumed run. Collective. Raises InputError for a job or data that cannot be used."""
     run = job.run.folder
     check_trackers(job.run.trackers)
-    lock = claim_run(job, world)
-    status: Status | NoStatus = Status(run, "trainer") if world.speaks else NoStatus()
+    claim = claim_run(job, world)
+    status: Status | NoStatus = Status(run, "trainer", claim.check) if world.speaks else NoStatus()
     status.update(phase="preparing", step=0)
     data = open_data(job.data, job.sources)
     check_sizes(job, data, world.num_ranks)
@@ -141,7 +141,7 @@ def prepare(job: TrainJob, world: World) -> Training:
         state,
         plain,
         build_schedule(job.optim, num_steps),
-        Saver(run, world),
+        Saver(run, world, claim),
         tokenizer,
         traits,
         feed,
@@ -153,7 +153,7 @@ def prepare(job: TrainJob, world: World) -> Training:
         build_tasks(job.loss, data, state.temperature, world.device),
         encoder.has_two_towers,
         num_steps,
-        lock,
+        claim,
         saved_step=None if checkpoint is None else checkpoint.step,
     )
 
@@ -173,23 +173,19 @@ def first_state(job: TrainJob, world: World, encoder: Encoder) -> TrainState:
     )
 
 
-def claim_run(job: TrainJob, world: World) -> filelock.BaseFileLock | None:
-    """Take the trainer's place in the run folder on rank 0 and clear what killed writers left there.
+def claim_run(job: TrainJob, world: World) -> Claim:
+    """Take the trainer's place in the run folder and clear what killed writers left there. Collective.
 
-    Raises InputError if a live trainer holds it.
+    Raises InputError, on every rank, if a live trainer holds it.
     """
-    if not world.speaks:
-        return None
-    path = job.run.folder / "status" / "trainer.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise RunInUse(f"another trainer is at work in {job.run.folder}; wait for it, or set run.folder") from error
-    clean_staging(checkpoints_folder(job.run.folder))
-    clean_parts(job.run.folder)
-    return lock
+
+    def take() -> Claim:
+        taken = claim_side(job.run.folder, "trainer")
+        clean_staging(checkpoints_folder(job.run.folder))
+        clean_parts(job.run.folder)
+        return taken
+
+    return world.decide(take)
 
 
 def check_sizes(job: TrainJob, data: RetrievalData, num_ranks: int) -> None:

@@ -30,11 +30,14 @@ class TornVersion(Exception):
     """A version is absent, incomplete or altered; the message names the file."""
 
 
-def publish_version(folder: Path, write: Callable[[Path], None], fields: dict[str, Any]) -> dict[str, Any]:
+def publish_version(
+    folder: Path, write: Callable[[Path], None], fields: dict[str, Any], may_publish: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Write a version into `folder` so that it appears whole or not at all, and return its manifest.
 
     write: called with an empty staging folder; fills it.
     fields: JSON values kept in the manifest beside the list of files; `write` may add some.
+    may_publish: called last, before the version appears; raises if this process may not write any more.
     Raises InputError when the disk is full or the folder cannot be written; nothing half-written stays behind.
     """
     # Two processes may encode the same shard: each stages its own.
@@ -49,6 +52,7 @@ def publish_version(folder: Path, write: Callable[[Path], None], fields: dict[st
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in [*staging.rglob("*"), staging]:
             _fsync(path)
+        may_publish()
         if folder.exists():
             with contextlib.suppress(TornVersion):
                 whole = open_version(folder)  # versions never change: the first one stays
@@ -144,8 +148,8 @@ def read_latest(parent: Path) -> str | None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small file by one rename; raises InputError when the disk refuses."""
-    # The process id keeps two writers apart that share a folder, such as the two sides' status files.
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    # Two writers of one file, perhaps on two machines, each write beside it.
+    beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "w") as file:

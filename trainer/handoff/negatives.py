@@ -6,6 +6,7 @@ where the miner was asked for them: a teacher's scores and clusters of the queri
 never unpickled.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def publish_negatives(
     ids: np.ndarray,
     scores: np.ndarray,
     fields: dict[str, Any],
+    may_publish: Callable[[], None] = lambda: None,
     *,
     teacher_scores: np.ndarray | None = None,
     clusters: np.ndarray | None = None,
@@ -69,6 +71,7 @@ def publish_negatives(
     """Publish a version whole, point LATEST at it and return its manifest.
 
     fields: what the manifest says of their origin: checkpoint_step (None for BM25), data digest, settings, counters, …
+    may_publish: raises if this process may not write any more.
     """
     arrays = {"indptr": indptr, "ids": ids, "scores": scores, "teacher_scores": teacher_scores, "clusters": clusters}
 
@@ -78,7 +81,8 @@ def publish_negatives(
                 np.save(folder / f"{name}.npy", np.asarray(array, TYPES[name]), allow_pickle=False)
 
     folder = negatives_folder(run) / version_name(version)
-    manifest = publish_version(folder, write, {"version": version, "num_queries": len(indptr) - 1, **fields})
+    manifest = publish_version(folder, write, {"version": version, "num_queries": len(indptr) - 1, **fields}, may_publish)
+    may_publish()
     write_latest(folder.parent, folder.name)
     return manifest
 
