@@ -109,6 +109,10 @@ class Ranks:
         self._raise_alike([error])
         return value  # type: ignore[return-value]
 
+    def on_first(self, work: Callable[[], T]) -> T | None:
+        """Return what `work` returns on rank 0, None elsewhere; what it raises is raised by all."""
+        return self.together(lambda: work() if self.speaks else None)
+
     def together(self, work: Callable[[], T]) -> T:
         """Return what `work` returns on this rank; if it raises InputError, Stopped or one of CAUSES on any rank, all leave.
 

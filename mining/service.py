@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from mining.audit import audit_recall, audit_sample
-from mining.bm25 import index_bm25, search_bm25, text_keys
+from mining.audit import audit_recall, audit_sample, reasons_against
+from mining.bm25 import text_keys
+from mining.candidates import BM25Retriever, BothRetrievers, DenseRetriever, Retriever
+from mining.clusters import cluster_queries
 from mining.encode import Embeddings, encode_missing, open_sides
 from mining.exporter import serve_figures
 from mining.figures import version_figures
 from mining.index import EXACT, IndexSettings, ShardIndex, build_indexes
 from mining.job import MineJob
-from mining.publish import next_number, publish
+from mining.publish import audit_drawn, next_number, publish, stays
 from mining.ranks import GivenUp, Ranks, Refused, Stopped, Superseded
-from mining.refresh import Drawn, Retrieve, draw_negatives
-from mining.search import best_positive_scores, search_shards, share_of
+from mining.refresh import Draw, Drawn, draw_negatives
 from mining.state import forget_refresh, read_refresh
 from mining.watch import Task
 from mining.work import ENCODING, Work, claim_run, open_work
@@ -157,28 +158,16 @@ def checked(work: Work, checkpoint: Checkpoint) -> Checkpoint:
 
 def mine_bm25(work: Work, task: Task) -> None:
     """Publish a version from BM25, before there is any model. Collective; raises Stopped on all."""
-    ranks, judgements, top_k = work.ranks, work.judgements, work.job.mine.bm25_top_k
+    judgements = work.judgements
     with work.phase("searching with BM25", queries=judgements.num_queries):
-        # One index in memory, whatever the number of ranks; it takes seconds where encoding takes minutes.
-        index = index_bm25(work.data) if ranks.speaks else None
         keys = text_keys(work.data.corpus), text_keys(work.data.queries.select(judgements.query_rows))
-
-        def retrieve(tile: slice) -> tuple[np.ndarray, np.ndarray, None]:
-            parts: list = [None] * ranks.num_ranks
-            if index is not None:
-                rows = judgements.query_rows[tile]
-                scores, ids = search_bm25(index, work.data, rows, top_k, judgements.allowed_N)
-                shares = [share_of(len(rows), rank, ranks.num_ranks) for rank in range(ranks.num_ranks)]
-                parts = [(scores[share], ids[share]) for share in shares]
-            return *ranks.exchange(parts)[0], None
-
-        drawn = draw(work, task, keys, retrieve)
-    publish_drawn(work, task, drawn, recall=None)
+        drawn = draw(work, task, keys, BM25Retriever(work.ranks, judgements, work.data, work.job.mine.bm25_top_k))
+    publish_drawn(work, task, drawn)
 
 
 def mine_checkpoint(work: Work, task: Task, checkpoint: Checkpoint) -> None:
-    """Publish a version from a checkpoint, or refuse it for its index's recall. Collective; raises Stopped on all."""
-    job, ranks, judgements = work.job, work.ranks, work.judgements
+    """Publish a version from a checkpoint, or refuse it for what the audit found. Collective; raises Stopped on all."""
+    job, ranks, judgements, chance = work.job, work.ranks, work.judgements, (work.job.run.seed, task.version)
     with work.phase("loading"):
         encoder, pooling, tables = ranks.together(lambda: read_encoder(work, checkpoint))
         sides = ranks.together(lambda: open_sides(job.run.folder, checkpoint, encoder, pooling, tables))
@@ -192,23 +181,20 @@ def mine_checkpoint(work: Work, task: Task, checkpoint: Checkpoint) -> None:
     recall = 1.0
     if job.index.factory != EXACT:
         with work.phase("auditing"):
-            places = audit_sample(job.audit, job.run.seed, task.version, judgements.query_rows)
+            places = audit_sample(job.audit, *chance, judgements.query_rows)
             exact = build(work, IndexSettings(factory=EXACT), passages)
             recall = audit_recall(ranks, indexes, exact, queries.read(places), job.search.top_k)
-    if recall < job.audit.min_recall:
-        ranks.decide(partial(refuse_recall, job, recall))
-
-    def retrieve(tile: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        query_QD = queries.read(np.arange(tile.start, tile.stop))
-        scores, ids = search_shards(ranks, indexes, query_QD, job.search.top_k)
-        share = share_of(len(query_QD), ranks.rank, ranks.num_ranks)
-        indptr = judgements.positive_indptr[tile.start + share.start : tile.start + share.stop + 1]
-        rows = judgements.positive_rows[indptr[0] : indptr[-1]]
-        return scores, ids, best_positive_scores(query_QD[share], passages, indptr - indptr[0], rows)
-
+    ranks.decide(lambda: refuse(reasons_against(job.audit, job.index.factory, recall)))
+    dense = DenseRetriever(ranks, judgements, queries, passages, indexes, job.search.top_k)
+    words = BM25Retriever(ranks, judgements, work.data, job.search.bm25_top_k)
+    retriever = BothRetrievers(dense, words) if job.search.bm25_top_k else dense
     with work.phase("searching", queries=judgements.num_queries):
-        drawn = draw(work, task, (tables[1].key_of_row, tables[0].key_of_row), retrieve)
-    publish_drawn(work, task, drawn, recall)
+        drawn = draw(work, task, (tables[1].key_of_row, tables[0].key_of_row), retriever)
+    clusters = None
+    if job.clusters.num:
+        with work.phase("clustering"):
+            clusters = ranks.on_first(lambda: cluster_queries(job.clusters, *chance, judgements, queries, passages))
+    publish_drawn(work, task, drawn, recall, clusters)
 
 
 def read_encoder(work: Work, checkpoint: Checkpoint) -> tuple[Encoder, str, list[TokenTable]]:
@@ -232,22 +218,32 @@ def build(work: Work, settings: IndexSettings, passages: Embeddings) -> list[Sha
     return work.ranks.together(lambda: build_indexes(settings, passages, shards, work.judgements.allowed_N, device))
 
 
-def draw(work: Work, task: Task, keys: tuple[np.ndarray, np.ndarray], retrieve: Retrieve) -> Drawn | None:
+def draw(work: Work, task: Task, keys: tuple[np.ndarray, np.ndarray], retriever: Retriever) -> Drawn | None:
     """Return the negatives of all queries on rank 0: search, filter, sample. Collective."""
-    job, chance = work.job, (work.job.run.seed, task.version)
-    return draw_negatives(job.filter, job.sample, *chance, work.ranks, work.judgements, keys, retrieve, work.progress)
+    job, judgements = work.job, work.judgements
+    sizes = judgements.num_queries, len(work.data.corpus)
+    source = "bm25" if task.checkpoint is None else "model"
+    last = work.ranks.together(lambda: stays(job, task.version, source, *sizes))
+    settings = job.filter, job.sample, job.rerank, job.run.seed, task.version
+    return draw_negatives(Draw(*settings, judgements, *keys, work.reranker, last), work.ranks, retriever, work.progress)
 
 
-def publish_drawn(work: Work, task: Task, drawn: Drawn | None, recall: float | None) -> None:
-    """Publish on rank 0 and tell about it. Collective."""
+def publish_drawn(
+    work: Work, task: Task, drawn: Drawn | None, recall: float | None = None, clusters: np.ndarray | None = None
+) -> None:
+    """Publish on rank 0 and tell about it, or refuse. Collective."""
     checkpoint = task.checkpoint
 
     def tell_and_publish() -> None:
         assert drawn is not None
+        audit = audit_drawn(work.job, work.judgements, drawn, recall)
+        refuse(audit["reasons"])
+        digest, judgements = work.data.digest, work.judgements
         manifest = publish(
-            work.job, work.claim, task.version, checkpoint, work.judgements, drawn, work.data.digest, recall, work.seconds
+            work.job, work.claim, task.version, checkpoint, judgements, drawn, digest, clusters, audit, work.seconds
         )
-        kept = {key: manifest[key] for key in ("version", "source", "num_negatives", "held_out", "audit", "seconds")}
+        told = ("version", "source", "num_negatives", "held_out", "counts", "clusters", "audit", "seconds")
+        kept = {key: manifest[key] for key in told}
         dropped = manifest["filter"]["dropped"]
         work.status.update(**version_figures(manifest))
         figures = {"event": "published", **kept, "dropped": dropped, **work.ages()}
@@ -262,12 +258,10 @@ def publish_drawn(work: Work, task: Task, drawn: Drawn | None, recall: float | N
         work.ranks.decide(tell_and_publish)
 
 
-def refuse_recall(job: MineJob, recall: float) -> None:
-    """Raise Refused for an index that finds too little."""
-    raise Refused(
-        f"index.factory={job.index.factory} finds {recall:.3f} of the exact neighbours, less than "
-        f"audit.min_recall={job.audit.min_recall}; set index.nprobe higher, or index.factory to exact"
-    )
+def refuse(reasons: list[str]) -> None:
+    """Raise Refused if there are reasons not to publish a version."""
+    if reasons:
+        raise Refused("; ".join(reasons))
 
 
 def give_up(work: Work, task: Task, cause: Exception) -> bool:
@@ -277,7 +271,8 @@ def give_up(work: Work, task: Task, cause: Exception) -> bool:
     scheduled checkpoint that is gone may come again, from a trainer that was killed and resumed.
     """
     job, checkpoint = work.job, task.checkpoint
-    assert checkpoint is not None
+    if checkpoint is None:
+        raise InputError(f"version 0 from BM25 is no good: {cause}")
     reason = f"checkpoint {checkpoint.folder.name}: {cause}"
     is_lost = isinstance(cause, TornVersion)
     if task.is_given or (job.negatives.schedule and not is_lost):

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mining.clusters import check_clusters
 from mining.encode import TokenCache
 from mining.figures import ages, version_figures
 from mining.job import MineJob
 from mining.judgements import Judgements, read_judgements
 from mining.publish import claim_negatives, last_version
 from mining.ranks import Ranks
+from mining.rerank import Reranker, open_reranker
 from mining.sources import changed_files, claim_data
 from mining.state import Refresh, write_refresh
 from mining.watch import HOLDER, PIN_S, Task, Watch
@@ -43,6 +45,7 @@ class Work:
     watch: Watch
     device: torch.device
     files: dict[str, str]  # of the data as it was opened: SHA-256 by path
+    reranker: Reranker | None
     done_digest: str | None  # weights that need no mining: those mined last, or refused
     task: Task | None = None  # what is being made
     settled_version: int | None = None  # one that gives way to no newer checkpoint: it has done so before, or was resumed
@@ -92,6 +95,11 @@ class Work:
         if self.ranks.speaks and self.task and self.task.checkpoint and time.monotonic() - self._pinned_at > PIN_S / 4:
             self._pinned_at = time.monotonic()
             pin(self.task.checkpoint.folder, HOLDER, PIN_S)
+
+    def between_batches(self) -> None:
+        """Tell that work goes on; raises Stopped if any rank was asked to stop."""
+        self.keep_alive()
+        self.ranks.check_stop()
 
     def finish(self, is_done: bool = True) -> None:
         """Let go of the checkpoint; is_done: it was mined or refused, and needs no other look."""
@@ -145,9 +153,11 @@ def open_work(job: MineJob, ranks: Ranks, claim: Claim) -> Work:
     files = ranks.decide(lambda: claim_data(job, data))
     judgements = ranks.together(lambda: read_judgements(data, job.data.train_split))
     sizes = judgements.num_queries, len(data.corpus)
+    ranks.decide(lambda: check_clusters(job.clusters, judgements.num_queries))
     ranks.decide(lambda: claim_negatives(run, *sizes))
     last = last_version(run, *sizes) if ranks.speaks else None
     local_rank, num_gpus = ranks.local_rank(), torch.cuda.device_count()
+    device = torch.device("cuda", local_rank % num_gpus) if num_gpus else torch.device("cpu")
     work = Work(
         job=job,
         ranks=ranks,
@@ -159,11 +169,14 @@ def open_work(job: MineJob, ranks: Ranks, claim: Claim) -> Work:
         tokens=TokenCache(data, judgements.query_rows),
         watch=Watch(job),
         files=files,
-        device=torch.device("cuda", local_rank % num_gpus) if num_gpus else torch.device("cpu"),
+        device=device,
+        reranker=ranks.together(lambda: open_reranker(job.rerank, data, judgements.query_rows, device)),
         done_digest=None if last is None else last.manifest.get("weights_digest"),
     )
     status.update(num_refused=0, **({} if last is None else version_figures(last.manifest)))
     ranks.on_wait = work.keep_alive
+    if work.reranker is not None:
+        work.reranker.on_batch = work.between_batches
     return work
 
 

@@ -292,7 +292,7 @@ def test_what_a_cluster_cannot_run_is_refused_in_one_sentence(cluster, root):
     jobs = read_job(root / "job.toml", [f"run.folder={root}/refused"])
     with pytest.raises(InputError, match="this cluster has no partition gpu; it has main, urgent; set --partition"):
         submit(jobs, replace(SIZE, partition="gpu"), dry_run=True)
-    with pytest.raises(InputError, match="Slurm refuses the job: .*More processors requested than permitted|node config"):
+    with pytest.raises(InputError, match=r"Slurm refuses the job: .*More processors requested than permitted|node config"):
         submit(jobs, replace(SIZE, nodes=60), dry_run=False)
     said = submit(jobs, replace(SIZE, together=True, options=()), dry_run=True)["slurm_says"]
     assert "to start at" in said["train_and_mine"]
