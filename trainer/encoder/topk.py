@@ -35,13 +35,16 @@ class BestOf:
         """
         k, device = self._keys_Qk.shape[1], self._query_QD.device
         tile_rows, tile_columns = tile_shape(k, device.type)
+        space = self._query_QD.new_empty(min(tile_rows, len(self._query_QD)) * tile_columns)  # fresh memory is slower
         for start in range(0, len(passage_ND), tile_columns):
             columns = slice(start, start + tile_columns)
             passage_CD, ids_C = _padded(passage_ND[columns], np.float32, device), _padded(ids_N[columns], np.int64, device)
             num_columns = len(ids_N[columns])
             for row in range(0, len(self._query_QD), tile_rows):
                 rows = slice(row, row + tile_rows)
-                score_tC = self._query_QD[rows] @ passage_CD.T
+                query_tD = self._query_QD[rows]
+                score_tC = space[: len(query_tD) * len(passage_CD)].view(len(query_tD), len(passage_CD))
+                torch.mm(query_tD, passage_CD.T, out=score_tC)
                 score_tC[:, num_columns:] = -torch.inf
                 self._keys_Qk[rows] = _select(self._keys_Qk[rows], score_tC, ids_C)
 
@@ -104,25 +107,28 @@ def _padded(values_C: np.ndarray, dtype: type, device: torch.device) -> Tensor:
 
 def _select(keys_tk: Tensor, score_tC: Tensor, ids_C: Tensor) -> Tensor:
     """Return the k largest keys of those there and those of a tile of scores, (t, k)."""
-    num_rows, k = keys_tk.shape
-    num_groups = score_tC.shape[1] // LANES
-    score_tLG, ids_LG = score_tC.view(num_rows, LANES, num_groups), ids_C.view(LANES, num_groups)
-    best_tG = score_tLG.amax(1)
+    (num_rows, k), num_columns = keys_tk.shape, score_tC.shape[1]
+    num_groups = num_columns // LANES  # group g: columns g, g + num_groups, ...
+    best_tG = score_tC.view(num_rows, LANES, num_groups).amax(1)
     least_t = _unpack(keys_tk.amin(1))[0]
     if num_groups >= k and bool(torch.isneginf(least_t).any()):
         # k groups whose best is as good as this have k passages as good.
         least_t = torch.maximum(least_t, best_tG.topk(k, sorted=False).values.amin(1))
-    row_g, group_g = (best_tG >= least_t[:, None]).nonzero(as_tuple=True)
-    score_gL = score_tLG[row_g, :, group_g]
-    group_n, lane_n = ((score_gL >= least_t[row_g, None]) & ~torch.isneginf(score_gL)).nonzero(as_tuple=True)
-    row_n = row_g[group_n]
-    keys_n = _pack(score_gL[group_n, lane_n], ids_LG[lane_n, group_g[group_n]])
+    least_t = least_t.clamp(min=torch.finfo(torch.float32).min)  # what fills up a tile has less
+    group_g = (best_tG >= least_t[:, None]).flatten().nonzero()
+    row_g = group_g // num_groups
+    place_gL = row_g * num_columns + group_g % num_groups + num_groups * torch.arange(LANES, device=ids_C.device)
+    score_gL = score_tC.flatten().index_select(0, place_gL.flatten()).view(place_gL.shape)
+    survivor_n = (score_gL >= least_t[row_g]).flatten().nonzero()[:, 0]
+    place_n = place_gL.flatten().index_select(0, survivor_n)
+    row_n = place_n // num_columns
+    keys_n = _pack(score_gL.flatten().index_select(0, survivor_n), ids_C.index_select(0, place_n % num_columns))
     # From a list of survivors, ordered by row, to a table as wide as the row with the most of them.
     num_t = torch.bincount(row_n, minlength=num_rows)
-    place_n = torch.arange(len(row_n), device=row_n.device) - (num_t.cumsum(0) - num_t)[row_n]
+    order_n = torch.arange(len(row_n), device=row_n.device) - (num_t.cumsum(0) - num_t)[row_n]
     pool_tK = keys_tk.new_full((num_rows, k + int(num_t.amax())), NOTHING)
     pool_tK[:, :k] = keys_tk
-    pool_tK[row_n, k + place_n] = keys_n
+    pool_tK[row_n, k + order_n] = keys_n
     return pool_tK.topk(k, sorted=False).values
 
 
