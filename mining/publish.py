@@ -51,12 +51,14 @@ def publish(
     data_digest: str,
     recall: float | None,
     seconds: dict[str, float],
+    about: dict[str, Any],
 ) -> dict[str, Any]:
     """Publish a version, prune old ones, and return its manifest.
 
     checkpoint: where it came from; None: BM25.
     recall: of the index, audited; None: there was no index.
     seconds: wall time by phase.
+    about: more fields of the manifest; they take precedence.
     """
     run, num_passages = job.run.folder, len(judgements.allowed_N)
     last = last_version(run, judgements.num_queries, num_passages)
@@ -83,6 +85,7 @@ def publish(
         "sample": {**asdict(job.sample), "seed": job.run.seed},
         "audit": audit,
         "seconds": seconds,
+        **about,
     }
     manifest = publish_negatives(run, version, drawn.indptr, drawn.ids, drawn.scores, fields)
     _prune(job)

@@ -40,16 +40,18 @@ def draw_negatives(
     keys: tuple[np.ndarray, np.ndarray],
     retrieve: Retrieve,
     on_progress: Callable[[int, int], None],
+    query_tile: int = QUERY_TILE,
 ) -> Drawn | None:
     """Return the negatives on rank 0, None elsewhere.
 
     keys: content keys of all passages and of all training queries.
     on_progress: called with queries done and to do.
+    query_tile: queries retrieved at once; changes nothing but the memory.
     Raises Stopped on every rank if one is asked to stop. Collective.
     """
     parts = []
-    for start in range(0, judgements.num_queries, QUERY_TILE):
-        tile = slice(start, min(start + QUERY_TILE, judgements.num_queries))
+    for start in range(0, judgements.num_queries, query_tile):
+        tile = slice(start, min(start + query_tile, judgements.num_queries))
         on_progress(start, judgements.num_queries)
         ranks.together(ranks.check_stop)
         scores_QK, ids_QK, positive_score_Q = retrieve(tile)

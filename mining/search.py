@@ -12,7 +12,7 @@ import numpy as np
 from mining.encode import Embeddings
 from mining.index import ShardIndex
 from mining.ranks import Ranks
-from trainer.encoder.topk import merge_top_k
+from trainer.encoder.topk import BestOf, best_of_keys
 from trainer.errors import InputError
 
 QUERY_TILE = 4096  # queries searched at once; with k = 200 each rank holds some 20 MB of results
@@ -34,12 +34,14 @@ def search_shards(ranks: Ranks, indexes: list[ShardIndex], query_QD: np.ndarray,
 
     indexes: of this rank's shards; may be empty.
     query_QD: the same on every rank; rank r gets the rows `share_of(len(query_QD), ranks)`.
-    Collective: one exchange; every rank sends (share, k) scores and ids to every other.
+    Collective: one exchange; every rank sends (share, k) keys, 8 bytes each, to every other.
     """
-    found = [index.search(query_QD, k) for index in indexes]
-    scores_Qk, ids_Qk = merge_top_k(found, k) if found else no_results(len(query_QD), k)
+    best = BestOf(query_QD, k, indexes[0].device if indexes else "cpu")
+    for index in indexes:
+        index.search_into(best)
+    keys_Qk = best.keys()
     shares = [share_of(len(query_QD), rank, ranks.num_ranks) for rank in range(ranks.num_ranks)]
-    return merge_top_k(ranks.exchange([(scores_Qk[rows], ids_Qk[rows]) for rows in shares]), k)
+    return best_of_keys(ranks.exchange([keys_Qk[rows] for rows in shares]), k)
 
 
 def best_positive_scores(query_QD: np.ndarray, passages: Embeddings, indptr: np.ndarray, positive_rows: np.ndarray) -> np.ndarray:
@@ -54,8 +56,3 @@ def best_positive_scores(query_QD: np.ndarray, passages: Embeddings, indptr: np.
 def share_of(num_rows: int, rank: int, num_ranks: int) -> slice:
     """Return the rows that fall to a rank; shares differ by at most one row."""
     return slice(num_rows * rank // num_ranks, num_rows * (rank + 1) // num_ranks)
-
-
-def no_results(num_queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (scores, ids) of a search that found nothing."""
-    return np.full((num_queries, k), -np.inf, np.float32), np.full((num_queries, k), -1, np.int64)

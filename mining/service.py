@@ -9,19 +9,18 @@ import logging
 import sys
 import time
 import traceback
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from mining.audit import audit_recall, audit_sample
 from mining.bm25 import index_bm25, search_bm25, text_keys
-from mining.encode import Embeddings, encode_missing, open_sides
-from mining.index import EXACT, IndexSettings, ShardIndex, build_indexes
+from mining.encoded import encode_checkpoint
+from mining.indexed import Indexed, index_passages
 from mining.job import MineJob
 from mining.publish import next_number, publish
 from mining.ranks import Ranks, Stopped
 from mining.refresh import Drawn, Retrieve, draw_negatives
-from mining.search import best_positive_scores, search_shards, share_of
+from mining.search import QUERY_TILE, best_positive_scores, search_shards, share_of
 from mining.state import read_refresh
 from mining.watch import Task
 from mining.work import Work, claim_run, open_work
@@ -132,55 +131,44 @@ def mine_checkpoint(work: Work, task: Task, checkpoint: Checkpoint) -> None:
     """Publish a version from a checkpoint, or refuse it for its index's recall. Collective; raises Stopped on all."""
     job, ranks, judgements = work.job, work.ranks, work.judgements
     with work.phase("encoding"):
-        encoder, pooling, tables = ranks.together(lambda: work.tokens.open(checkpoint))
-        sides = open_sides(job.run.folder, checkpoint, encoder, pooling, tables)
-        encode_missing(ranks, encoder.to(work.device), sides, work.progress)
-    queries, passages = (Embeddings(shards) for shards, _ in sides)
-    with work.phase("indexing"):
-        indexes = build(work, job.index, passages)
-    recall = 1.0
-    if job.index.factory != EXACT:
-        with work.phase("auditing"):
-            places = audit_sample(job.audit, job.run.seed, task.version, judgements.query_rows)
-            exact = build(work, IndexSettings(factory=EXACT), passages)
-            recall = audit_recall(ranks, indexes, exact, queries.read(places), job.search.top_k)
-    if recall < job.audit.min_recall:
-        ranks.decide(lambda: refuse(work, task, checkpoint, recall))
+        encoded = encode_checkpoint(work, task, checkpoint)
+    queries, passages = encoded.queries, encoded.passages
+    indexed = index_passages(work, task, encoded)
+    if indexed.recall < job.audit.min_recall:
+        ranks.decide(lambda: refuse(work, task, checkpoint, indexed))
         return
 
     def retrieve(tile: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         query_QD = queries.read(np.arange(tile.start, tile.stop))
-        scores, ids = search_shards(ranks, indexes, query_QD, job.search.top_k)
+        scores, ids = search_shards(ranks, indexed.indexes, query_QD, job.search.top_k)
         share = share_of(len(query_QD), ranks.rank, ranks.num_ranks)
         indptr = judgements.positive_indptr[tile.start + share.start : tile.start + share.stop + 1]
         rows = judgements.positive_rows[indptr[0] : indptr[-1]]
         return scores, ids, best_positive_scores(query_QD[share], passages, indptr - indptr[0], rows)
 
     with work.phase("searching"):
-        drawn = draw(work, task, (tables[1].key_of_row, tables[0].key_of_row), retrieve)
-    publish_drawn(work, task, drawn, recall)
+        drawn = draw(work, task, (encoded.passage_keys, encoded.query_keys), retrieve, encoded.plan.query_tile)
+    about = {"index": indexed.about(), "passages": encoded.about_passages, "memory": encoded.plan.as_json()}
+    publish_drawn(work, task, drawn, indexed.recall, about)
+    if ranks.speaks:
+        indexed.centroids.prune()
 
 
-def build(work: Work, settings: IndexSettings, passages: Embeddings) -> list[ShardIndex]:
-    """Return the indexes of this rank's shards. Collective: an error of one is an error of all."""
-    shards = range(work.ranks.rank, passages.shards.num_shards, work.ranks.num_ranks)
-    device = work.device.index or 0
-    return work.ranks.together(lambda: build_indexes(settings, passages, shards, work.judgements.allowed_N, device))
-
-
-def draw(work: Work, task: Task, keys: tuple[np.ndarray, np.ndarray], retrieve: Retrieve) -> Drawn | None:
+def draw(work: Work, task: Task, keys: tuple[np.ndarray, np.ndarray], retrieve: Retrieve, tile: int = QUERY_TILE) -> Drawn | None:
     """Return the negatives of all queries on rank 0: search, filter, sample. Collective."""
     job, chance = work.job, (work.job.run.seed, task.version)
-    return draw_negatives(job.filter, job.sample, *chance, work.ranks, work.judgements, keys, retrieve, work.progress)
+    return draw_negatives(job.filter, job.sample, *chance, work.ranks, work.judgements, keys, retrieve, work.progress, tile)
 
 
-def publish_drawn(work: Work, task: Task, drawn: Drawn | None, recall: float | None) -> None:
-    """Publish on rank 0 and tell about it. Collective."""
+def publish_drawn(work: Work, task: Task, drawn: Drawn | None, recall: float | None, about: dict[str, Any] | None = None) -> None:
+    """Publish on rank 0 and tell about it; about: more for the manifest. Collective."""
     checkpoint = task.checkpoint
 
     def tell_and_publish() -> None:
         assert drawn is not None
-        manifest = publish(work.job, task.version, checkpoint, work.judgements, drawn, work.data.digest, recall, work.seconds)
+        manifest = publish(
+            work.job, task.version, checkpoint, work.judgements, drawn, work.data.digest, recall, work.seconds, about or {}
+        )
         kept = {key: manifest[key] for key in ("version", "source", "num_negatives", "held_out", "audit", "seconds")}
         dropped = manifest["filter"]["dropped"]
         work.metrics.record(checkpoint.step if checkpoint else 0, {"event": "published", **kept, "dropped": dropped})
@@ -194,11 +182,11 @@ def publish_drawn(work: Work, task: Task, drawn: Drawn | None, recall: float | N
         work.ranks.decide(tell_and_publish)
 
 
-def refuse(work: Work, task: Task, checkpoint: Checkpoint, recall: float) -> None:
+def refuse(work: Work, task: Task, checkpoint: Checkpoint, indexed: Indexed) -> None:
     """Say why a version is not published; with a schedule there is nothing to go on with, and InputError is raised."""
-    job = work.job
+    job, recall = work.job, indexed.recall
     reason = (
-        f"index.factory={job.index.factory} finds {recall:.3f} of the exact neighbours of checkpoint {checkpoint.step}, "
+        f"index.factory={indexed.settings.factory} finds {recall:.3f} of the exact neighbours of checkpoint {checkpoint.step}, "
         f"less than audit.min_recall={job.audit.min_recall}; set index.nprobe higher, or index.factory to exact"
     )
     if job.negatives.schedule:

@@ -24,33 +24,33 @@ class BestOf:
 
     def __init__(self, query_QD: np.ndarray, k: int, device: torch.device | str = "cpu"):
         """query_QD: float32, copied to the device."""
+        self.query_QD, self.k = query_QD, k
         self._query_QD = torch.tensor(query_QD, device=device)
         self._keys_Qk = torch.full((len(query_QD), k), NOTHING, device=device)
 
-    def look_at(self, passage_ND: np.ndarray, ids_N: np.ndarray) -> None:
-        """Let every query see some passages.
+    def look_at(self, passage_ND: np.ndarray, rows_n: np.ndarray, first_id: int = 0) -> None:
+        """Let every query see some rows of a table of passages.
 
         passage_ND: float16 or float32, a map of a file for example; read tile by tile.
-        ids_N: int64, from 0 to 2^32 - 2.
+        rows_n: int64; ids are first_id + row, from 0 to 2^32 - 2.
         """
-        k, device = self._keys_Qk.shape[1], self._query_QD.device
+        k, device = self.k, self._query_QD.device
         tile_rows, tile_columns = tile_shape(k, device.type)
         space = self._query_QD.new_empty(min(tile_rows, len(self._query_QD)) * tile_columns)  # fresh memory is slower
-        for start in range(0, len(passage_ND), tile_columns):
-            columns = slice(start, start + tile_columns)
-            passage_CD, ids_C = _padded(passage_ND[columns], np.float32, device), _padded(ids_N[columns], np.int64, device)
-            num_columns = len(ids_N[columns])
+        for start in range(0, len(rows_n), tile_columns):
+            seen_C = rows_n[start : start + tile_columns]
+            passage_CD, ids_C = _padded(passage_ND[seen_C], np.float32, device), _padded(first_id + seen_C, np.int64, device)
             for row in range(0, len(self._query_QD), tile_rows):
                 rows = slice(row, row + tile_rows)
                 query_tD = self._query_QD[rows]
                 score_tC = space[: len(query_tD) * len(passage_CD)].view(len(query_tD), len(passage_CD))
                 torch.mm(query_tD, passage_CD.T, out=score_tC)
-                score_tC[:, num_columns:] = -torch.inf
+                score_tC[:, len(seen_C) :] = -torch.inf
                 self._keys_Qk[rows] = _select(self._keys_Qk[rows], score_tC, ids_C)
 
     def add(self, scores_QK: np.ndarray, ids_QK: np.ndarray) -> None:
         """Take in what another search has found, (Q, K) each; id -1: nothing."""
-        device, k = self._keys_Qk.device, self._keys_Qk.shape[1]
+        device, k = self._keys_Qk.device, self.k
         keys_QK = _pack(torch.as_tensor(scores_QK, device=device), torch.as_tensor(ids_QK, device=device))
         self._keys_Qk = torch.cat([self._keys_Qk, keys_QK], 1).topk(k, sorted=False).values
 
@@ -88,7 +88,7 @@ def top_k(
     """
     best = BestOf(query_QD, k, device)
     rows = np.arange(len(passage_ND)) if allowed_N is None else np.flatnonzero(allowed_N)
-    best.look_at(passage_ND if len(rows) == len(passage_ND) else passage_ND[rows], first_id + rows)
+    best.look_at(passage_ND, rows, first_id)
     return best_of_keys([best.keys()], k)
 
 
