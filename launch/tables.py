@@ -123,6 +123,29 @@ def doctor_parts(found: dict[str, Any]) -> list[Part]:
     return [Sheet("this machine", ("", "", "found"), rows), *to_do, last]
 
 
+def mining_parts(found: dict[str, Any]) -> list[Part]:
+    """Return encoding and search against the bare work, and what two ranks and the memory came to."""
+    encoding, search = found["encoding"], found["search"]
+    titles = {
+        "encoding": f"encoding {encoding['texts']} texts, {encoding['tokens']:,} tokens, {_machine(found)}",
+        "search": f"exact search, {search['queries']:,} x {search['passages']:,}, width {search['width']}, k {search['top_k']}",
+    }
+    parts: list[Part] = []
+    for name, title in titles.items():
+        rows = [(side, f"{row['seconds']:.2f}", f"{row['ratio']:.2f}") for side, row in found[name]["sides"].items()]
+        parts.append(Sheet(title, ("", "seconds", "ratio"), rows))
+        for other, rate in found[name]["our_rate_over"].items():
+            parts.append(f"{rate['found']:.2f} of the rate of {other}; wanted {rate['wanted']:.2f}.")
+    for name, rate in found["ranks"]["speedup"].items():
+        parts.append(f"{name}: two ranks of one thread are {rate['found']:.2f} times one; wanted {rate['wanted']:.2f}.")
+    if memory := found.get("memory"):
+        parts.append(
+            f"A service with {memory['passages']:,} passages took {memory['peak_gib']:.2f} GiB of {memory['planned_gib']:.2f} "
+            f"planned, {memory['ratio']:.2f}; wanted {memory['wanted'][0]} to {memory['wanted'][1]}."
+        )
+    return parts
+
+
 def _times(title: str, rows: dict[str, dict[str, float]]) -> Sheet:
     cells = []
     for name, row in rows.items():

@@ -65,6 +65,7 @@ def publish(
     clusters: np.ndarray | None,
     audit: dict[str, Any],
     seconds: dict[str, float],
+    about: dict[str, Any],
 ) -> dict[str, Any]:
     """Publish a version, prune old ones, and return its manifest.
 
@@ -72,6 +73,7 @@ def publish(
     checkpoint: where it came from; None: BM25.
     audit: what `audit_drawn` found.
     seconds: wall time by phase.
+    about: more fields of the manifest; they take precedence.
     """
     run, num_passages = job.run.folder, len(judgements.allowed_N)
     fields = {
@@ -93,6 +95,7 @@ def publish(
         "counts": drawn.counts,
         "audit": audit,
         "seconds": seconds,
+        **about,
     }
     manifest = publish_negatives(
         run, version, drawn.indptr, drawn.ids, drawn.scores, fields, claim.check, clusters=clusters, **drawn.more

@@ -10,30 +10,29 @@ import sys
 import time
 import traceback
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from mining.audit import audit_recall, audit_sample, reasons_against
+from mining.audit import reasons_against
 from mining.bm25 import text_keys
 from mining.candidates import BM25Retriever, BothRetrievers, DenseRetriever, Retriever
 from mining.clusters import cluster_queries
-from mining.encode import Embeddings, encode_missing, open_sides
+from mining.encoded import encode_checkpoint
 from mining.exporter import serve_figures
 from mining.figures import version_figures
-from mining.index import EXACT, IndexSettings, ShardIndex, build_indexes
+from mining.indexed import index_passages
 from mining.job import MineJob
 from mining.publish import audit_drawn, next_number, publish, stays
 from mining.ranks import GivenUp, Ranks, Refused, Stopped, Superseded
 from mining.refresh import Draw, Drawn, draw_negatives
+from mining.search import QUERY_TILE
 from mining.state import forget_refresh, read_refresh
 from mining.watch import Task
-from mining.work import ENCODING, Work, claim_run, open_work
-from trainer.encoder.model import Encoder
-from trainer.encoder.tokens import TokenTable
+from mining.work import Work, claim_run, open_work
 from trainer.errors import InputError
 from trainer.handoff.manifest import TornVersion, disk_error, is_disk_error
-from trainer.handoff.weights import ENCODER, Checkpoint, open_checkpoint
+from trainer.handoff.weights import Checkpoint
 from trainer.interrupt import Interrupt
 from trainer.metrics import read_status
 
@@ -167,71 +166,49 @@ def mine_bm25(work: Work, task: Task) -> None:
 
 def mine_checkpoint(work: Work, task: Task, checkpoint: Checkpoint) -> None:
     """Publish a version from a checkpoint, or refuse it for what the audit found. Collective; raises Stopped on all."""
-    job, ranks, judgements, chance = work.job, work.ranks, work.judgements, (work.job.run.seed, task.version)
-    with work.phase("loading"):
-        encoder, pooling, tables = ranks.together(lambda: read_encoder(work, checkpoint))
-        sides = ranks.together(lambda: open_sides(job.run.folder, checkpoint, encoder, pooling, tables))
-        num_tokens = sum(int(tokens.lengths[shards.rows(i)].sum()) for shards, tokens in sides for i in shards.missing())
-    with work.phase(ENCODING, tokens=num_tokens):
-        encode_missing(ranks, encoder.to(work.device), sides, work.progress)
-    queries, passages = (Embeddings(shards) for shards, _ in sides)
-    with work.phase("indexing"):
-        ranks.together(lambda: [table.shard(i) for table in (queries, passages) for i in range(table.shards.num_shards)])
-        indexes = build(work, job.index, passages)
-    recall = 1.0
-    if job.index.factory != EXACT:
-        with work.phase("auditing"):
-            places = audit_sample(job.audit, *chance, judgements.query_rows)
-            exact = build(work, IndexSettings(factory=EXACT), passages)
-            recall = audit_recall(ranks, indexes, exact, queries.read(places), job.search.top_k)
-    ranks.decide(lambda: refuse(reasons_against(job.audit, job.index.factory, recall)))
-    dense = DenseRetriever(ranks, judgements, queries, passages, indexes, job.search.top_k)
+    job, ranks, judgements = work.job, work.ranks, work.judgements
+    encoded = encode_checkpoint(work, task, checkpoint)
+    queries, passages = encoded.queries, encoded.passages
+    indexed = index_passages(work, task, encoded)
+    ranks.decide(lambda: refuse(reasons_against(job.audit, indexed.settings.factory, indexed.recall)))
+    dense = DenseRetriever(ranks, judgements, queries, passages, indexed.indexes, job.search.top_k)
     words = BM25Retriever(ranks, judgements, work.data, job.search.bm25_top_k)
     retriever = BothRetrievers(dense, words) if job.search.bm25_top_k else dense
     with work.phase("searching", queries=judgements.num_queries):
-        drawn = draw(work, task, (tables[1].key_of_row, tables[0].key_of_row), retriever)
+        drawn = draw(work, task, (encoded.passage_keys, encoded.query_keys), retriever, encoded.plan.query_tile)
     clusters = None
     if job.clusters.num:
         with work.phase("clustering"):
+            chance = job.run.seed, task.version
             clusters = ranks.on_first(lambda: cluster_queries(job.clusters, *chance, judgements, queries, passages))
-    publish_drawn(work, task, drawn, recall, clusters)
+    about = {"index": indexed.about(), "passages": encoded.about_passages, "memory": encoded.plan.as_json()}
+    publish_drawn(work, task, drawn, indexed.recall, clusters, about)
+    if ranks.speaks:
+        indexed.centroids.prune()
 
 
-def read_encoder(work: Work, checkpoint: Checkpoint) -> tuple[Encoder, str, list[TokenTable]]:
-    """Return the encoder of a checkpoint, its pooling, and the tokens of queries and passages; raises TornVersion.
-
-    Verified once more when it is read, on every rank: in between it may have been altered, or deleted in spite of its pin.
-    """
-    try:
-        found = work.tokens.open(checkpoint)
-    except Exception:
-        open_checkpoint(checkpoint.folder, ENCODER)  # a better reason for whatever the libraries made of it
-        raise
-    open_checkpoint(checkpoint.folder, ENCODER)
-    return found
-
-
-def build(work: Work, settings: IndexSettings, passages: Embeddings) -> list[ShardIndex]:
-    """Return the indexes of this rank's shards. Collective: an error of one is an error of all."""
-    shards = range(work.ranks.rank, passages.shards.num_shards, work.ranks.num_ranks)
-    device = work.device.index or 0
-    return work.ranks.together(lambda: build_indexes(settings, passages, shards, work.judgements.allowed_N, device))
-
-
-def draw(work: Work, task: Task, keys: tuple[np.ndarray, np.ndarray], retriever: Retriever) -> Drawn | None:
+def draw(
+    work: Work, task: Task, keys: tuple[np.ndarray, np.ndarray], retriever: Retriever, query_tile: int = QUERY_TILE
+) -> Drawn | None:
     """Return the negatives of all queries on rank 0: search, filter, sample. Collective."""
     job, judgements = work.job, work.judgements
     sizes = judgements.num_queries, len(work.data.corpus)
     source = "bm25" if task.checkpoint is None else "model"
     last = work.ranks.together(lambda: stays(job, task.version, source, *sizes))
     settings = job.filter, job.sample, job.rerank, job.run.seed, task.version
-    return draw_negatives(Draw(*settings, judgements, *keys, work.reranker, last), work.ranks, retriever, work.progress)
+    how = Draw(*settings, judgements, *keys, work.reranker, last)
+    return draw_negatives(how, work.ranks, retriever, work.progress, query_tile)
 
 
 def publish_drawn(
-    work: Work, task: Task, drawn: Drawn | None, recall: float | None = None, clusters: np.ndarray | None = None
+    work: Work,
+    task: Task,
+    drawn: Drawn | None,
+    recall: float | None = None,
+    clusters: np.ndarray | None = None,
+    about: dict[str, Any] | None = None,
 ) -> None:
-    """Publish on rank 0 and tell about it, or refuse. Collective."""
+    """Publish on rank 0 and tell about it, or refuse; about: more for the manifest. Collective."""
     checkpoint = task.checkpoint
 
     def tell_and_publish() -> None:
@@ -240,7 +217,17 @@ def publish_drawn(
         refuse(audit["reasons"])
         digest, judgements = work.data.digest, work.judgements
         manifest = publish(
-            work.job, work.claim, task.version, checkpoint, judgements, drawn, digest, clusters, audit, work.seconds
+            work.job,
+            work.claim,
+            task.version,
+            checkpoint,
+            judgements,
+            drawn,
+            digest,
+            clusters,
+            audit,
+            work.seconds,
+            about or {},
         )
         told = ("version", "source", "num_negatives", "held_out", "counts", "clusters", "audit", "seconds")
         kept = {key: manifest[key] for key in told}

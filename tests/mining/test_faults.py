@@ -13,7 +13,7 @@ import torch
 from mpi4py import MPI
 from transformers import BertModel
 
-from mining import service
+from mining import encoded, service
 from mining.encode import TokenCache
 from tests.mining.run import as_job, make_job, publish_checkpoint, published
 from tests.mining.services import start_service
@@ -259,17 +259,17 @@ def test_torn_embeddings_are_encoded_again(tmp_path, monkeypatch):
     for one in (undisturbed, job):
         publish_checkpoint(one, 10)
     mine(undisturbed)
-    plain, num_torn = service.encode_missing, []
+    plain, num_torn = encoded.encode_missing, []
 
     def encode_and_tear(ranks, encoder, sides, on_progress):
         plain(ranks, encoder, sides, on_progress)
         if not num_torn:
-            torn = next(sides[1][0].folder.glob("shard-*/embeddings.npy"))
+            torn = next(sides[1].shards.folder.glob("shard-*/embeddings.npy"))
             flip(torn)
             num_torn.append(torn)
             with pytest.raises(TornVersion):
                 open_version(torn.parent)
 
-    monkeypatch.setattr(service, "encode_missing", encode_and_tear)
+    monkeypatch.setattr(encoded, "encode_missing", encode_and_tear)
     mine(job)
     assert num_torn and published(job) == published(undisturbed)
