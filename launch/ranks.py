@@ -1,7 +1,7 @@
 """One function on several ranks of this machine, started and answered for: `negpool check` and `negpool bench`.
 
-The parent starts torchrun with a module of ours; its rank 0 writes what came out, or the sentence of a refusal, to a file,
-because torchrun passes on neither exit codes nor a clean standard error.
+The parent starts torchrun or mpiexec with a module of ours; its rank 0 writes what came out, or the sentence of a refusal,
+to a file, because launchers pass on neither exit codes nor a clean standard error.
 """
 
 import json
@@ -13,14 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from launch.local import mpi_command
 from trainer.errors import InputError
 
 ARGUMENTS, REPORT = "NEGPOOL_ARGUMENTS", "NEGPOOL_REPORT"
 
 
-def on_ranks(module: str, num_ranks: int, **arguments: Any) -> dict[str, Any]:
+def on_ranks(module: str, num_ranks: int, *, mpi: bool = False, **arguments: Any) -> dict[str, Any]:
     """Return what `answer` in a module gives for the arguments on `num_ranks` processes.
 
+    mpi: ranks of an MPI world, as the miner's are, instead of torchrun's.
     Raises InputError for what rank 0 refused; RuntimeError, with the ranks' last words, if they died.
     """
     cores = len(os.sched_getaffinity(0))
@@ -34,7 +36,8 @@ def on_ranks(module: str, num_ranks: int, **arguments: Any) -> dict[str, Any]:
             REPORT: str(report),
         }
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-        ended = subprocess.run([*torchrun, "-m", module], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        launcher = [*mpi_command(num_ranks), sys.executable] if mpi else torchrun
+        ended = subprocess.run([*launcher, "-m", module], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         found = json.loads(report.read_text()) if report.exists() else None
     if found is None:
         lines = ended.stdout.decode(errors="replace").strip().splitlines()
@@ -52,7 +55,7 @@ def answer(function: Callable[..., dict[str, Any] | None]) -> None:
     try:
         found = function(**json.loads(os.environ[ARGUMENTS]))
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) == "0":
             report.write_text(json.dumps({"refused": str(error)}))
         return
     if found is not None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ Part = Sheet | str  # a table or a sentence
 
 def as_text(parts: Sequence[Part]) -> Group:
     """Return what rich prints."""
-    return Group(*(part if isinstance(part, str) else _rich(part) for part in parts))
+    return Group(*(Text(part) if isinstance(part, str) else _rich(part) for part in parts))
 
 
 def as_markdown(parts: Sequence[Part]) -> str:
@@ -113,6 +114,38 @@ def loss_parts(found: dict[str, Any]) -> list[Part]:
     return parts
 
 
+def doctor_parts(found: dict[str, Any]) -> list[Part]:
+    """Return all findings, then what to do about those that are not ok."""
+    rows = [(line["name"], line["verdict"], line["found"]) for line in found["findings"]]
+    to_do = [f"{line['name']}: {line['remedy']}" for line in found["findings"] if line["remedy"]]
+    needed = [line["name"] for line in found["findings"] if line["verdict"] in ("missing", "wrong")]
+    last = f"To be mended: {', '.join(needed)}." if needed else "All that is needed is there."
+    return [Sheet("this machine", ("", "", "found"), rows), *to_do, last]
+
+
+def mining_parts(found: dict[str, Any]) -> list[Part]:
+    """Return encoding and search against the bare work, and what two ranks and the memory came to."""
+    encoding, search = found["encoding"], found["search"]
+    titles = {
+        "encoding": f"encoding {encoding['texts']} texts, {encoding['tokens']:,} tokens, {_machine(found)}",
+        "search": f"exact search, {search['queries']:,} x {search['passages']:,}, width {search['width']}, k {search['top_k']}",
+    }
+    parts: list[Part] = []
+    for name, title in titles.items():
+        rows = [(side, f"{row['seconds']:.2f}", f"{row['ratio']:.2f}") for side, row in found[name]["sides"].items()]
+        parts.append(Sheet(title, ("", "seconds", "ratio"), rows))
+        for other, rate in found[name]["our_rate_over"].items():
+            parts.append(f"{rate['found']:.2f} of the rate of {other}; wanted {rate['wanted']:.2f}.")
+    for name, rate in found["ranks"]["speedup"].items():
+        parts.append(f"{name}: two ranks of one thread are {rate['found']:.2f} times one; wanted {rate['wanted']:.2f}.")
+    if memory := found.get("memory"):
+        parts.append(
+            f"A service with {memory['passages']:,} passages took {memory['peak_gib']:.2f} GiB of {memory['planned_gib']:.2f} "
+            f"planned, {memory['ratio']:.2f}; wanted {memory['wanted'][0]} to {memory['wanted'][1]}."
+        )
+    return parts
+
+
 def _times(title: str, rows: dict[str, dict[str, float]]) -> Sheet:
     cells = []
     for name, row in rows.items():
@@ -134,7 +167,7 @@ def _machine(found: dict[str, Any]) -> str:
 def _rich(sheet: Sheet) -> Table:
     table = Table(title=sheet.title, title_justify="left")
     for number, column in enumerate(sheet.columns):
-        table.add_column(column, justify="right" if number else "left")
+        table.add_column(column, justify="left" if number == 0 or column in ("", "found") else "right")
     for row in sheet.rows:
         table.add_row(*row)
     return table

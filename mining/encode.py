@@ -1,24 +1,33 @@
-"""Embeddings of queries and passages, shard by shard, dealt out over the ranks.
+"""Embeddings of queries and passages, shard by shard, leased to the ranks: who is faster takes more.
 
 A shard that is there already, from the trainer's evaluation, an earlier service or another number of ranks, is not
 encoded again; a crash costs the shards that were being encoded.
 """
 
+import mmap
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
 from mining.ranks import Ranks
 from trainer.data.datasets import RetrievalData
 from trainer.encoder.model import Encoder, ModelSettings, load_encoder
-from trainer.encoder.shards import Shards, drop_torn, open_shards
+from trainer.encoder.shards import Shards, drop_torn
 from trainer.encoder.tokens import TokenTable, tokenize_side
-from trainer.encoder.towers import SIDES
+from trainer.encoder.towers import Side as Tower
 from trainer.handoff.weights import Checkpoint
 
-Side = tuple[Shards, TokenTable]
+
+@dataclass(frozen=True)
+class Side:
+    """Texts that one of the towers encodes."""
+
+    tower: Tower
+    shards: Shards
+    tokens: TokenTable
 
 
 class TokenCache:
@@ -44,46 +53,51 @@ class TokenCache:
         return encoder, traits.pooling, self._tables
 
 
-def open_sides(run: Path, checkpoint: Checkpoint, encoder: Encoder, pooling: str, tables: list[TokenTable]) -> list[Side]:
-    """Return the shards of queries and of passages under a checkpoint's weights, each with its tokens."""
-    digest = checkpoint.manifest["weights_digest"]
-    return [
-        (open_shards(run / "shards", digest, pooling, tokens, encoder.part(side)), tokens)
-        for side, tokens in zip(SIDES, tables, strict=True)
-    ]
-
-
 def encode_missing(ranks: Ranks, encoder: Encoder, sides: list[Side], on_progress: Callable[[int, int], None]) -> int:
     """Encode the shards that are not there; return how many texts were missing over all ranks.
 
-    on_progress: called with the number of texts encoded by this rank, and of all that fall to it.
-    Raises Stopped on every rank if one is asked to stop; what is encoded stays. Collective.
+    on_progress: called with the number of texts known to be encoded or taken, and of all that were missing.
+    A shard is written while the next one is encoded. Raises NotFiniteEmbedding for a text whose embedding is not finite, and
+    Stopped on every rank if one is asked to stop; what is encoded stays. Collective.
     """
     # Rank 0's list: others, the trainer's evaluation among them, may add shards at any moment.
     missing = ranks.decide(lambda: _missing(sides))
+    sizes = [len(sides[side].shards.rows(shard)) for side, shard in missing]
 
     def encode_mine() -> None:
-        mine = missing[ranks.rank :: ranks.num_ranks]
-        total, done = sum(len(sides[side][0].rows(shard)) for side, shard in mine), 0
+        written: Future[None] | None = None
+        with ThreadPoolExecutor(1) as writer:
+            for number, (place, shard) in enumerate(missing):
+                side = sides[place]
+                if not side.shards.lease(shard):
+                    continue
+                done = sum(sizes[:number])
 
-        def count(num_rows: int) -> None:
-            nonlocal done
-            done += num_rows
-            on_progress(done, total)
-            ranks.check_stop()
+                def count(num_rows: int) -> None:
+                    nonlocal done
+                    done += num_rows
+                    on_progress(done, sum(sizes))
+                    ranks.check_stop()
 
-        for side, shard in mine:
-            shards, tokens = sides[side]
-            shards.encode(shard, encoder.side(SIDES[side]), tokens, count)
+                embedding_nD = side.shards.embed(shard, encoder.side(side.tower), side.tokens, count)
+                if written is not None:
+                    written.result()  # one at a time: a full disk is heard of here
+                written = writer.submit(side.shards.publish, shard, embedding_nD)
+            if written is not None:
+                written.result()
 
     ranks.together(encode_mine)
-    return sum(len(sides[side][0].rows(shard)) for side, shard in missing)
+    if ranks.speaks:
+        for side in sides:
+            side.shards.end_leases()
+    return sum(sizes)
 
 
 def _missing(sides: list[Side]) -> list[tuple[int, int]]:
-    for shards, _ in sides:
-        drop_torn(shards)
-    return [(side, shard) for side, (shards, _) in enumerate(sides) for shard in shards.missing()]
+    for side in sides:
+        drop_torn(side.shards)
+        side.shards.end_leases()
+    return [(place, shard) for place, side in enumerate(sides) for shard in side.shards.missing()]
 
 
 class Embeddings:
@@ -94,10 +108,16 @@ class Embeddings:
         self._mapped: dict[int, np.ndarray] = {}
 
     def shard(self, shard: int) -> np.ndarray:
-        """Return one shard, (rows, D) float32; raises TornVersion."""
+        """Return one shard, (rows, D) float32 or float16; raises TornVersion."""
         if shard not in self._mapped:
             self._mapped[shard] = self.shards.read(shard)
         return self._mapped[shard]
+
+    def let_go(self, shard: int) -> None:
+        """Take a shard's pages out of this process; they stay in the system's page cache, shared by all ranks."""
+        mapped = getattr(self._mapped.get(shard), "_mmap", None)
+        if mapped is not None:
+            mapped.madvise(mmap.MADV_DONTNEED)
 
     @cached_property
     def width(self) -> int:
@@ -110,4 +130,5 @@ class Embeddings:
         for shard in np.unique(shard_of_row):
             here = shard_of_row == shard
             embedding_nD[here] = self.shard(int(shard))[rows[here] - shard * self.shards.shard_rows]
+            self.let_go(int(shard))
         return embedding_nD

@@ -7,24 +7,27 @@ centroids on one shard. Passages that must not be found are left out of the inde
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
+import torch
 
+from mining.centroids import Centroids
 from mining.encode import Embeddings
-from trainer.encoder.topk import top_k
+from trainer.encoder.topk import BestOf
 from trainer.errors import InputError
 
 log = logging.getLogger(__name__)
 
-EXACT = "exact"
+EXACT, AUTO = "exact", "auto"
+GPU_MAX_K = 2048  # of FAISS
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexSettings:
     """Section `index`."""
 
-    factory: str = EXACT  # "exact", or a FAISS factory string for each shard: "Flat", "IVF64,Flat", "IVF64,SQ8", ...
+    factory: str = EXACT  # "exact", "auto", or a FAISS factory string for each shard: "Flat", "IVF64,Flat", "IVF64,SQ8", ...
     nprobe: int = 16  # cells of an IVF index that a query looks into; more: slower, better recall
 
     def __post_init__(self) -> None:
@@ -35,21 +38,28 @@ class IndexSettings:
 class ShardIndex(Protocol):
     """Finds passages of one shard."""
 
-    def search(self, query_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (scores float32, ids int64), each (Q, k), best first; -inf and -1 fill up."""
+    @property
+    def device(self) -> torch.device:
+        """Where what was found is kept."""
+        ...
+
+    def search_into(self, best: BestOf) -> None:
+        """Add what the shard has for the queries of `best`."""
         ...
 
 
 @dataclass(frozen=True)
 class ExactIndex:
-    """The shard itself, memory-mapped."""
+    """The shard itself, memory-mapped; its pages leave the process when it has been searched."""
 
-    passage_ND: np.ndarray
-    first_id: int
-    allowed_N: np.ndarray
+    passages: Embeddings
+    shard: int
+    allowed_n: np.ndarray  # rows of the shard that may be found
+    device: torch.device
 
-    def search(self, query_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        return top_k(query_QD, self.passage_ND, k, self.first_id, self.allowed_N)
+    def search_into(self, best: BestOf) -> None:
+        best.look_at(self.passages.shard(self.shard), self.allowed_n, int(self.passages.shards.rows(self.shard)[0]))
+        self.passages.let_go(self.shard)
 
 
 @dataclass(frozen=True)
@@ -58,30 +68,39 @@ class FaissIndex:
 
     index: object  # faiss.Index
     id_of_place: np.ndarray  # (allowed passages,) int64
+    device: ClassVar = torch.device("cpu")
 
-    def search(self, query_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        scores, places = self.index.search(np.ascontiguousarray(query_QD), k)  # type: ignore[attr-defined]
+    def search_into(self, best: BestOf) -> None:
+        scores, places = self.index.search(np.ascontiguousarray(best.query_QD), best.k)  # type: ignore[attr-defined]
         # FAISS fills up with place -1 and a score of its own.
-        found = places >= 0
-        return np.where(found, scores, -np.inf).astype(np.float32), np.where(found, self.id_of_place[places], -1)
+        best.add(scores, np.where(places >= 0, self.id_of_place[places], -1))
 
 
 def build_indexes(
-    settings: IndexSettings, passages: Embeddings, shards: Iterable[int], allowed_N: np.ndarray, device: int
+    settings: IndexSettings,
+    passages: Embeddings,
+    shards: Iterable[int],
+    allowed_N: np.ndarray,
+    device: torch.device,
+    k: int,
+    centroids: Centroids,
 ) -> list[ShardIndex]:
     """Return an index over each of the given shards.
 
     allowed_N: passages that may be found, over the whole corpus.
-    device: number of this rank's GPU, used if FAISS sees any.
+    device: of exact search, and of FAISS if it sees any GPU.
+    k: how many will be asked for; FAISS on a GPU finds at most GPU_MAX_K, and beyond that it works on the CPU.
+    centroids: of IVF indexes; where there are some of a shard its index starts from them.
     Raises InputError if the factory string is none. A shard with fewer passages than the index needs to be trained is
     searched exactly, and that is said.
     """
-    exact = [_exact(passages, shard, allowed_N) for shard in shards]
+    exact = [_exact(passages, shard, allowed_N, device) for shard in shards]
     if settings.factory == EXACT:
-        return list(exact)
-    gpu = _gpu_resources()
-    log.info("index %s on %s", settings.factory, "the GPU" if gpu else "the CPU: this FAISS sees no GPU")
-    built = [_faiss(settings, index, gpu, device) for index in exact]
+        return [*exact]
+    gpu = _gpu_resources() if k <= GPU_MAX_K else None
+    why = f"search.top_k={k} is more than {GPU_MAX_K}" if k > GPU_MAX_K else "this FAISS sees no GPU"
+    log.info("index %s on %s", settings.factory, "the GPU" if gpu else f"the CPU: {why}")
+    built = [_faiss(settings, index, gpu, centroids) for index in exact]
     num_small = sum(isinstance(index, ExactIndex) for index in built)
     if num_small:
         log.warning(
@@ -93,36 +112,50 @@ def build_indexes(
     return built
 
 
-def _exact(passages: Embeddings, shard: int, allowed_N: np.ndarray) -> ExactIndex:
-    rows = passages.shards.rows(shard)
-    return ExactIndex(passages.shard(shard), int(rows[0]), allowed_N[rows])
+def _exact(passages: Embeddings, shard: int, allowed_N: np.ndarray, device: torch.device) -> ExactIndex:
+    return ExactIndex(passages, shard, np.flatnonzero(allowed_N[passages.shards.rows(shard)]), device)
 
 
-def _faiss(settings: IndexSettings, exact: ExactIndex, gpu, device: int) -> ShardIndex:
+def _faiss(settings: IndexSettings, exact: ExactIndex, gpu, centroids: Centroids) -> ShardIndex:
     import faiss  # here: an exact search does without it, and it brings an OpenMP of its own
 
-    passage_ND = np.ascontiguousarray(exact.passage_ND[exact.allowed_N])
-    try:
-        index = faiss.index_factory(exact.passage_ND.shape[1], settings.factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        raise InputError(
-            f"index.factory={settings.factory!r} is not a FAISS index for {exact.passage_ND.shape[1]} dimensions; "
-            'expected "exact" or a factory string such as "Flat" or "IVF64,Flat"'
-        ) from error
+    passages, shard = exact.passages, exact.shard
+    passage_ND = np.ascontiguousarray(passages.shard(shard)[exact.allowed_n], np.float32)
+    passages.let_go(shard)
+    width = passage_ND.shape[1]
+    index = _empty(faiss, settings.factory, width)
     if len(passage_ND) < max(1, _num_centroids(faiss, index)):
         return exact
     _set_nprobe(faiss, index, settings.nprobe)
+    quantizer = _flat_quantizer(faiss, index)
+    if quantizer is not None and (kept_KD := centroids.of_shard(shard)) is not None:
+        quantizer.train(kept_KD)
+        quantizer.add(kept_KD)  # training is then left to what compresses
     if not index.is_trained:
         index.train(passage_ND)
+    if quantizer is not None:
+        centroids.keep(shard, quantizer.reconstruct_n(0, quantizer.ntotal))
     index.add(passage_ND)
     if gpu is not None:
-        index = faiss.index_cpu_to_gpu(gpu, device % faiss.get_num_gpus(), index)
-    return FaissIndex(index, np.flatnonzero(exact.allowed_N) + exact.first_id)
+        index = faiss.index_cpu_to_gpu(gpu, (exact.device.index or 0) % faiss.get_num_gpus(), index)
+    return FaissIndex(index, exact.allowed_n + int(passages.shards.rows(shard)[0]))
+
+
+def _flat_quantizer(faiss, index):
+    """Return what holds the centroids of an IVF index one by one; None: none does."""
+    quantizer = getattr(_inner(faiss, index), "quantizer", None)
+    quantizer = None if quantizer is None else faiss.downcast_index(quantizer)
+    return quantizer if isinstance(quantizer, faiss.IndexFlat) else None
+
+
+def _inner(faiss, index):
+    """Return the index behind a transformation of its vectors, if there is one."""
+    return faiss.downcast_index(index.index) if hasattr(index, "index") else index
 
 
 def _num_centroids(faiss, index) -> int:
     """Return how many passages training needs at least: one for each centroid of its largest quantiser."""
-    inner = faiss.downcast_index(index.index) if hasattr(index, "index") else index
+    inner = _inner(faiss, index)
     num_codes = 1 << inner.pq.nbits if hasattr(inner, "pq") else 1
     if hasattr(inner, "nlist"):
         inner.cp.min_points_per_centroid = 1  # small shards are meant; FAISS would warn on every one
@@ -131,7 +164,7 @@ def _num_centroids(faiss, index) -> int:
 
 
 def _set_nprobe(faiss, index, nprobe: int) -> None:
-    inner = faiss.downcast_index(index.index) if hasattr(index, "index") else index
+    inner = _inner(faiss, index)
     if hasattr(inner, "nprobe"):
         inner.nprobe = min(nprobe, inner.nlist)
 
@@ -140,5 +173,34 @@ def _gpu_resources():
     """Return FAISS's memory on the GPU, one for all shards of a rank; None: no GPU, or a FAISS without."""
     import faiss
 
-    has_gpu = getattr(faiss, "get_num_gpus", lambda: 0)() > 0
-    return faiss.StandardGpuResources() if has_gpu else None
+    return faiss.StandardGpuResources() if num_gpus_of_faiss() else None
+
+
+def num_gpus_of_faiss() -> int:
+    """Return how many GPUs the installed FAISS sees."""
+    import faiss
+
+    return getattr(faiss, "get_num_gpus", lambda: 0)()
+
+
+def bytes_of_passage(factory: str, width: int) -> int:
+    """Return how many bytes a passage takes in an index; 0: exact search, which maps files. Raises InputError."""
+    if factory == EXACT:
+        return 0
+    import faiss
+
+    index = _empty(faiss, factory, width)
+    inner = _inner(faiss, index)
+    links = 4 * inner.hnsw.nb_neighbors(0) if hasattr(inner, "hnsw") else 0
+    holder = faiss.downcast_index(inner.storage) if links else index
+    return holder.sa_code_size() + links + 8 + 8  # ids of FAISS, and ours
+
+
+def _empty(faiss, factory: str, width: int):
+    try:
+        return faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise InputError(
+            f"index.factory={factory!r} is not a FAISS index for {width} dimensions; "
+            'expected "exact", "auto" or a factory string such as "Flat" or "IVF64,Flat"'
+        ) from error

@@ -6,9 +6,11 @@ from mining.audit import AuditSettings
 from mining.clusters import ClusterSettings
 from mining.filters import FilterSettings
 from mining.index import IndexSettings
+from mining.passages import Mode
 from mining.rerank import RerankSettings
 from mining.sampling import SampleSettings
 from mining.search import SearchSettings
+from trainer.encoder.shards import EncodeSettings
 from trainer.errors import InputError
 from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings, Sources
 
@@ -20,6 +22,9 @@ class MineSettings:
     poll_s: float = 1.0  # seconds between two looks for a new checkpoint
     bm25_top_k: int = 50  # candidates of version 0, which is there before any checkpoint; 0: no version 0
     keep_versions: int = 3  # newest ones kept; pinned ones stay, and all while negatives.schedule is set
+    memory_gib: float | None = None  # GiB that a rank may take; None: half of what is free, shared by the machine's ranks
+    passages: Mode = "fresh"  # whose embeddings of passages: each checkpoint's, the first one's, or earlier ones till they drift
+    max_drift: float = 0.01  # with passages = "drift": 1 - mean cosine to the earlier embeddings up to which they are kept
     keep_encodings: int = 4  # sets of embeddings kept in shards/, youngest first; a refresh makes two
 
     def __post_init__(self) -> None:
@@ -27,6 +32,10 @@ class MineSettings:
             raise InputError(f"mine.poll_s={self.poll_s} must be more than 0")
         if self.bm25_top_k < 0:
             raise InputError(f"mine.bm25_top_k={self.bm25_top_k} is negative; expected 0 (no version 0) or more")
+        if self.memory_gib is not None and not self.memory_gib > 0:
+            raise InputError(f"mine.memory_gib={self.memory_gib} must be more than 0")
+        if not 0 <= self.max_drift <= 2:
+            raise InputError(f"mine.max_drift={self.max_drift} is no difference of cosines; expected 0 to 2")
         for name, least, why in (("keep_versions", 1, "the newest"), ("keep_encodings", 2, "queries and passages")):
             if getattr(self, name) < least:
                 raise InputError(f"mine.{name}={getattr(self, name)} must be at least {least}: {why} are in use")
@@ -41,6 +50,7 @@ class MineJob:
     sources: Sources = field(default_factory=dict)
     negatives: NegativesSettings = field(default_factory=NegativesSettings)
     mine: MineSettings = field(default_factory=MineSettings)
+    encode: EncodeSettings = field(default_factory=EncodeSettings)
     index: IndexSettings = field(default_factory=IndexSettings)
     search: SearchSettings = field(default_factory=SearchSettings)
     filter: FilterSettings = field(default_factory=FilterSettings)

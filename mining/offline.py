@@ -14,17 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import filelock
-
 from mining.job import MineJob
 from mining.judgements import Judgements, read_judgements
 from mining.publish import last_version
 from mining.ranks import Ranks
-from mining.work import claim
 from trainer.data.datasets import RetrievalData, open_data
 from trainer.encoder.model import load_encoder, save_encoder, weights_digest
 from trainer.encoder.settings import ModelSettings
 from trainer.errors import InputError
+from trainer.handoff.claim import is_claimed
 from trainer.handoff.manifest import publish_version, write_latest
 from trainer.handoff.negatives import Negatives
 from trainer.handoff.settings import NegativesSettings
@@ -73,8 +71,11 @@ def read_mined(job: MineJob) -> Mined:
     judgements = read_judgements(data, job.data.train_split)
     negatives = last_version(job.run.folder, judgements.num_queries, len(data.corpus))
     if negatives is None:
-        refused = read_status(job.run.folder, "miner").get("refused")
-        raise InputError(refused or f"{job.run.folder} has no negatives for this data; negpool mine JOB.toml --once makes some")
+        refused = read_status(job.run.folder, "miner").get("refused", "")
+        raise InputError(
+            refused.removeprefix(f"checkpoint {checkpoint_name(0)}: ")
+            or f"{job.run.folder} has no negatives for this data; negpool mine JOB.toml --once makes some"
+        )
     if negatives.manifest.get("data_digest", data.digest) != data.digest:
         raise InputError(f"the negatives in {job.run.folder} are not of {data.path}; set data.path or run.folder")
     return Mined(data, judgements, negatives)
@@ -99,10 +100,9 @@ def _make_run(job: MineJob, model: ModelSettings | None, shards: Path | None) ->
 def clean_left(cache: Path) -> None:
     """Delete the folders of miners that were killed: old enough to have been claimed, and claimed by nobody now."""
     for run in cache.glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError, filelock.Timeout):
-            if time.time() - run.stat().st_mtime > CLAIMED_AFTER_S:
-                with claim(run).acquire(timeout=0):
-                    shutil.rmtree(run, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            if time.time() - run.stat().st_mtime > CLAIMED_AFTER_S and not is_claimed(run, "miner"):
+                shutil.rmtree(run, ignore_errors=True)
 
 
 def _publish_model(run: Path, model: ModelSettings, data_digest: str) -> None:

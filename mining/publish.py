@@ -13,6 +13,7 @@ from mining.job import MineJob
 from mining.judgements import Judgements
 from mining.refresh import Drawn
 from trainer.encoder.shards import prune_shards
+from trainer.handoff.claim import Claim
 from trainer.handoff.manifest import TornVersion, clean_staging, prune, read_latest, versions, write_latest
 from trainer.handoff.negatives import Negatives, negatives_folder, open_negatives, publish_negatives, version_name
 from trainer.handoff.weights import Checkpoint
@@ -55,6 +56,7 @@ def stays(job: MineJob, version: int, source: str, num_queries: int, num_passage
 
 def publish(
     job: MineJob,
+    claim: Claim,
     version: int,
     checkpoint: Checkpoint | None,
     judgements: Judgements,
@@ -63,12 +65,15 @@ def publish(
     clusters: np.ndarray | None,
     audit: dict[str, Any],
     seconds: dict[str, float],
+    about: dict[str, Any],
 ) -> dict[str, Any]:
     """Publish a version, prune old ones, and return its manifest.
 
+    claim: of the run; raises RunInUse if another service has taken this one's place.
     checkpoint: where it came from; None: BM25.
     audit: what `audit_drawn` found.
     seconds: wall time by phase.
+    about: more fields of the manifest; they take precedence.
     """
     run, num_passages = job.run.folder, len(judgements.allowed_N)
     fields = {
@@ -90,8 +95,11 @@ def publish(
         "counts": drawn.counts,
         "audit": audit,
         "seconds": seconds,
+        **about,
     }
-    manifest = publish_negatives(run, version, drawn.indptr, drawn.ids, drawn.scores, fields, clusters=clusters, **drawn.more)
+    manifest = publish_negatives(
+        run, version, drawn.indptr, drawn.ids, drawn.scores, fields, claim.check, clusters=clusters, **drawn.more
+    )
     _prune(job)
     return manifest
 

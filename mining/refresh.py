@@ -69,15 +69,18 @@ class Share:
     counts: dict[str, int] = field(default_factory=dict)
 
 
-def draw_negatives(draw: Draw, ranks: Ranks, retriever: Retriever, on_progress: Callable[[int, int], None]) -> Drawn | None:
+def draw_negatives(
+    draw: Draw, ranks: Ranks, retriever: Retriever, on_progress: Callable[[int, int], None], query_tile: int = QUERY_TILE
+) -> Drawn | None:
     """Return the negatives on rank 0, None elsewhere.
 
     on_progress: called with queries done and to do.
+    query_tile: queries retrieved at once; changes nothing but the memory.
     Raises Stopped on every rank if one is asked to stop. Collective.
     """
     parts, num_queries = [], draw.judgements.num_queries
-    for start in range(0, num_queries, QUERY_TILE):
-        tile = slice(start, min(start + QUERY_TILE, num_queries))
+    for start in range(0, num_queries, query_tile):
+        tile = slice(start, min(start + query_tile, num_queries))
         go_on = functools.partial(_go_on, ranks, on_progress, tile, num_queries)
         ranks.together(go_on)
         parts.append(_draw_tile(draw, ranks, retriever, tile, go_on))

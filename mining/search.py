@@ -11,7 +11,7 @@ import numpy as np
 
 from mining.index import ShardIndex
 from mining.ranks import Ranks
-from trainer.encoder.topk import merge_top_k
+from trainer.encoder.topk import BestOf, best_of_keys
 from trainer.errors import InputError
 
 QUERY_TILE = 4096  # queries searched at once; with k = 200 each rank holds some 20 MB of results
@@ -37,20 +37,17 @@ def search_shards(ranks: Ranks, indexes: list[ShardIndex], query_QD: np.ndarray,
 
     indexes: of this rank's shards; may be empty.
     query_QD: the same on every rank; rank r gets the rows `share_of(len(query_QD), ranks)`.
-    Collective: one exchange; every rank sends (share, k) scores and ids to every other.
+    Collective: one exchange; every rank sends (share, k) keys, 8 bytes each, to every other.
     """
-    found = [index.search(query_QD, k) for index in indexes]
-    scores_Qk, ids_Qk = merge_top_k(found, k) if found else no_results(len(query_QD), k)
+    best = BestOf(query_QD, k, indexes[0].device if indexes else "cpu")
+    for index in indexes:
+        index.search_into(best)
+    keys_Qk = best.keys()
     shares = [share_of(len(query_QD), rank, ranks.num_ranks) for rank in range(ranks.num_ranks)]
-    return merge_top_k(ranks.exchange([(scores_Qk[rows], ids_Qk[rows]) for rows in shares]), k)
+    return best_of_keys(ranks.exchange([keys_Qk[rows] for rows in shares]), k)
 
 
 def share_of(num_rows: int, rank: int, num_ranks: int) -> slice:
     """Return the rows of a tile that fall to a rank: whole blocks of SHARE_ROWS; shares differ by at most one block."""
     num_blocks = -(-num_rows // SHARE_ROWS)
     return slice(*(min(num_rows, SHARE_ROWS * (num_blocks * r // num_ranks)) for r in (rank, rank + 1)))
-
-
-def no_results(num_queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (scores, ids) of a search that found nothing."""
-    return np.full((num_queries, k), -np.inf, np.float32), np.full((num_queries, k), -1, np.int64)

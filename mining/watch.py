@@ -10,8 +10,10 @@ from pathlib import Path
 
 from mining.job import MineJob
 from mining.state import Refresh
-from trainer.handoff.manifest import MANIFEST, TornVersion, pin, read_latest, versions
+from trainer.errors import InputError
+from trainer.handoff.manifest import MANIFEST, TornVersion, pin, read_latest, read_manifest, versions
 from trainer.handoff.weights import (
+    ENCODER,
     Checkpoint,
     checkpoint_name,
     checkpoints_folder,
@@ -31,6 +33,7 @@ class Task:
 
     version: int
     checkpoint: Checkpoint | None  # None: BM25
+    is_given: bool = False  # the person named the checkpoint; no newer one takes its place
 
 
 class Watch:
@@ -60,18 +63,49 @@ class Watch:
         if (seen := self._on_disk()) == self._seen:
             return None
         self._seen = seen
-        newest = newest_checkpoint(self._run, self._say)
+        newest = newest_checkpoint(self._run, self._say, ENCODER)
         if newest is None or newest.manifest["weights_digest"] == done_digest:
             return None
         if newest.manifest.get("is_final") and not takes_final:
             return None
         return self._pinned(newest)
 
+    def take(self, name: str) -> Checkpoint:
+        """Return the checkpoint of a name, pinned; raises InputError if it is not there or not whole."""
+        folder = checkpoints_folder(self._run) / name
+        try:
+            found = self._pinned(open_checkpoint(folder, ENCODER))
+        except TornVersion as torn:
+            raise InputError(f"--checkpoint {name} cannot be mined: {torn}; {self._there()}") from torn
+        if found is None:
+            raise InputError(f"--checkpoint {name} was deleted just now; {self._there()}")
+        return found
+
+    def is_superseded(self, checkpoint: Checkpoint) -> bool:
+        """Tell whether a newer checkpoint is there that somebody will train on; reads no weights."""
+        parent = checkpoints_folder(self._run)
+        latest = read_latest(parent)
+        if self._job.negatives.schedule or latest in (None, checkpoint.folder.name):
+            return False
+        try:
+            newer = read_manifest(parent / str(latest))
+        except TornVersion:
+            return False
+        return newer["weights_digest"] != checkpoint.manifest["weights_digest"] and not newer.get("is_final")
+
+    def look_again(self) -> None:
+        """Forget what was seen: it may have been deleted, or come back, without a trace in names and times."""
+        self._seen = None
+
+    def _there(self) -> str:
+        names = [folder.name for folder in versions(checkpoints_folder(self._run))]
+        return f"there {'is' if len(names) == 1 else 'are'} {', '.join(names) or 'none'} in {checkpoints_folder(self._run)}"
+
     def _open(self, folder: Path) -> Checkpoint | None:
         if not (folder / MANIFEST).is_file():
             return None
         try:
-            return open_checkpoint(folder)
+            return open_checkpoint(folder, ENCODER)
         except TornVersion as torn:
             self._say(torn)
             return None
@@ -80,8 +114,10 @@ class Watch:
         if found is None:
             return None
         pin(found.folder, HOLDER, PIN_S)
-        # It may have been deleted between the look and the pin.
-        return found if (found.folder / MANIFEST).is_file() else None
+        if (found.folder / MANIFEST).is_file():
+            return found
+        self.look_again()  # it was deleted between the look and the pin
+        return None
 
     def _on_disk(self) -> object:
         parent = checkpoints_folder(self._run)

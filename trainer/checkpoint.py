@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from trainer.handoff.claim import Claim
 from trainer.handoff.manifest import publish_version, write_latest
 from trainer.handoff.weights import Checkpoint, checkpoint_name, checkpoints_folder
 from trainer.parts import Fragment, Parts, part_name, write_part
@@ -30,8 +31,8 @@ POLL_S = 0.02
 class Saver:
     """Writes checkpoints behind the loop's back, one at a time."""
 
-    def __init__(self, run: Path, world: World):
-        self._run, self._world = run, world
+    def __init__(self, run: Path, world: World, claim: Claim):
+        self._run, self._world, self._claim = run, world, claim
         self._copies: dict[str, torch.Tensor] = {}  # used again: fresh pages cost more than the copy
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -50,7 +51,8 @@ class Saver:
         self.wait()
         fragments = [self._copy(fragment) for fragment in state.kept_fragments()]
         values = state.values()
-        parts = checkpoints_folder(self._run) / f"{PARTS}{checkpoint_name(state.step)}"
+        # A rank that outlived its run's last start leaves its part where nobody looks.
+        parts = checkpoints_folder(self._run) / f"{PARTS}{self._claim.number}-{checkpoint_name(state.step)}"
 
         def write() -> None:
             started = time.perf_counter()
@@ -104,7 +106,8 @@ class Saver:
             (folder / "state" / "trainer.json").write_text(json.dumps(values))
 
         folder = checkpoints_folder(self._run) / checkpoint_name(values["step"])
-        publish_version(folder, write, fields)
+        publish_version(folder, write, fields, self._claim.check)
+        self._claim.check()
         write_latest(folder.parent, folder.name)
         return folder
 

@@ -84,6 +84,8 @@ def switch_negatives(run: Training) -> bool:
         )
         origin = "BM25" if in_force.checkpoint_step is None else f"the checkpoint of step {in_force.checkpoint_step}"
         log.info("step %d: negatives v%d in force, mined from %s", run.state.step, in_force.version, origin)
+    if run.clusters is not None:
+        run.order = run.clusters.order_of(run.order, run.state.step, in_force)
     return asked_to_stop
 
 

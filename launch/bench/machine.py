@@ -84,8 +84,13 @@ def start_peak(device: torch.device) -> int:
     return _status_bytes("VmRSS")
 
 
+def peak_resident_bytes() -> int:
+    """Return the largest resident memory of this process since it began, or since `start_peak`."""
+    return _status_bytes("VmHWM")
+
+
 def _peak_bytes(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status_bytes("VmHWM")
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
 
 
 def _status_bytes(name: str) -> int:

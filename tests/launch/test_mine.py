@@ -14,12 +14,12 @@ from launch.commands import app
 from launch.local import mpi_command
 from mining import service
 from mining.offline import clean_left, read_mined
-from mining.work import claim
 from tests.mining.run import as_job, make_job, publish_checkpoint
 from tests.mining.test_service import mine as mine_for_run
 from tests.tiny import write_tiny_cross_encoder, write_tiny_dataset, write_tiny_encoder
 from trainer.data.datasets import open_dataset
 from trainer.errors import InputError
+from trainer.handoff.claim import claim_side
 
 SETTINGS = ["search.top_k=40", "sample.num_negatives=5", "filter.relative_margin=0.02"]
 
@@ -127,11 +127,12 @@ def test_a_miner_that_is_asked_to_stop_leaves_with_75_and_no_file(root, tmp_path
 def test_what_a_killed_miner_left_is_deleted_but_nothing_of_a_live_one(tmp_path):
     names = "mine-dead", "mine-alive", "mine-new"
     for name in names:
-        (tmp_path / name / "status").mkdir(parents=True)
-        claim(tmp_path / name).acquire().lock.release()
+        claim_side(tmp_path / name, "miner").release()
         os.utime(tmp_path / name, (0, 0) if name != "mine-new" else None)
-    with claim(tmp_path / "mine-alive"):
-        clean_left(tmp_path)
+    alive = claim_side(tmp_path / "mine-alive", "miner")
+    os.utime(tmp_path / "mine-alive", (0, 0))
+    clean_left(tmp_path)
+    alive.release()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine-alive", "mine-new"]
 
 

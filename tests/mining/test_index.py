@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 
 from mining.audit import recall_of_each
-from mining.index import IndexSettings, build_indexes
-from trainer.encoder.topk import merge_top_k, top_k
+from mining.centroids import Centroids
+from mining.index import IndexSettings, build_indexes, bytes_of_passage
+from trainer.encoder.topk import BestOf, best_of_keys, top_k
 from trainer.errors import InputError
 
 SHARD_ROWS, NUM_PASSAGES, WIDTH = 100, 450, 16
@@ -24,15 +26,28 @@ class Table:
     def shard(self, shard):
         return self.passage_ND[self.rows(shard)]
 
+    def let_go(self, shard):
+        pass
+
 
 def normal(num_rows, seed=0):
     vectors = np.random.default_rng(seed).normal(size=(num_rows, WIDTH)).astype(np.float32)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def search(table, allowed, k, **settings):
-    indexes = build_indexes(IndexSettings(**settings), table, range(5), allowed, device=0)
-    return merge_top_k([index.search(normal(40, 1), k) for index in indexes], k)
+class NoCentroids:
+    def of_shard(self, shard):
+        return None
+
+    def keep(self, shard, centroid_KD):
+        pass
+
+
+def search(table, allowed, k, centroids=NoCentroids(), **settings):  # noqa: B008
+    best = BestOf(normal(40, 1), k)
+    for index in build_indexes(IndexSettings(**settings), table, range(5), allowed, torch.device("cpu"), k, centroids):
+        index.search_into(best)
+    return best_of_keys([best.keys()], k)
 
 
 @pytest.mark.parametrize("factory", ["exact", "Flat", "IVF8,Flat"])
@@ -69,3 +84,39 @@ def test_a_shard_too_small_to_train_is_searched_exactly_and_that_is_said(caplog)
 def test_what_is_no_factory_string_is_refused():
     with pytest.raises(InputError, match=r"index\.factory='IFV8' is not a FAISS index"):
         search(Table(), np.ones(NUM_PASSAGES, bool), 5, factory="IFV8")
+
+
+@pytest.mark.parametrize("factory", ["IVF8,Flat", "IVF8,SQ8"])
+def test_kept_centroids_give_the_index_that_trained_them(tmp_path, factory):
+    table, allowed = Table(), np.ones(NUM_PASSAGES, bool)
+    first = search(table, allowed, 20, Centroids(tmp_path, 1, factory, SHARD_ROWS), factory=factory, nprobe=1)
+    warm = Centroids(tmp_path, 2, factory, SHARD_ROWS)
+    assert warm.source == 1 and warm.of_shard(3).shape[1] == WIDTH
+    again = search(table, allowed, 20, warm, factory=factory, nprobe=1)
+    np.testing.assert_array_equal(again[1], first[1])
+    assert not list((tmp_path / "centroids").glob("*/v000002"))  # nothing was trained
+
+
+def test_other_passages_are_found_from_the_centroids_of_the_last_version(tmp_path):
+    factory, allowed = "IVF8,Flat", np.ones(NUM_PASSAGES, bool)
+    search(Table(), allowed, 20, Centroids(tmp_path, 1, factory, SHARD_ROWS), factory=factory, nprobe=1)
+    moved = Table()
+    moved.passage_ND = -moved.passage_ND[::-1]
+    found = [
+        search(moved, allowed, 20, Centroids(tmp_path, 2, factory, SHARD_ROWS, anew), factory=factory, nprobe=1)[1]
+        for anew in (False, True)
+    ]
+    assert (found[0] != found[1]).any()  # the old cells are other cells
+    assert Centroids(tmp_path, 3, factory, SHARD_ROWS).source == 2
+
+
+def test_an_index_on_disk_takes_the_bytes_that_are_planned():
+    import faiss
+
+    for factory in ("Flat", "IVF8,Flat", "IVF8,SQ8", "HNSW16"):
+        index = faiss.index_factory(WIDTH, factory, faiss.METRIC_INNER_PRODUCT)
+        index.train(normal(4000))
+        index.add(normal(4000))
+        held = len(faiss.serialize_index(index)) / 4000 + 8  # and our ids
+        assert bytes_of_passage(factory, WIDTH) == pytest.approx(held, rel=0.2), factory
+    assert bytes_of_passage("exact", WIDTH) == 0

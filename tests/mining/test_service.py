@@ -223,7 +223,7 @@ def test_a_second_service_on_the_same_run_says_so(tmp_path):
 
 
 KILLED_AT = {
-    "encoding": (Shards, "encode"),
+    "encoding": (Shards, "embed"),
     "searching": (service, "draw_negatives"),
     "before LATEST": (negatives, "write_latest"),
 }

@@ -16,6 +16,7 @@ from trainer.checkpoint import Saver, load_state, load_weights
 from trainer.early_stop import EarlyStop, RollBack, StopSettings
 from trainer.ema import build_average
 from trainer.errors import InputError
+from trainer.handoff.claim import Claim
 from trainer.handoff.manifest import versions
 from trainer.handoff.weights import open_checkpoint
 from trainer.job import EmaSettings, OptimSettings, ParallelSettings, PrecisionSettings, TrainJob
@@ -87,7 +88,7 @@ def save_then_go_on(rank, num_ranks, backend, dropout, run):
     state, plain = prepared(world, backend, dropout)
     take_steps(world, state, 2)
     copy_weights(state.parallel, plain)
-    saver = Saver(run, world)
+    saver = Saver(run, world, Claim(run, "trainer", 1))
 
     def write_encoder(folder):
         (folder / "weights").write_text("here")

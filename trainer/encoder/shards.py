@@ -1,22 +1,36 @@
 """Embeddings of a corpus in shards of fixed size, kept on disk under a fingerprint of all they depend on.
 
 Shards do not depend on who encodes them or on how many do: the trainer's evaluation, the miner and `negpool search`
-read and add to the same folder. A shard is a version (see handoff/manifest.py): whole or absent.
+read and add to the same folder. A shard is a version (see handoff/manifest.py): whole or absent. Who encodes it is decided
+by leases, files that the first of several processes can make.
 """
 
 import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import torch
 from torch import nn
 
 from trainer.encoder.encode import ENCODE_TOKENS, encode_rows
 from trainer.encoder.tokens import TokenTable
-from trainer.handoff.manifest import MANIFEST, TornVersion, open_version, publish_version
+from trainer.errors import NotFiniteEmbedding
+from trainer.handoff.manifest import MANIFEST, TornVersion, disk_error, open_version, publish_version
+
+LEASE = ".lease-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeSettings:
+    """Section `encode`: how the miner encodes; the trainer's evaluation goes by the defaults, and shares what has them."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the encoder's products; bfloat16: several times faster on GPUs
+    stored: Literal["float32", "float16"] = "float32"  # of embeddings on disk; float16: half the disk and half the reading
 
 
 @dataclass(frozen=True)
@@ -26,6 +40,7 @@ class Shards:
     folder: Path
     num_rows: int
     shard_rows: int
+    settings: EncodeSettings = EncodeSettings()
 
     @property
     def num_shards(self) -> int:
@@ -39,13 +54,47 @@ class Shards:
         """Return the shards that are not there yet."""
         return [i for i in range(self.num_shards) if not (self._path(i) / MANIFEST).is_file()]
 
-    def encode(self, shard: int, encoder: nn.Module, tokens: TokenTable, on_progress: Callable[[int], None]) -> None:
-        """Encode one shard and publish it whole."""
-        embedding_nD = encode_rows(encoder, tokens, self.rows(shard), on_progress)
-        self._publish(shard, embedding_nD)
+    def lease(self, shard: int) -> bool:
+        """Take a shard for this process; False: another one has it. Leases hold until `end_leases`."""
+        try:
+            (self.folder / f"{LEASE}{shard:06d}").open("x").close()
+            return True
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise disk_error(error, self.folder) from error
+
+    def end_leases(self) -> None:
+        """Forget all leases, also those of processes that died; when nobody is encoding."""
+        for lease in self.folder.glob(f"{LEASE}*"):
+            lease.unlink(missing_ok=True)
+
+    def encode(
+        self, shard: int, encoder: nn.Module, tokens: TokenTable, on_progress: Callable[[int], None] = lambda n: None
+    ) -> None:
+        """Encode one shard and publish it whole; raises NotFiniteEmbedding."""
+        self.publish(shard, self.embed(shard, encoder, tokens, on_progress))
+
+    def embed(
+        self, shard: int, encoder: nn.Module, tokens: TokenTable, on_progress: Callable[[int], None] = lambda n: None
+    ) -> np.ndarray:
+        """Return the embeddings of one shard as they are stored; raises NotFiniteEmbedding."""
+        rows, settings = self.rows(shard), self.settings
+        with np.errstate(over="ignore"):  # float16 may have no room for a number; that is told below
+            embedding_nD = encode_rows(encoder, tokens, rows, on_progress, getattr(torch, settings.dtype)).astype(settings.stored)
+        check_finite(embedding_nD, tokens, rows)
+        return embedding_nD
+
+    def publish(self, shard: int, embedding_nD: np.ndarray) -> None:
+        """Write one shard whole."""
+
+        def write(folder: Path) -> None:
+            np.save(folder / "embeddings.npy", embedding_nD, allow_pickle=False)
+
+        publish_version(self._path(shard), write, {"shard": shard, "rows": len(embedding_nD)})
 
     def read(self, shard: int) -> np.ndarray:
-        """Return the verified embeddings of a shard, (rows, D) float32, memory-mapped; raises TornVersion."""
+        """Return the verified embeddings of a shard, (rows, D), memory-mapped; raises TornVersion."""
         open_version(self._path(shard))
         return np.load(self._path(shard) / "embeddings.npy", mmap_mode="r", allow_pickle=False)
 
@@ -53,19 +102,32 @@ class Shards:
         """Return the embeddings of any rows, (len(rows), D) float32, in their order."""
         shard_of_row = rows // self.shard_rows
         parts = {s: self.read(int(s)) for s in np.unique(shard_of_row)}
-        return np.stack([parts[s][row - s * self.shard_rows] for s, row in zip(shard_of_row, rows, strict=True)])
+        found = [parts[s][row - s * self.shard_rows] for s, row in zip(shard_of_row, rows, strict=True)]
+        return np.stack(found).astype(np.float32, copy=False)
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"shard-{shard:06d}"
 
-    def _publish(self, shard: int, embedding_nD: np.ndarray) -> None:
-        def write(folder: Path) -> None:
-            np.save(folder / "embeddings.npy", embedding_nD, allow_pickle=False)
 
-        publish_version(self._path(shard), write, {"shard": shard, "rows": len(embedding_nD)})
+def check_finite(embedding_nD: np.ndarray, tokens: TokenTable, rows: np.ndarray) -> None:
+    """Raise NotFiniteEmbedding, naming the first text, if any of some rows' embeddings holds NaN or infinity."""
+    is_finite = np.isfinite(embedding_nD).all(1)
+    if not is_finite.all():
+        row = int(rows[np.argmin(is_finite)])
+        raise NotFiniteEmbedding(
+            f"the embedding of {tokens.name(row)} is not finite, and so for {int((~is_finite).sum())} of {len(rows)} texts; "
+            "the weights have diverged (set optim.lr lower), or need another encode.dtype or encode.stored"
+        )
 
 
-def open_shards(root: Path, weights_digest: str, pooling: str, tokens: TokenTable, part: str | None = None) -> Shards:
+def open_shards(
+    root: Path,
+    weights_digest: str,
+    pooling: str,
+    tokens: TokenTable,
+    part: str | None = None,
+    settings: EncodeSettings = EncodeSettings(),
+) -> Shards:
     """Return the shards of a token table under given weights; makes their folder.
 
     part: which of two towers encodes them.
@@ -75,7 +137,7 @@ def open_shards(root: Path, weights_digest: str, pooling: str, tokens: TokenTabl
         "weights": weights_digest,
         "pooling": pooling,
         "tokens": tokens.digest,  # texts, tokenizer, prefix, maximum length
-        "dtype": "float32",
+        **asdict(settings),
         "budget": ENCODE_TOKENS,
         "shard_rows": shard_rows,
         **({} if part is None else {"part": part}),
@@ -84,7 +146,7 @@ def open_shards(root: Path, weights_digest: str, pooling: str, tokens: TokenTabl
     folder = root / fingerprint
     folder.mkdir(parents=True, exist_ok=True)
     folder.touch()  # prune_shards keeps the youngest
-    return Shards(folder, len(tokens.lengths), shard_rows)
+    return Shards(folder, len(tokens.lengths), shard_rows, settings)
 
 
 def rows_of_shard(num_rows: int) -> int:

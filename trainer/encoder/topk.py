@@ -1,17 +1,84 @@
-"""Exact search: the k best columns of each row, by (score descending, number ascending).
+"""Exact search: the k best passages of each query, by (score descending, id ascending), on any device.
 
-One tile of scores is held at a time. The order is total, so the result does not depend on how the columns were cut into
-parts, but for the last bits of a product.
+One tile of scores is held at a time. What cannot be among the k best is thrown away by one comparison of a group's largest
+score with the k-th best so far, so that the product is nearly all of the work: selecting from every score would take longer
+than the product itself. A score and an id are kept as one integer whose order is the wanted one. The order is total, so the
+result does not depend on how the passages were cut into parts, but for the last bits of a product.
 """
 
 import numpy as np
 import torch
+from torch import Tensor
 
-TILE_BYTES = 64 << 20  # memory of one tile of float32 scores
+# Scores of a tile, by type of device: on a CPU a few MB, which its caches hold, and enough rows for the product's full rate.
+TILE_SCORES = {"cpu": 1 << 21, "cuda": 1 << 28}
+MIN_COLUMNS, MAX_COLUMNS = 4096, 65536  # of a tile; 16 k within these: selecting costs k for each tile
+LANES = 8  # columns of a group
+NOTHING = -(1 << 63)  # key of an empty place
+ID_BITS = 32
+LARGEST_ID = (1 << ID_BITS) - 1
+
+
+class BestOf:
+    """The k best passages so far of some queries. Memory: 8 k bytes a query, and a tile while it looks at passages."""
+
+    def __init__(self, query_QD: np.ndarray, k: int, device: torch.device | str = "cpu"):
+        """query_QD: float32, copied to the device."""
+        self.query_QD, self.k = query_QD, k
+        self._query_QD = torch.tensor(query_QD, device=device)
+        self._keys_Qk = torch.full((len(query_QD), k), NOTHING, device=device)
+
+    def look_at(self, passage_ND: np.ndarray, rows_n: np.ndarray, first_id: int = 0) -> None:
+        """Let every query see some rows of a table of passages.
+
+        passage_ND: float16 or float32, a map of a file for example; read tile by tile.
+        rows_n: int64; ids are first_id + row, from 0 to 2^32 - 2.
+        """
+        k, device = self.k, self._query_QD.device
+        tile_rows, tile_columns = tile_shape(k, device.type)
+        space = self._query_QD.new_empty(min(tile_rows, len(self._query_QD)) * tile_columns)  # fresh memory is slower
+        for start in range(0, len(rows_n), tile_columns):
+            seen_C = rows_n[start : start + tile_columns]
+            passage_CD, ids_C = _padded(passage_ND[seen_C], np.float32, device), _padded(first_id + seen_C, np.int64, device)
+            for row in range(0, len(self._query_QD), tile_rows):
+                rows = slice(row, row + tile_rows)
+                query_tD = self._query_QD[rows]
+                score_tC = space[: len(query_tD) * len(passage_CD)].view(len(query_tD), len(passage_CD))
+                torch.mm(query_tD, passage_CD.T, out=score_tC)
+                score_tC[:, len(seen_C) :] = -torch.inf
+                self._keys_Qk[rows] = _select(self._keys_Qk[rows], score_tC, ids_C)
+
+    def add(self, scores_QK: np.ndarray, ids_QK: np.ndarray) -> None:
+        """Take in what another search has found, (Q, K) each; id -1: nothing."""
+        device, k = self._keys_Qk.device, self.k
+        keys_QK = _pack(torch.as_tensor(scores_QK, device=device), torch.as_tensor(ids_QK, device=device))
+        self._keys_Qk = torch.cat([self._keys_Qk, keys_QK], 1).topk(k, sorted=False).values
+
+    def keys(self) -> np.ndarray:
+        """Return what was found, (Q, k) int64 in no order; `best_of_keys` joins the keys of several searches."""
+        return self._keys_Qk.cpu().numpy()
+
+
+def best_of_keys(parts: list[np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (scores float32, ids int64), each (Q, k), of the best keys of several searches for the same queries."""
+    keys_Qn = torch.from_numpy(np.concatenate(parts, axis=1))
+    keys_Qk = keys_Qn.topk(k).values if keys_Qn.shape[1] > k else keys_Qn.sort(descending=True).values
+    scores_Qk, ids_Qk = _unpack(keys_Qk)
+    return scores_Qk.numpy(), ids_Qk.numpy()
+
+
+def merge_top_k(parts: list[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the best k of several (scores, ids) of the same queries, by score descending, then id; -1 ids last."""
+    return best_of_keys([_pack(torch.as_tensor(scores), torch.as_tensor(ids)).numpy() for scores, ids in parts], k)
 
 
 def top_k(
-    query_QD: np.ndarray, passage_ND: np.ndarray, k: int, first_id: int = 0, allowed_N: np.ndarray | None = None
+    query_QD: np.ndarray,
+    passage_ND: np.ndarray,
+    k: int,
+    first_id: int = 0,
+    allowed_N: np.ndarray | None = None,
+    device: torch.device | str = "cpu",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (scores float32, ids int64), each (Q, k), of the best inner products, best first.
 
@@ -19,48 +86,62 @@ def top_k(
     allowed_N: passages that may be returned; None: all.
     Fewer than k passages: the rest is filled with score -inf and id -1.
     """
-    num_queries, num_passages = len(query_QD), len(passage_ND)
-    scores_Qk = np.full((num_queries, k), -np.inf, np.float32)
-    ids_Qk = np.full((num_queries, k), -1, np.int64)
-    passages = _tensor(passage_ND)
-    forbidden = None if allowed_N is None else torch.from_numpy(~np.asarray(allowed_N))
-    tile = max(1, TILE_BYTES // (4 * max(1, num_passages)))
-    num_found = min(k, num_passages)
-    for start in range(0, num_queries, tile):
-        rows = slice(start, start + tile)
-        score_tN = _tensor(query_QD[rows]) @ passages.T
-        if forbidden is not None:
-            score_tN.masked_fill_(forbidden, -torch.inf)
-        scores, ids = _best(score_tN, num_found)
-        scores_Qk[rows, :num_found] = scores.numpy()
-        ids_Qk[rows, :num_found] = np.where(np.isneginf(scores.numpy()), -1, ids.numpy() + first_id)
-    return scores_Qk, ids_Qk
+    best = BestOf(query_QD, k, device)
+    rows = np.arange(len(passage_ND)) if allowed_N is None else np.flatnonzero(allowed_N)
+    best.look_at(passage_ND, rows, first_id)
+    return best_of_keys([best.keys()], k)
 
 
-def _best(score_tN: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the k best of each row, equal scores by number ascending, also where the k-th score is shared."""
-    scores, ids = score_tN.topk(k)
-    kth = scores[:, -1:]
-    # topk picks any of several equal scores: where the k-th is shared, a stable full sort of that row decides.
-    shared = ((score_tN == kth).sum(1) > (scores == kth).sum(1)) & ~torch.isneginf(kth[:, 0])
-    for row in shared.nonzero()[:, 0].tolist():
-        whole = score_tN[row].sort(descending=True, stable=True)
-        scores[row], ids[row] = whole.values[:k], whole.indices[:k]
-    by_id = ids.argsort(dim=1)
-    scores, ids = scores.gather(1, by_id), ids.gather(1, by_id)
-    by_score = scores.argsort(dim=1, descending=True, stable=True)
-    return scores.gather(1, by_score), ids.gather(1, by_score)
+def tile_shape(k: int, device_type: str) -> tuple[int, int]:
+    """Return (queries, passages) of a tile of scores. It decides the last bits of a product: nothing else may."""
+    columns = min(MAX_COLUMNS, max(MIN_COLUMNS, 1 << (16 * k - 1).bit_length()))
+    return TILE_SCORES[device_type] // columns, columns
 
 
-def _tensor(values: np.ndarray) -> torch.Tensor:
-    # A copy where the array is a read-only map of a file, which torch does not take.
-    return torch.from_numpy(np.require(values, requirements=["C", "W"]))
+def _padded(values_C: np.ndarray, dtype: type, device: torch.device) -> Tensor:
+    """Return a tile's passages or ids on the device, followed by zeros up to whole groups."""
+    padded_C = np.zeros((-(-len(values_C) // LANES) * LANES, *values_C.shape[1:]), dtype)
+    padded_C[: len(values_C)] = values_C
+    return torch.from_numpy(padded_C).to(device)
 
 
-def merge_top_k(parts: list[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the best k of several (scores, ids) of the same queries, by score descending, then id; -1 ids last."""
-    scores = np.concatenate([s for s, _ in parts], axis=1)
-    ids = np.concatenate([i for _, i in parts], axis=1)
-    scores = np.where(ids < 0, -np.inf, scores)
-    order = np.lexsort((np.where(ids < 0, np.iinfo(np.int64).max, ids), -scores), axis=1)[:, :k]
-    return np.take_along_axis(scores, order, 1).astype(np.float32), np.take_along_axis(ids, order, 1)
+def _select(keys_tk: Tensor, score_tC: Tensor, ids_C: Tensor) -> Tensor:
+    """Return the k largest keys of those there and those of a tile of scores, (t, k)."""
+    (num_rows, k), num_columns = keys_tk.shape, score_tC.shape[1]
+    num_groups = num_columns // LANES  # group g: columns g, g + num_groups, ...
+    best_tG = score_tC.view(num_rows, LANES, num_groups).amax(1)
+    least_t = _unpack(keys_tk.amin(1))[0]
+    if num_groups >= k and bool(torch.isneginf(least_t).any()):
+        # k groups whose best is as good as this have k passages as good.
+        least_t = torch.maximum(least_t, best_tG.topk(k, sorted=False).values.amin(1))
+    least_t = least_t.clamp(min=torch.finfo(torch.float32).min)  # what fills up a tile has less
+    group_g = (best_tG >= least_t[:, None]).flatten().nonzero()
+    row_g = group_g // num_groups
+    place_gL = row_g * num_columns + group_g % num_groups + num_groups * torch.arange(LANES, device=ids_C.device)
+    score_gL = score_tC.flatten().index_select(0, place_gL.flatten()).view(place_gL.shape)
+    survivor_n = (score_gL >= least_t[row_g]).flatten().nonzero()[:, 0]
+    place_n = place_gL.flatten().index_select(0, survivor_n)
+    row_n = place_n // num_columns
+    keys_n = _pack(score_gL.flatten().index_select(0, survivor_n), ids_C.index_select(0, place_n % num_columns))
+    # From a list of survivors, ordered by row, to a table as wide as the row with the most of them.
+    num_t = torch.bincount(row_n, minlength=num_rows)
+    order_n = torch.arange(len(row_n), device=row_n.device) - (num_t.cumsum(0) - num_t)[row_n]
+    pool_tK = keys_tk.new_full((num_rows, k + int(num_t.amax())), NOTHING)
+    pool_tK[:, :k] = keys_tk
+    pool_tK[row_n, k + order_n] = keys_n
+    return pool_tK.topk(k, sorted=False).values
+
+
+def _pack(scores: Tensor, ids: Tensor) -> Tensor:
+    """Return int64 keys in the order of (score ascending, id descending); NOTHING for ids of -1."""
+    bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0: minus zero is zero
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)  # as signed integers, in the order of the numbers
+    return torch.where(ids < 0, NOTHING, (ordered << ID_BITS) | (LARGEST_ID - ids))
+
+
+def _unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the (scores float32, ids int64) of keys."""
+    ordered = (keys >> ID_BITS).to(torch.int32)
+    scores = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    is_there = keys != NOTHING
+    return torch.where(is_there, scores, -torch.inf), torch.where(is_there, LARGEST_ID - (keys & LARGEST_ID), -1)

@@ -6,6 +6,7 @@ miner knows them or was asked for them: scores of the positives, a teacher's sco
 opened memory-mapped and never unpickled.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,13 @@ def publish_negatives(
     ids: np.ndarray,
     scores: np.ndarray,
     fields: dict[str, Any],
+    may_publish: Callable[[], None] = lambda: None,
     **more: np.ndarray | None,
 ) -> dict[str, Any]:
     """Publish a version whole, point LATEST at it and return its manifest.
 
     fields: what the manifest says of their origin: checkpoint_step (None for BM25), data digest, settings, counters, …
+    may_publish: raises if this process may not write any more.
     more: the optional arrays of `Negatives`, by name.
     """
     arrays = {"indptr": indptr, "ids": ids, "scores": scores, **more}
@@ -84,7 +87,8 @@ def publish_negatives(
                 np.save(folder / f"{name}.npy", np.asarray(array, TYPES[name]), allow_pickle=False)
 
     folder = negatives_folder(run) / version_name(version)
-    manifest = publish_version(folder, write, {"version": version, "num_queries": len(indptr) - 1, **fields})
+    manifest = publish_version(folder, write, {"version": version, "num_queries": len(indptr) - 1, **fields}, may_publish)
+    may_publish()
     write_latest(folder.parent, folder.name)
     return manifest
 

@@ -20,9 +20,9 @@ def integers(shape, high, seed=0):
 
 
 @pytest.mark.parametrize("high", [2, 100], ids=["many ties", "few ties"])
-@pytest.mark.parametrize("tile_bytes", [1, 1 << 20])
-def test_top_k_is_the_plain_sort(high, tile_bytes, monkeypatch):
-    monkeypatch.setattr(topk, "TILE_BYTES", tile_bytes)
+@pytest.mark.parametrize("columns", [8, 24, 4096])
+def test_top_k_is_the_plain_sort(high, columns, monkeypatch):
+    monkeypatch.setattr(topk, "tile_shape", lambda k, device_type: (3, columns))
     query, passage = integers((7, 4), high), integers((40, 4), high, 1)
     scores, ids = top_k(query, passage, 9, first_id=100)
     expected_scores, expected_ids = plain(query @ passage.T, 9)
