@@ -52,6 +52,11 @@ def cluster_queries(
     return k_means(table, rows, settings.num, int(stream(seed, version)[0] % np.uint64(1 << 31)))
 
 
+def num_clustered(settings: ClusterSettings, num_queries: int) -> int:
+    """Return how many embeddings k-means holds at once."""
+    return min(num_queries, max(TILE, settings.num * POINTS_PER_CENTROID)) if settings.num else 0
+
+
 def k_means(table: Embeddings, rows: np.ndarray, num: int, seed: int) -> np.ndarray:
     """Return the nearest of `num` centroids for each of the rows of a table, (n,) int64."""
     import faiss  # here: it brings an OpenMP of its own

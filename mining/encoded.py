@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mining.clusters import num_clustered
 from mining.cost import Load, choose_index
 from mining.encode import Embeddings, Side, encode_missing
 from mining.index import AUTO, IndexSettings, bytes_of_passage
@@ -131,6 +132,8 @@ def _plan(work: Work, encoder: Encoder, tables: list[TokenTable]) -> tuple[Index
             stored_bytes=np.dtype(job.encode.stored).itemsize,
             token_width=8 * config.hidden_size + 3 * getattr(config, "intermediate_size", 4 * config.hidden_size),
             top_k=job.search.top_k,
+            num_candidates=job.num_candidates,
+            num_clustered=num_clustered(job.clusters, num_queries),
             num_negatives=job.sample.num_negatives,
             num_ranks=ranks.num_ranks,
             index_bytes=bytes_of_passage(index.factory, encoder.width),

@@ -65,9 +65,15 @@ class MineJob:
                 raise InputError(
                     f"sample.num_negatives={self.sample.num_negatives} is more than {name}={depth} candidates; set {name} higher"
                 )
-        if self.filter.range_min >= self.search.top_k + self.search.bm25_top_k:
+        if self.filter.range_min >= self.num_candidates:
             raise InputError(
                 f"filter.range_min={self.filter.range_min} leaves none of search.top_k={self.search.top_k} candidates"
             )
         if self.negatives.schedule and self.mine.bm25_top_k == 0:
             raise InputError("negatives.schedule begins with version 0 from BM25, but mine.bm25_top_k=0; set it to 50")
+
+    @property
+    def num_candidates(self) -> int:
+        """How many candidates a query has at most."""
+        from_last = self.sample.num_negatives if self.sample.replace == "easy" else 0
+        return self.search.top_k + self.search.bm25_top_k + from_last

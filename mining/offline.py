@@ -72,6 +72,7 @@ def read_mined(job: MineJob) -> Mined:
     negatives = last_version(job.run.folder, judgements.num_queries, len(data.corpus))
     if negatives is None:
         refused = read_status(job.run.folder, "miner").get("refused", "")
+        # The service speaks of a checkpoint, which a person who has only a model never made.
         raise InputError(
             refused.removeprefix(f"checkpoint {checkpoint_name(0)}: ")
             or f"{job.run.folder} has no negatives for this data; negpool mine JOB.toml --once makes some"
