@@ -79,7 +79,7 @@ def run_on_ranks(num_ranks: int, plans: list[tuple[dict, int]]) -> tuple[int, st
     ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
     words = [*mpiexec, sys.executable, "-m", "tests.mining.run", str(path)]
-    done = subprocess.run(words, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
 
