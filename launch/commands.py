@@ -346,14 +346,18 @@ def merge(
 
 
 @app.command()
-def status(folder: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")], as_json: Json = False) -> int:
-    """Say where a run stands."""
-    from launch.status import describe_run, run_status
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")],
+    watch: Annotated[bool, typer.Option("--watch", help="show it anew every second until the run has ended")] = False,
+    as_json: Json = False,
+) -> int:
+    """Say where a run stands: both sides, their speed, the age of the negatives, the last evaluation, the time left."""
+    from launch.status import describe_run, run_status, watch_run
 
-    found = run_status(folder)
+    found = watch_run(folder, messages() if as_json else results()) if watch else run_status(folder)
     if as_json:
         print_json(found)
-    else:
+    elif not watch:
         results().print(describe_run(found))
     return 0
 

@@ -1,11 +1,16 @@
 """Where a run stands, from the files that both sides keep in its folder."""
 
+import contextlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
 
+from launch.output import MEASURE_TITLES
 from launch.view import clock, miner_line, trainer_line
 from mining.figures import ages
 from trainer.errors import InputError
@@ -13,6 +18,8 @@ from trainer.handoff.manifest import read_latest
 from trainer.metrics import heartbeat_age_s, read_status
 
 SILENT_AFTER_S = 60.0  # a side that has not written for so long is said to be silent
+LOOK_EVERY_S = 1.0
+ENDED = ("finished", "stopped", "refused")
 
 
 def run_status(run: Path) -> dict[str, Any]:
@@ -46,14 +53,44 @@ def describe_run(status: dict[str, Any]) -> str:
             continue
         text, _, _, counts = line(said)
         silent_s = said["heartbeat_age_s"] or 0.0
-        ended = said.get("phase") in ("finished", "stopped", "refused")
-        note = f"   [red]silent for {clock(silent_s)}[/red]" if silent_s > SILENT_AFTER_S and not ended else ""
+        note = f"   [red]silent for {clock(silent_s)}[/red]" if silent_s > SILENT_AFTER_S and not has_ended(said) else ""
         lines.append(f"{side:<8} {text}   {counts}{note}")
-    lines += [f"{'':<8} {line}" for line in miner_figures(status["miner"])]
+        lines += [f"{'':<8} {line}" for line in FIGURES[side](said)]
     if results := status["results"]:
         rows = (name for name in ("bm25", "untrained", "trained") if name in results)
         lines.append("MRR@10   " + "   ".join(f"{name} {results[name]['mrr@10']:.3f}" for name in rows))
     return "\n".join(lines)
+
+
+def watch_run(run: Path, console: Console) -> dict[str, Any]:
+    """Show the status anew every second until both sides that were started have ended or Ctrl-C; return the last one."""
+    found = run_status(run)
+    with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
+        while True:
+            live.update(describe_run(found), refresh=True)
+            if all(has_ended(found[side]) for side in ("trainer", "miner") if found[side]) and found["trainer"]:
+                break
+            time.sleep(LOOK_EVERY_S)
+            found = run_status(run)
+    return found
+
+
+def has_ended(said: dict[str, Any]) -> bool:
+    """Tell whether a side has said that it is over."""
+    return said.get("phase") in ENDED
+
+
+def trainer_figures(trainer: dict[str, Any]) -> list[str]:
+    """Return the trainer's figures as lines for a person, none before there are any."""
+    now = []
+    if trainer.get("tokens_per_rank_per_s") is not None:
+        now.append(f"{trainer['tokens_per_rank_per_s']:,.0f} tokens/s a rank")
+    if trainer.get("negatives_age_steps") is not None:
+        now.append(f"negatives in force {trainer['negatives_age_steps']} steps old")
+    last = trainer.get("last_evaluation")
+    evaluated = [f"{title} {last[key]:.3f}" for key, title in MEASURE_TITLES.items()] if last else []
+    evaluation = f"{last['split']} at step {last['step']}: {'  '.join(evaluated)}" if last else ""
+    return [line for line in ("   ".join(now), evaluation) if line]
 
 
 def miner_figures(miner: dict[str, Any]) -> list[str]:
@@ -71,3 +108,6 @@ def miner_figures(miner: dict[str, Any]) -> list[str]:
     lines = ["   ".join(rates), "   ".join(old), "dropped: " + ", ".join(dropped) if dropped else ""]
     refused = f"[red]given up: {escape(miner['refused'])}[/red]" if miner.get("refused") else ""
     return [line for line in (*lines, refused) if line]
+
+
+FIGURES = {"trainer": trainer_figures, "miner": miner_figures}

@@ -89,7 +89,9 @@ def test_search_finds_what_shares_the_questions_words(root, trained):
 def test_status_says_where_the_run_stands(root, trained):
     found = json.loads(call(root, "status", root / "run", "--json")[0])
     assert found["trainer"]["phase"] == "finished" and found["checkpoint"] == "step-00000004"
-    assert "finished" in call(root, "status", root / "run")[0]
+    said = call(root, "status", root / "run")[0]
+    assert "finished" in said and "test at step 4: nDCG@10" in said and "tokens/s a rank" in said
+    assert "finished" in call(root, "status", root / "run", "--watch")[0], "it ends with the run"
     assert "is not a run folder" in call(root, "status", root / "data", exit_code=2)[1]
 
 
