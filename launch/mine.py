@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -12,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, Group
 from rich.text import Text
 
+from launch.agree import check_mpi_world
 from launch.jobfile import Jobs, read_job
 from launch.output import messages, start_logging
+from launch.sides import stop_without_parent
 from launch.tables import Sheet, as_text
 from launch.view import clock
 from trainer.metrics import read_status
@@ -48,6 +51,8 @@ def mine_model(
     logging.getLogger("mining.service").setLevel(logging.WARNING)
     logging.getLogger("trainer.encoder.model").setLevel(logging.ERROR)
     jobs = read_job(job_file, overrides)
+    stop_without_parent()
+    check_mpi_world(world.size, os.environ, MPI.Get_library_version().split(",")[0])
     settings, shards = Ranks(world, lambda: False).decide(lambda: _look(jobs, model, out, show))
     with offline_run(jobs.mine, settings, shards, world) as job:
         with _followed(job.run.folder, messages()) if world.rank == 0 else contextlib.nullcontext():

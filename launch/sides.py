@@ -24,7 +24,7 @@ def train_side(job_file: Path, overrides: list[str], allow_change: bool = False)
     jobs = read_job(job_file, overrides)
     if rank == 0:
         keep_job(jobs, allow_change)
-    _stop_without_parent()
+    stop_without_parent()
     from trainer.train import train
     from trainer.world import join_world
 
@@ -48,7 +48,7 @@ def mine_side(
     rank = MPI.COMM_WORLD.Get_rank()
     start_logging(rank)
     jobs = read_job(job_file, overrides)
-    _stop_without_parent()
+    stop_without_parent()
     from mining.service import run_service
 
     try:
@@ -81,7 +81,7 @@ def _told(jobs: Jobs, side: str, error: Exception) -> Exception:
     return error
 
 
-def _stop_without_parent() -> None:
+def stop_without_parent() -> None:
     """Save and leave when the launcher that started this process is gone, so that no orphan holds the run."""
     parent = os.getppid()
 
