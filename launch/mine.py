@@ -47,9 +47,10 @@ def mine_model(
 
     world = MPI.COMM_WORLD
     start_logging(world.rank)
-    # Of versions, steps and what becomes of a saved model, which a person who only mines never meets.
-    logging.getLogger("mining.service").setLevel(logging.WARNING)
-    logging.getLogger("trainer.encoder.model").setLevel(logging.ERROR)
+    # They speak of versions, steps and what becomes of a saved model, which a person who only mines never meets; why
+    # nothing came of it is the error.
+    for name in ("mining.service", "trainer.encoder.model"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     jobs = read_job(job_file, overrides)
     stop_without_parent()
     check_mpi_world(world.size, os.environ, MPI.Get_library_version().split(",")[0])

@@ -3,18 +3,16 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from launch.commands import app
-from launch.local import mpi_command
 from mining import service
 from mining.offline import clean_left, read_mined
 from tests.mining.run import as_job, make_job, publish_checkpoint
+from tests.mining.services import start_service
 from tests.mining.test_service import mine as mine_for_run
 from tests.tiny import write_tiny_cross_encoder, write_tiny_dataset, write_tiny_encoder
 from trainer.data.datasets import open_dataset
@@ -83,17 +81,32 @@ def test_what_is_mined_is_what_the_service_mines_from_the_same_weights(tmp_path,
     assert sum(len(record["negative_ids"]) for record in records) == len(read_mined(as_job(job)).negatives.ids)
 
 
-def test_two_ranks_write_the_same_bytes_as_one(root, tmp_path, capsys):
-    cross_encoder = write_tiny_cross_encoder(tmp_path / "cross-encoder")
-    more = [f"rerank.model={cross_encoder}", "rerank.top_k=10", "search.bm25_top_k=10", "clusters.num=3"]
-    mine(capsys, root, "--out", tmp_path / "one.jsonl", "--form", "flagembedding", *more)
-    words = ["--model", root / "encoder", "--data", root / "data", "--out", tmp_path / "two.jsonl", "--form", "flagembedding"]
-    command = [*mpi_command(2), sys.executable, "-m", "launch", "mine", *map(str, words), *SETTINGS, *more, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout)["clusters"]["num"] == 3
-    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
-    assert open_dataset(tmp_path / "two.jsonl", tmp_path / "cache").given is not None
+def test_two_ranks_write_the_same_bytes_as_one(root, tmp_path):
+    rerank = {"model": str(write_tiny_cross_encoder(tmp_path / "cross-encoder")), "top_k": 10}
+    job = make_job(tmp_path, search={"top_k": 40, "bm25_top_k": 10}, rerank=rerank, clusters={"num": 3})
+    services = []
+    for num_ranks in (1, 2):
+        words = ["--model", root / "encoder", "--out", tmp_path / f"{num_ranks}.jsonl", "--form", "flagembedding", "--json"]
+        services.append(start_service(job, num_ranks, tuple(map(str, words))))
+        assert services[-1].wait() == 0, services[-1].said
+    told = [line for service in services for line in service.said.splitlines() if line.startswith("{")]
+    assert [json.loads(line)["clusters"]["num"] for line in told] == [3, 3], "one rank speaks"
+    one, two = ((tmp_path / f"{num_ranks}.jsonl").read_bytes() for num_ranks in (1, 2))
+    assert one == two and len(one) > 10_000
+    assert open_dataset(tmp_path / "2.jsonl", tmp_path / "cache").given is not None
+
+
+def test_a_refusal_of_one_rank_ends_all_with_one_sentence(root, tmp_path):
+    job = make_job(tmp_path)
+    (tmp_path / "precious.jsonl").write_text("precious")
+    for words, sentence in [
+        (["--out", tmp_path / "precious.jsonl"], "is there already; give --out a new file"),
+        (["--out", tmp_path / "a.jsonl", "audit.max_without=0.0", "filter.relative_margin=0.5"], "audit.max_without=0.0"),
+    ]:
+        service = start_service(job, 2, ("--model", str(root / "encoder"), *map(str, words)))
+        assert service.wait() == 2
+        assert service.said.count(sentence) == 1 and "Traceback" not in service.said
+    assert (tmp_path / "precious.jsonl").read_text() == "precious" and not (tmp_path / "a.jsonl").exists()
 
 
 def test_bm25_mines_without_a_model(root, tmp_path, capsys):
