@@ -88,7 +88,7 @@ def test_two_ranks_write_the_same_bytes_as_one(root, tmp_path):
     for num_ranks in (1, 2):
         words = ["--model", root / "encoder", "--out", tmp_path / f"{num_ranks}.jsonl", "--form", "flagembedding", "--json"]
         services.append(start_service(job, num_ranks, tuple(map(str, words))))
-        assert services[-1].wait() == 0, services[-1].said
+        assert services[-1].wait(180) == 0, services[-1].said
     told = [line for service in services for line in service.said.splitlines() if line.startswith("{")]
     assert [json.loads(line)["clusters"]["num"] for line in told] == [3, 3], "one rank speaks"
     one, two = ((tmp_path / f"{num_ranks}.jsonl").read_bytes() for num_ranks in (1, 2))
@@ -104,7 +104,7 @@ def test_a_refusal_of_one_rank_ends_all_with_one_sentence(root, tmp_path):
         (["--out", tmp_path / "a.jsonl", "audit.max_without=0.0", "filter.relative_margin=0.5"], "audit.max_without=0.0"),
     ]:
         service = start_service(job, 2, ("--model", str(root / "encoder"), *map(str, words)))
-        assert service.wait() == 2
+        assert service.wait(180) == 2, service.said
         assert service.said.count(sentence) == 1 and "Traceback" not in service.said
     assert (tmp_path / "precious.jsonl").read_text() == "precious" and not (tmp_path / "a.jsonl").exists()
 
