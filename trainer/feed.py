@@ -51,8 +51,9 @@ class NegativesFeed:
         self._fetched: Negatives | None = None  # the version fetched last
         self._started = time.monotonic()
         self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._fetch, daemon=True)
         if settings.per_query:
-            threading.Thread(target=self._fetch, daemon=True).start()
+            self._thread.start()
 
     def before_step(self, step: int, on_wait: Callable[[], None] = lambda: None) -> bool:
         """Bring the negatives of a step into force and return whether to stop before it.
@@ -102,6 +103,9 @@ class NegativesFeed:
     def close(self) -> None:
         """Stop the background thread and let go of the versions in use."""
         self._closed.set()
+        if self._thread.is_alive():
+            # Left to itself it may be the last to hold the process group, while Python ends: torch aborts then.
+            self._thread.join()
         for negatives in (self.in_force, self._previous):
             self._let_go(negatives)
 
