@@ -77,6 +77,7 @@ class Cluster:
         """folder: short, for sockets lie in it; processes end with the thread that makes the cluster."""
         self.folder, self.env = folder, {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
         self.nodes = [f"n{i + 1}" for i in range(num_nodes)]
+        self.is_over = False  # told to those who wait for something on it
         self._processes: dict[str, subprocess.Popen] = {}
         self._write_conf(cpus)
 
