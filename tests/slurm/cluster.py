@@ -126,8 +126,8 @@ class Cluster:
         return done.stdout.strip()
 
     def job(self, number: int) -> dict[str, str]:
-        """Return what `scontrol show job` says, by field."""
-        words = self.run("scontrol", "show", "job", "-o", number).split()
+        """Return what `scontrol show job` says, by field; of a heterogeneous job, what it says of the first component."""
+        words = self.run("scontrol", "show", "job", "-o", number).splitlines()[0].split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def _start(self, name: str, *words: object) -> None:

@@ -88,7 +88,7 @@ class Run:
 
     def submit(self, size: Size = SIZE) -> "Run":
         jobs = submit(read_job(self.job_file, [f"run.folder={self.folder}"]), size, dry_run=False)["jobs"]
-        self.train, self.mine = jobs["train"], jobs["mine"]
+        self.train, self.mine = (jobs["train_and_mine" if size.together else side] for side in ("train", "mine"))
         return self
 
     def slow(self, seconds: float) -> None:
@@ -212,7 +212,7 @@ def preempted(run: Run) -> Run:
 
 
 def crashed(run: Run) -> Run:
-    """A node of the trainers loses its power; later all is cancelled, and submitted again."""
+    """A node of the trainers loses its power; later all is cancelled, and submitted again, as one job this time."""
     run.slow(0.5)
     run.submit()
     run.at_step(12)
@@ -230,7 +230,7 @@ def crashed(run: Run) -> Run:
         run.until(lambda n=number: run.cluster.job(n)["JobState"] == "CANCELLED", f"the end of {number}")
     assert read_status(run.folder, "trainer")["phase"] == "stopped", run.log()
     run.fast()
-    return run.submit().finished()
+    return run.submit(replace(SIZE, together=True)).finished()
 
 
 def rank_of(run: Run, node: str) -> psutil.Process:
