@@ -109,6 +109,7 @@ class NegativesFeed:
         """Stop the background thread and let go of the versions in use."""
         self._closed.set()
         if self._fetcher.is_alive():
+            # Left to itself it may be the last to hold the process group, while Python ends: torch aborts then.
             self._fetcher.join()
 
     def _decide(self, step: int) -> tuple[int, bool]:
