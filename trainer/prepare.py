@@ -114,7 +114,7 @@ def prepare(job: TrainJob, world: World) -> Training:
     interrupt = Interrupt()
     num_passages = len(data.corpus)
     given = given_negatives(data, split) if job.negatives.per_query else None
-    feed = NegativesFeed(world, run, job.negatives, dataset.num_queries, num_passages, interrupt.is_set, given)
+    feed = NegativesFeed(world, run, job.negatives, dataset.num_queries, num_passages, interrupt.is_set, given, data.digest)
     for version in state.roll_back.refused:
         if version is not None:
             feed.take_back(version, state.negatives_version)
