@@ -6,6 +6,7 @@ number of queries is cut into tiles that fit.
 """
 
 import logging
+import math
 import platform
 from dataclasses import dataclass
 
@@ -85,8 +86,8 @@ def plan_memory(sizes: Sizes, process_bytes: int, limit: int) -> MemoryPlan:
         if plan.total <= limit:
             return plan
     raise InputError(
-        f"mine.memory_gib={limit / GIB:.2f} is too little: {plan.as_text()}; set mine.memory_gib to {plan.total / GIB:.2f} or "
-        "more, or search.top_k lower"
+        f"mine.memory_gib={limit / GIB:.2f} is too little: {plan.as_text()}; set mine.memory_gib to "
+        f"{math.ceil(plan.total / GIB * 100) / 100:.2f} or more, or search.top_k lower"
     )
 
 
@@ -110,8 +111,9 @@ def _plan(sizes: Sizes, process_bytes: int, limit: int, query_tile: int) -> Memo
     score_rows, score_columns = tile_shape(sizes.top_k, sizes.device_type)
     on_cpu = sizes.device_type == "cpu"
     tokens = ENCODE_TOKENS if on_cpu else ENCODE_TOKENS_CUDA
-    # As computed, as stored, and one being written.
-    encoding = shard_bytes * (4 + 2 * sizes.stored_bytes) + tokens * (8 * 3 + (4 * sizes.token_width if on_cpu else 0))
+    # As computed, as stored if that is another type, and one being written.
+    copies = 4 + sizes.stored_bytes * (2 if sizes.stored_bytes < 4 else 1)
+    encoding = shard_bytes * copies + tokens * (8 * 3 + (4 * sizes.token_width if on_cpu else 0))
     candidates = tile * sizes.top_k
     columns = min(score_columns, sizes.num_passages)
     score_tile = 2 * 4 * min(score_rows, tile) * columns if on_cpu else 0  # scores, and what survives of them

@@ -95,8 +95,9 @@ class Shards:
     ) -> np.ndarray:
         """Return the embeddings of one shard as they are stored; raises BadEmbedding."""
         rows, settings = self.rows(shard), self.settings
-        with np.errstate(over="ignore"):
-            embedding_nD = encode_rows(encoder, tokens, rows, on_progress, getattr(torch, settings.dtype)).astype(settings.stored)
+        embedding_nD = encode_rows(encoder, tokens, rows, on_progress, getattr(torch, settings.dtype))
+        with np.errstate(over="ignore"):  # what becomes infinite is refused
+            embedding_nD = embedding_nD.astype(settings.stored, copy=False)
         is_bad = ~np.isfinite(embedding_nD).all(1)
         if is_bad.any():
             raise BadEmbedding(int(rows[is_bad][0]), int(is_bad.sum()), len(rows), settings)
