@@ -8,6 +8,7 @@ from tests.mining.run import make_job, publish_checkpoint, published, run_on_ran
 from tests.tiny import write_tiny_dataset
 
 INDEXES = {"exact": {}, "ivf": {"factory": "IVF8,Flat", "nprobe": 4}}
+STORED = {"exact": "float32", "ivf": "float16"}
 SAMPLES = {"exact": "uniform", "ivf": "simans"}
 
 
@@ -17,7 +18,8 @@ def test_the_number_of_ranks_changes_no_byte_and_an_error_is_said_once(tmp_path)
         for num_ranks in (1, 2, 3):
             sample = {"num_negatives": 5, "method": SAMPLES[kind]}
             audit = {"min_recall": 0.2}
-            job = make_job(tmp_path / "some", run=f"{kind}-{num_ranks}", index=index, sample=sample, audit=audit)
+            sections = {"index": index, "sample": sample, "audit": audit, "encode": {"stored": STORED[kind]}}
+            job = make_job(tmp_path / "some", run=f"{kind}-{num_ranks}", **sections)
             publish_checkpoint(job, 10)
             plans.append((job, num_ranks))
     plans.append((few_texts(tmp_path / "few"), 3))
