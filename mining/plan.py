@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 GIB = 2**30
 # Queries of a tile at most: results of k = 200 are a few MB then. A GPU reads all passages anew for each tile.
 MAX_QUERY_TILE = {"cpu": 4096, "cuda": 16384}
-LIBRARIES = 80 << 20  # bytes that libraries take when they are first used: kernels, buffers, FAISS
+LIBRARIES = 96 << 20  # bytes that libraries take when they are first used: kernels, buffers, FAISS
 # Bytes of a candidate of this rank's queries: score, id, content key and what filters and sampling sort.
-DRAW_BYTES = 100
+DRAW_BYTES = 64
 EXCHANGE_BYTES = 40  # of a candidate of all queries: keys as found, sent and received
 DRAWN_BYTES = 36  # of a negative on rank 0: id and score, of a rank, of all ranks, of the file
 FREE_SHARE = 0.5  # of the machine's free memory, if mine.memory_gib is not set

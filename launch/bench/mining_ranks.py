@@ -80,8 +80,8 @@ def _ranks(comm, data: str, model: str, rounds: int) -> dict[str, Any]:
                 started = time.perf_counter()
                 if ranks is everybody or comm.rank == 0:
                     work(ranks, f"{name}-{number}-{ranks.num_ranks}")
+                seconds.append(time.perf_counter() - started)  # when all are through: the work ends together
                 everybody.meet()
-                seconds.append(time.perf_counter() - started)
             if number:  # the first call loads what it needs
                 speedups[name].append(seconds[0] / seconds[1])
     everybody.decide(lambda: shutil.rmtree(folder, ignore_errors=True))
