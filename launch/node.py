@@ -18,6 +18,7 @@ import psutil
 
 from trainer.errors import InputError
 
+EXIT_STOPPED = 75
 FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below those that systems hand out by themselves
 STARTS_OF_A_JOB = 8  # with ports of their own, before they meet those of other jobs
 
@@ -78,12 +79,12 @@ def first_host(nodes: str) -> str:
 
 def launch_ranks(place: Place, num_ranks: int, command: list[str]) -> int:
     """Start this node's ranks, wait for them, and return 0 or the exit code of the first that failed."""
+    # Before the imports, which take seconds. A handler, not SIG_IGN: the ranks would inherit that, and be deaf for as long.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _tell_ranks)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # A handler, not SIG_IGN: the ranks would inherit that, and be deaf until they set their own.
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _tell_ranks)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, place.cpus // num_ranks)))
     config = LaunchConfig(
         min_nodes=place.num_nodes,
@@ -106,7 +107,10 @@ def launch_ranks(place: Place, num_ranks: int, command: list[str]) -> int:
 
 def _tell_ranks(number: int, frame: FrameType | None) -> None:
     # Where Slurm follows processes by their group, it does not know the ranks, which have one of their own.
-    for rank in psutil.Process().children():
+    ranks = psutil.Process().children()
+    if not ranks:
+        sys.exit(EXIT_STOPPED)
+    for rank in ranks:
         with contextlib.suppress(psutil.NoSuchProcess):
             rank.send_signal(number)
 

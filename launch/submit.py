@@ -101,9 +101,10 @@ def batch_commands(jobs: Jobs, size: Size) -> dict[str, list[str]]:
     run, launch = jobs.train.run.folder, jobs.launch
     gpus = [f"--gpus-per-node={size.gpus_per_node}"] if size.gpus_per_node else []
     common = [*([f"--partition={size.partition}"] if size.partition else []), *([f"--time={size.time}"] if size.time else [])]
+    common.append(f"--signal=USR1@{size.save_seconds}")
     train_ranks, mine_ranks = (size.gpus_per_node or ranks for ranks in (launch.train_ranks, launch.mine_ranks))
     train = [f"--nodes={size.nodes}", *gpus, f"--cpus-per-task={train_ranks * size.cpus_per_rank}"]
-    train += [*common, f"--signal=USR1@{size.save_seconds}", *size.options]
+    train += [*common, *size.options]
     mine = [f"--nodes={size.miner_nodes}", f"--ntasks-per-node={mine_ranks}", *gpus, f"--cpus-per-task={size.cpus_per_rank}"]
     mine += [*common, *size.options]
     job = str(run / "job.toml")

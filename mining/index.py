@@ -5,6 +5,7 @@ centroids on one shard. Passages that must not be found are left out of the inde
 """
 
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -142,8 +143,8 @@ def _faiss(settings: IndexSettings, exact: ExactIndex, gpu, centroids: Centroids
 
 
 def _flat_quantizer(faiss, index):
-    """Return what holds the centroids of an IVF index one by one; None: none does."""
-    quantizer = getattr(_inner(faiss, index), "quantizer", None)
+    """Return what holds the centroids of an IVF index one by one; None: none does, or in a space that is trained, too."""
+    quantizer = getattr(index, "quantizer", None)
     quantizer = None if quantizer is None else faiss.downcast_index(quantizer)
     return quantizer if isinstance(quantizer, faiss.IndexFlat) else None
 
@@ -191,9 +192,10 @@ def bytes_of_passage(factory: str, width: int) -> int:
 
     index = _empty(faiss, factory, width)
     inner = _inner(faiss, index)
-    links = 4 * inner.hnsw.nb_neighbors(0) if hasattr(inner, "hnsw") else 0
+    links = 5 * inner.hnsw.nb_neighbors(0) if hasattr(inner, "hnsw") else 0  # 4 bytes each, and those of higher levels
     holder = faiss.downcast_index(inner.storage) if links else index
-    return holder.sa_code_size() + links + 8 + 8  # ids of FAISS, and ours
+    room = 1.25 if hasattr(inner, "nlist") else 1  # lists of cells grow by doubling
+    return math.ceil(room * (holder.sa_code_size() + links + 8)) + 8  # ids of FAISS, and ours
 
 
 def _empty(faiss, factory: str, width: int):

@@ -6,6 +6,7 @@ number of queries is cut into tiles that fit.
 """
 
 import logging
+import math
 import platform
 from dataclasses import dataclass
 
@@ -21,9 +22,9 @@ log = logging.getLogger(__name__)
 GIB = 2**30
 # Queries of a tile at most: results of k = 200 are a few MB then. A GPU reads all passages anew for each tile.
 MAX_QUERY_TILE = {"cpu": 4096, "cuda": 16384}
-LIBRARIES = 80 << 20  # bytes that libraries take when they are first used: kernels, buffers, FAISS
+LIBRARIES = 96 << 20  # bytes that libraries take when they are first used: kernels, buffers, FAISS
 # Bytes of a candidate of this rank's queries: score, id, content key and what filters and sampling sort.
-DRAW_BYTES = 100
+DRAW_BYTES = 64
 EXCHANGE_BYTES = 40  # of a candidate of all queries: keys as found, sent and received
 DRAWN_BYTES = 36  # of a negative on rank 0: id and score, of a rank, of all ranks, of the file
 FREE_SHARE = 0.5  # of the machine's free memory, if mine.memory_gib is not set
@@ -87,8 +88,8 @@ def plan_memory(sizes: Sizes, process_bytes: int, limit: int) -> MemoryPlan:
         if plan.total <= limit:
             return plan
     raise InputError(
-        f"mine.memory_gib={limit / GIB:.2f} is too little: {plan.as_text()}; set mine.memory_gib to {plan.total / GIB:.2f} or "
-        "more, or search.top_k lower"
+        f"mine.memory_gib={limit / GIB:.2f} is too little: {plan.as_text()}; set mine.memory_gib to "
+        f"{math.ceil(plan.total / GIB * 100) / 100:.2f} or more, or search.top_k lower"
     )
 
 
@@ -112,8 +113,9 @@ def _plan(sizes: Sizes, process_bytes: int, limit: int, query_tile: int) -> Memo
     score_rows, score_columns = tile_shape(sizes.top_k, sizes.device_type)
     on_cpu = sizes.device_type == "cpu"
     tokens = ENCODE_TOKENS if on_cpu else ENCODE_TOKENS_CUDA
-    # As computed, as stored, and one being written.
-    encoding = shard_bytes * (4 + 2 * sizes.stored_bytes) + tokens * (8 * 3 + (4 * sizes.token_width if on_cpu else 0))
+    # As computed, as stored if that is another type, and one being written.
+    copies = 4 + sizes.stored_bytes * (2 if sizes.stored_bytes < 4 else 1)
+    encoding = shard_bytes * copies + tokens * (8 * 3 + (4 * sizes.token_width if on_cpu else 0))
     candidates = tile * sizes.num_candidates
     columns = min(score_columns, sizes.num_passages)
     score_tile = 2 * 4 * min(score_rows, tile) * columns if on_cpu else 0  # scores, and what survives of them

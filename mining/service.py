@@ -126,10 +126,10 @@ def next_task(work: Work, once: bool, given: str | None) -> Task | None:
         return Task(version, checked(work, work.watch.take(given)), is_given=True)
     while True:
         begun = read_refresh(run)
-        if begun is not None and begun.version == version:  # a killed service's; it is finished first
-            work.settled_version = version
         checkpoint = work.watch.look(version, work.done_digest, begun, takes_final=once)
         if checkpoint is not None:
+            if begun is not None and (begun.version, begun.checkpoint) == (version, checkpoint.folder.name):
+                work.settled_version = version  # a killed service's: it is finished first
             return Task(version, checked(work, checkpoint))
         # Nobody will take what could still be mined after the trainer's last step. One that was killed or stopped has not
         # said that it is done, and may come back.
@@ -262,16 +262,16 @@ def give_up(work: Work, task: Task, cause: Exception) -> bool:
         raise InputError(f"version 0 from BM25 is no good: {cause}")
     reason = f"checkpoint {checkpoint.folder.name}: {cause}"
     is_lost = isinstance(cause, TornVersion)
+    forget_refresh(job.run.folder)
     if task.is_given or (job.negatives.schedule and not is_lost):
         wanted = "--checkpoint" if task.is_given else f"negatives.schedule needs version {task.version}, but"
         raise InputError(f"{wanted} {reason}")
     if isinstance(cause, Superseded):
         work.settled_version = task.version
-        forget_refresh(job.run.folder)
         log.info("%s gives way to a newer one", reason)
     else:
         log.warning("negatives v%d not published: %s", task.version, reason)
         work.num_refused += 1
-    work.status.update(refused=reason, num_refused=work.num_refused)
+        work.status.update(refused=reason, num_refused=work.num_refused)
     work.metrics.record(checkpoint.step, {"event": "given up", "version": task.version, "reason": reason})
     return not (is_lost or isinstance(cause, Superseded))

@@ -11,7 +11,7 @@ from pathlib import Path
 from mining.job import MineJob
 from mining.state import Refresh
 from trainer.errors import InputError
-from trainer.handoff.manifest import MANIFEST, TornVersion, pin, read_latest, read_manifest, versions
+from trainer.handoff.manifest import MANIFEST, TornVersion, pin, read_latest, versions
 from trainer.handoff.weights import (
     ENCODER,
     Checkpoint,
@@ -23,7 +23,7 @@ from trainer.handoff.weights import (
 
 log = logging.getLogger(__name__)
 
-PIN_S = 600.0  # how long a pin lasts; the service renews it while it works
+PIN_S = 3600.0  # how long a pin lasts: longer than what cannot renew it, such as tokenising a large corpus
 HOLDER = "miner"
 
 
@@ -44,6 +44,7 @@ class Watch:
         self._run = job.run.folder
         self._seen: object = None
         self._said: set[str] = set()
+        self._not_newer: str | None = None  # looked at last, to supersede what is at work
 
     def look(self, version: int, done_digest: str | None, begun: Refresh | None, takes_final: bool) -> Checkpoint | None:
         """Return the checkpoint to mine a version from, pinned, or None if it is not there yet.
@@ -82,16 +83,15 @@ class Watch:
         return found
 
     def is_superseded(self, checkpoint: Checkpoint) -> bool:
-        """Tell whether a newer checkpoint is there that somebody will train on; reads no weights."""
-        parent = checkpoints_folder(self._run)
-        latest = read_latest(parent)
-        if self._job.negatives.schedule or latest in (None, checkpoint.folder.name):
+        """Tell whether a newer whole checkpoint is there that somebody will train on; each is verified once."""
+        latest = read_latest(checkpoints_folder(self._run))
+        if self._job.negatives.schedule or latest in (None, checkpoint.folder.name, self._not_newer):
             return False
-        try:
-            newer = read_manifest(parent / str(latest))
-        except TornVersion:
+        self._not_newer = latest
+        newer = self._open(checkpoints_folder(self._run) / str(latest))
+        if newer is None or newer.manifest.get("is_final"):
             return False
-        return newer["weights_digest"] != checkpoint.manifest["weights_digest"] and not newer.get("is_final")
+        return newer.manifest["weights_digest"] != checkpoint.manifest["weights_digest"]
 
     def look_again(self) -> None:
         """Forget what was seen: it may have been deleted, or come back, without a trace in names and times."""

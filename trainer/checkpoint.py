@@ -4,6 +4,7 @@ The loop stops only while a copy is made; a thread writes it. Every rank writes 
 all parts, adds the encoder and publishes. The price is a copy of what a rank holds in the host's memory.
 """
 
+import copy
 import json
 import logging
 import shutil
@@ -50,7 +51,7 @@ class Saver:
         """
         self.wait()
         fragments = [self._copy(fragment) for fragment in state.kept_fragments()]
-        values = state.values()
+        values = copy.deepcopy(state.values())  # lists among them grow while the thread writes
         # A rank that outlived its run's last start leaves its part where nobody looks.
         parts = checkpoints_folder(self._run) / f"{PARTS}{self._claim.number}-{checkpoint_name(state.step)}"
 

@@ -38,10 +38,12 @@ class NegativesFeed:
         should_stop: Callable[[], bool],
         given: Negatives | None = None,
         is_used: bool = True,
+        data_digest: str | None = None,
     ):
         """should_stop: may differ between ranks; one rank's yes stops all. given: the data's own, where none are mined.
 
         is_used: False: no version is ever looked for.
+        data_digest: of the data that versions must have been mined from; None: any.
         """
         self.in_force: Negatives | None = None
         self._given = given
@@ -50,7 +52,7 @@ class NegativesFeed:
         self._warned: set[int] = set()  # versions that were called too old
         self._stale_since_s: float | None = None
         self._world, self._run, self._settings = world, run, settings
-        self._num_queries, self._num_passages = num_queries, num_passages
+        self._fits = num_queries, num_passages, data_digest
         self._should_stop = should_stop
         self._wanted = NONE  # version to fetch, as all agreed
         self._fetched: Negatives | None = None  # the version fetched last
@@ -109,6 +111,7 @@ class NegativesFeed:
         """Stop the background thread and let go of the versions in use."""
         self._closed.set()
         if self._fetcher.is_alive():
+            # Left to itself it may be the last to hold the process group, while Python ends: torch aborts then.
             self._fetcher.join()
 
     def _decide(self, step: int) -> tuple[int, bool]:
@@ -164,11 +167,11 @@ class NegativesFeed:
             self._keep_pinned(pinned, wanted)
             if wanted != NONE and (self._fetched is None or self._fetched.version != wanted):
                 try:
-                    self._fetched = open_negatives(self._run, version_name(wanted), self._num_queries, self._num_passages)
+                    self._fetched = open_negatives(self._run, version_name(wanted), *self._fits)
                 except TornVersion as torn:
                     if wanted not in said:
                         said.add(wanted)
-                        log.info("negatives %s not taken: %s", version_name(wanted), torn)
+                        log.warning("negatives %s not taken: %s", version_name(wanted), torn)
         for version in pinned:
             unpin(self._folder(version), "trainer")
 

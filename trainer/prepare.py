@@ -125,6 +125,7 @@ def prepare(job: TrainJob, world: World) -> Training:
         num_passages,
         interrupt.is_set,
         given,
+        data_digest=data.digest,
         is_used=job.negatives.per_query != 0 or clusters is not None,
     )
     for version in state.roll_back.refused:

@@ -72,7 +72,10 @@ def _encoding(
     tokens = tokenize(texts, tokenizer, prefix="", max_tokens=max_tokens)
     rows = np.arange(num_texts)
     batches = _batches(tokens, rows, device)
-    turns = {"bare model": lambda: _forward(encoder, batches), "ours": lambda: encode_rows(encoder, tokens, rows)}
+    turns: dict[str, Callable[[], object]] = {
+        "bare model": lambda: _forward(encoder, batches),
+        "ours": lambda: encode_rows(encoder, tokens, rows),
+    }
     found: dict[str, Any] = {"texts": num_texts, "tokens": int(tokens.lengths.sum()), "max_tokens": max_tokens}
     if peer:
         theirs = _peer(model, max_tokens, device)
@@ -117,7 +120,7 @@ def _search(rounds: int, device: torch.device) -> dict[str, Any]:
         best.keys()
 
     query, passage = torch.from_numpy(query_QD).to(device), torch.from_numpy(passage_ND).to(device)
-    turns: dict[str, Callable[[], object]] = {"bare product": functools.partial(_product, query, passage), "ours": ours}
+    turns: Turns = {"bare product": functools.partial(_product, query, passage), "ours": ours}
     flops = 2 * SEARCH_QUERIES * SEARCH_PASSAGES * SEARCH_WIDTH
     found = {"queries": SEARCH_QUERIES, "passages": SEARCH_PASSAGES, "width": SEARCH_WIDTH, "top_k": TOP_K}
     found |= _speeds(_rounds(turns, rounds, device), WANTED["search"], flops / 1e9, "gflops")

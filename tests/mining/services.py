@@ -5,6 +5,7 @@ forked from a warm server (tests/ranks.py), and dies as the rank dies; a stub th
 """
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -62,13 +63,17 @@ class Service:
     def is_alive(self) -> bool:
         return (self.mpiexec is not None and self.mpiexec.poll() is None) or any(rank.is_alive() for rank in self.ranks.values())
 
-    def wait(self, timeout_s: float = 60) -> int:
+    def end(self) -> None:
+        """Leave nothing of the service at work."""
+        self.kill_launcher()
+        self.kill()
+
+    def wait(self, timeout_s: float = 120) -> int:
         """Return the exit code, of mpiexec or of the one rank; 128 and the signal for one that was killed."""
         deadline = time.monotonic() + timeout_s
         while self.is_alive():
             if time.monotonic() > deadline:
-                self.kill_launcher()
-                self.kill()
+                self.end()
                 raise AssertionError(f"the service did not end in {timeout_s} s:\n{self.said}")
             time.sleep(0.01)
         code = self.mpiexec.returncode if self.mpiexec else self.ranks[0].exitcode
@@ -85,13 +90,11 @@ def start_service(
 
     before: a module's function, or a partial of one, that each rank calls before its work.
     """
-    run = Path(job["run"]["folder"])
-    place = run.with_name(f"{run.name}-{time.monotonic_ns()}")
+    place = Path(job["data"]["path"]).parent / f"{Path(job['run']['folder']).name}-{time.monotonic_ns()}"
     file, out = place.with_suffix(".toml"), place.with_suffix(".txt")
     file.write_text(tomli_w.dumps(job))
     out.write_text("")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = _warm_server()
     service, argv = Service(out), ["negpool", "mine", str(file), *words]
 
     def fork(environment: dict[str, str]) -> multiprocessing.process.BaseProcess:
@@ -134,6 +137,17 @@ def start_service(
     with open(out, "a") as words_of_mpi:
         service.mpiexec = subprocess.Popen(command, env={**os.environ, **QUICK_MPI}, stdout=words_of_mpi, stderr=words_of_mpi)
     return service
+
+
+@functools.cache
+def _warm_server() -> multiprocessing.context.BaseContext:
+    """Return the context of the server, which has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    first = context.Process(target=time.sleep, args=(0,))
+    first.start()
+    first.join()
+    return context
 
 
 def _rank(argv: list[str], environment: dict[str, str], out: str, before: Callable[[int], None] | None, rank: int) -> None:

@@ -110,7 +110,7 @@ def test_other_passages_are_found_from_the_centroids_of_the_last_version(tmp_pat
     assert Centroids(tmp_path, 3, factory, SHARD_ROWS).source == 2
 
 
-def test_an_index_on_disk_takes_the_bytes_that_are_planned():
+def test_an_index_takes_the_bytes_that_are_planned():
     import faiss
 
     for factory in ("Flat", "IVF8,Flat", "IVF8,SQ8", "HNSW16"):
@@ -118,5 +118,5 @@ def test_an_index_on_disk_takes_the_bytes_that_are_planned():
         index.train(normal(4000))
         index.add(normal(4000))
         held = len(faiss.serialize_index(index)) / 4000 + 8  # and our ids
-        assert bytes_of_passage(factory, WIDTH) == pytest.approx(held, rel=0.2), factory
+        assert held <= bytes_of_passage(factory, WIDTH) <= 1.4 * held, factory  # with room to grow
     assert bytes_of_passage("exact", WIDTH) == 0

@@ -222,37 +222,43 @@ def test_a_second_service_on_the_same_run_says_so(tmp_path):
     assert read_status(folder(job), "miner") == {}
 
 
-KILLED_AT = {
-    "encoding": (Shards, "embed"),
-    "searching": (service, "draw_negatives"),
-    "before LATEST": (negatives, "write_latest"),
-}
+def mine_until_killed(job):
+    """Kill this process between the publication of version 1 and that of its name in LATEST."""
+    plain, calls = negatives.write_latest, []
 
-
-def mine_until_killed(job, where, after):
-    """Kill this process at the given call of a function."""
-    owner, name = KILLED_AT[where]
-    function, calls = getattr(owner, name), []
-
-    def until_killed(*args, **kwargs):
-        calls.append(name)
-        if len(calls) == after:
+    def until_killed(*args):
+        calls.append(args)
+        if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
+        plain(*args)
 
-    setattr(owner, name, until_killed)
+    negatives.write_latest = until_killed
     mine(job)
 
 
-@pytest.mark.parametrize("where, after", [("encoding", 3), ("searching", 2), ("before LATEST", 2)])
-def test_a_killed_service_publishes_the_same_bytes_when_it_is_started_again(tmp_path, where, after):
+def mine_until_killed_encoding(job):
+    """Kill this process at its third shard."""
+    plain, calls = Shards.embed, []
+
+    def until_killed(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(*args)
+
+    Shards.embed = until_killed
+    mine(job)
+
+
+@pytest.mark.parametrize("until_killed", [mine_until_killed, mine_until_killed_encoding])
+def test_what_a_killed_service_had_begun_is_finished_before_a_newer_checkpoint_is_taken(tmp_path, until_killed):
     undisturbed, job = (make_job(tmp_path, run=run) for run in ("undisturbed", "killed"))
     for one in (undisturbed, job):
         publish_checkpoint(one, 10)
     mine(undisturbed)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOAD, "mining.service"])
-    process = context.Process(target=mine_until_killed, args=(job, where, after))
+    context.set_forkserver_preload(PRELOAD)
+    process = context.Process(target=until_killed, args=(job,))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL

@@ -77,6 +77,7 @@ class Cluster:
         """folder: short, for sockets lie in it; processes end with the thread that makes the cluster."""
         self.folder, self.env = folder, {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
         self.nodes = [f"n{i + 1}" for i in range(num_nodes)]
+        self.is_over = False  # told to those who wait for something on it
         self._processes: dict[str, subprocess.Popen] = {}
         self._write_conf(cpus)
 
@@ -125,8 +126,8 @@ class Cluster:
         return done.stdout.strip()
 
     def job(self, number: int) -> dict[str, str]:
-        """Return what `scontrol show job` says, by field."""
-        words = self.run("scontrol", "show", "job", "-o", number).split()
+        """Return what `scontrol show job` says, by field; of a heterogeneous job, what it says of the first component."""
+        words = self.run("scontrol", "show", "job", "-o", number).splitlines()[0].split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def _start(self, name: str, *words: object) -> None:

@@ -1,6 +1,7 @@
 """New negatives come into force at one step on all ranks, whole or not at all."""
 
 import statistics
+import threading
 import time
 
 import numpy as np
@@ -46,6 +47,17 @@ def test_the_first_step_waits_for_version_0_and_later_steps_wait_for_nothing(tmp
     publish(tmp_path, 1)
     step_until(feed, 1)
     feed.close()
+
+
+def test_no_thread_outlives_a_closed_feed(tmp_path):
+    """One that did could be the last to hold the process group while Python ended, and torch aborted the rank."""
+    publish(tmp_path, 0)
+    before = threading.active_count()
+    feed = open_feed(tmp_path)
+    feed.before_step(0)
+    assert threading.active_count() == before + 1
+    feed.close()
+    assert threading.active_count() == before
 
 
 def test_a_torn_version_never_comes_into_force(tmp_path, caplog):

@@ -80,8 +80,9 @@ class Shards:
     ) -> np.ndarray:
         """Return the embeddings of one shard as they are stored; raises NotFiniteEmbedding."""
         rows, settings = self.rows(shard), self.settings
-        with np.errstate(over="ignore"):  # float16 may have no room for a number; that is told below
-            embedding_nD = encode_rows(encoder, tokens, rows, on_progress, getattr(torch, settings.dtype)).astype(settings.stored)
+        embedding_nD = encode_rows(encoder, tokens, rows, on_progress, getattr(torch, settings.dtype))
+        with np.errstate(over="ignore"):  # what becomes infinite is refused
+            embedding_nD = embedding_nD.astype(settings.stored, copy=False)
         check_finite(embedding_nD, tokens, rows)
         return embedding_nD
 

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -23,6 +24,7 @@ MANIFEST = "manifest.json"
 LATEST = "LATEST"
 PINS = ".pins"
 STAGING = ".staging-"
+SHORT_WRITE = re.compile(r"^\d+ requested and \d+ written$")  # numpy's words for a disk that took half an array
 REFUSALS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 
 
@@ -77,7 +79,8 @@ def clean_staging(parent: Path) -> None:
 
 def is_disk_full(error: BaseException) -> bool:
     """Tell whether a disk or quota was full; libraries that are not Python's own only say so in words."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+    is_said = "No space left on device" in str(error) or SHORT_WRITE.search(str(error)) is not None
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or is_said
 
 
 def is_disk_error(error: BaseException) -> bool:
@@ -158,7 +161,8 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that takes no file lets none be deleted
+            beside.unlink(missing_ok=True)
         raise disk_error(error, path) from error
 
 

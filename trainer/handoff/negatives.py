@@ -93,13 +93,17 @@ def publish_negatives(
     return manifest
 
 
-def open_negatives(run: Path, name: str, num_queries: int, num_passages: int) -> Negatives:
+def open_negatives(run: Path, name: str, num_queries: int, num_passages: int, data_digest: str | None = None) -> Negatives:
     """Return a verified, memory-mapped version of the negatives.
 
-    Raises TornVersion if a file is missing, altered, or does not fit `num_queries` and `num_passages`.
+    data_digest: of the data that its rows must be of; None: any.
+    Raises TornVersion if a file is missing, altered, or does not fit `num_queries`, `num_passages` and `data_digest`.
     """
     folder = negatives_folder(run) / name
     manifest = open_version(folder)
+    mined_from = manifest.get("data_digest")
+    if data_digest is not None and mined_from not in (None, data_digest):
+        raise TornVersion(f"{folder} was mined from other data ({mined_from[:12]}… instead of {data_digest[:12]}…)")
     try:
         arrays = {
             part: np.load(folder / f"{part}.npy", mmap_mode="r", allow_pickle=False)

@@ -4,9 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
 from trainer.encoder import topk
-from trainer.encoder.topk import merge_top_k, top_k
+from trainer.encoder.topk import BestOf, best_of_keys, merge_top_k, top_k
 
 
 def plain(scores_QN, k):
@@ -52,3 +53,36 @@ def test_too_few_passages_fill_up_with_minus_one():
     assert (ids[:, 3:] == -1).all() and np.isneginf(scores[:, 3:]).all()
     merged = merge_top_k([(scores, ids), (scores, np.where(ids >= 0, ids + 3, -1))], 5)
     assert (merged[1] >= 0).all()
+
+
+@pytest.mark.parametrize("k", [1, 7, 300, 2500])
+@pytest.mark.parametrize("stored", [np.float32, np.float16])
+def test_many_tiles_find_what_a_sort_of_all_scores_finds(k, stored, monkeypatch):
+    monkeypatch.setattr(topk, "tile_shape", lambda k, device_type: (16, 512))
+    draw = np.random.default_rng(k)
+    query, passage = (draw.normal(size=(n, 8)).astype(np.float32).round(1) for n in (37, 2203))
+    passage[::5] = passage[3]  # equal passages all over the place
+    passage = passage.astype(stored)
+    scores, ids = top_k(query, passage, k)
+    expected = torch.from_numpy(query) @ torch.from_numpy(passage.astype(np.float32)).T
+    order = np.lexsort((np.broadcast_to(np.arange(2203), expected.shape), -expected.numpy()), axis=1)[:, :k]
+    np.testing.assert_array_equal(ids[:, : order.shape[1]], order)
+    np.testing.assert_array_equal(scores[:, : order.shape[1]], np.take_along_axis(expected.numpy(), order, 1))
+    assert (ids[:, 2203:] == -1).all()
+
+
+def test_the_order_in_which_parts_are_looked_at_changes_nothing():
+    query, passage = integers((5, 4), 3), integers((400, 4), 3, 1)
+    whole = top_k(query, passage, 30)
+    best = BestOf(query, 30)
+    for start in (300, 100, 0, 200):
+        best.look_at(passage, np.arange(start, start + 100))
+    for found, expected in zip(best_of_keys([best.keys()], 30), whole, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_large_id_and_a_negative_score_keep_their_order():
+    scores = np.array([[-1.0, -2.0, 0.0, -0.0, 3.0]], np.float32)
+    ids = np.array([[2**32 - 2, 0, 9, 8, -1]])
+    found_scores, found_ids = merge_top_k([(scores, ids)], 4)
+    assert found_ids.tolist() == [[8, 9, 2**32 - 2, 0]] and found_scores.tolist() == [[0.0, 0.0, -1.0, -2.0]]

@@ -1,0 +1,74 @@
+"""The plan of a rank's memory, and a job that cannot fit."""
+
+from dataclasses import replace
+
+import pytest
+
+from mining.plan import GIB, MAX_QUERY_TILE, Sizes, plan_memory
+from tests.mining.run import make_job, publish_checkpoint
+from tests.mining.test_service import folder, mine
+from trainer.encoder.topk import tile_shape
+from trainer.errors import InputError
+
+SIZES = Sizes(
+    num_queries=100_000,
+    num_passages=2_000_000,
+    shard_rows=32768,
+    width=384,
+    stored_bytes=4,
+    token_width=8000,
+    top_k=200,
+    num_candidates=200,
+    num_clustered=0,
+    num_negatives=8,
+    num_ranks=1,
+    index_bytes=0,
+    device_type="cpu",
+)
+
+
+def test_tiles_of_queries_shrink_until_they_fit():
+    plenty = plan_memory(SIZES, GIB, 100 * GIB)
+    assert plenty.query_tile == MAX_QUERY_TILE["cpu"]
+    deep = replace(SIZES, top_k=1000, num_candidates=1000)
+    plenty = plan_memory(deep, GIB, 100 * GIB)
+    little = plan_memory(deep, GIB, plenty.total - 1)
+    assert little.total < plenty.total and 0 < little.query_tile < plenty.query_tile
+    assert little.query_tile % tile_shape(1000, "cpu")[0] == 0
+
+
+def test_what_cannot_fit_is_refused_with_what_would():
+    with pytest.raises(InputError, match=r"mine\.memory_gib=0\.50 is too little.*set mine\.memory_gib to \d\.\d+") as refused:
+        plan_memory(SIZES, GIB // 2, GIB // 2)
+    enough = float(str(refused.value).split("set mine.memory_gib to ")[1].split(" ")[0])
+    assert plan_memory(SIZES, GIB // 2, int(enough * GIB)).total <= enough * GIB
+    with pytest.raises(InputError):
+        plan_memory(SIZES, GIB // 2, int((enough - 0.02) * GIB))
+
+
+MORE = (
+    {"width": 768},
+    {"shard_rows": 65536},
+    {"num_queries": 10**6},
+    {"top_k": 4000, "num_candidates": 4000},
+    {"num_clustered": 10**6},
+    {"index_bytes": 400},
+)
+
+
+@pytest.mark.parametrize("more", MORE, ids=str)
+def test_more_of_anything_takes_more(more):
+    assert plan_memory(replace(SIZES, **more), GIB, 100 * GIB).total > plan_memory(SIZES, GIB, 100 * GIB).total
+
+
+def test_passages_are_read_from_disk_and_hardly_count():
+    grown = plan_memory(replace(SIZES, num_passages=20_000_000), 0, 100 * GIB).total - plan_memory(SIZES, 0, 100 * GIB).total
+    assert grown == 18_000_000 * 16  # lengths and keys
+
+
+def test_a_service_that_cannot_fit_says_so_before_it_encodes(tmp_path):
+    job = make_job(tmp_path, mine={"bm25_top_k": 0, "memory_gib": 0.1})
+    publish_checkpoint(job, 10)
+    with pytest.raises(InputError, match=r"mine\.memory_gib=0\.10 is too little"):
+        mine(job)
+    assert not list(folder(job).glob("shards/*/shard-*"))
