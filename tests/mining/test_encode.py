@@ -101,3 +101,18 @@ def test_a_service_goes_by_its_encode_settings_and_a_single_query_is_enough(tmp_
     assert manifest(job, "v000001")["num_negatives"] == 5
     stored = [np.load(file, mmap_mode="r").dtype for file in tmp_path.glob("run/shards/*/shard-*/embeddings.npy")]
     assert set(stored) == {np.dtype(np.float16)} and len(stored) == 2
+
+
+def test_a_service_names_the_document_without_an_embedding(tmp_path, monkeypatch):
+    job = make_job(tmp_path, mine={"bm25_top_k": 0})
+    publish_checkpoint(job, 10)
+
+    def with_nan(encoder, tokens, rows, *rest):
+        embedding_nD = encode_rows(encoder, tokens, rows, *rest)
+        embedding_nD[rows == 301] = np.nan  # there are fewer queries
+        return embedding_nD
+
+    monkeypatch.setattr("trainer.encoder.shards.encode_rows", with_nan)
+    name = json.loads((tmp_path / "data" / "corpus.jsonl").read_text().splitlines()[301])["_id"]
+    with pytest.raises(InputError, match=rf"document {name} of .*: its embedding has NaN or infinite numbers, as 1 of the 128"):
+        mine(job)
