@@ -98,8 +98,26 @@ class DDPSync(NoSync):
         super().__init__(*modules)
         self._wrapped = modules
 
+    def settle_buckets(self) -> None:
+        """Lay the buckets out for good, before the first step. Collective: one reduction of zeros.
+
+        Otherwise DDP lays them out anew after its first step, in the order in which gradients came. The place in a bucket
+        decides in which order the values of three or more ranks are summed, and so how they are rounded: a run that goes on
+        from a checkpoint would not go the way of an undisturbed one to the bit.
+        """
+        for module in self._wrapped:
+            start = next(module.parameters()).new_zeros(())
+            # One in the other, so that gradients come from the last parameter to the first, as nearly in a real backward.
+            for parameter in (p for p in module.parameters() if p.requires_grad):
+                start = _Reach.apply(start, parameter)
+            module.require_backward_grad_sync = True
+            module.reducer.prepare_for_backward([start])
+            start.backward()
+            module.reducer._rebuild_buckets()
+            module.zero_grad(set_to_none=True)
+
     def hold(self) -> None:
-        """Keep the reducers from expecting the next backward. Collective in the second step: buckets are rebuilt."""
+        """Keep the reducers from expecting the next backward. Collective in the second step: buckets not settled are rebuilt."""
         for module in self._wrapped:
             module.require_backward_grad_sync = False
             # DDP does it in the next forward, which a rank without rows never makes.

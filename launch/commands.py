@@ -3,6 +3,8 @@
 Heavy imports stand inside the commands, so that `--help` answers at once.
 """
 
+import enum
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +12,7 @@ import typer
 from rich.markup import escape
 
 from launch.output import measures_table, messages, print_json, results, start_logging
+from trainer.errors import InputError
 
 EXIT_STOPPED = 75
 
@@ -61,20 +64,123 @@ def train(job: JobFile, overrides: Overrides = None, allow_change: AllowChange =
     return 0 if outcome is None or outcome.finished else EXIT_STOPPED
 
 
+class Form(enum.StrEnum):
+    """What `mine --out` writes; names as in mining/export.py."""
+
+    ids = "ids"
+    sentence_transformers = "sentence-transformers"
+    tevatron = "tevatron"
+    flagembedding = "flagembedding"
+
+
 @app.command()
 def mine(
-    job: JobFile,
-    overrides: Overrides = None,
+    words: Annotated[list[str] | None, typer.Argument(metavar="[JOB.toml] [section.key=value]...", help="job, settings")] = None,
     once: Annotated[bool, typer.Option("--once", help="one refresh from the newest checkpoint, then exit")] = False,
+    model: Annotated[
+        str | None, typer.Option(help='mine with this model, or "bm25", without a run: folder, run, hub name or package')
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="data set; default: the job's data.path")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="write what was mined, or a run's newest negatives, to FILE.jsonl or .parquet")
+    ] = None,
+    form: Annotated[Form, typer.Option(help="of --out: ids, or texts as other trainers read them")] = Form.ids,
+    show: Annotated[str | None, typer.Option(metavar="QUERY_ID", help="show a query, its positives and its negatives")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="step-00000200", help="one refresh from this checkpoint, mined before or not, then exit")
+    ] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="figures for Prometheus on this port of 127.0.0.1; 0: any free one")
+    ] = None,
     as_json: Json = False,
 ) -> int:
-    """Mine only; under mpiexec or srun on several ranks."""
+    """Mine for a run; or with any model, to a file; or show what was mined. Under mpiexec or srun on several ranks."""
+    from launch.mine import Stopped, mine_model, read_newest, shown_parts, written_parts
+
+    job, overrides = _job_and_overrides(words or [], data)
+    found: dict[str, Any] | None
+    if model is not None:
+        if out is None and show is None:
+            raise InputError("nothing would come of it; give --out FILE.jsonl, or --show QUERY_ID")
+        try:
+            found = mine_model(job, overrides, model, out, form.value, show)
+        except Stopped:
+            return EXIT_STOPPED
+    elif job is None:
+        raise InputError("there is nothing to mine from; give a job file, or --model and --data")
+    elif out is not None or show is not None:
+        found = read_newest(job, overrides, out, form.value, show)
+    else:
+        return _mine_for_run(job, overrides, once, checkpoint, metrics_port, as_json)
+    if found is not None and as_json:
+        print_json(found)
+    elif found is not None:
+        for part in [*([shown_parts(found)] if "query_id" in found else []), *([written_parts(found)] if "out" in found else [])]:
+            results().print(part)
+    return 0
+
+
+def _mine_for_run(
+    job: Path, overrides: list[str], once: bool, checkpoint: str | None, metrics_port: int | None, as_json: bool
+) -> int:
     from launch.sides import mine_side
 
-    how = mine_side(job, overrides or [], once)
+    how = mine_side(job, overrides, once, checkpoint, metrics_port)
     if as_json:
         print_json({"ended": how})
     return 0 if how == "finished" else EXIT_STOPPED
+
+
+def _job_and_overrides(words: list[str], data: Path | None) -> tuple[Path | None, list[str]]:
+    """Return the job file, where the first word is one, and the overrides; --data is data.path."""
+    job = Path(words[0]) if words and "=" not in words[0] else None
+    return job, [*words[job is not None :], *([] if data is None else [f"data.path={json.dumps(str(data))}"])]
+
+
+@app.command()
+def submit(
+    job: JobFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="of the trainers")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="a rank for each; 0: as many ranks as section launch says")] = 0,
+    miner_nodes: Annotated[int, typer.Option(min=0, help="0: train only")] = 1,
+    cpus_per_rank: Annotated[int, typer.Option(min=1, help="cores")] = 4,
+    partition: Annotated[str | None, typer.Option(help="default: the cluster's")] = None,
+    time: Annotated[str | None, typer.Option(help="limit of one start: 30, 4:00:00 or 2-0; default: the partition's")] = None,
+    save_seconds: Annotated[int, typer.Option(min=1, help="before the limit, to save in")] = 120,
+    max_restarts: Annotated[int, typer.Option(min=0, help="after limits, lost nodes, preemption and deaths, of each job")] = 10,
+    together: Annotated[bool, typer.Option("--together", help="one heterogeneous job for both sides")] = False,
+    sbatch: Annotated[list[str] | None, typer.Option(help="more of its options: --sbatch=--account=me; repeatable")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the commands and what Slurm thinks of them")] = False,
+    allow_change: AllowChange = False,
+    as_json: Json = False,
+) -> int:
+    """Submit trainers and miner to Slurm."""
+    from launch.jobfile import read_job
+    from launch.submit import Size
+    from launch.submit import submit as submit_job
+
+    start_logging()
+    size = Size(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        miner_nodes=miner_nodes,
+        cpus_per_rank=cpus_per_rank,
+        partition=partition,
+        time=time,
+        save_seconds=save_seconds,
+        max_restarts=max_restarts,
+        together=together,
+        options=tuple(sbatch or ()),
+    )
+    found = submit_job(read_job(job, overrides or []), size, dry_run, allow_change)
+    if as_json:
+        print_json(found)
+    else:
+        from launch.submit import describe
+
+        results().print(describe(found), markup=False)
+    return 0
 
 
 @app.command("eval")
@@ -240,15 +346,56 @@ def merge(
 
 
 @app.command()
-def status(folder: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")], as_json: Json = False) -> int:
-    """Say where a run stands."""
-    from launch.status import describe_run, run_status
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")],
+    watch: Annotated[bool, typer.Option("--watch", help="show it anew every second until the run has ended")] = False,
+    as_json: Json = False,
+) -> int:
+    """Say where a run stands: both sides, their speed, the age of the negatives, the last evaluation, the time left."""
+    from launch.status import describe_run, run_status, watch_run
 
-    found = run_status(folder)
+    found = watch_run(folder, messages() if as_json else results()) if watch else run_status(folder)
+    if as_json:
+        print_json(found)
+    elif not watch:
+        results().print(describe_run(found))
+    return 0
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path, typer.Option(help="where runs will live; under mpiexec or srun seen from all nodes")] = Path("runs"),
+    as_json: Json = False,
+) -> int:
+    """Look for MPI, GPUs, NCCL, FAISS, Slurm and a sound shared folder; exit 1 if something needed is missing or wrong."""
+    from launch.doctor import examine
+    from launch.tables import as_text, doctor_parts
+
+    found = examine(folder)
+    if found is None:
+        return 0
     if as_json:
         print_json(found)
     else:
-        results().print(describe_run(found))
+        results().print(as_text(doctor_parts(found)))
+    return 0 if found["ok"] else 1
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")],
+    out: Annotated[Path | None, typer.Option(help="folder to make or renew; default: RUN/report")] = None,
+    as_json: Json = False,
+) -> int:
+    """Write one page about a run, with plots and examples, that needs nothing but a browser; pictures beside it."""
+    from launch.report.page import write_report
+
+    start_logging()
+    page = write_report(folder, out)
+    if as_json:
+        print_json({"page": str(page), "pictures": sorted(str(path) for path in page.parent.glob("*.png"))})
+    else:
+        results().print(f"{page}", markup=False)
     return 0
 
 

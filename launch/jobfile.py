@@ -47,17 +47,17 @@ class Jobs:
         return _plain(sections | {"launch": dataclasses.asdict(self.launch)})
 
 
-def read_job(path: Path, overrides: list[str]) -> Jobs:
-    """Return the jobs of a file, with `section.key=value` overrides applied; raises InputError."""
+def read_job(path: Path | None, overrides: list[str]) -> Jobs:
+    """Return the jobs of a file, or of no file, with `section.key=value` overrides applied; raises InputError."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = {} if path is None else tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"there is no job file {path}; launch/jobs/ has examples") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"{path} is not a readable TOML file: {error}") from error
     for override in overrides:
         _apply(table, override)
-    _refuse_unknown(table, path)
+    _refuse_unknown(table, path or Path("the command line"))
     return Jobs(_build(TrainJob, table), _build(MineJob, table), _build(LaunchJob, table).launch)
 
 

@@ -21,7 +21,7 @@ import psutil
 from launch.view import View
 from trainer.errors import InputError
 from trainer.handoff.weights import steps_on_disk
-from trainer.metrics import read_status
+from trainer.metrics import forget_status, read_status
 
 POLL_S = 0.5
 EXIT_REFUSED = 2
@@ -111,6 +111,7 @@ def supervise(run: Path, job_file: Path, settings: LaunchSettings, view: View) -
     Raises TrainerDied if it died more often than it may be started again.
     """
     trainer, miner = sides(run, job_file, settings)
+    forget_status(run)
     stop_asked: list[int] = []
     miner_is_needed = True
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from launch.agree import agree, check_mpi_world
 from launch.jobfile import Jobs, read_job, refuse_other_job, write_job
 from launch.output import start_logging
 from launch.versions import write_environment
 from trainer.errors import InputError, RunInUse
-from trainer.handoff.manifest import disk_error, is_disk_full
+from trainer.handoff.manifest import disk_error, is_disk_error
 from trainer.state import Outcome
 
 
@@ -29,6 +30,7 @@ def train_side(job_file: Path, overrides: list[str], allow_change: bool = False)
 
     world = join_world()
     try:
+        agree(jobs, "trainer", world.speaks, world.gather_objects, world.broadcast)
         outcome = train(jobs.train, world)
     except (InputError, OSError) as error:
         raise _told(jobs, "trainer", error) from error
@@ -37,8 +39,10 @@ def train_side(job_file: Path, overrides: list[str], allow_change: bool = False)
     return outcome if world.speaks else None
 
 
-def mine_side(job_file: Path, overrides: list[str], once: bool) -> Literal["finished", "stopped"]:
-    """Mine as this rank of the MPI world."""
+def mine_side(
+    job_file: Path, overrides: list[str], once: bool, checkpoint: str | None, metrics_port: int | None
+) -> Literal["finished", "stopped"]:
+    """Mine as this rank of the MPI world; the last three as `run_service` takes them."""
     from mpi4py import MPI
 
     rank = MPI.COMM_WORLD.Get_rank()
@@ -48,7 +52,9 @@ def mine_side(job_file: Path, overrides: list[str], once: bool) -> Literal["fini
     from mining.service import run_service
 
     try:
-        return run_service(jobs.mine, MPI.COMM_WORLD, once=once)
+        check_mpi_world(MPI.COMM_WORLD.Get_size(), os.environ, MPI.Get_library_version().split(",")[0])
+        agree(jobs, "miner", rank == 0, MPI.COMM_WORLD.gather, MPI.COMM_WORLD.bcast)
+        return run_service(jobs.mine, MPI.COMM_WORLD, once=once, checkpoint=checkpoint, metrics_port=metrics_port)
     except (InputError, OSError) as error:
         raise _told(jobs, "miner", error) from error
 
@@ -67,8 +73,8 @@ def _told(jobs: Jobs, side: str, error: Exception) -> Exception:
     from trainer.metrics import Status
 
     run = jobs.train.run.folder
-    if is_disk_full(error):
-        error = disk_error(error, run)
+    if is_disk_error(error):
+        error = disk_error(error, getattr(error, "filename", None) or run)
     if isinstance(error, InputError) and not isinstance(error, RunInUse):  # then the status file is the other one's
         with contextlib.suppress(InputError):  # the disk may be too full for this, too
             Status(run, side).update(phase="refused", error=str(error))

@@ -1,16 +1,25 @@
 """Where a run stands, from the files that both sides keep in its folder."""
 
+import contextlib
 import json
 import time
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+
+from launch.output import MEASURE_TITLES
 from launch.view import clock, miner_line, trainer_line
+from mining.figures import ages
 from trainer.errors import InputError
 from trainer.handoff.manifest import read_latest
-from trainer.metrics import read_status
+from trainer.metrics import heartbeat_age_s, read_status
 
 SILENT_AFTER_S = 60.0  # a side that has not written for so long is said to be silent
+LOOK_EVERY_S = 1.0
+ENDED = ("finished", "stopped", "refused")
 
 
 def run_status(run: Path) -> dict[str, Any]:
@@ -18,10 +27,14 @@ def run_status(run: Path) -> dict[str, Any]:
     if not (run / "job.toml").exists():
         raise InputError(f"{run} is not a run folder: it has no job.toml; expected a folder such as runs/quickstart")
     results = run / "results.json"
+    said = {side: read_status(run, side) for side in ("trainer", "miner")}
+    for side, status in said.items():
+        if status:
+            status["heartbeat_age_s"] = heartbeat_age_s(run, side)
     return {
         "run": str(run),
-        "trainer": read_status(run, "trainer"),
-        "miner": read_status(run, "miner"),
+        "trainer": said["trainer"],
+        "miner": said["miner"] | ages(run, said["miner"]),
         "checkpoint": read_latest(run / "checkpoints"),
         "negatives": read_latest(run / "negatives"),
         "results": json.loads(results.read_text()) if results.exists() else None,
@@ -39,11 +52,62 @@ def describe_run(status: dict[str, Any]) -> str:
             lines.append(f"{side:<8} not started")
             continue
         text, _, _, counts = line(said)
-        silent_s = time.time() - said["heartbeat"]
-        ended = said.get("phase") in ("finished", "stopped", "refused")
-        note = f"   [red]silent for {clock(silent_s)}[/red]" if silent_s > SILENT_AFTER_S and not ended else ""
+        silent_s = said["heartbeat_age_s"] or 0.0
+        note = f"   [red]silent for {clock(silent_s)}[/red]" if silent_s > SILENT_AFTER_S and not has_ended(said) else ""
         lines.append(f"{side:<8} {text}   {counts}{note}")
+        lines += [f"{'':<8} {line}" for line in FIGURES[side](said)]
     if results := status["results"]:
         rows = (name for name in ("bm25", "untrained", "trained") if name in results)
         lines.append("MRR@10   " + "   ".join(f"{name} {results[name]['mrr@10']:.3f}" for name in rows))
     return "\n".join(lines)
+
+
+def watch_run(run: Path, console: Console) -> dict[str, Any]:
+    """Show the status anew every second until both sides that were started have ended or Ctrl-C; return the last one."""
+    found = run_status(run)
+    with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
+        while True:
+            live.update(describe_run(found), refresh=True)
+            if all(has_ended(found[side]) for side in ("trainer", "miner") if found[side]) and found["trainer"]:
+                break
+            time.sleep(LOOK_EVERY_S)
+            found = run_status(run)
+    return found
+
+
+def has_ended(said: dict[str, Any]) -> bool:
+    """Tell whether a side has said that it is over."""
+    return said.get("phase") in ENDED
+
+
+def trainer_figures(trainer: dict[str, Any]) -> list[str]:
+    """Return the trainer's figures as lines for a person, none before there are any."""
+    now = []
+    if trainer.get("tokens_per_rank_per_s") is not None:
+        now.append(f"{trainer['tokens_per_rank_per_s']:,.0f} tokens/s a rank")
+    if trainer.get("negatives_age_steps") is not None:
+        now.append(f"negatives in force {trainer['negatives_age_steps']} steps old")
+    last = trainer.get("last_evaluation")
+    evaluated = [f"{title} {last[key]:.3f}" for key, title in MEASURE_TITLES.items()] if last else []
+    evaluation = f"{last['split']} at step {last['step']}: {'  '.join(evaluated)}" if last else ""
+    return [line for line in ("   ".join(now), evaluation) if line]
+
+
+def miner_figures(miner: dict[str, Any]) -> list[str]:
+    """Return the miner's figures as lines for a person, none before there are any."""
+    rates = [
+        f"{miner[name]:,.0f} {unit}/s"
+        for name, unit in (("tokens_per_s", "tokens"), ("queries_per_s", "queries"))
+        if name in miner
+    ]
+    if miner.get("recall") is not None:
+        rates.append(f"recall {miner['recall']:.3f}")
+    steps = (("negatives_age_steps", "newest negatives"), ("checkpoint_age_steps", "checkpoint"))
+    old = [f"{what} {miner[name]} steps old" for name, what in steps if name in miner]
+    dropped = [f"{name} {count:,}" for name, count in miner.get("dropped", {}).items() if count]
+    lines = ["   ".join(rates), "   ".join(old), "dropped: " + ", ".join(dropped) if dropped else ""]
+    refused = f"[red]given up: {escape(miner['refused'])}[/red]" if miner.get("refused") else ""
+    return [line for line in (*lines, refused) if line]
+
+
+FIGURES = {"trainer": trainer_figures, "miner": miner_figures}

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ Part = Sheet | str  # a table or a sentence
 
 def as_text(parts: Sequence[Part]) -> Group:
     """Return what rich prints."""
-    return Group(*(part if isinstance(part, str) else _rich(part) for part in parts))
+    return Group(*(Text(part) if isinstance(part, str) else _rich(part) for part in parts))
 
 
 def as_markdown(parts: Sequence[Part]) -> str:
@@ -113,6 +114,15 @@ def loss_parts(found: dict[str, Any]) -> list[Part]:
     return parts
 
 
+def doctor_parts(found: dict[str, Any]) -> list[Part]:
+    """Return all findings, then what to do about those that are not ok."""
+    rows = [(line["name"], line["verdict"], line["found"]) for line in found["findings"]]
+    to_do = [f"{line['name']}: {line['remedy']}" for line in found["findings"] if line["remedy"]]
+    needed = [line["name"] for line in found["findings"] if line["verdict"] in ("missing", "wrong")]
+    last = f"To be mended: {', '.join(needed)}." if needed else "All that is needed is there."
+    return [Sheet("this machine", ("", "", "found"), rows), *to_do, last]
+
+
 def mining_parts(found: dict[str, Any]) -> list[Part]:
     """Return encoding and search against the bare work, and what two ranks and the memory came to."""
     encoding, search = found["encoding"], found["search"]
@@ -157,7 +167,7 @@ def _machine(found: dict[str, Any]) -> str:
 def _rich(sheet: Sheet) -> Table:
     table = Table(title=sheet.title, title_justify="left")
     for number, column in enumerate(sheet.columns):
-        table.add_column(column, justify="right" if number else "left")
+        table.add_column(column, justify="left" if number == 0 or column in ("", "found") else "right")
     for row in sheet.rows:
         table.add_row(*row)
     return table

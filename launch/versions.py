@@ -21,7 +21,7 @@ def write_environment(path: Path) -> None:
 def environment() -> dict:
     """Return versions of libraries (None: not installed), Python, system, cores and commit."""
     return {
-        "libraries": {name: _version(name) for name in LIBRARIES},
+        "libraries": {name: library_version(name) for name in LIBRARIES},
         "python": platform.python_version(),
         "system": platform.platform(),
         "cores": os.cpu_count(),
@@ -29,7 +29,8 @@ def environment() -> dict:
     }
 
 
-def _version(name: str) -> str | None:
+def library_version(name: str) -> str | None:
+    """Return the version of an installed library, or None."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

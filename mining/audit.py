@@ -1,9 +1,13 @@
-"""How good a version is before anyone trains on it: recall of its index, overlap with the last version, its scores."""
+"""How good a version is before anyone trains on it: recall of its index, overlap with the last version, its scores.
+
+A version that fails is not published, and every reason is told.
+"""
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from mining.filters import KNOWN
 from mining.index import ShardIndex
 from mining.ranks import Ranks
 from mining.sampling import stream
@@ -20,13 +24,43 @@ class AuditSettings:
     """Section `audit`."""
 
     num_queries: int = 256  # queries searched exactly as well, drawn anew for each version
-    min_recall: float = 0.9  # mean share of the exact search.top_k that the index finds; below it nothing is published
+    # The gate: a version that is beyond any of these is not published.
+    min_recall: float = 0.9  # mean share of the exact search.top_k that the index finds
+    max_suspected: float = 1.0  # share of the unjudged candidates that score as positives do, by filter.relative_margin
+    max_without: float = 1.0  # share of the queries of whose candidates none passed the filters
 
     def __post_init__(self) -> None:
         if self.num_queries < 1:
             raise InputError(f"audit.num_queries={self.num_queries} must be at least 1")
-        if not 0 <= self.min_recall <= 1:
-            raise InputError(f"audit.min_recall={self.min_recall} is not a share; expected 0 to 1")
+        for name in ("min_recall", "max_suspected", "max_without"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"audit.{name}={getattr(self, name)} is not a share; expected 0 to 1")
+
+
+def reasons_against(
+    settings: AuditSettings, factory: str, recall: float | None, suspected: float | None = None, without: float | None = None
+) -> list[str]:
+    """Return every reason not to publish a version, in words; None: not measured.
+
+    factory: of the index. suspected, without: shares of candidates and of queries, as the settings have them.
+    """
+    reasons = []
+    if recall is not None and recall < settings.min_recall:
+        reasons.append(
+            f"index.factory={factory} finds {recall:.3f} of the exact neighbours, less than "
+            f"audit.min_recall={settings.min_recall}; set index.nprobe higher, or index.factory to exact"
+        )
+    if suspected is not None and suspected > settings.max_suspected:
+        reasons.append(
+            f"{suspected:.1%} of the unjudged candidates score as positives do, more than audit.max_suspected="
+            f"{settings.max_suspected}; set filter.relative_margin or search.top_k otherwise"
+        )
+    if without is not None and without > settings.max_without:
+        reasons.append(
+            f"for {without:.1%} of the queries no candidate passed the filters, more than audit.max_without="
+            f"{settings.max_without}; set search.top_k higher, or filter.relative_margin lower"
+        )
+    return reasons
 
 
 def audit_sample(settings: AuditSettings, seed: int, version: int, query_rows: np.ndarray) -> np.ndarray:
@@ -72,7 +106,7 @@ def suspected_share(num_candidates: int, dropped: dict[str, int]) -> float | Non
     """Return the share of unjudged candidates above the relative margin, likely positives nobody judged; None: no margin."""
     if "relative_margin" not in dropped:
         return None
-    known = sum(dropped.get(name, 0) for name in ("judged", "equal_texts", "duplicates"))
+    known = sum(dropped.get(name, 0) for name in (*KNOWN, "range", "max_score", "min_score"))
     return round(dropped["relative_margin"] / max(1, num_candidates - known), 4)
 
 

@@ -54,6 +54,18 @@ def search_bm25(
     return scores_Qk, ids_Qk
 
 
+def score_bm25(index: bm25s.BM25, data: RetrievalData, query_rows: np.ndarray, ids_QR: np.ndarray) -> np.ndarray:
+    """Return the scores of any documents, (Q, R) float32: 0 for no common word, -inf where the id is -1."""
+    scores_QR = np.where(ids_QR < 0, -np.inf, 0).astype(np.float32)
+    asked = np.flatnonzero((ids_QR >= 0).any(1))
+    for place, text in zip(asked, data.queries.select(query_rows[asked])["text"], strict=True):
+        known = index.get_tokens_ids(split_words(text))
+        if len(known):
+            score_N = index.get_scores_from_ids(known)
+            scores_QR[place] = np.where(ids_QR[place] < 0, -np.inf, score_N[ids_QR[place]])
+    return scores_QR
+
+
 def split_words(text: str) -> list[str]:
     """Return the words of a text in lower case, identifiers split at underscores and changes of case."""
     return _WORD.findall(_CAMEL.sub(" ", text).lower())

@@ -15,10 +15,9 @@ import numpy as np
 from mining.ranks import Ranks
 from trainer.data.datasets import RetrievalData
 from trainer.encoder.model import Encoder, ModelSettings, load_encoder
-from trainer.encoder.shards import BadEmbedding, Shards, drop_torn
+from trainer.encoder.shards import Shards, drop_torn
 from trainer.encoder.tokens import TokenTable, tokenize_side
 from trainer.encoder.towers import Side as Tower
-from trainer.errors import InputError
 from trainer.handoff.weights import Checkpoint
 
 
@@ -29,7 +28,6 @@ class Side:
     tower: Tower
     shards: Shards
     tokens: TokenTable
-    name_of: Callable[[int], str]  # what to call the text of a row
 
 
 class TokenCache:
@@ -59,7 +57,7 @@ def encode_missing(ranks: Ranks, encoder: Encoder, sides: list[Side], on_progres
     """Encode the shards that are not there; return how many texts were missing over all ranks.
 
     on_progress: called with the number of texts known to be encoded or taken, and of all that were missing.
-    A shard is written while the next one is encoded. Raises InputError for a text whose embedding is not finite, and
+    A shard is written while the next one is encoded. Raises NotFiniteEmbedding for a text whose embedding is not finite, and
     Stopped on every rank if one is asked to stop; what is encoded stays. Collective.
     """
     # Rank 0's list: others, the trainer's evaluation among them, may add shards at any moment.
@@ -81,10 +79,7 @@ def encode_missing(ranks: Ranks, encoder: Encoder, sides: list[Side], on_progres
                     on_progress(done, sum(sizes))
                     ranks.check_stop()
 
-                try:
-                    embedding_nD = side.shards.embed(shard, encoder.side(side.tower), side.tokens, count)
-                except BadEmbedding as bad:
-                    raise InputError(f"{side.name_of(bad.row)}: {bad.problem}") from bad
+                embedding_nD = side.shards.embed(shard, encoder.side(side.tower), side.tokens, count)
                 if written is not None:
                     written.result()  # one at a time: a full disk is heard of here
                 written = writer.submit(side.shards.publish, shard, embedding_nD)

@@ -6,18 +6,19 @@ from typing import Any
 
 import numpy as np
 
+from mining.clusters import num_clustered
 from mining.cost import Load, choose_index
 from mining.encode import Embeddings, Side, encode_missing
 from mining.index import AUTO, IndexSettings, bytes_of_passage
 from mining.passages import Base, drift_sample, earlier_base, keep_base, mean_drift
 from mining.plan import MemoryPlan, Sizes, held_now, memory_limit, plan_memory
 from mining.watch import Task
-from mining.work import Work
+from mining.work import ENCODING, Work
 from trainer.encoder.shards import Shards, drop_torn, open_shards, rows_of_shard
 from trainer.encoder.tokens import TokenTable
 from trainer.encoder.towers import Encoder
 from trainer.encoder.towers import Side as Tower
-from trainer.handoff.weights import Checkpoint
+from trainer.handoff.weights import ENCODER, Checkpoint, open_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -38,47 +39,60 @@ class Encoded:
 def encode_checkpoint(work: Work, task: Task, checkpoint: Checkpoint) -> Encoded:
     """Encode what a checkpoint's version needs and is not there. Collective; raises InputError and Stopped on all."""
     job, ranks = work.job, work.ranks
-    encoder, pooling, tables = ranks.together(lambda: work.tokens.open(checkpoint))
-    index, plan = _plan(work, encoder, tables)
-    encoder.to(work.device)
-    judgements, data = work.judgements, work.data
+    with work.phase("loading"):
+        encoder, pooling, tables = ranks.together(lambda: _read_encoder(work, checkpoint))
+        index, plan = _plan(work, encoder, tables)
+        encoder.to(work.device)
 
     def open_side(tower: Tower, digest: str, tokens: TokenTable) -> Shards:
         return open_shards(job.run.folder / "shards", digest, pooling, tokens, encoder.part(tower), job.encode)
 
     def side(tower: Tower, digest: str, rows: np.ndarray | None = None) -> Side:
-        tokens, texts = (tables[0], data.queries) if tower == "query" else (tables[1], data.corpus)
+        tokens = tables[0 if tower == "query" else 1]
         tokens = tokens if rows is None else tokens.select(rows)
-        own = judgements.query_rows if tower == "query" else rows
-        name = "query" if tower == "query" else "document"
-
-        def name_of(row: int) -> str:
-            return f"{name} {texts[int(row if own is None else own[row])]['_id']} of {data.path}"
-
-        return Side(tower, open_side(tower, digest, tokens), tokens, name_of)
+        return Side(tower, open_side(tower, digest, tokens), tokens)
 
     digest, step = checkpoint.manifest["weights_digest"], checkpoint.step
     queries, new = side("query", digest), Base(task.version, digest, step)
     base, drift = new, None
     earlier = ranks.decide(lambda: _usable_base(work, task, open_side, tables[1]))
     if earlier is not None and earlier.weights_digest != digest and job.mine.passages == "drift":
-        rows = drift_sample(len(data.corpus), job.run.seed)
-        sample = side("passage", digest, rows)
-        encode_missing(ranks, encoder, [sample], work.progress)
-        old = Embeddings(open_side("passage", earlier.weights_digest, tables[1]))
-        drift = ranks.decide(lambda: mean_drift(old.read(rows), Embeddings(sample.shards).read(np.arange(len(rows)))))
+        rows = drift_sample(len(work.data.corpus), job.run.seed)
+        sample, old = side("passage", digest, rows), Embeddings(open_side("passage", earlier.weights_digest, tables[1]))
+        with work.phase("measuring drift"):
+            encode_missing(ranks, encoder, [sample], work.progress)
+            drift = ranks.decide(lambda: mean_drift(old.read(rows), Embeddings(sample.shards).read(np.arange(len(rows)))))
         log.info("drift of %d passages since step %d: %.5f", len(rows), earlier.checkpoint_step, drift)
         base = new if drift > job.mine.max_drift else replace(earlier, version=task.version)
     elif earlier is not None:
         base = replace(earlier, version=task.version)
     passages = side("passage", base.weights_digest)
-    # Passages of an earlier checkpoint are all there.
-    encode_missing(ranks, encoder, [queries, passages] if base is new else [queries], work.progress)
+    sides = [queries, passages] if base is new else [queries]  # passages of an earlier checkpoint are all there
+    with work.phase(ENCODING, tokens=sum(_num_missing_tokens(side) for side in sides)):
+        encode_missing(ranks, encoder, sides, work.progress)
     ranks.decide(lambda: keep_base(job.run.folder, base))
     about = {"mode": job.mine.passages, "weights_digest": base.weights_digest, "checkpoint_step": base.checkpoint_step}
     about["drift"] = None if drift is None else round(drift, 6)
     keys = tables[0].key_of_row, tables[1].key_of_row
     return Encoded(Embeddings(queries.shards), Embeddings(passages.shards), *keys, index, plan, about)
+
+
+def _read_encoder(work: Work, checkpoint: Checkpoint) -> tuple[Encoder, str, list[TokenTable]]:
+    """Return the encoder of a checkpoint, its pooling, and the tokens of queries and passages; raises TornVersion.
+
+    Verified once more when it is read, on every rank: in between it may have been altered, or deleted in spite of its pin.
+    """
+    try:
+        found = work.tokens.open(checkpoint)
+    except Exception:
+        open_checkpoint(checkpoint.folder, ENCODER)  # a better reason for whatever the libraries made of it
+        raise
+    open_checkpoint(checkpoint.folder, ENCODER)
+    return found
+
+
+def _num_missing_tokens(side: Side) -> int:
+    return sum(int(side.tokens.lengths[side.shards.rows(shard)].sum()) for shard in side.shards.missing())
 
 
 def _usable_base(work: Work, task: Task, open_side, tokens: TokenTable) -> Base | None:
@@ -118,6 +132,8 @@ def _plan(work: Work, encoder: Encoder, tables: list[TokenTable]) -> tuple[Index
             stored_bytes=np.dtype(job.encode.stored).itemsize,
             token_width=8 * config.hidden_size + 3 * getattr(config, "intermediate_size", 4 * config.hidden_size),
             top_k=job.search.top_k,
+            num_candidates=job.num_candidates,
+            num_clustered=num_clustered(job.clusters, num_queries),
             num_negatives=job.sample.num_negatives,
             num_ranks=ranks.num_ranks,
             index_bytes=bytes_of_passage(index.factory, encoder.width),

@@ -1,15 +1,19 @@
 """Which candidates may become negatives: pure functions of a table of candidates, one mask each, each counted.
 
 A row of the table holds one query's candidates, best first; -1 marks an empty place. Every filter sees what the earlier
-ones kept, so the counters add up to what was dropped.
+ones kept, so the counters add up to what was dropped. What is known of a candidate (judged, an equal text, a duplicate)
+comes first; the rules on ranks and scores follow, and guess which of the rest are positives that nobody has judged.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from trainer.errors import InputError
+
+KNOWN = ("judged", "equal_texts", "duplicates")  # dropped for what is known of them, not for a guess
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,15 +22,32 @@ class FilterSettings:
 
     equal_texts: bool = True  # drop texts equal to a positive or to the query itself
     duplicates: bool = True  # of several candidates with one text keep the first
+    # places among the candidates left by the filters above, from 0: NV-Retriever begins at 10; both: a band (SciNCL)
+    range_min: int = 0
+    range_max: int | Literal["off"] = "off"  # the first place that is too far
+    max_score: float | Literal["off"] = "off"  # keep s < max_score (NV-Retriever's TopK-Abs, 0.7)
+    min_score: float | Literal["off"] = "off"  # keep s >= min_score
     # keep s < s_pos - |s_pos| * margin, s_pos the query's best positive (NV-Retriever's TopK-PercPos, sign-safe)
     relative_margin: float | Literal["off"] = 0.05
-    absolute_margin: float | Literal["off"] = "off"  # keep s < s_pos - margin (NV-Retriever's TopK-MarginPos)
+    # keep s < s_pos - margin (NV-Retriever's TopK-MarginPos); a negative one lets scores up to so much above pass (UniME, -0.1)
+    absolute_margin: float | Literal["off"] = "off"
+    # [m, n]: keep s < s_pos - (m + n * |s_pos|), a margin that follows the positive's score (the idea of LG-ANNA)
+    adaptive_margin: tuple[float, float] | Literal["off"] = "off"
+    # what a query gets of which nothing passed: passages drawn from the whole corpus, its candidates of the lowest scores
+    # (none that is known to be wrong), or nothing, and the trainer has in-batch negatives only
+    when_empty: Literal["random", "lowest", "none"] = "random"
 
     def __post_init__(self) -> None:
-        for name in ("relative_margin", "absolute_margin"):
-            value = getattr(self, name)
+        if self.range_min < 0:
+            raise InputError(f"filter.range_min={self.range_min} is negative; expected 0 or more")
+        if self.range_max != "off" and self.range_max <= self.range_min:
+            raise InputError(f"filter.range_max={self.range_max} must be more than filter.range_min={self.range_min}")
+        margins = (self.adaptive_margin,) if self.adaptive_margin == "off" else self.adaptive_margin
+        for name, value in (("relative_margin", self.relative_margin), *(("adaptive_margin", m) for m in margins)):
             if value != "off" and not value >= 0:
                 raise InputError(f'filter.{name}={value} is negative; expected 0 or more, or "off"')
+        if self.max_score != "off" and self.min_score != "off" and not self.min_score < self.max_score:
+            raise InputError(f"filter.min_score={self.min_score} must be less than filter.max_score={self.max_score}")
 
 
 @dataclass(frozen=True)
@@ -39,38 +60,67 @@ class OwnTexts:
     keys: np.ndarray  # content keys of those texts and of the query
 
 
-def filter_candidates(
-    settings: FilterSettings,
-    ids_QK: np.ndarray,
-    scores_QK: np.ndarray,
-    key_QK: np.ndarray,
-    own: OwnTexts,
-    positive_score_Q: np.ndarray | None,
-) -> tuple[np.ndarray, dict[str, int]]:
-    """Return the mask of what may be a negative, (Q, K) bool, and how many each filter dropped.
+class Kept:
+    """Which candidates are left, and how many each filter dropped."""
+
+    def __init__(self, ids_QK: np.ndarray):
+        self.mask_QK = ids_QK >= 0
+        self.dropped: dict[str, int] = {}
+
+    def narrow(self, name: str, allowed_QK: np.ndarray) -> None:
+        """Keep what is allowed and count what is not under a name."""
+        self.dropped[name] = self.dropped.get(name, 0) + int((self.mask_QK & ~allowed_QK).sum())
+        self.mask_QK = self.mask_QK & allowed_QK
+
+    def empty(self) -> np.ndarray:
+        """Return which queries have nothing left, (Q,) bool."""
+        return np.logical_not(self.mask_QK.any(axis=1))
+
+
+def drop_known(settings: FilterSettings, kept: Kept, ids_QK: np.ndarray, key_QK: np.ndarray, own: OwnTexts) -> None:
+    """Drop what is known to be no negative of its query: judged, with the text of the query or a positive, or a repeat.
 
     key_QK: content key of each candidate; anything where the id is -1.
-    positive_score_Q: score of each query's best positive; None: no scores to compare with (BM25), no margins.
     """
-    keep = ids_QK >= 0
-    dropped: dict[str, int] = {}
-
-    def narrow(name: str, allowed: np.ndarray) -> None:
-        nonlocal keep
-        dropped[name] = int((keep & ~allowed).sum())
-        keep = keep & allowed
-
-    narrow("judged", ~is_listed(ids_QK, own.judged_indptr, own.judged_rows))
+    kept.narrow("judged", ~is_listed(ids_QK, own.judged_indptr, own.judged_rows))
     if settings.equal_texts:
-        narrow("equal_texts", ~is_listed(key_QK, own.key_indptr, own.keys))
+        kept.narrow("equal_texts", ~is_listed(key_QK, own.key_indptr, own.keys))
     if settings.duplicates:
-        narrow("duplicates", is_first_of_its_key(key_QK, keep))
-    if positive_score_Q is not None:
-        if settings.relative_margin != "off":
-            narrow("relative_margin", scores_QK < relative_ceiling(positive_score_Q, settings.relative_margin)[:, None])
-        if settings.absolute_margin != "off":
-            narrow("absolute_margin", scores_QK < (positive_score_Q - np.float32(settings.absolute_margin))[:, None])
-    return keep, dropped
+        kept.narrow("duplicates", is_first_of_its_key(key_QK, kept.mask_QK))
+
+
+def drop_suspected(settings: FilterSettings, kept: Kept, scores_QK: np.ndarray, positive_score_Q: np.ndarray | None) -> None:
+    """Drop by rank and score what may well be a positive, or is too far away to teach anything.
+
+    positive_score_Q: score of each query's best positive; None: no scores to compare with (BM25), and only ranks count.
+    """
+    if settings.range_min or settings.range_max != "off":
+        place_QK = kept.mask_QK.cumsum(1) - 1
+        last = place_QK.shape[1] if settings.range_max == "off" else settings.range_max
+        kept.narrow("range", (place_QK >= settings.range_min) & (place_QK < last))
+    if positive_score_Q is None:
+        return
+    if settings.max_score != "off":
+        kept.narrow("max_score", scores_QK < np.float32(settings.max_score))
+    if settings.min_score != "off":
+        kept.narrow("min_score", scores_QK >= np.float32(settings.min_score))
+    for name, ceiling_Q in score_ceilings(settings, positive_score_Q):
+        kept.narrow(name, scores_QK < ceiling_Q[:, None])
+
+
+def score_ceilings(settings: FilterSettings, positive_score_Q: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield each margin's name and the score that a query's negatives must stay below, (Q,) float32."""
+    if settings.relative_margin != "off":
+        yield "relative_margin", ceiling(positive_score_Q, 0, settings.relative_margin)
+    if settings.absolute_margin != "off":
+        yield "absolute_margin", ceiling(positive_score_Q, settings.absolute_margin, 0)
+    if settings.adaptive_margin != "off":
+        yield "adaptive_margin", ceiling(positive_score_Q, *settings.adaptive_margin)
+
+
+def ceiling(positive_score_Q: np.ndarray, absolute: float, relative: float) -> np.ndarray:
+    """Return s_pos - (absolute + relative * |s_pos|): below s_pos for margins above 0, whatever the sign of s_pos."""
+    return positive_score_Q - (np.float32(absolute) + np.abs(positive_score_Q) * np.float32(relative))
 
 
 def is_listed(value_QK: np.ndarray, indptr: np.ndarray, listed: np.ndarray) -> np.ndarray:
@@ -96,8 +146,3 @@ def is_first_of_its_key(key_QK: np.ndarray, keep: np.ndarray) -> np.ndarray:
     is_first = np.empty(key_QK.shape, bool)
     np.put_along_axis(is_first, order, ~repeats, 1)
     return is_first
-
-
-def relative_ceiling(positive_score_Q: np.ndarray, margin: float) -> np.ndarray:
-    """Return the score below which a candidate is taken for a true negative; never above s_pos, whatever its sign."""
-    return positive_score_Q - np.abs(positive_score_Q) * np.float32(margin)

@@ -35,7 +35,9 @@ def index_passages(work: Work, task: Task, encoded: Encoded) -> Indexed:
     Tried are the centroids of an earlier version, then new ones, then exact search if the index was chosen by "auto".
     Collective; raises InputError and Stopped on all.
     """
-    job = work.job
+    job, tables = work.job, (encoded.queries, encoded.passages)
+    # Verified on all ranks, where a torn one is everyone's: positives may be in any shard.
+    work.ranks.together(lambda: [table.shard(i) for table in tables for i in range(table.shards.num_shards)])
     shard_rows = encoded.passages.shards.shard_rows
     for starts_anew in (False, True):
         centroids = Centroids(job.run.folder, task.version, encoded.index.factory, shard_rows, starts_anew)

@@ -3,9 +3,11 @@
 from dataclasses import dataclass, field
 
 from mining.audit import AuditSettings
+from mining.clusters import ClusterSettings
 from mining.filters import FilterSettings
 from mining.index import IndexSettings
 from mining.passages import Mode
+from mining.rerank import RerankSettings
 from mining.sampling import SampleSettings
 from mining.search import SearchSettings
 from trainer.encoder.shards import EncodeSettings
@@ -53,6 +55,8 @@ class MineJob:
     search: SearchSettings = field(default_factory=SearchSettings)
     filter: FilterSettings = field(default_factory=FilterSettings)
     sample: SampleSettings = field(default_factory=SampleSettings)
+    rerank: RerankSettings = field(default_factory=RerankSettings)
+    clusters: ClusterSettings = field(default_factory=ClusterSettings)
     audit: AuditSettings = field(default_factory=AuditSettings)
 
     def __post_init__(self) -> None:
@@ -61,5 +65,15 @@ class MineJob:
                 raise InputError(
                     f"sample.num_negatives={self.sample.num_negatives} is more than {name}={depth} candidates; set {name} higher"
                 )
+        if self.filter.range_min >= self.num_candidates:
+            raise InputError(
+                f"filter.range_min={self.filter.range_min} leaves none of search.top_k={self.search.top_k} candidates"
+            )
         if self.negatives.schedule and self.mine.bm25_top_k == 0:
             raise InputError("negatives.schedule begins with version 0 from BM25, but mine.bm25_top_k=0; set it to 50")
+
+    @property
+    def num_candidates(self) -> int:
+        """How many candidates a query has at most."""
+        from_last = self.sample.num_negatives if self.sample.replace == "easy" else 0
+        return self.search.top_k + self.search.bm25_top_k + from_last

@@ -28,6 +28,11 @@ class Judgements:
         """Passages that are relevant in other splits only, so nothing of an evaluation enters the training."""
         return int((~self.allowed_N).sum())
 
+    def positives(self, places: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Return (indptr, corpus rows) of the positives of some queries; each has one."""
+        indptr = self.positive_indptr[places.start : places.stop + 1]
+        return indptr - indptr[0], self.positive_rows[indptr[0] : indptr[-1]]
+
 
 def read_judgements(data: RetrievalData, train_split: str) -> Judgements:
     """Return the judgements of the queries that have a positive in the training split."""

@@ -40,7 +40,9 @@ class Sizes:
     width: int  # of an embedding
     stored_bytes: int  # of one number on disk
     token_width: int  # numbers that the encoder holds at once for each token of a batch
-    top_k: int
+    top_k: int  # of a search
+    num_candidates: int  # of a query, whoever found them
+    num_clustered: int  # embeddings that k-means holds; 0: none
     num_negatives: int
     num_ranks: int
     index_bytes: int  # of a passage in this rank's index; 0: exact search
@@ -115,7 +117,7 @@ def _plan(sizes: Sizes, process_bytes: int, limit: int, query_tile: int) -> Memo
     # As computed, as stored if that is another type, and one being written.
     copies = 4 + sizes.stored_bytes * (2 if sizes.stored_bytes < 4 else 1)
     encoding = shard_bytes * copies + tokens * (8 * 3 + (4 * sizes.token_width if on_cpu else 0))
-    candidates = tile * sizes.top_k
+    candidates = tile * sizes.num_candidates
     columns = min(score_columns, sizes.num_passages)
     score_tile = 2 * 4 * min(score_rows, tile) * columns if on_cpu else 0  # scores, and what survives of them
     searching = shard_bytes * sizes.stored_bytes + 2 * 4 * columns * sizes.width + score_tile
@@ -129,6 +131,8 @@ def _plan(sizes: Sizes, process_bytes: int, limit: int, query_tile: int) -> Memo
         "index": per_rank * sizes.index_bytes,
     }
     phases = {"encoding": encoding, "searching": searching}
+    if sizes.num_clustered:
+        phases["clustering"] = sizes.num_clustered * sizes.width * 4 * 2  # as read, and FAISS's copy
     if sizes.index_bytes:
         phases["indexing"] = shard_bytes * (4 + sizes.stored_bytes)
     return MemoryPlan(held, phases, query_tile, limit)

@@ -5,11 +5,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mining.audit import overlap_with, score_quantiles, suspected_share
+import numpy as np
+
+from mining.audit import overlap_with, reasons_against, score_quantiles, suspected_share
+from mining.clusters import describe_clusters
 from mining.job import MineJob
 from mining.judgements import Judgements
 from mining.refresh import Drawn
 from trainer.encoder.shards import prune_shards
+from trainer.handoff.claim import Claim
 from trainer.handoff.manifest import TornVersion, clean_staging, prune, read_latest, versions, write_latest
 from trainer.handoff.negatives import Negatives, negatives_folder, open_negatives, publish_negatives, version_name
 from trainer.handoff.weights import Checkpoint
@@ -42,33 +46,36 @@ def last_version(run: Path, num_queries: int, num_passages: int) -> Negatives | 
     return None
 
 
+def stays(job: MineJob, version: int, source: str, num_queries: int, num_passages: int) -> Negatives | None:
+    """Return the version whose negatives stay in this one until they are easy, or None: scores of BM25 compare with none."""
+    if job.sample.replace == "all":
+        return None
+    last = last_version(job.run.folder, num_queries, num_passages)
+    return last if last is not None and last.version < version and last.manifest["source"] == source else None
+
+
 def publish(
     job: MineJob,
+    claim: Claim,
     version: int,
     checkpoint: Checkpoint | None,
     judgements: Judgements,
     drawn: Drawn,
     data_digest: str,
-    recall: float | None,
+    clusters: np.ndarray | None,
+    audit: dict[str, Any],
     seconds: dict[str, float],
     about: dict[str, Any],
 ) -> dict[str, Any]:
     """Publish a version, prune old ones, and return its manifest.
 
+    claim: of the run; raises RunInUse if another service has taken this one's place.
     checkpoint: where it came from; None: BM25.
-    recall: of the index, audited; None: there was no index.
+    audit: what `audit_drawn` found.
     seconds: wall time by phase.
     about: more fields of the manifest; they take precedence.
     """
     run, num_passages = job.run.folder, len(judgements.allowed_N)
-    last = last_version(run, judgements.num_queries, num_passages)
-    audit = {
-        "recall": recall,
-        "num_queries": min(job.audit.num_queries, judgements.num_queries),
-        "jaccard_with_last": overlap_with(last, drawn.indptr, drawn.ids),
-        "share_suspected_false": suspected_share(drawn.num_candidates, drawn.dropped),
-        "scores": score_quantiles(drawn.scores),
-    }
     fields = {
         "source": "bm25" if checkpoint is None else "model",
         "checkpoint_step": None if checkpoint is None else checkpoint.step,
@@ -80,16 +87,42 @@ def publish(
         "num_negatives": len(drawn.ids),
         "num_empty_rows": int((drawn.indptr[1:] == drawn.indptr[:-1]).sum()),
         "index": {"factory": "bm25"} if checkpoint is None else asdict(job.index),
-        "search": {"top_k": job.mine.bm25_top_k if checkpoint is None else job.search.top_k},
-        "filter": {**asdict(job.filter), "num_candidates": drawn.num_candidates, "dropped": drawn.dropped},
+        "search": {"top_k": job.mine.bm25_top_k} if checkpoint is None else asdict(job.search),
+        "filter": {**asdict(job.filter), "dropped": drawn.dropped},
+        "rerank": asdict(job.rerank) if job.rerank.model else None,
         "sample": {**asdict(job.sample), "seed": job.run.seed},
+        "clusters": describe_clusters(job.clusters, clusters),
+        "counts": drawn.counts,
         "audit": audit,
         "seconds": seconds,
         **about,
     }
-    manifest = publish_negatives(run, version, drawn.indptr, drawn.ids, drawn.scores, fields)
+    manifest = publish_negatives(
+        run, version, drawn.indptr, drawn.ids, drawn.scores, fields, claim.check, clusters=clusters, **drawn.more
+    )
     _prune(job)
     return manifest
+
+
+def audit_drawn(job: MineJob, judgements: Judgements, drawn: Drawn, recall: float | None) -> dict[str, Any]:
+    """Return what is known of a version before it is published; "reasons": why it must not be.
+
+    recall: of the index, audited; None: there was no index.
+    """
+    last = last_version(job.run.folder, judgements.num_queries, len(judgements.allowed_N))
+    suspected = suspected_share(drawn.counts["candidates"], drawn.dropped)
+    without = drawn.counts["queries_without"] / judgements.num_queries
+    return {
+        "recall": recall,
+        "num_queries": min(job.audit.num_queries, judgements.num_queries),
+        "jaccard_with_last": overlap_with(last, drawn.indptr, drawn.ids),
+        "share_suspected_false": suspected,
+        "share_queries_without": round(without, 4),
+        "scores": score_quantiles(drawn.scores),
+        "positive_scores": score_quantiles(drawn.more.get("positive_scores", np.zeros(0))),
+        "gate": {name: getattr(job.audit, name) for name in ("min_recall", "max_suspected", "max_without")},
+        "reasons": reasons_against(job.audit, job.index.factory, recall, suspected, without),
+    }
 
 
 def _prune(job: MineJob) -> None:

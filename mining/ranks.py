@@ -4,23 +4,49 @@ MPI's blocking collectives spin at full speed until the last rank arrives. Here 
 sleep, and the collective that follows is over at once: on a machine shared with the trainer that is worth a core.
 """
 
+import logging
+import os
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from trainer.errors import InputError
+from trainer.errors import InputError, NotFiniteEmbedding
+from trainer.handoff.manifest import TornVersion, disk_error, is_disk_error
 
 if TYPE_CHECKING:  # importing MPI starts it, and readers of a job have no use for that
     from mpi4py import MPI
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 NAP_S, LONGEST_NAP_S = 0.0005, 0.05  # between two looks at whether all ranks have come; doubles up to the longest
-TAG_STOP = 75
+STOP_PATIENCE_S = 60.0  # for the others to come, after a request to stop: a rank that died never does
+TAG_STOP, TAG_CALL_OFF = 75, 76
+EXIT_STOPPED = 75
 
 
 class Stopped(Exception):
     """A rank was asked to stop; every rank leaves with this."""
+
+
+class Refused(Exception):
+    """No version can come of these weights; the message says why."""
+
+
+class Superseded(Exception):
+    """A newer checkpoint came before half of the work on this one was done."""
+
+
+CAUSES = (Refused, NotFiniteEmbedding, TornVersion, Superseded)  # to give up a version, and not the service
+
+
+class GivenUp(Exception):
+    """Every rank gives up the version at work, for one of CAUSES; the service goes on."""
+
+    def __init__(self, cause: Exception):
+        super().__init__(str(cause))
+        self.cause = cause
 
 
 class Ranks:
@@ -50,29 +76,48 @@ class Ranks:
         return self._has_told or self._comm.iprobe(tag=TAG_STOP)
 
     def check_stop(self) -> None:
-        """Raise Stopped if any rank was asked to stop; only inside `together` and `decide`."""
+        """Raise Stopped if any rank was asked to stop, Superseded if rank 0 has called off; only in `together` and `decide`."""
         if self.stop_asked():
             raise Stopped
+        if self._comm.iprobe(tag=TAG_CALL_OFF):
+            raise Superseded
+
+    def call_off(self) -> None:
+        """Have every rank leave the work at hand. Rank 0 only, inside `together`; raises Superseded."""
+        for other in range(1, self.num_ranks):
+            self._comm.isend(None, dest=other, tag=TAG_CALL_OFF)
+        raise Superseded
 
     def meet(self) -> None:
         """Wait, asleep, until every rank is here."""
-        request, nap_s = self._comm.Ibarrier(), NAP_S
+        request, nap_s, asked_at = self._comm.Ibarrier(), NAP_S, None
         while not request.Test():
-            self.stop_asked()  # passes the word on while waiting
+            if self.stop_asked():  # passes the word on while waiting
+                asked_at = asked_at or time.monotonic()
+                if time.monotonic() - asked_at > STOP_PATIENCE_S:
+                    log.warning("asked to stop; another rank has not answered for %.0f s, leaving without it", STOP_PATIENCE_S)
+                    os._exit(EXIT_STOPPED)  # MPI's own farewell would wait for it, too
             self.on_wait()
             time.sleep(nap_s)
             nap_s = min(2 * nap_s, LONGEST_NAP_S)
 
     def decide(self, choose: Callable[[], T]) -> T:
-        """Return on every rank what `choose` returns on rank 0; what it raises is raised by all."""
+        """Return on every rank what `choose` returns on rank 0; what it raises is raised by all, as by `together`."""
         value, error = _attempt(choose) if self.speaks else (None, None)
         self.meet()
         value, error = self._comm.bcast((value, error))
         self._raise_alike([error])
         return value  # type: ignore[return-value]
 
+    def on_first(self, work: Callable[[], T]) -> T | None:
+        """Return what `work` returns on rank 0, None elsewhere; what it raises is raised by all."""
+        return self.together(lambda: work() if self.speaks else None)
+
     def together(self, work: Callable[[], T]) -> T:
-        """Return what `work` returns on this rank; if it raises InputError or Stopped on any rank, all leave."""
+        """Return what `work` returns on this rank; if it raises InputError, Stopped or one of CAUSES on any rank, all leave.
+
+        One of CAUSES becomes GivenUp, the same on every rank; what a disk refuses becomes InputError.
+        """
         value, error = _attempt(work)
         self.meet()
         self._raise_alike(self._comm.allgather(error))
@@ -101,8 +146,9 @@ class Ranks:
     def leave(self) -> None:
         """Take leave of the others, who leave too: no message stays behind."""
         self.meet()
-        while self._comm.iprobe(tag=TAG_STOP):
-            self._comm.recv(tag=TAG_STOP)
+        for tag in (TAG_STOP, TAG_CALL_OFF):
+            while self._comm.iprobe(tag=tag):
+                self._comm.recv(tag=tag)
 
     def abort(self, code: int) -> None:
         """End every rank at once, for an error that the others do not know of. Alone: return."""
@@ -110,7 +156,10 @@ class Ranks:
             self._comm.Abort(code)
 
     def _raise_alike(self, errors: list[Any]) -> None:
-        refusals = [(rank, error) for rank, error in enumerate(errors) if isinstance(error, InputError)]
+        if any(isinstance(error, Superseded) for error in errors):
+            self._take_back()
+        causes = [error for error in errors if isinstance(error, CAUSES)]
+        refusals = [(rank, e) for rank, e in enumerate(errors) if isinstance(e, InputError) and e not in causes]
         if refusals:
             self.has_agreed_on_error = True
             if refusals[0][0] == self.rank:
@@ -118,10 +167,21 @@ class Ranks:
             raise SystemExit(2)  # one sentence is enough: the rank it came from says it
         if any(isinstance(error, Stopped) for error in errors):
             raise Stopped
+        if causes:
+            raise GivenUp(causes[0])
+
+    def _take_back(self) -> None:
+        """Receive the word that the work was called off, which every rank has heard of by now."""
+        if not self.speaks:
+            self._comm.recv(source=0, tag=TAG_CALL_OFF)
 
 
-def _attempt(work: Callable[[], Any]) -> tuple[Any, InputError | Stopped | None]:
+def _attempt(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
     try:
         return work(), None
-    except (InputError, Stopped) as error:
+    except (InputError, Stopped, *CAUSES) as error:
         return None, error
+    except Exception as error:
+        if not is_disk_error(error):
+            raise
+        return None, disk_error(error, getattr(error, "filename", None) or "a file of the run")

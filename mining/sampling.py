@@ -13,27 +13,52 @@ import numpy as np
 from trainer.data.sampler import mix
 from trainer.errors import InputError
 
+RANDOM_STREAM = np.uint64(0x52414E44)  # keeps the rows drawn from the whole corpus apart from the noise of candidates
+DENSE_ONLY = ("simans", "simans_laplace", "softmax")  # their constants are for scores of embeddings, not for BM25's
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSettings:
     """Section `sample`."""
 
-    # of those that passed among the search.top_k best: any (ANCE), the best, or those that score near the positive
-    method: Literal["uniform", "top", "simans"] = "uniform"
+    # of those that passed among the candidates: any (ANCE), the best, the best one and any of the others (NV-Retriever,
+    # with pool = 10), those that score near the positive (SimANS, in two forms), or by a softmax of the scores
+    method: Literal["uniform", "top", "top1", "simans", "simans_laplace", "softmax"] = "uniform"
     num_negatives: int = 16  # of each query; fewer where fewer passed
+    pool: int | Literal["all"] = "all"  # the best so many that passed are drawn from
     # SimANS: p ~ exp(-a (s - s_pos - b)^2). The paper's a = 0.5 is for raw dot products of some tens; on unit vectors,
     # whose loss divides scores by 0.05, the same curve has a = 0.5 / 0.05^2.
     simans_a: float = 200.0
-    simans_b: float = 0.0
+    simans_b: float = 0.0  # of both forms
+    laplace_a: float = 60.0  # p ~ exp(-a |s - s_pos - b|); 3 on raw dot products, 3 / 0.05 on unit vectors
+    softmax_temperature: float = 0.05  # p ~ exp(s / temperature)
+    random_share: float = 0.0  # of the negatives, drawn from the whole corpus instead (STAR)
+    # "easy": a negative of the last version stays unless its score has fallen, 1.15 now < at first, to |now| < 0.8 (Conan)
+    replace: Literal["all", "easy"] = "all"
+    easy_ratio: float = 1.15
+    easy_below: float = 0.8
 
     def __post_init__(self) -> None:
         if self.num_negatives < 1:
             raise InputError(f"sample.num_negatives={self.num_negatives} must be at least 1")
-        if self.simans_a < 0:
-            raise InputError(f"sample.simans_a={self.simans_a} is negative; expected 0 or more")
+        if self.pool != "all" and self.pool < 1:
+            raise InputError(f'sample.pool={self.pool} must be at least 1, or "all"')
+        for name in ("simans_a", "laplace_a"):
+            if getattr(self, name) < 0:
+                raise InputError(f"sample.{name}={getattr(self, name)} is negative; expected 0 or more")
+        for name in ("softmax_temperature", "easy_ratio"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"sample.{name}={getattr(self, name)} must be more than 0")
+        if not 0 <= self.random_share <= 1:
+            raise InputError(f"sample.random_share={self.random_share} is not a share; expected 0 to 1")
+
+    @property
+    def num_random(self) -> int:
+        """How many of a query's negatives come from the whole corpus."""
+        return round(self.random_share * self.num_negatives)
 
 
-def sample_negatives(
+def choose_candidates(
     settings: SampleSettings,
     seed: int,
     version: int,
@@ -42,21 +67,52 @@ def sample_negatives(
     scores_QK: np.ndarray,
     keep_QK: np.ndarray,
     positive_score_Q: np.ndarray | None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (counts (Q,), ids, scores) of the negatives drawn, row after row, each row by score descending.
+    stays_QK: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return which candidates are drawn, (Q, K) bool: num_negatives of each query but for the random ones, or all there are.
 
     query_rows: (Q,) rows of queries.jsonl.
     ids_QK, scores_QK: candidates, best first; keep_QK: those that may be drawn.
-    positive_score_Q: score of each query's best positive; None: simans draws uniformly.
+    positive_score_Q: score of each query's best positive; None (BM25): what needs scores of embeddings draws uniformly.
+    stays_QK: those that are drawn before all others.
     """
-    method = "uniform" if settings.method == "simans" and positive_score_Q is None else settings.method
+    method = "uniform" if positive_score_Q is None and settings.method in DENSE_ONLY else settings.method
+    stays_QK = keep_QK & (False if stays_QK is None else stays_QK)
+    if method == "top1":  # candidates are sorted, best first
+        stays_QK = stays_QK | (keep_QK & (keep_QK.cumsum(1) == 1))
+    if settings.pool != "all":
+        keep_QK = keep_QK & ((keep_QK.cumsum(1) <= settings.pool) | stays_QK)
     noise_QK = gumbel_noise(seed, version, query_rows, ids_QK)
-    priority_QK = PRIORITIES[method](settings, scores_QK, positive_score_Q, noise_QK)
-    order = np.argsort(np.where(keep_QK, -priority_QK, np.inf), axis=1, kind="stable")[:, : settings.num_negatives]
+    priority_QK = PRIORITIES[method](settings, np.where(keep_QK, scores_QK, 0), positive_score_Q, noise_QK)
+    priority_QK = np.where(stays_QK, np.inf, priority_QK)
+    num_drawn = settings.num_negatives - settings.num_random
+    order = np.argsort(np.where(keep_QK, -priority_QK, np.inf), axis=1, kind="stable")[:, :num_drawn]
     is_drawn = np.zeros(keep_QK.shape, bool)
     np.put_along_axis(is_drawn, order, True, 1)
-    is_drawn &= keep_QK
-    return is_drawn.sum(1), ids_QK[is_drawn], scores_QK[is_drawn]
+    return is_drawn & keep_QK
+
+
+def lowest_candidates(num: int, keep_QK: np.ndarray) -> np.ndarray:
+    """Return the mask of the `num` candidates of the lowest scores of each query, (Q, K): candidates stand best first."""
+    after_QK = keep_QK[:, ::-1].cumsum(1)[:, ::-1]
+    return keep_QK & (after_QK <= num)
+
+
+def random_rows(seed: int, version: int, query_rows: np.ndarray, num: int, allowed_rows: np.ndarray) -> np.ndarray:
+    """Return `num` corpus rows for each query, (Q, num) int64, uniform among the allowed ones; rows may repeat."""
+    if len(allowed_rows) == 0:
+        return np.full((len(query_rows), num), -1, np.int64)
+    per_query = mix(stream(seed, version) + query_rows.astype(np.uint64))
+    bits_QR = mix(mix(per_query ^ RANDOM_STREAM)[:, None] + np.arange(num, dtype=np.uint64))
+    return allowed_rows[(bits_QR % np.uint64(len(allowed_rows))).astype(np.int64)]
+
+
+def is_easy(settings: SampleSettings, now: np.ndarray, at_first: np.ndarray) -> np.ndarray:
+    """Tell which negatives have become easy since they were first drawn.
+
+    Source: Conan-embedding, arXiv 2408.15710, section on dynamic hard negatives.
+    """
+    return (np.float32(settings.easy_ratio) * now < at_first) & (np.abs(now) < np.float32(settings.easy_below))
 
 
 def gumbel_noise(seed: int, version: int, query_rows: np.ndarray, ids_QK: np.ndarray) -> np.ndarray:
@@ -76,6 +132,7 @@ def stream(seed: int, version: int) -> np.ndarray:
 
 
 def _uniform(settings: SampleSettings, scores_QK: np.ndarray, positive_score_Q, noise_QK: np.ndarray) -> np.ndarray:
+    # Source: ANCE, arXiv 2007.00808.
     return noise_QK
 
 
@@ -85,8 +142,27 @@ def _top(settings: SampleSettings, scores_QK: np.ndarray, positive_score_Q, nois
 
 def _simans(settings: SampleSettings, scores_QK: np.ndarray, positive_score_Q: np.ndarray, noise_QK: np.ndarray) -> np.ndarray:
     # Source: SimANS, arXiv 2210.11773.
-    distance_QK = scores_QK.astype(np.float64) - positive_score_Q[:, None] - settings.simans_b
-    return noise_QK - settings.simans_a * distance_QK**2
+    return noise_QK - settings.simans_a * _distance(settings, scores_QK, positive_score_Q) ** 2
 
 
-PRIORITIES: dict[str, Callable[..., np.ndarray]] = {"uniform": _uniform, "top": _top, "simans": _simans}
+def _laplace(settings: SampleSettings, scores_QK: np.ndarray, positive_score_Q: np.ndarray, noise_QK: np.ndarray) -> np.ndarray:
+    # Source: the authors' code of SimANS for MS MARCO passages.
+    return noise_QK - settings.laplace_a * np.abs(_distance(settings, scores_QK, positive_score_Q))
+
+
+def _softmax(settings: SampleSettings, scores_QK: np.ndarray, positive_score_Q, noise_QK: np.ndarray) -> np.ndarray:
+    return noise_QK + scores_QK.astype(np.float64) / settings.softmax_temperature
+
+
+def _distance(settings: SampleSettings, scores_QK: np.ndarray, positive_score_Q: np.ndarray) -> np.ndarray:
+    return scores_QK.astype(np.float64) - positive_score_Q[:, None] - settings.simans_b
+
+
+PRIORITIES: dict[str, Callable[..., np.ndarray]] = {
+    "uniform": _uniform,
+    "top": _top,
+    "top1": _uniform,  # Source: NV-Retriever, arXiv 2407.15831: the best one, and others sampled from the top 10
+    "simans": _simans,
+    "simans_laplace": _laplace,
+    "softmax": _softmax,
+}

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mining.encode import Embeddings
 from mining.index import ShardIndex
 from mining.ranks import Ranks
 from trainer.encoder.topk import BestOf, best_of_keys
 from trainer.errors import InputError
 
 QUERY_TILE = 4096  # queries searched at once; with k = 200 each rank holds some 20 MB of results
+SHARE_ROWS = 32  # queries that never go to different ranks: what is computed of them together does not depend on the ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +23,13 @@ class SearchSettings:
     """Section `search`."""
 
     top_k: int = 200  # candidates of each query (ANCE: 200)
+    bm25_top_k: int = 0  # candidates that BM25 adds to these; the encoder scores them, too
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
             raise InputError(f"search.top_k={self.top_k} must be at least 1")
+        if self.bm25_top_k < 0:
+            raise InputError(f"search.bm25_top_k={self.bm25_top_k} is negative; expected 0 or more")
 
 
 def search_shards(ranks: Ranks, indexes: list[ShardIndex], query_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -44,15 +47,7 @@ def search_shards(ranks: Ranks, indexes: list[ShardIndex], query_QD: np.ndarray,
     return best_of_keys(ranks.exchange([keys_Qk[rows] for rows in shares]), k)
 
 
-def best_positive_scores(query_QD: np.ndarray, passages: Embeddings, indptr: np.ndarray, positive_rows: np.ndarray) -> np.ndarray:
-    """Return the score of each query's best positive, (Q,) float32; every query has one, in CSR form."""
-    if len(query_QD) == 0:
-        return np.zeros(0, np.float32)
-    query_PD = np.repeat(query_QD, np.diff(indptr), axis=0)
-    score_P = (query_PD * passages.read(positive_rows)).sum(1)
-    return np.maximum.reduceat(score_P, indptr[:-1])
-
-
 def share_of(num_rows: int, rank: int, num_ranks: int) -> slice:
-    """Return the rows that fall to a rank; shares differ by at most one row."""
-    return slice(num_rows * rank // num_ranks, num_rows * (rank + 1) // num_ranks)
+    """Return the rows of a tile that fall to a rank: whole blocks of SHARE_ROWS; shares differ by at most one block."""
+    num_blocks = -(-num_rows // SHARE_ROWS)
+    return slice(*(min(num_rows, SHARE_ROWS * (num_blocks * r // num_ranks)) for r in (rank, rank + 1)))

@@ -9,22 +9,29 @@ import logging
 import sys
 import time
 import traceback
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from mining.bm25 import index_bm25, search_bm25, text_keys
+from mining.audit import reasons_against
+from mining.bm25 import text_keys
+from mining.candidates import BM25Retriever, BothRetrievers, DenseRetriever, Retriever
+from mining.clusters import cluster_queries
 from mining.encoded import encode_checkpoint
-from mining.indexed import Indexed, index_passages
+from mining.exporter import serve_figures
+from mining.figures import version_figures
+from mining.indexed import index_passages
 from mining.job import MineJob
-from mining.publish import next_number, publish
-from mining.ranks import Ranks, Stopped
-from mining.refresh import Drawn, Retrieve, draw_negatives
-from mining.search import QUERY_TILE, best_positive_scores, search_shards, share_of
-from mining.state import read_refresh
+from mining.publish import audit_drawn, next_number, publish, stays
+from mining.ranks import GivenUp, Ranks, Refused, Stopped, Superseded
+from mining.refresh import Draw, Drawn, draw_negatives
+from mining.search import QUERY_TILE
+from mining.state import forget_refresh, read_refresh
 from mining.watch import Task
 from mining.work import Work, claim_run, open_work
 from trainer.errors import InputError
+from trainer.handoff.manifest import TornVersion, disk_error, is_disk_error
 from trainer.handoff.weights import Checkpoint
 from trainer.interrupt import Interrupt
 from trainer.metrics import read_status
@@ -38,43 +45,52 @@ How = Literal["finished", "stopped"]
 NAP_S = 0.1  # how soon a waiting service hears that it should stop
 
 
-def run_service(job: MineJob, comm: "MPI.Comm", *, once: bool = False) -> How:
+def run_service(
+    job: MineJob,
+    comm: "MPI.Comm",
+    *,
+    once: bool = False,
+    checkpoint: str | None = None,
+    metrics_port: int | None = None,
+) -> How:
     """Mine until the trainer is done ("finished") or until asked to stop ("stopped"), by SIGTERM or SIGINT.
 
     once: make version 0 if there is none, and one version from the newest checkpoint unless it is mined; then leave.
-    Raises InputError for a job or data that cannot be used, on one rank; the others exit with code 2. Any other error
-    of one rank ends all. Collective: every rank of comm calls it.
+    checkpoint: name of the one to mine once, whether it was mined before or not.
+    metrics_port: where Prometheus finds the figures, on this machine's loopback; 0: any free port, which is said.
+    Raises InputError for a job, data or a disk that cannot be used, on one rank; the others exit with code 2. Any other
+    error of one rank ends all. Collective: every rank of comm calls it.
     """
     ranks = Ranks(comm, Interrupt().is_set)
     try:
-        how = _serve(job, ranks, once)
+        how = _serve(job, ranks, once or checkpoint is not None, checkpoint, metrics_port)
         ranks.leave()
         return how
-    except (InputError, SystemExit) as error:
-        if not ranks.has_agreed_on_error and ranks.num_ranks > 1:
-            print(f"negpool: {error}", file=sys.stderr)
-            ranks.abort(2)
-        raise
-    except BaseException:
-        if ranks.num_ranks > 1:
-            traceback.print_exc()
-            ranks.abort(1)
-        raise
+    except BaseException as caught:
+        place = getattr(caught, "filename", None) or job.run.folder
+        error = disk_error(caught, place) if is_disk_error(caught) and not isinstance(caught, InputError) else caught
+        if ranks.num_ranks > 1 and not ranks.has_agreed_on_error:
+            is_refusal = isinstance(error, InputError | SystemExit)
+            if is_refusal:
+                print(f"negpool: {error}", file=sys.stderr)
+            else:
+                traceback.print_exc()
+            ranks.abort(2 if is_refusal else 1)
+        if error is caught:
+            raise
+        raise error from caught
 
 
-def _serve(job: MineJob, ranks: Ranks, once: bool) -> How:
-    with claim_run(job, ranks):
-        work = open_work(job, ranks)
+def _serve(job: MineJob, ranks: Ranks, once: bool, checkpoint: str | None, metrics_port: int | None) -> How:
+    with claim_run(job, ranks) as claim:
+        work = open_work(job, ranks, claim)
+        if metrics_port is not None:
+            ranks.decide(lambda: serve_figures(job.run.folder, work.status.values, metrics_port))
         how: How = "finished"
         try:
-            while (task := ranks.decide(lambda: next_task(work, once))) is not None:
-                work.begin(task)
-                if task.checkpoint is None:
-                    mine_bm25(work, task)
-                else:
-                    mine_checkpoint(work, task, task.checkpoint)
-                work.finish()
-                if once and task.checkpoint is not None:
+            while (task := ranks.decide(lambda: next_task(work, once, checkpoint))) is not None:
+                is_done = make_version(work, task)
+                if once and task.checkpoint is not None and is_done:
                     break
         except Stopped:
             how = "stopped"
@@ -83,21 +99,43 @@ def _serve(job: MineJob, ranks: Ranks, once: bool) -> How:
         return how
 
 
-def next_task(work: Work, once: bool) -> Task | None:
+def make_version(work: Work, task: Task) -> bool:
+    """Make a version and return whether its weights need no other look: published, or refused for good. Collective."""
+    work.begin(task)
+    is_done = True
+    try:
+        if task.checkpoint is None:
+            mine_bm25(work, task)
+        else:
+            mine_checkpoint(work, task, task.checkpoint)
+    except GivenUp as given_up:
+        is_done = work.ranks.decide(partial(give_up, work, task, given_up.cause))
+    work.finish(is_done)
+    return is_done
+
+
+def next_task(work: Work, once: bool, given: str | None) -> Task | None:
     """Wait for something to mine and return it, or None when all is done. Rank 0 only; raises Stopped."""
     job, run = work.job, work.job.run.folder
     version = next_number(run, with_bm25=job.mine.bm25_top_k > 0)
     if version == 0:
         return Task(0, None)
+    if given is not None:
+        if job.negatives.schedule:
+            raise InputError("--checkpoint has no place in a run whose negatives.schedule says what is mined; leave one out")
+        return Task(version, checked(work, work.watch.take(given)), is_given=True)
     while True:
-        checkpoint = work.watch.look(version, work.done_digest, read_refresh(run), takes_final=once)
+        begun = read_refresh(run)
+        checkpoint = work.watch.look(version, work.done_digest, begun, takes_final=once)
         if checkpoint is not None:
-            if checkpoint.manifest.get("data_digest", work.data.digest) != work.data.digest:
-                raise InputError(f"{checkpoint.folder} was not trained on {work.data.path}; set data.path or run.folder")
-            return Task(version, checkpoint)
-        # Nobody will take what could still be mined after the trainer's last step.
+            if begun is not None and (begun.version, begun.checkpoint) == (version, checkpoint.folder.name):
+                work.settled_version = version  # a killed service's: it is finished first
+            return Task(version, checked(work, checkpoint))
+        # Nobody will take what could still be mined after the trainer's last step. One that was killed or stopped has not
+        # said that it is done, and may come back.
         trainer = read_status(run, "trainer")
         if once or trainer.get("phase") == "finished" or trainer.get("training_done"):
+            log.info("nothing more to mine: %s", "no new checkpoint" if once else f"trained to step {trainer.get('step')}")
             return None
         work.status.update(phase="watching", done=None, total=None)
         next_look = time.monotonic() + job.mine.poll_s
@@ -106,72 +144,97 @@ def next_task(work: Work, once: bool) -> Task | None:
             time.sleep(NAP_S)
 
 
+def checked(work: Work, checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint that was trained on this service's data; raises InputError for another."""
+    trained_on = checkpoint.manifest.get("data_digest", work.data.digest)
+    if trained_on != work.data.digest:
+        raise InputError(
+            f"{checkpoint.folder} was not trained on what {work.data.path} holds (data {trained_on[:12]}… instead of "
+            f"{work.data.digest[:12]}…); give the data back what it held, or set data.path or run.folder"
+        )
+    return checkpoint
+
+
 def mine_bm25(work: Work, task: Task) -> None:
     """Publish a version from BM25, before there is any model. Collective; raises Stopped on all."""
-    ranks, judgements, top_k = work.ranks, work.judgements, work.job.mine.bm25_top_k
-    with work.phase("searching with BM25"):
-        # One index in memory, whatever the number of ranks; it takes seconds where encoding takes minutes.
-        index = index_bm25(work.data) if ranks.speaks else None
+    judgements = work.judgements
+    with work.phase("searching with BM25", queries=judgements.num_queries):
         keys = text_keys(work.data.corpus), text_keys(work.data.queries.select(judgements.query_rows))
-
-        def retrieve(tile: slice) -> tuple[np.ndarray, np.ndarray, None]:
-            parts: list = [None] * ranks.num_ranks
-            if index is not None:
-                rows = judgements.query_rows[tile]
-                scores, ids = search_bm25(index, work.data, rows, top_k, judgements.allowed_N)
-                shares = [share_of(len(rows), rank, ranks.num_ranks) for rank in range(ranks.num_ranks)]
-                parts = [(scores[share], ids[share]) for share in shares]
-            return *ranks.exchange(parts)[0], None
-
-        drawn = draw(work, task, keys, retrieve)
-    publish_drawn(work, task, drawn, recall=None)
+        drawn = draw(work, task, keys, BM25Retriever(work.ranks, judgements, work.data, work.job.mine.bm25_top_k))
+    publish_drawn(work, task, drawn)
 
 
 def mine_checkpoint(work: Work, task: Task, checkpoint: Checkpoint) -> None:
-    """Publish a version from a checkpoint, or refuse it for its index's recall. Collective; raises Stopped on all."""
+    """Publish a version from a checkpoint, or refuse it for what the audit found. Collective; raises Stopped on all."""
     job, ranks, judgements = work.job, work.ranks, work.judgements
-    with work.phase("encoding"):
-        encoded = encode_checkpoint(work, task, checkpoint)
+    encoded = encode_checkpoint(work, task, checkpoint)
     queries, passages = encoded.queries, encoded.passages
     indexed = index_passages(work, task, encoded)
-    if indexed.recall < job.audit.min_recall:
-        ranks.decide(lambda: refuse(work, task, checkpoint, indexed))
-        return
-
-    def retrieve(tile: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        query_QD = queries.read(np.arange(tile.start, tile.stop))
-        scores, ids = search_shards(ranks, indexed.indexes, query_QD, job.search.top_k)
-        share = share_of(len(query_QD), ranks.rank, ranks.num_ranks)
-        indptr = judgements.positive_indptr[tile.start + share.start : tile.start + share.stop + 1]
-        rows = judgements.positive_rows[indptr[0] : indptr[-1]]
-        return scores, ids, best_positive_scores(query_QD[share], passages, indptr - indptr[0], rows)
-
-    with work.phase("searching"):
-        drawn = draw(work, task, (encoded.passage_keys, encoded.query_keys), retrieve, encoded.plan.query_tile)
+    ranks.decide(lambda: refuse(reasons_against(job.audit, indexed.settings.factory, indexed.recall)))
+    dense = DenseRetriever(ranks, judgements, queries, passages, indexed.indexes, job.search.top_k)
+    words = BM25Retriever(ranks, judgements, work.data, job.search.bm25_top_k)
+    retriever = BothRetrievers(dense, words) if job.search.bm25_top_k else dense
+    with work.phase("searching", queries=judgements.num_queries):
+        drawn = draw(work, task, (encoded.passage_keys, encoded.query_keys), retriever, encoded.plan.query_tile)
+    clusters = None
+    if job.clusters.num:
+        with work.phase("clustering"):
+            chance = job.run.seed, task.version
+            clusters = ranks.on_first(lambda: cluster_queries(job.clusters, *chance, judgements, queries, passages))
     about = {"index": indexed.about(), "passages": encoded.about_passages, "memory": encoded.plan.as_json()}
-    publish_drawn(work, task, drawn, indexed.recall, about)
+    publish_drawn(work, task, drawn, indexed.recall, clusters, about)
     if ranks.speaks:
         indexed.centroids.prune()
 
 
-def draw(work: Work, task: Task, keys: tuple[np.ndarray, np.ndarray], retrieve: Retrieve, tile: int = QUERY_TILE) -> Drawn | None:
+def draw(
+    work: Work, task: Task, keys: tuple[np.ndarray, np.ndarray], retriever: Retriever, query_tile: int = QUERY_TILE
+) -> Drawn | None:
     """Return the negatives of all queries on rank 0: search, filter, sample. Collective."""
-    job, chance = work.job, (work.job.run.seed, task.version)
-    return draw_negatives(job.filter, job.sample, *chance, work.ranks, work.judgements, keys, retrieve, work.progress, tile)
+    job, judgements = work.job, work.judgements
+    sizes = judgements.num_queries, len(work.data.corpus)
+    source = "bm25" if task.checkpoint is None else "model"
+    last = work.ranks.together(lambda: stays(job, task.version, source, *sizes))
+    settings = job.filter, job.sample, job.rerank, job.run.seed, task.version
+    how = Draw(*settings, judgements, *keys, work.reranker, last)
+    return draw_negatives(how, work.ranks, retriever, work.progress, query_tile)
 
 
-def publish_drawn(work: Work, task: Task, drawn: Drawn | None, recall: float | None, about: dict[str, Any] | None = None) -> None:
-    """Publish on rank 0 and tell about it; about: more for the manifest. Collective."""
+def publish_drawn(
+    work: Work,
+    task: Task,
+    drawn: Drawn | None,
+    recall: float | None = None,
+    clusters: np.ndarray | None = None,
+    about: dict[str, Any] | None = None,
+) -> None:
+    """Publish on rank 0 and tell about it, or refuse; about: more for the manifest. Collective."""
     checkpoint = task.checkpoint
 
     def tell_and_publish() -> None:
         assert drawn is not None
+        audit = audit_drawn(work.job, work.judgements, drawn, recall)
+        refuse(audit["reasons"])
+        digest, judgements = work.data.digest, work.judgements
         manifest = publish(
-            work.job, task.version, checkpoint, work.judgements, drawn, work.data.digest, recall, work.seconds, about or {}
+            work.job,
+            work.claim,
+            task.version,
+            checkpoint,
+            judgements,
+            drawn,
+            digest,
+            clusters,
+            audit,
+            work.seconds,
+            about or {},
         )
-        kept = {key: manifest[key] for key in ("version", "source", "num_negatives", "held_out", "audit", "seconds")}
+        told = ("version", "source", "num_negatives", "held_out", "counts", "clusters", "audit", "seconds")
+        kept = {key: manifest[key] for key in told}
         dropped = manifest["filter"]["dropped"]
-        work.metrics.record(checkpoint.step if checkpoint else 0, {"event": "published", **kept, "dropped": dropped})
+        work.status.update(**version_figures(manifest))
+        figures = {"event": "published", **kept, "dropped": dropped, **work.ages()}
+        work.metrics.record(checkpoint.step if checkpoint else 0, figures)
         log.info(
             "negatives v%d published from %s: %d for %d queries; dropped %s; %.1f s",
             task.version, f"step {checkpoint.step}" if checkpoint else "BM25", len(drawn.ids),
@@ -182,15 +245,33 @@ def publish_drawn(work: Work, task: Task, drawn: Drawn | None, recall: float | N
         work.ranks.decide(tell_and_publish)
 
 
-def refuse(work: Work, task: Task, checkpoint: Checkpoint, indexed: Indexed) -> None:
-    """Say why a version is not published; with a schedule there is nothing to go on with, and InputError is raised."""
-    job, recall = work.job, indexed.recall
-    reason = (
-        f"index.factory={indexed.settings.factory} finds {recall:.3f} of the exact neighbours of checkpoint {checkpoint.step}, "
-        f"less than audit.min_recall={job.audit.min_recall}; set index.nprobe higher, or index.factory to exact"
-    )
-    if job.negatives.schedule:
-        raise InputError(f"negatives.schedule needs version {task.version}, but {reason}")
-    log.warning("negatives v%d not published: %s", task.version, reason)
-    work.status.update(refused=reason)
-    work.metrics.record(checkpoint.step, {"event": "refused", "version": task.version, "recall": recall, "reason": reason})
+def refuse(reasons: list[str]) -> None:
+    """Raise Refused if there are reasons not to publish a version."""
+    if reasons:
+        raise Refused("; ".join(reasons))
+
+
+def give_up(work: Work, task: Task, cause: Exception) -> bool:
+    """Say why a version is not made, and return whether its weights are refused for good. Rank 0 only.
+
+    With a schedule, or a checkpoint that a person named, there is nothing to go on with, and InputError is raised; but a
+    scheduled checkpoint that is gone may come again, from a trainer that was killed and resumed.
+    """
+    job, checkpoint = work.job, task.checkpoint
+    if checkpoint is None:
+        raise InputError(f"version 0 from BM25 is no good: {cause}")
+    reason = f"checkpoint {checkpoint.folder.name}: {cause}"
+    is_lost = isinstance(cause, TornVersion)
+    forget_refresh(job.run.folder)
+    if task.is_given or (job.negatives.schedule and not is_lost):
+        wanted = "--checkpoint" if task.is_given else f"negatives.schedule needs version {task.version}, but"
+        raise InputError(f"{wanted} {reason}")
+    if isinstance(cause, Superseded):
+        work.settled_version = task.version
+        log.info("%s gives way to a newer one", reason)
+    else:
+        log.warning("negatives v%d not published: %s", task.version, reason)
+        work.num_refused += 1
+        work.status.update(refused=reason, num_refused=work.num_refused)
+    work.metrics.record(checkpoint.step, {"event": "given up", "version": task.version, "reason": reason})
+    return not (is_lost or isinstance(cause, Superseded))

@@ -33,5 +33,10 @@ def read_refresh(run: Path) -> Refresh | None:
         return None
 
 
+def forget_refresh(run: Path) -> None:
+    """Let the next look choose anew what is made."""
+    _path(run).unlink(missing_ok=True)
+
+
 def _path(run: Path) -> Path:
     return run / "status" / "miner.refresh.json"

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from mining.job import MineJob
 from mining.state import Refresh
+from trainer.errors import InputError
 from trainer.handoff.manifest import MANIFEST, TornVersion, pin, read_latest, versions
 from trainer.handoff.weights import (
+    ENCODER,
     Checkpoint,
     checkpoint_name,
     checkpoints_folder,
@@ -21,7 +23,7 @@ from trainer.handoff.weights import (
 
 log = logging.getLogger(__name__)
 
-PIN_S = 600.0  # how long a pin lasts; the service renews it while it works
+PIN_S = 3600.0  # how long a pin lasts: longer than what cannot renew it, such as tokenising a large corpus
 HOLDER = "miner"
 
 
@@ -31,6 +33,7 @@ class Task:
 
     version: int
     checkpoint: Checkpoint | None  # None: BM25
+    is_given: bool = False  # the person named the checkpoint; no newer one takes its place
 
 
 class Watch:
@@ -41,6 +44,7 @@ class Watch:
         self._run = job.run.folder
         self._seen: object = None
         self._said: set[str] = set()
+        self._not_newer: str | None = None  # looked at last, to supersede what is at work
 
     def look(self, version: int, done_digest: str | None, begun: Refresh | None, takes_final: bool) -> Checkpoint | None:
         """Return the checkpoint to mine a version from, pinned, or None if it is not there yet.
@@ -60,18 +64,48 @@ class Watch:
         if (seen := self._on_disk()) == self._seen:
             return None
         self._seen = seen
-        newest = newest_checkpoint(self._run, self._say)
+        newest = newest_checkpoint(self._run, self._say, ENCODER)
         if newest is None or newest.manifest["weights_digest"] == done_digest:
             return None
         if newest.manifest.get("is_final") and not takes_final:
             return None
         return self._pinned(newest)
 
+    def take(self, name: str) -> Checkpoint:
+        """Return the checkpoint of a name, pinned; raises InputError if it is not there or not whole."""
+        folder = checkpoints_folder(self._run) / name
+        try:
+            found = self._pinned(open_checkpoint(folder, ENCODER))
+        except TornVersion as torn:
+            raise InputError(f"--checkpoint {name} cannot be mined: {torn}; {self._there()}") from torn
+        if found is None:
+            raise InputError(f"--checkpoint {name} was deleted just now; {self._there()}")
+        return found
+
+    def is_superseded(self, checkpoint: Checkpoint) -> bool:
+        """Tell whether a newer whole checkpoint is there that somebody will train on; each is verified once."""
+        latest = read_latest(checkpoints_folder(self._run))
+        if self._job.negatives.schedule or latest in (None, checkpoint.folder.name, self._not_newer):
+            return False
+        self._not_newer = latest
+        newer = self._open(checkpoints_folder(self._run) / str(latest))
+        if newer is None or newer.manifest.get("is_final"):
+            return False
+        return newer.manifest["weights_digest"] != checkpoint.manifest["weights_digest"]
+
+    def look_again(self) -> None:
+        """Forget what was seen: it may have been deleted, or come back, without a trace in names and times."""
+        self._seen = None
+
+    def _there(self) -> str:
+        names = [folder.name for folder in versions(checkpoints_folder(self._run))]
+        return f"there {'is' if len(names) == 1 else 'are'} {', '.join(names) or 'none'} in {checkpoints_folder(self._run)}"
+
     def _open(self, folder: Path) -> Checkpoint | None:
         if not (folder / MANIFEST).is_file():
             return None
         try:
-            return open_checkpoint(folder)
+            return open_checkpoint(folder, ENCODER)
         except TornVersion as torn:
             self._say(torn)
             return None
@@ -80,8 +114,10 @@ class Watch:
         if found is None:
             return None
         pin(found.folder, HOLDER, PIN_S)
-        # It may have been deleted between the look and the pin.
-        return found if (found.folder / MANIFEST).is_file() else None
+        if (found.folder / MANIFEST).is_file():
+            return found
+        self.look_again()  # it was deleted between the look and the pin
+        return None
 
     def _on_disk(self) -> object:
         parent = checkpoints_folder(self._run)

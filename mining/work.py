@@ -1,24 +1,33 @@
 """A service at work: what stays the same from version to version, and how it tells the outside."""
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import filelock
 import torch
 
+from mining.clusters import check_clusters
 from mining.encode import TokenCache
+from mining.figures import ages, version_figures
 from mining.job import MineJob
 from mining.judgements import Judgements, read_judgements
 from mining.publish import claim_negatives, last_version
 from mining.ranks import Ranks
+from mining.rerank import Reranker, open_reranker
+from mining.sources import changed_files, claim_data
 from mining.state import Refresh, write_refresh
 from mining.watch import HOLDER, PIN_S, Task, Watch
 from trainer.data.datasets import RetrievalData, open_data
-from trainer.errors import RunInUse
-from trainer.handoff.manifest import disk_error, pin, unpin
+from trainer.handoff.claim import Claim, claim_side
+from trainer.handoff.manifest import pin, unpin
 from trainer.metrics import Metrics, MetricsFile, NoMetrics, NoStatus, Status
+
+log = logging.getLogger(__name__)
+
+
+ENCODING = "encoding"  # the phase that a newer checkpoint may end
 
 
 @dataclass
@@ -27,6 +36,7 @@ class Work:
 
     job: MineJob
     ranks: Ranks
+    claim: Claim  # this start's place in the run folder
     status: Status | NoStatus
     metrics: Metrics
     data: RetrievalData
@@ -34,32 +44,50 @@ class Work:
     tokens: TokenCache
     watch: Watch
     device: torch.device
+    files: dict[str, str]  # of the data as it was opened: SHA-256 by path
+    reranker: Reranker | None
     done_digest: str | None  # weights that need no mining: those mined last, or refused
     task: Task | None = None  # what is being made
+    settled_version: int | None = None  # one that gives way to no newer checkpoint: it has done so before, or was resumed
+    num_refused: int = 0
     seconds: dict[str, float] = field(default_factory=dict)  # its phases so far
+    _phase: tuple[str, float, dict[str, int]] = ("", 0.0, {})  # name, beginning, amounts of work
     _pinned_at: float = 0.0
+    _looked_at: float = 0.0
+    _told: frozenset[str] = frozenset()
 
     def begin(self, task: Task) -> None:
         """Start on a version."""
         self.task, self.seconds = task, {}
+        self.tell_changed_data()
 
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Tell the status and the state which phase begins, and keep its seconds when it is through."""
+    def phase(self, name: str, **amounts: int) -> Iterator[None]:
+        """Tell the status and the state which phase begins, and keep its seconds when it is through.
+
+        amounts: of work for all ranks together, such as tokens=1000; their rates are told.
+        """
         assert self.task is not None
         checkpoint, started = self.task.checkpoint, time.monotonic()
         step = None if checkpoint is None else checkpoint.step
+        self._phase = name, started, amounts
         self.status.update(phase=name, version=self.task.version, checkpoint_step=step, done=0, total=None)
         if checkpoint is not None and self.ranks.speaks:
             refresh = Refresh(self.task.version, checkpoint.folder.name, checkpoint.manifest["weights_digest"])
             write_refresh(self.job.run.folder, refresh, name)
         yield
         self.seconds[name] = round(time.monotonic() - started, 3)
+        rates = self._rates(1.0)
+        self.status.update(**rates)
+        figures = {"phase": name, "version": self.task.version, "seconds": self.seconds[name], **rates}
+        self.metrics.record(step or 0, {"event": "phase", **figures, **self.ages()})
 
     def progress(self, done: int, total: int) -> None:
-        """Tell how far a phase is on this rank."""
-        self.status.update(done=done, total=total)
+        """Tell how far a phase is on this rank; raises Superseded if it is not far, and better work has come."""
+        self.status.update(done=done, total=total, **self._rates(done / max(1, total)))
         self.keep_alive()
+        if self.ranks.speaks and 2 * done < total and self._is_superseded():
+            self.ranks.call_off()
 
     def keep_alive(self) -> None:
         """Write the heartbeat and renew the pin on the checkpoint at work."""
@@ -68,59 +96,88 @@ class Work:
             self._pinned_at = time.monotonic()
             pin(self.task.checkpoint.folder, HOLDER, PIN_S)
 
-    def finish(self) -> None:
-        """Let go of the checkpoint, mined or refused."""
+    def finish(self, is_done: bool = True) -> None:
+        """Let go of the checkpoint; is_done: it was mined or refused, and needs no other look."""
         if self.task is not None and self.task.checkpoint is not None and self.ranks.speaks:
-            self.done_digest = self.task.checkpoint.manifest["weights_digest"]
+            if is_done:
+                self.done_digest = self.task.checkpoint.manifest["weights_digest"]
+            else:
+                self.watch.look_again()
             unpin(self.task.checkpoint.folder, HOLDER)
         self.task = None
 
+    def ages(self) -> dict[str, int]:
+        """Return how old the work is, in the trainer's steps."""
+        return ages(self.job.run.folder, self.status.values)
 
-def open_work(job: MineJob, ranks: Ranks) -> Work:
+    def tell_changed_data(self) -> None:
+        """Say which files of the data are no longer what they were when they were opened."""
+        changed = frozenset(changed_files(self.files, self.job)) if self.ranks.speaks else self._told
+        if changed - self._told:
+            log.warning(
+                "%s changed since this service opened the data; it goes on with the texts as they were (data %s…), "
+                "as a trainer does that has opened them",
+                ", ".join(sorted(changed)), self.data.digest[:12],
+            )  # fmt: skip
+        self._told = changed
+
+    def _rates(self, share: float) -> dict[str, float]:
+        _, started, amounts = self._phase
+        seconds = max(1e-9, time.monotonic() - started)
+        return {f"{unit}_per_s": round(amount * share / seconds, 1) for unit, amount in amounts.items() if amount}
+
+    def _is_superseded(self) -> bool:
+        assert self.task is not None
+        checkpoint, version = self.task.checkpoint, self.task.version
+        now = time.monotonic()
+        if checkpoint is None or self._phase[0] != ENCODING or version == self.settled_version or self.task.is_given:
+            return False
+        if now - self._looked_at < self.job.mine.poll_s:
+            return False
+        self._looked_at = now
+        return self.watch.is_superseded(checkpoint)
+
+
+def open_work(job: MineJob, ranks: Ranks, claim: Claim) -> Work:
     """Return a service that is ready to work. Collective. Raises InputError for data that cannot be used."""
     run = job.run.folder
-    status: Status | NoStatus = Status(run, "miner") if ranks.speaks else NoStatus()
+    status: Status | NoStatus = Status(run, "miner", claim.check) if ranks.speaks else NoStatus()
     status.update(phase="starting", started=time.time())
     ranks.on_wait = status.update
     data = ranks.together(lambda: open_data(job.data, job.sources))
+    files = ranks.decide(lambda: claim_data(job, data))
     judgements = ranks.together(lambda: read_judgements(data, job.data.train_split))
     sizes = judgements.num_queries, len(data.corpus)
+    ranks.decide(lambda: check_clusters(job.clusters, judgements.num_queries))
     ranks.decide(lambda: claim_negatives(run, *sizes))
     last = last_version(run, *sizes) if ranks.speaks else None
     local_rank, num_gpus = ranks.local_rank(), torch.cuda.device_count()
+    device = torch.device("cuda", local_rank % num_gpus) if num_gpus else torch.device("cpu")
     work = Work(
         job=job,
         ranks=ranks,
+        claim=claim,
         status=status,
         metrics=MetricsFile(run / "logs" / "miner.jsonl") if ranks.speaks else NoMetrics(),
         data=data,
         judgements=judgements,
         tokens=TokenCache(data, judgements.query_rows),
         watch=Watch(job),
-        device=torch.device("cuda", local_rank % num_gpus) if num_gpus else torch.device("cpu"),
+        files=files,
+        device=device,
+        reranker=ranks.together(lambda: open_reranker(job.rerank, data, judgements.query_rows, device)),
         done_digest=None if last is None else last.manifest.get("weights_digest"),
     )
+    status.update(num_refused=0, **({} if last is None else version_figures(last.manifest)))
     ranks.on_wait = work.keep_alive
     return work
 
 
 @contextlib.contextmanager
-def claim_run(job: MineJob, ranks: Ranks) -> Iterator[None]:
-    """Hold the miner's place in the run folder on rank 0. Collective; raises InputError if a live miner holds it."""
-    folder = job.run.folder / "status"
-    lock = filelock.FileLock(folder / "miner.lock")
-
-    def take() -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            raise RunInUse(f"another miner is at work in {job.run.folder}; wait for it, or set run.folder") from error
-        except OSError as error:
-            raise disk_error(error, folder) from error
-
-    ranks.decide(take)
+def claim_run(job: MineJob, ranks: Ranks) -> Iterator[Claim]:
+    """Hold the miner's place in the run folder. Collective; raises InputError if a live miner holds it."""
+    claim = ranks.decide(lambda: claim_side(job.run.folder, "miner"))
     try:
-        yield
+        yield claim
     finally:
-        lock.release()
+        claim.release()

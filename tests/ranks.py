@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 # All that ranks import: each process pays for what is missing here, one of transformers' models takes two seconds.
 PRELOAD = ["torch.distributed.fsdp", "transformers.models.bert.modeling_bert", "deepspeed", "trainer.train", "tests.ranks"]
+PRELOAD += ["mining.service", "launch.__main__", "launch.commands", "launch.sides"]  # not MPI, which starts when it is imported
 
 
 def run_ranks(fn: Callable, num_ranks: int, *args: Any, timeout_s: float = 120) -> list[Any]:

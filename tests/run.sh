@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # The suite in an environment of its own: style, types, tests. Arguments go to pytest.
+# As root on Debian it installs Slurm and Chromium, once, for the tests that need them; elsewhere these are skipped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ./launch/install.sh .venv-test test
-export PATH="$PWD/.venv-test/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export PATH="$PWD/.venv-test/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
+./tests/packages.sh
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+python -m pytest -n 2 --dist loadfile "$@" # files with the fixtures they share stay on one worker

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
 TOPICS = [
     "sort",
@@ -78,12 +78,28 @@ def write_tiny_encoder(folder: Path, seed: int = 0, dropout: float = 0.1) -> Pat
     rules = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="[UNK]"))
     rules.normalizer = normalizers.Lowercase()
     rules.pre_tokenizer = pre_tokenizers.Whitespace()
-    rules.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    template = "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"
+    rules.post_processor = processors.TemplateProcessing(*template, special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     names = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
     special = {f"{name}_token": token for name, token in names.items()}
     PreTrainedTokenizerFast(tokenizer_object=rules, model_max_length=32, **special).save_pretrained(folder)
     torch.manual_seed(seed)
-    config = BertConfig(
+    BertModel(_config(dropout), add_pooling_layer=False).save_pretrained(folder)
+    return folder
+
+
+def write_tiny_cross_encoder(folder: Path, num_labels: int = 1) -> Path:
+    """Write a random BERT that classifies pairs, and its tokenizer."""
+    write_tiny_encoder(folder)
+    torch.manual_seed(0)
+    # Wider than what BERT starts with: scores of different pairs differ.
+    config = _config(0.1, initializer_range=0.3, num_labels=num_labels)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def _config(dropout: float, **more) -> BertConfig:
+    return BertConfig(
         vocab_size=len(VOCABULARY),
         hidden_size=32,
         num_hidden_layers=2,
@@ -92,6 +108,5 @@ def write_tiny_encoder(folder: Path, seed: int = 0, dropout: float = 0.1) -> Pat
         max_position_embeddings=32,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
+        **more,
     )
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
-    return folder

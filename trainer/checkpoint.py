@@ -4,6 +4,7 @@ The loop stops only while a copy is made; a thread writes it. Every rank writes 
 all parts, adds the encoder and publishes. The price is a copy of what a rank holds in the host's memory.
 """
 
+import copy
 import json
 import logging
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from trainer.handoff.claim import Claim
 from trainer.handoff.manifest import publish_version, write_latest
 from trainer.handoff.weights import Checkpoint, checkpoint_name, checkpoints_folder
 from trainer.parts import Fragment, Parts, part_name, write_part
@@ -30,8 +32,8 @@ POLL_S = 0.02
 class Saver:
     """Writes checkpoints behind the loop's back, one at a time."""
 
-    def __init__(self, run: Path, world: World):
-        self._run, self._world = run, world
+    def __init__(self, run: Path, world: World, claim: Claim):
+        self._run, self._world, self._claim = run, world, claim
         self._copies: dict[str, torch.Tensor] = {}  # used again: fresh pages cost more than the copy
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -49,8 +51,9 @@ class Saver:
         """
         self.wait()
         fragments = [self._copy(fragment) for fragment in state.kept_fragments()]
-        values = state.values()
-        parts = checkpoints_folder(self._run) / f"{PARTS}{checkpoint_name(state.step)}"
+        values = copy.deepcopy(state.values())  # lists among them grow while the thread writes
+        # A rank that outlived its run's last start leaves its part where nobody looks.
+        parts = checkpoints_folder(self._run) / f"{PARTS}{self._claim.number}-{checkpoint_name(state.step)}"
 
         def write() -> None:
             started = time.perf_counter()
@@ -104,7 +107,8 @@ class Saver:
             (folder / "state" / "trainer.json").write_text(json.dumps(values))
 
         folder = checkpoints_folder(self._run) / checkpoint_name(values["step"])
-        publish_version(folder, write, fields)
+        publish_version(folder, write, fields, self._claim.check)
+        self._claim.check()
         write_latest(folder.parent, folder.name)
         return folder
 

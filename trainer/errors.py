@@ -11,3 +11,7 @@ class InputError(ValueError):
 
 class RunInUse(InputError):
     """Another live process holds this side of the run, and its status file."""
+
+
+class NotFiniteEmbedding(InputError):
+    """An encoder gave a text an embedding with NaN or infinity in it; the message names the text."""

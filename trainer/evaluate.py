@@ -1,7 +1,8 @@
 """nDCG@10, MRR@10 and recall of an encoder on one split, with the corpus sharded over the ranks.
 
 Embeddings go through the run's shards, so what the miner or an interrupted evaluation has encoded is not encoded again.
-Figures are those of `ir-measures`.
+Figures are those of `ir-measures` on the whole matrix of scores: equal scores stand in the order that trec_eval gives them,
+by id, descending, also where the last place of a list is shared.
 """
 
 import math
@@ -9,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import ir_measures
 import numpy as np
+import pyarrow.compute
 from ir_measures import RR, R, nDCG
 from transformers import PreTrainedTokenizerBase
 
@@ -63,7 +66,7 @@ def evaluate(
     ]
     _encode_missing(world, encoder, sides, on_progress, should_stop)
     query_QD = sides[0][0].read_rows(np.arange(len(query_rows)))
-    scores, ids = _search(world, query_QD, sides[1][0])
+    scores, ids = _search(world, query_QD, sides[1][0], data.corpus)
     if on_health is not None and world.speaks:
         on_health(split_health(data, split, query_rows, query_QD, sides[1][0], scores, ids))
     return world.broadcast(measure(data, split, query_rows, scores, ids) if world.speaks else None)
@@ -82,15 +85,17 @@ def measure(
     """Return the measures of ranked lists, ids -1 where a list is shorter; judgements as the split has them."""
     qrels: dict[str, dict[str, int]] = {}
     judged = data.qrels[split]
+    rows = np.unique(np.concatenate([judged.corpus_rows, ids_Qk[ids_Qk >= 0]]))
+    names = dict(zip(rows.tolist(), data.corpus.select(rows)["_id"], strict=True))
     for query, passage, score in zip(judged.query_rows, judged.corpus_rows, judged.scores, strict=True):
-        qrels.setdefault(str(query), {})[str(passage)] = math.ceil(score)  # trec_eval has whole grades
+        qrels.setdefault(str(query), {})[names[int(passage)]] = math.ceil(score)  # trec_eval has whole grades
     run = {
-        str(row): {str(i): float(s) for i, s in zip(ids, scores, strict=True) if i >= 0}
-        for row, ids, scores in zip(query_rows, ids_Qk, scores_Qk, strict=True)
+        str(row): {names[i]: s for i, s in zip(ids, scores, strict=True) if i >= 0}
+        for row, ids, scores in zip(query_rows, ids_Qk.tolist(), scores_Qk.tolist(), strict=True)
     }
     wanted = {key: qrels[key] for key in run}
     values = ir_measures.calc_aggregate(list(MEASURES.values()), wanted, run)
-    return {name: round(float(values[measure]), 6) for name, measure in MEASURES.items()}
+    return {name: float(values[measure]) for name, measure in MEASURES.items()}
 
 
 def split_health(
@@ -157,12 +162,29 @@ def _encode_missing(
         raise Stopped
 
 
-def _search(world: World, query_QD: np.ndarray, shards: Shards) -> tuple[np.ndarray, np.ndarray]:
+def _search(world: World, query_QD: np.ndarray, shards: Shards, corpus: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
     """Return the merged best of all shards on rank 0, empty arrays elsewhere. Collective."""
-    found = [
-        top_k(query_QD, shards.read(shard), DEPTH, first_id=int(shards.rows(shard)[0]))
-        for shard in range(world.rank, shards.num_shards, world.num_ranks)
-    ]
-    nothing = np.full((len(query_QD), DEPTH), -np.inf, np.float32), np.full((len(query_QD), DEPTH), -1, np.int64)
-    parts = world.gather_objects(merge_top_k(found or [nothing], DEPTH))
-    return merge_top_k(parts, DEPTH) if parts else nothing
+    found = [(np.full((len(query_QD), DEPTH), -np.inf, np.float32), np.full((len(query_QD), DEPTH), -1, np.int64))]
+    for shard in range(world.rank, shards.num_shards, world.num_ranks):
+        by_name = _by_name(corpus, shards.rows(shard))
+        scores, places = top_k(query_QD, shards.read(shard)[by_name - by_name.min()], DEPTH)
+        found.append((scores, np.where(places < 0, -1, by_name[places])))
+    parts = world.gather_objects(_merge(found, corpus))
+    return _merge(parts, corpus) if parts else found[0]
+
+
+def _merge(parts: list[tuple[np.ndarray, np.ndarray]], corpus: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Return the best of several lists of the same queries, equal scores by name."""
+    rows = np.unique(np.concatenate([ids for _, ids in parts], axis=1))
+    rows = rows[rows >= 0]
+    by_name = _by_name(corpus, rows)
+    place_of = np.argsort(by_name)  # of each of `rows`, which are ascending
+    placed = [(scores, np.where(ids < 0, -1, place_of[np.searchsorted(rows, np.maximum(ids, rows[0]))])) for scores, ids in parts]
+    scores, places = merge_top_k(placed, DEPTH)
+    return scores, np.where(places < 0, -1, by_name[places])
+
+
+def _by_name(corpus: datasets.Dataset, rows: np.ndarray) -> np.ndarray:
+    """Return rows of the corpus by the bytes of their ids, descending: how trec_eval breaks ties."""
+    names = corpus.with_format("arrow").select(rows)[:]["_id"]
+    return rows[pyarrow.compute.sort_indices(names, sort_keys=[("", "descending")]).to_numpy()]

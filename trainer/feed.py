@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from trainer.errors import InputError
 from trainer.handoff.manifest import TornVersion, pin, read_latest, unpin
 from trainer.handoff.negatives import Negatives, negatives_folder, open_negatives, version_name
 from trainer.handoff.settings import NegativesSettings
@@ -36,8 +37,14 @@ class NegativesFeed:
         num_passages: int,
         should_stop: Callable[[], bool],
         given: Negatives | None = None,
+        is_used: bool = True,
+        data_digest: str | None = None,
     ):
-        """should_stop: may differ between ranks; one rank's yes stops all. given: the data's own, where none are mined."""
+        """should_stop: may differ between ranks; one rank's yes stops all. given: the data's own, where none are mined.
+
+        is_used: False: no version is ever looked for.
+        data_digest: of the data that versions must have been mined from; None: any.
+        """
         self.in_force: Negatives | None = None
         self._given = given
         self._previous: Negatives | None = None  # in force before, and kept until the next swap
@@ -45,14 +52,16 @@ class NegativesFeed:
         self._warned: set[int] = set()  # versions that were called too old
         self._stale_since_s: float | None = None
         self._world, self._run, self._settings = world, run, settings
-        self._num_queries, self._num_passages = num_queries, num_passages
+        self._fits = num_queries, num_passages, data_digest
         self._should_stop = should_stop
         self._wanted = NONE  # version to fetch, as all agreed
         self._fetched: Negatives | None = None  # the version fetched last
         self._started = time.monotonic()
         self._closed = threading.Event()
-        if settings.per_query:
-            threading.Thread(target=self._fetch, daemon=True).start()
+        self._is_used = is_used
+        self._fetcher = threading.Thread(target=self._fetch, daemon=True)
+        if is_used:
+            self._fetcher.start()
 
     def before_step(self, step: int, on_wait: Callable[[], None] = lambda: None) -> bool:
         """Bring the negatives of a step into force and return whether to stop before it.
@@ -94,7 +103,6 @@ class NegativesFeed:
         if self._version() != version:
             return
         if back_to is None:
-            self._let_go(self.in_force)
             self.in_force = None
         elif self._previous is not None and self._previous.version == back_to:  # at once: every rank has kept it
             self.in_force, self._previous = self._previous, self.in_force
@@ -102,12 +110,13 @@ class NegativesFeed:
     def close(self) -> None:
         """Stop the background thread and let go of the versions in use."""
         self._closed.set()
-        for negatives in (self.in_force, self._previous):
-            self._let_go(negatives)
+        if self._fetcher.is_alive():
+            # Left to itself it may be the last to hold the process group, while Python ends: torch aborts then.
+            self._fetcher.join()
 
     def _decide(self, step: int) -> tuple[int, bool]:
         """Return the version that should be in force, and whether the step must wait for it. Rank 0 only."""
-        if self._settings.per_query == 0:
+        if not self._is_used:
             return NONE, False
         if self._settings.schedule:
             return sum(entry.step <= step for entry in self._settings.schedule), True
@@ -141,36 +150,44 @@ class NegativesFeed:
 
     def _put_in_force(self) -> None:
         assert self._fetched is not None
-        if self._world.speaks:
-            pin(self._folder(self._fetched), "trainer", PIN_S)
-        if self._previous is not None and self._previous.version != self._fetched.version:
-            self._let_go(self._previous)
         self._previous, self.in_force, self._stale_since_s = self.in_force, self._fetched, None
-
-    def _let_go(self, negatives: Negatives | None) -> None:
-        if self._world.speaks and negatives is not None:
-            unpin(self._folder(negatives), "trainer")
 
     def _version(self) -> int:
         return NONE if self.in_force is None else self.in_force.version
 
-    def _folder(self, negatives: Negatives) -> Path:
-        return negatives_folder(self._run) / version_name(negatives.version)
+    def _folder(self, version: int) -> Path:
+        return negatives_folder(self._run) / version_name(version)
 
     def _fetch(self) -> None:
-        """Verify and map the wanted version, and keep the pin of the one in force alive, until closed."""
-        said, pinned_at = set(), time.monotonic()
+        """Verify and map the wanted version, and keep those in use pinned, until closed. All file work is done here."""
+        said: set[int] = set()
+        pinned: dict[int, float] = {}  # version -> when
         while not self._closed.wait(POLL_S):
             wanted = self._wanted
+            self._keep_pinned(pinned, wanted)
             if wanted != NONE and (self._fetched is None or self._fetched.version != wanted):
                 try:
-                    self._fetched = open_negatives(self._run, version_name(wanted), self._num_queries, self._num_passages)
+                    self._fetched = open_negatives(self._run, version_name(wanted), *self._fits)
                 except TornVersion as torn:
                     if wanted not in said:
                         said.add(wanted)
-                        log.info("negatives %s not taken: %s", version_name(wanted), torn)
-            if self._world.speaks and time.monotonic() - pinned_at > PIN_S / 4:
-                pinned_at = time.monotonic()
-                for held in (self.in_force, self._previous):
-                    if held is not None:
-                        pin(self._folder(held), "trainer", PIN_S)
+                        log.warning("negatives %s not taken: %s", version_name(wanted), torn)
+        for version in pinned:
+            unpin(self._folder(version), "trainer")
+
+    def _keep_pinned(self, pinned: dict[int, float], wanted: int) -> None:
+        """Pin what is in use or about to be, in good time, and let go of all else. Rank 0 only has pins."""
+        if not self._world.speaks:
+            return
+        in_use = {held.version for held in (self._fetched, self.in_force, self._previous) if held is not None}
+        now_s = time.monotonic()
+        for version in in_use | ({wanted} - {NONE}):
+            if now_s - pinned.get(version, -PIN_S) > PIN_S / 4 and self._folder(version).is_dir():
+                try:
+                    pin(self._folder(version), "trainer", PIN_S)
+                except InputError as error:  # a full disk must not end this thread
+                    log.warning("negatives v%d not pinned: %s", version, error)
+                pinned[version] = now_s
+        for version in pinned.keys() - in_use - {wanted}:
+            unpin(self._folder(version), "trainer")
+            del pinned[version]

@@ -29,7 +29,9 @@ class BatchSettings:
     # of several sources: queries of all in a batch, one source for each batch, or a batch of every source in each step
     mode: Mode = "mixed"
     avoid_duplicates: bool = False  # keep equal queries, and those that share a positive, out of each other's batch
-    clusters: Path | None = None  # .npz file of clusters of training queries; batches are made of whole ones
+    # Batches are made of whole clusters of training queries: "mined" ones, that the miner publishes and each epoch takes
+    # over, or those of an .npz file. None: random batches.
+    clusters: Literal["mined"] | Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +205,11 @@ class TrainJob:
             raise InputError(
                 f'negatives.max_age_steps={age} with when_stale="wait" would wait for checkpoints that are not written yet; '
                 f"set it to {2 * self.checkpoint.every_steps} or more, or checkpoint.every_steps lower"
+            )
+        if self.batch.clusters == "mined" and self.batch.mode == "tasks":
+            raise InputError(
+                'batch.clusters="mined" needs one epoch for all sources, and with batch.mode="tasks" each has its own; '
+                'set batch.mode to "mixed" or "homogeneous", or batch.clusters to a file'
             )
         self._check_schedule()
         self._check_sources()

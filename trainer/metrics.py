@@ -3,6 +3,7 @@
 Ranks that do not record get the null objects, so that no loop asks whether recording is on.
 """
 
+import errno
 import importlib.util
 import json
 import logging
@@ -10,11 +11,14 @@ import os
 import re
 import socket
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from trainer.errors import InputError
-from trainer.handoff.manifest import write_atomically
+from trainer.handoff.clock import seconds_since_written
+from trainer.handoff.manifest import disk_error, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -31,15 +35,27 @@ class Metrics(Protocol):
 
 
 class MetricsFile:
-    """One JSON object a line, units in the keys, appended and flushed line by line."""
+    """One JSON object a line, units in the keys, each appended by one write. Raises InputError when the disk refuses."""
 
     def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - lives as long as the run
+        self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "ab+", buffering=0)  # noqa: SIM115 - lives as long as the run
+            size = os.fstat(self._file.fileno()).st_size
+            if size and os.pread(self._file.fileno(), 1, size - 1) != b"\n":
+                self._file.write(b"\n")  # a full disk took half a line: it must not spoil the next
+        except OSError as error:
+            raise disk_error(error, path) from error
 
     def record(self, step: int, values: dict[str, Any]) -> None:
         """Append one line; numbers, strings and lists of them."""
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **values}).encode() + b"\n"
+        try:
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise disk_error(error, self._path) from error
 
     def close(self) -> None:
         self._file.close()
@@ -122,23 +138,27 @@ class NoMetrics:
 class Status:
     """`status/SIDE.json`: phase, progress and heartbeat of one side of a run, for `status` and the live view."""
 
-    def __init__(self, run: Path, side: str, min_interval_s: float = 0.5):
-        self._path = run / "status" / f"{side}.json"
-        self._values: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname()}
+    def __init__(self, run: Path, side: str, may_write: Callable[[], None] = lambda: None, min_interval_s: float = 0.5):
+        """may_write: called before each write; raises if this process may not write any more."""
+        self._path = _status_file(run, side)
+        self.values: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname()}
         self._written = 0.0
-        self._min_interval_s = min_interval_s
+        self._may_write, self._min_interval_s = may_write, min_interval_s
 
     def update(self, **values: Any) -> None:
         """Merge values in and write the file, at most every `min_interval_s` unless the phase changed."""
-        changed_phase = values.get("phase", self._values.get("phase")) != self._values.get("phase")
-        self._values |= values
+        changed_phase = values.get("phase", self.values.get("phase")) != self.values.get("phase")
+        self.values |= values
         if changed_phase or time.monotonic() - self._written >= self._min_interval_s:
             self._written = time.monotonic()
-            write_atomically(self._path, json.dumps({**self._values, "heartbeat": time.time()}))
+            self._may_write()
+            write_atomically(self._path, json.dumps({**self.values, "heartbeat": time.time()}))
 
 
 class NoStatus:
     """Tells nothing: for the ranks that do not speak."""
+
+    values: Mapping[str, Any] = MappingProxyType({})
 
     def update(self, **values: Any) -> None:
         """Do nothing."""
@@ -147,6 +167,21 @@ class NoStatus:
 def read_status(run: Path, side: str) -> dict[str, Any]:
     """Return what one side last wrote, or an empty dictionary."""
     try:
-        return json.loads((run / "status" / f"{side}.json").read_text())
+        return json.loads(_status_file(run, side).read_text())
     except (OSError, ValueError):
         return {}
+
+
+def heartbeat_age_s(run: Path, side: str) -> float | None:
+    """Return how long one side has not written its status, by the clock of the file server; None if it never did."""
+    return seconds_since_written(_status_file(run, side))
+
+
+def forget_status(run: Path) -> None:
+    """Delete what both sides last wrote, so that the words of an earlier start are not taken for those of the next."""
+    for side in ("trainer", "miner"):
+        _status_file(run, side).unlink(missing_ok=True)
+
+
+def _status_file(run: Path, side: str) -> Path:
+    return run / "status" / f"{side}.json"

@@ -142,6 +142,7 @@ def _evaluated(run: Training, split: str, phase: str) -> dict[str, float]:
             should_stop=run.interrupt.is_set,
             on_health=on_health,
         )
+    run.status.update(last_evaluation={"step": step, "split": split, **measures})
     if run.world.speaks and not has_checkpoint:
         shutil.rmtree(shards, ignore_errors=True)
     return measures

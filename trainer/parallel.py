@@ -143,7 +143,9 @@ def parallelize(encoder: nn.Module, world: World, settings: ParallelSettings, op
         return _with_fsdp2(encoder, world, settings, optim)
     module = world.accelerator.prepare_model(encoder)
     assert isinstance(module, DistributedDataParallel)
-    return Parallel(encoder, module, DDPSync(module), optim, world)
+    sync = DDPSync(module)
+    sync.settle_buckets()
+    return Parallel(encoder, module, sync, optim, world)
 
 
 def copy_weights(parallel: Parallel, encoder: nn.Module | None) -> None:

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import filelock
 import numpy as np
 from torch import Tensor
 from torch.optim import AdamW
@@ -25,13 +24,15 @@ from trainer.early_stop import EarlyStop, RollBack
 from trainer.ema import build_average
 from trainer.encoder.model import Encoder, Traits, load_encoder
 from trainer.encoder.tokens import tokenize_side
-from trainer.errors import InputError, RunInUse
+from trainer.errors import InputError
 from trainer.feed import NegativesFeed
+from trainer.handoff.claim import Claim, claim_side
 from trainer.handoff.manifest import clean_staging
 from trainer.handoff.weights import Checkpoint, checkpoints_folder, newest_checkpoint
 from trainer.interrupt import Interrupt
 from trainer.job import TrainJob
 from trainer.metrics import Metrics, NoMetrics, NoStatus, Status, TrainerMetrics, check_trackers
+from trainer.mined_clusters import MinedClusters
 from trainer.optim import build_schedule
 from trainer.parallel import is_sharded, parallelize
 from trainer.precision import encode_in, loss_scaler, set_tf32
@@ -62,10 +63,11 @@ class Training:
     metrics: Metrics
     status: Status | NoStatus
     order: Order  # of the training queries
+    clusters: MinedClusters | None  # that make its batches
     tasks: dict[int | None, Task]  # what becomes of each source's queries
     has_two_towers: bool
     num_steps: int
-    lock: filelock.BaseFileLock | None  # held by rank 0 while it lives
+    claim: Claim  # this start's place in the run folder
     saved_step: int | None = None  # of the newest checkpoint
     budget: Budget | None = None  # of memory; found with the first batch
     data_s: float = 0.0  # that the last step took to put its batch together
@@ -76,8 +78,8 @@ def prepare(job: TrainJob, world: World) -> Training:
     """Return a started or resumed run. Collective. Raises InputError for a job or data that cannot be used."""
     run = job.run.folder
     check_trackers(job.run.trackers)
-    lock = claim_run(job, world)
-    status: Status | NoStatus = Status(run, "trainer") if world.speaks else NoStatus()
+    claim = claim_run(job, world)
+    status: Status | NoStatus = Status(run, "trainer", claim.check) if world.speaks else NoStatus()
     status.update(phase="preparing", step=0)
     data = open_data(job.data, job.sources)
     check_sizes(job, data, world.num_ranks)
@@ -102,7 +104,7 @@ def prepare(job: TrainJob, world: World) -> Training:
         batch=batch.queries,
         mode=batch.mode,
         avoid_duplicates=batch.avoid_duplicates,
-        clusters=batch.clusters,
+        clusters=None if batch.clusters == "mined" else batch.clusters,
     )
     num_steps = job.optim.steps or max(1, math.ceil(job.optim.epochs * order.steps_per_epoch))
     plain = copy.deepcopy(encoder) if world.speaks or is_sharded(job.parallel, world) else None
@@ -114,7 +116,18 @@ def prepare(job: TrainJob, world: World) -> Training:
     interrupt = Interrupt()
     num_passages = len(data.corpus)
     given = given_negatives(data, split) if job.negatives.per_query else None
-    feed = NegativesFeed(world, run, job.negatives, dataset.num_queries, num_passages, interrupt.is_set, given)
+    clusters = MinedClusters(world, run, dataset.num_queries) if batch.clusters == "mined" else None
+    feed = NegativesFeed(
+        world,
+        run,
+        job.negatives,
+        dataset.num_queries,
+        num_passages,
+        interrupt.is_set,
+        given,
+        data_digest=data.digest,
+        is_used=job.negatives.per_query != 0 or clusters is not None,
+    )
     for version in state.roll_back.refused:
         if version is not None:
             feed.take_back(version, state.negatives_version)
@@ -129,7 +142,7 @@ def prepare(job: TrainJob, world: World) -> Training:
         state,
         plain,
         build_schedule(job.optim, num_steps),
-        Saver(run, world),
+        Saver(run, world, claim),
         tokenizer,
         traits,
         feed,
@@ -137,10 +150,11 @@ def prepare(job: TrainJob, world: World) -> Training:
         metrics,
         status,
         order,
+        clusters,
         build_tasks(job.loss, data, state.temperature, world.device),
         encoder.has_two_towers,
         num_steps,
-        lock,
+        claim,
         saved_step=None if checkpoint is None else checkpoint.step,
     )
 
@@ -160,23 +174,19 @@ def first_state(job: TrainJob, world: World, encoder: Encoder) -> TrainState:
     )
 
 
-def claim_run(job: TrainJob, world: World) -> filelock.BaseFileLock | None:
-    """Take the trainer's place in the run folder on rank 0 and clear what killed writers left there.
+def claim_run(job: TrainJob, world: World) -> Claim:
+    """Take the trainer's place in the run folder and clear what killed writers left there. Collective.
 
-    Raises InputError if a live trainer holds it.
+    Raises InputError, on every rank, if a live trainer holds it.
     """
-    if not world.speaks:
-        return None
-    path = job.run.folder / "status" / "trainer.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise RunInUse(f"another trainer is at work in {job.run.folder}; wait for it, or set run.folder") from error
-    clean_staging(checkpoints_folder(job.run.folder))
-    clean_parts(job.run.folder)
-    return lock
+
+    def take() -> Claim:
+        taken = claim_side(job.run.folder, "trainer")
+        clean_staging(checkpoints_folder(job.run.folder))
+        clean_parts(job.run.folder)
+        return taken
+
+    return world.decide(take)
 
 
 def check_sizes(job: TrainJob, data: RetrievalData, num_ranks: int) -> None:

@@ -84,6 +84,8 @@ def switch_negatives(run: Training) -> bool:
         )
         origin = "BM25" if in_force.checkpoint_step is None else f"the checkpoint of step {in_force.checkpoint_step}"
         log.info("step %d: negatives v%d in force, mined from %s", run.state.step, in_force.version, origin)
+    if run.clusters is not None:
+        run.order = run.clusters.order_of(run.order, run.state.step, in_force)
     return asked_to_stop
 
 
@@ -192,7 +194,10 @@ def record(run: Training, result: StepResult, grad_norm: float, seconds: float) 
     }
     run.metrics.record(state.step, values)
     eta_s = state.seconds / state.step * num_left
-    run.status.update(phase="training", step=state.step, loss=result.loss, eta_s=eta_s, swaps=state.swaps)
+    run.status.update(
+        phase="training", step=state.step, loss=result.loss, eta_s=eta_s, swaps=state.swaps,
+        tokens_per_rank_per_s=values["tokens_per_rank_per_s"], negatives_age_steps=values["negatives/age_steps"],
+    )  # fmt: skip
     if run.world.speaks:
         log.info(
             "step %d/%d  loss %.4f  gradient %.3f  %.0f tokens/s a rank  %.1f GiB",

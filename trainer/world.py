@@ -5,7 +5,9 @@ import ctypes
 import datetime
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import KwargsHandler
 
 from trainer.errors import InputError
+
+T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT_S = 600  # a lost rank is noticed after this long by those who wait for it
 
@@ -56,6 +60,22 @@ class World:
         holder = [value]
         dist.broadcast_object_list(holder, src=0, group=self.control)
         return holder[0]
+
+    def decide(self, choose: Callable[[], T]) -> T:
+        """Return on every rank what `choose` returns on rank 0; its InputError ends all, and rank 0 says it. Collective."""
+        value: T | None = None
+        refusal: InputError | None = None
+        if self.speaks:
+            try:
+                value = choose()
+            except InputError as error:
+                refusal = error
+        value, is_refused = self.broadcast((value, refusal is not None))
+        if refusal is not None:
+            raise refusal
+        if is_refused:
+            raise SystemExit(2)  # one sentence is enough
+        return value  # type: ignore[return-value]
 
     def leave(self) -> None:
         """Leave the process group."""

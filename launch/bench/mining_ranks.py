@@ -62,7 +62,7 @@ def _ranks(comm, data: str, model: str, rounds: int) -> dict[str, Any]:
     def encode(ranks: Ranks, turn: str) -> None:
         shards = Shards(folder / turn, TEXTS, TEXT_SHARD)
         ranks.decide(lambda: shards.folder.mkdir(exist_ok=True))
-        side = Side("passage", shards, tokens, str)
+        side = Side("passage", shards, tokens)
         encode_missing(ranks, encoder, [side], lambda done, total: None)
 
     def search(ranks: Ranks, turn: str) -> None:

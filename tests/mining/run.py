@@ -46,10 +46,10 @@ def as_job(job: dict) -> MineJob:
     return TypeAdapter(MineJob).validate_json(json.dumps(job))
 
 
-def publish_checkpoint(job: dict, step: int, towers: Literal["one", "two"] = "one") -> Path:
-    """Publish a random encoder as the checkpoint of a step and return its folder. Two towers differ."""
+def publish_checkpoint(job: dict, step: int, towers: Literal["one", "two"] = "one", source: Path | None = None) -> Path:
+    """Publish an encoder, a random one by default, as the checkpoint of a step and return its folder. Two towers differ."""
     run, data = Path(job["run"]["folder"]), Path(job["data"]["path"])
-    source = write_tiny_encoder(data.parent / f"encoder-{step}", seed=step)
+    source = source or write_tiny_encoder(data.parent / f"encoder-{step}", seed=step)
     encoder, tokenizer, traits = load_encoder(ModelSettings(name=str(source), towers=towers))
     if towers == "two":
         other, *_ = load_encoder(ModelSettings(name=str(write_tiny_encoder(data.parent / f"other-{step}", seed=step + 1))))
@@ -79,7 +79,7 @@ def run_on_ranks(num_ranks: int, plans: list[tuple[dict, int]]) -> tuple[int, st
     ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
     words = [*mpiexec, sys.executable, "-m", "tests.mining.run", str(path)]
-    done = subprocess.run(words, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -1,6 +1,7 @@
 """Leases of shards, settings of the encoder, and embeddings that are not finite."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from mpi4py import MPI
 
 from mining.encode import Embeddings, Side, encode_missing
-from mining.ranks import Ranks
+from mining.ranks import GivenUp, Ranks
 from tests.mining.run import make_job, publish_checkpoint
 from tests.mining.test_service import manifest, mine
 from tests.tiny import TOPICS, VOCABULARY, write_tiny_dataset, write_tiny_encoder
@@ -17,7 +18,6 @@ from trainer.encoder.encode import encode_rows
 from trainer.encoder.model import ModelSettings, load_encoder
 from trainer.encoder.shards import EncodeSettings, open_shards
 from trainer.encoder.tokens import tokenize
-from trainer.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,8 @@ def passages(tmp_path_factory):
     return encoder, tokenize(corpus, tokenizer, prefix="", max_tokens=32, cache=folder / "cache")
 
 
-def encode(shards, encoder, tokens, **changes):
-    side = Side(**{"tower": "passage", "shards": shards, "tokens": tokens, "name_of": lambda row: f"document {row}", **changes})
+def encode(shards, encoder, tokens):
+    side = Side("passage", shards, tokens)
     return encode_missing(Ranks(MPI.COMM_SELF, lambda: False), encoder, [side], lambda done, total: None)
 
 
@@ -84,7 +84,7 @@ def test_a_text_without_an_embedding_is_named(tmp_path, passages):
     before = weights.data.clone()
     weights.data[sort] = torch.nan
     try:
-        with pytest.raises(InputError, match=rf"document {first}: its embedding has NaN or infinite numbers, as \d+ of"):
+        with pytest.raises(GivenUp, match=rf"the embedding of {re.escape(tokens.name(first))} is not finite, and so for \d+ of"):
             encode(shards, encoder, tokens)
     finally:
         weights.data.copy_(before)
@@ -101,18 +101,3 @@ def test_a_service_goes_by_its_encode_settings_and_a_single_query_is_enough(tmp_
     assert manifest(job, "v000001")["num_negatives"] == 5
     stored = [np.load(file, mmap_mode="r").dtype for file in tmp_path.glob("run/shards/*/shard-*/embeddings.npy")]
     assert set(stored) == {np.dtype(np.float16)} and len(stored) == 2
-
-
-def test_a_service_names_the_document_without_an_embedding(tmp_path, monkeypatch):
-    job = make_job(tmp_path, mine={"bm25_top_k": 0})
-    publish_checkpoint(job, 10)
-
-    def with_nan(encoder, tokens, rows, *rest):
-        embedding_nD = encode_rows(encoder, tokens, rows, *rest)
-        embedding_nD[rows == 301] = np.nan  # there are fewer queries
-        return embedding_nD
-
-    monkeypatch.setattr("trainer.encoder.shards.encode_rows", with_nan)
-    name = json.loads((tmp_path / "data" / "corpus.jsonl").read_text().splitlines()[301])["_id"]
-    with pytest.raises(InputError, match=rf"document {name} of .*: its embedding has NaN or infinite numbers, as 1 of the 128"):
-        mine(job)

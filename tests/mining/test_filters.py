@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mining.filters import FilterSettings, OwnTexts, filter_candidates, is_first_of_its_key, is_listed, relative_ceiling
+from mining.filters import FilterSettings, Kept, OwnTexts, drop_known, drop_suspected, is_first_of_its_key, is_listed
 from trainer.errors import InputError
 
 
@@ -43,10 +43,43 @@ def test_the_first_kept_one_of_equal_texts_stays(seed):
     assert not plain.all()
 
 
+# Each rule in the words of its source, of the place among the candidates left, the score and the positive's score.
+PLAIN = {
+    "shifted (NV-Retriever)": (dict(range_min=3), lambda j, s, p: j >= 3),
+    "band (SciNCL)": (dict(range_min=2, range_max=5), lambda j, s, p: j in (2, 3, 4)),
+    "TopK-Abs": (dict(max_score=0.3), lambda j, s, p: s < 0.3),
+    "floor": (dict(min_score=-0.2), lambda j, s, p: s >= -0.2),
+    "TopK-PercPos": (dict(relative_margin=0.2), lambda j, s, p: s < (0.8 * p if p > 0 else 1.2 * p)),
+    "TopK-MarginPos": (dict(absolute_margin=0.25), lambda j, s, p: s < p - 0.25),
+    "UniME's mask": (dict(absolute_margin=-0.25), lambda j, s, p: not s >= p + 0.25),
+    "adaptive": (dict(adaptive_margin=(0.1, 0.5)), lambda j, s, p: p - s > 0.1 + 0.5 * abs(p)),
+}
+
+
+@pytest.mark.parametrize("rule", PLAIN)
+def test_each_rule_keeps_what_its_formula_says_for_scores_of_any_sign(rule):
+    settings, plain = PLAIN[rule]
+    random = np.random.default_rng(len(rule))
+    # Quarters of tenths: no score stands on a threshold, where the last bit would decide.
+    scores = -np.sort(-(random.integers(-40, 40, (50, 9)) / 40 + 0.0125), axis=1).astype(np.float32)
+    positive = (random.integers(-40, 40, 50) / 40).astype(np.float32)
+    kept = Kept(np.where(random.random(scores.shape) < 0.8, 1, -1))
+    known = kept.mask_QK
+    drop_suspected(FilterSettings(**{"relative_margin": "off", **settings}), kept, scores, positive)
+    expected = np.zeros(known.shape, bool)
+    for q, j in zip(*np.nonzero(known), strict=True):
+        expected[q, j] = plain(known[q, :j].sum(), scores[q, j], positive[q])
+    np.testing.assert_array_equal(kept.mask_QK, expected)
+    assert 0 < kept.mask_QK.sum() < known.sum() and sum(kept.dropped.values()) == known.sum() - kept.mask_QK.sum()
+
+
 @pytest.mark.parametrize("positive", [0.8, -0.8, 0.0])
-def test_the_relative_margin_never_lets_scores_above_the_positive_pass(positive):
-    ceiling = relative_ceiling(np.array([positive], np.float32), 0.05)[0]
-    assert ceiling <= positive and ceiling == pytest.approx(positive - 0.05 * abs(positive))
+@pytest.mark.parametrize("margin", [dict(relative_margin=0.05), dict(relative_margin=0), dict(adaptive_margin=(0.0, 0.3))])
+def test_no_margin_lets_a_score_as_high_as_the_positives_pass(positive, margin):
+    kept = Kept(np.zeros((1, 3), int))
+    scores = np.array([[positive + 0.01, positive, positive - 0.5]], np.float32)
+    drop_suspected(FilterSettings(**{"relative_margin": "off", **margin}), kept, scores, np.array([positive], np.float32))
+    assert kept.mask_QK.tolist() == [[False, False, True]]
 
 
 def test_every_filter_counts_what_the_earlier_ones_left():
@@ -55,19 +88,37 @@ def test_every_filter_counts_what_the_earlier_ones_left():
     keys = np.array([[10, 11, 12, 13, 13, 15, 16, 16]])
     # 0 is judged, 1 has the query's text, 2 that of the positive, 4 that of 3; the positive scores 0.98
     own = OwnTexts(np.array([0, 2]), np.array([0, 9]), np.array([0, 3]), np.array([10, 12, 11]))
-    settings = FilterSettings(relative_margin=0.05, absolute_margin=0.3)
-    keep, dropped = filter_candidates(settings, ids, scores, keys, own, np.array([0.98], np.float32))
-    assert dropped == {"judged": 1, "equal_texts": 2, "duplicates": 1, "relative_margin": 1, "absolute_margin": 1}
-    np.testing.assert_array_equal(np.flatnonzero(keep), [6])
+    settings, kept = FilterSettings(relative_margin=0.05, absolute_margin=0.3), Kept(ids)
+    drop_known(settings, kept, ids, keys, own)
+    drop_suspected(settings, kept, scores, np.array([0.98], np.float32))
+    assert kept.dropped == {"judged": 1, "equal_texts": 2, "duplicates": 1, "relative_margin": 1, "absolute_margin": 1}
+    np.testing.assert_array_equal(np.flatnonzero(kept.mask_QK), [6])
 
 
 def test_filters_can_be_turned_off_but_for_the_judged():
     ids, own = np.array([[0, 1, 1]]), OwnTexts(np.array([0, 1]), np.array([0]), np.array([0, 1]), np.array([5]))
-    off = FilterSettings(equal_texts=False, duplicates=False, relative_margin="off")
-    keep, dropped = filter_candidates(off, ids, np.ones((1, 3), np.float32), ids * 0 + 5, own, np.zeros(1, np.float32))
-    assert keep.tolist() == [[False, True, True]] and dropped == {"judged": 1}
+    off, kept = FilterSettings(equal_texts=False, duplicates=False, relative_margin="off"), Kept(ids)
+    drop_known(off, kept, ids, ids * 0 + 5, own)
+    drop_suspected(off, kept, np.ones((1, 3), np.float32), np.zeros(1, np.float32))
+    assert kept.mask_QK.tolist() == [[False, True, True]] and kept.dropped == {"judged": 1}
 
 
-def test_a_negative_margin_is_refused():
-    with pytest.raises(InputError, match=r"filter\.relative_margin=-0\.1 is negative"):
-        FilterSettings(relative_margin=-0.1)
+def test_without_scores_of_positives_only_ranks_count():
+    kept = Kept(np.zeros((1, 4), int))
+    drop_suspected(FilterSettings(range_max=2, max_score=0.0), kept, np.ones((1, 4), np.float32), None)
+    assert kept.mask_QK.tolist() == [[True, True, False, False]] and kept.dropped == {"range": 2}
+
+
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        (dict(relative_margin=-0.1), r"filter\.relative_margin=-0\.1 is negative"),
+        (dict(adaptive_margin=(0.1, -0.1)), r"filter\.adaptive_margin=-0\.1 is negative"),
+        (dict(range_min=5, range_max=5), r"filter\.range_max=5 must be more than filter\.range_min=5"),
+        (dict(range_min=-1), r"filter\.range_min=-1 is negative"),
+        (dict(min_score=0.7, max_score=0.7), r"filter\.min_score=0\.7 must be less than filter\.max_score=0\.7"),
+    ],
+)
+def test_rules_that_keep_nothing_or_make_no_sense_are_refused(settings, sentence):
+    with pytest.raises(InputError, match=sentence):
+        FilterSettings(**settings)

@@ -18,6 +18,8 @@ SIZES = Sizes(
     stored_bytes=4,
     token_width=8000,
     top_k=200,
+    num_candidates=200,
+    num_clustered=0,
     num_negatives=8,
     num_ranks=1,
     index_bytes=0,
@@ -28,7 +30,7 @@ SIZES = Sizes(
 def test_tiles_of_queries_shrink_until_they_fit():
     plenty = plan_memory(SIZES, GIB, 100 * GIB)
     assert plenty.query_tile == MAX_QUERY_TILE
-    deep = replace(SIZES, top_k=1000)
+    deep = replace(SIZES, top_k=1000, num_candidates=1000)
     plenty = plan_memory(deep, GIB, 100 * GIB)
     little = plan_memory(deep, GIB, plenty.total - 1)
     assert little.total < plenty.total and 0 < little.query_tile < plenty.query_tile
@@ -44,9 +46,17 @@ def test_what_cannot_fit_is_refused_with_what_would():
         plan_memory(SIZES, GIB // 2, int((enough - 0.02) * GIB))
 
 
-@pytest.mark.parametrize(
-    "more", [{"width": 768}, {"shard_rows": 65536}, {"num_queries": 10**6}, {"top_k": 4000}, {"index_bytes": 400}]
+MORE = (
+    {"width": 768},
+    {"shard_rows": 65536},
+    {"num_queries": 10**6},
+    {"top_k": 4000, "num_candidates": 4000},
+    {"num_clustered": 10**6},
+    {"index_bytes": 400},
 )
+
+
+@pytest.mark.parametrize("more", MORE, ids=str)
 def test_more_of_anything_takes_more(more):
     assert plan_memory(replace(SIZES, **more), GIB, 100 * GIB).total > plan_memory(SIZES, GIB, 100 * GIB).total
 

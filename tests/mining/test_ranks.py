@@ -1,24 +1,35 @@
 """Services on one, two and three real MPI ranks, all in one start of mpiexec."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 
 from tests.mining.run import make_job, publish_checkpoint, published, run_on_ranks
-from tests.tiny import write_tiny_dataset
+from tests.tiny import write_tiny_cross_encoder, write_tiny_dataset
 
-INDEXES = {"exact": {}, "ivf": {"factory": "IVF8,Flat", "nprobe": 4}}
-STORED = {"exact": "float32", "ivf": "float16"}
-SAMPLES = {"exact": "uniform", "ivf": "simans"}
+KINDS = {
+    "ivf": {
+        "index": {"factory": "IVF8,Flat", "nprobe": 4},
+        "sample": {"num_negatives": 5, "method": "simans"},
+        "audit": {"min_recall": 0.2},
+        "encode": {"stored": "float16"},
+    },
+    "all": {  # BM25's candidates, a cross-encoder, fallbacks and random passages, clusters
+        "search": {"top_k": 30, "bm25_top_k": 10},
+        "filter": {"relative_margin": 0.02},
+        "sample": {"num_negatives": 5, "random_share": 0.2, "replace": "easy"},
+        "rerank": {"top_k": 12, "margin": 0.0},
+        "clusters": {"num": 6, "of": "passages"},
+    },
+}
 
 
 def test_the_number_of_ranks_changes_no_byte_and_an_error_is_said_once(tmp_path):
     plans = []
-    for kind, index in INDEXES.items():
+    KINDS["all"]["rerank"]["model"] = str(write_tiny_cross_encoder(tmp_path / "cross-encoder"))
+    for kind, sections in KINDS.items():
         for num_ranks in (1, 2, 3):
-            sample = {"num_negatives": 5, "method": SAMPLES[kind]}
-            audit = {"min_recall": 0.2}
-            sections = {"index": index, "sample": sample, "audit": audit, "encode": {"stored": STORED[kind]}}
             job = make_job(tmp_path / "some", run=f"{kind}-{num_ranks}", **sections)
             publish_checkpoint(job, 10)
             plans.append((job, num_ranks))
@@ -26,10 +37,13 @@ def test_the_number_of_ranks_changes_no_byte_and_an_error_is_said_once(tmp_path)
     refused = {**plans[0][0], "data": {"path": str(tmp_path / "nowhere")}}
     code, said = run_on_ranks(3, [*plans, (refused, 3)])
     assert code == 2 and said.count("negpool: there is no data set in") == 1 and "Traceback" not in said
-    for kind in INDEXES:
+    for kind, num_arrays in {"ivf": 7, "all": 14}.items():
         one, two, three = (published(job) for job, _ in plans if f"/{kind}-" in job["run"]["folder"])
-        assert one == two == three and set(one) == {f"v00000{v}/{n}.npy" for v in (0, 1) for n in ("ids", "indptr", "scores")}
+        assert one == two == three and len(one) == num_arrays
         assert len(one["v000001/ids.npy"]) > 1000
+    made = json.loads((Path(plans[5][0]["run"]["folder"]) / "negatives" / "v000001" / "manifest.json").read_text())
+    assert 0 < made["counts"]["queries_without"] < 225 < made["counts"]["random"] and made["clusters"]["sizes"]["empty"] < 6
+    assert made["filter"]["dropped"].keys() >= {"judged", "relative_margin", "rerank_top_k", "rerank_margin"}
     # Two queries, three passages, three ranks: what is left for q1 is what q0 owns.
     few = Path(plans[-1][0]["run"]["folder"]) / "negatives" / "v000001"
     assert np.load(few / "indptr.npy").tolist() == [0, 1, 3] and np.load(few / "ids.npy").tolist()[0] == 2

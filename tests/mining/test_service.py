@@ -1,5 +1,6 @@
 """The service in one process: what it publishes, what it passes over, and what a killed one leaves to the next."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -22,7 +23,7 @@ from trainer.encoder.model import ModelSettings, load_encoder
 from trainer.encoder.shards import Shards
 from trainer.errors import InputError
 from trainer.handoff import negatives
-from trainer.handoff.manifest import read_latest
+from trainer.handoff.manifest import pin, read_latest
 from trainer.handoff.negatives import negatives_folder, open_negatives
 from trainer.metrics import Status, read_status
 
@@ -160,6 +161,56 @@ def test_old_versions_go_and_their_embeddings_with_them(tmp_path):
     assert len(list((folder(job) / "shards").iterdir())) == 2
 
 
+def test_negatives_that_are_not_easy_stay_from_one_model_to_the_next(tmp_path):
+    job = make_job(tmp_path, sample={"num_negatives": 5, "replace": "easy", "easy_below": 1.0, "easy_ratio": 1.001})
+    for step in (10, 20):
+        publish_checkpoint(job, step)
+        mine(job)
+    stayed = [manifest(job, f"v{version:06}")["counts"]["stayed"] for version in range(3)]
+    assert stayed[:2] == [0, 0], "scores of BM25 compare with none"
+    assert 0.05 < stayed[2] / (5 * 225) < 0.95
+    last, rows = rows_of(job, "v000001"), rows_of(job, "v000002")
+    assert sum(len(set(a) & set(b)) for a, b in zip(last, rows, strict=True)) >= stayed[2]
+
+
+def test_a_version_beyond_the_gate_is_refused_with_every_reason(tmp_path, caplog):
+    gate = {"max_suspected": 0.01, "max_without": 0.01}
+    job = make_job(tmp_path, audit=gate, filter={"relative_margin": 0.02})
+    publish_checkpoint(job, 10)
+    mine(job)
+    told = read_status(folder(job), "miner")["refused"]
+    assert "more than audit.max_suspected=0.01" in told and "more than audit.max_without=0.01" in told
+    assert last_version(folder(job), 225, 398).version == 0
+    lines = [json.loads(line) for line in (folder(job) / "logs" / "miner.jsonl").read_text().splitlines()]
+    assert [told.endswith(line["reason"]) for line in lines if line["event"] == "given up"] == [True]
+
+
+def test_a_version_that_the_trainer_holds_is_not_pruned_and_none_ever_changes(tmp_path):
+    job = make_job(tmp_path, mine={"bm25_top_k": 20, "keep_versions": 1})
+    mine(job)
+    pin(negatives_folder(folder(job)) / "v000000", "trainer", 600)
+    first = published(job)
+    for step in (10, 20):
+        publish_checkpoint(job, step)
+        mine(job)
+    assert sorted(p.name for p in negatives_folder(folder(job)).glob("v*")) == ["v000000", "v000002"]
+    assert {name: array for name, array in published(job).items() if name in first} == first
+
+
+@pytest.mark.parametrize(
+    "sections, sentence",
+    [
+        ({"clusters": {"num": 226}}, r"clusters\.num=226 is more than the 225 training queries"),
+        ({"rerank": {"model": "nowhere"}}, r"rerank\.model='nowhere' is not a cross-encoder"),
+    ],
+)
+def test_what_the_data_or_the_disk_cannot_give_is_refused_before_any_work(tmp_path, sections, sentence):
+    job = make_job(tmp_path, **sections)
+    with pytest.raises(InputError, match=sentence):
+        mine(job)
+    assert not negatives_folder(folder(job)).exists()
+
+
 def test_a_second_service_on_the_same_run_says_so(tmp_path):
     job = make_job(tmp_path)
     (folder(job) / "status").mkdir(parents=True)
@@ -171,37 +222,43 @@ def test_a_second_service_on_the_same_run_says_so(tmp_path):
     assert read_status(folder(job), "miner") == {}
 
 
-KILLED_AT = {
-    "encoding": (Shards, "embed"),
-    "searching": (service, "draw_negatives"),
-    "before LATEST": (negatives, "write_latest"),
-}
+def mine_until_killed(job):
+    """Kill this process between the publication of version 1 and that of its name in LATEST."""
+    plain, calls = negatives.write_latest, []
 
-
-def mine_until_killed(job, where, after):
-    """Kill this process at the given call of a function."""
-    owner, name = KILLED_AT[where]
-    function, calls = getattr(owner, name), []
-
-    def until_killed(*args, **kwargs):
-        calls.append(name)
-        if len(calls) == after:
+    def until_killed(*args):
+        calls.append(args)
+        if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
+        plain(*args)
 
-    setattr(owner, name, until_killed)
+    negatives.write_latest = until_killed
     mine(job)
 
 
-@pytest.mark.parametrize("where, after", [("encoding", 3), ("searching", 2), ("before LATEST", 2)])
-def test_a_killed_service_publishes_the_same_bytes_when_it_is_started_again(tmp_path, where, after):
+def mine_until_killed_encoding(job):
+    """Kill this process at its third shard."""
+    plain, calls = Shards.embed, []
+
+    def until_killed(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(*args)
+
+    Shards.embed = until_killed
+    mine(job)
+
+
+@pytest.mark.parametrize("until_killed", [mine_until_killed, mine_until_killed_encoding])
+def test_what_a_killed_service_had_begun_is_finished_before_a_newer_checkpoint_is_taken(tmp_path, until_killed):
     undisturbed, job = (make_job(tmp_path, run=run) for run in ("undisturbed", "killed"))
     for one in (undisturbed, job):
         publish_checkpoint(one, 10)
     mine(undisturbed)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOAD, "mining.service"])
-    process = context.Process(target=mine_until_killed, args=(job, where, after))
+    context.set_forkserver_preload(PRELOAD)
+    process = context.Process(target=until_killed, args=(job,))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL

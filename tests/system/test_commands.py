@@ -1,10 +1,13 @@
 """Every command as a person types it, one process each, and what it prints with --json."""
 
+import html
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,8 +89,37 @@ def test_search_finds_what_shares_the_questions_words(root, trained):
 def test_status_says_where_the_run_stands(root, trained):
     found = json.loads(call(root, "status", root / "run", "--json")[0])
     assert found["trainer"]["phase"] == "finished" and found["checkpoint"] == "step-00000004"
-    assert "finished" in call(root, "status", root / "run")[0]
+    said = call(root, "status", root / "run")[0]
+    assert "finished" in said and "test at step 4: nDCG@10" in said and "tokens/s a rank" in said
+    assert "finished" in call(root, "status", root / "run", "--watch")[0], "it ends with the run"
     assert "is not a run folder" in call(root, "status", root / "data", exit_code=2)[1]
+
+
+def test_a_report_is_one_page_that_needs_no_network(root, trained):
+    page = Path(json.loads(call(root, "report", root / "run", "--json")[0])["page"])
+    text = page.read_text()
+    assert not re.findall(r'(?:src|href)="(?!#)', text), "all is inside"
+    for wanted in ("untrained model", "trained model", 'class="passage positive"', 'class="passage negative"', "steps = 4"):
+        assert wanted in text, wanted
+    pictures = {path.stem for path in page.parent.glob("*.png")}
+    assert pictures == {"loss", "quality", "throughput", "step_time", "memory", "filters", "audit", "refresh"}
+    assert set(re.findall(r'<figure id="(\w+)"', text)) == pictures
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium; run: apt-get install chromium")
+def test_a_report_opens_in_a_browser(root, trained, tmp_path):
+    """Every picture is drawn, as large as its card, and nothing is complained about."""
+    page = Path(json.loads(call(root, "report", root / "run", "--out", tmp_path / "report", "--json")[0])["page"])
+    probe = """<script>addEventListener("load", () => { document.title = JSON.stringify(
+        [...document.querySelectorAll("figure svg")].map(svg => [svg.getBoundingClientRect().width,
+            Math.max(...[...svg.querySelectorAll("path, text")].map(part => part.getBoundingClientRect().width))])) })</script>"""
+    page.write_text(page.read_text() + probe)
+    words = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    words += ["--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom", page.as_uri()]
+    found = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in found.stderr, found.stderr
+    sizes = json.loads(html.unescape(re.search(r"<title>(.*)</title>", found.stdout)[1]))
+    assert len(sizes) == 8 and all(width > 300 and widest > 50 for width, widest in sizes), sizes
 
 
 @pytest.mark.parametrize("backend", ["fsdp2", "zero2"])

@@ -31,13 +31,13 @@ def run_evaluation(rank, root, shards, **options):
     return evaluate(world_of(rank), data, "test", encoder, tokenizer, traits, shards, **options)
 
 
-def on_the_full_matrix(root):
+def on_the_full_matrix(root, embed_tokens=None):
     data = open_dataset(root / "data", root / "cache")
     encoder, tokenizer, _ = load_encoder(ModelSettings(name=str(root / "encoder")))
 
     def embed(texts):
         with torch.inference_mode():
-            return encoder.eval()(tokenizer(list(texts), padding=True, return_tensors="pt"))
+            return (embed_tokens or encoder.eval())(tokenizer(list(texts), padding=True, return_tensors="pt"))
 
     rows = data.training_queries("test")
     scores = embed(data.queries.select(rows)["text"]) @ embed(data.corpus["text"]).T
@@ -58,6 +58,27 @@ def test_the_figures_are_those_of_the_full_matrix(root, tmp_path, num_ranks):
         # Equal texts share a score to the last bit or nearly so; what order they take moves a figure a little.
         assert found == pytest.approx(wanted, abs=0.01)
     assert 0 < wanted["mrr@10"] < 1
+
+
+def coarse(inputs, **options):
+    """Embed texts in few whole numbers, so that their products are exact and most scores are shared by many."""
+    count_BD = torch.nn.functional.one_hot(inputs["input_ids"] % 3, 3) * inputs["attention_mask"][:, :, None]
+    return (count_BD.sum(1) % 2).float()
+
+
+def run_coarse(rank, root, shards):
+    data = open_dataset(root / "data", root / "cache")
+    encoder, tokenizer, traits = load_encoder(ModelSettings(name=str(root / "encoder")))
+    encoder.forward = coarse
+    return evaluate(world_of(rank), data, "test", encoder, tokenizer, traits, shards)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_ties_stand_as_ir_measures_puts_them_on_the_full_matrix(root, tmp_path, num_ranks):
+    wanted = on_the_full_matrix(root, coarse)
+    for found in run_ranks(run_coarse, num_ranks, root, tmp_path):
+        assert found == wanted
+    assert 0 < wanted["recall@100"] < 1, "the last of the hundred shares its score"
 
 
 def health_of(rank, root, shards):

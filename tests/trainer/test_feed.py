@@ -1,9 +1,12 @@
 """New negatives come into force at one step on all ranks, whole or not at all."""
 
+import statistics
+import threading
 import time
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from tests.ranks import run_ranks
 from tests.trainer.worlds import world_of
@@ -17,9 +20,9 @@ def publish(run, version):
     publish_negatives(run, version, indptr, np.array([version, 1]), np.zeros(2), {"checkpoint_step": 10 * version})
 
 
-def open_feed(run, rank=0, **settings):
+def open_feed(run, rank=0, is_used=True, **settings):
     settings = NegativesSettings(**{"first_wait_s": 30.0, **settings})
-    return NegativesFeed(world_of(rank), run, settings, num_queries=2, num_passages=9, should_stop=lambda: False)
+    return NegativesFeed(world_of(rank), run, settings, 2, 9, lambda: False, is_used=is_used)
 
 
 def step_until(feed, version, limit_s=20.0):
@@ -44,6 +47,17 @@ def test_the_first_step_waits_for_version_0_and_later_steps_wait_for_nothing(tmp
     publish(tmp_path, 1)
     step_until(feed, 1)
     feed.close()
+
+
+def test_no_thread_outlives_a_closed_feed(tmp_path):
+    """One that did could be the last to hold the process group while Python ended, and torch aborted the rank."""
+    publish(tmp_path, 0)
+    before = threading.active_count()
+    feed = open_feed(tmp_path)
+    feed.before_step(0)
+    assert threading.active_count() == before + 1
+    feed.close()
+    assert threading.active_count() == before
 
 
 def test_a_torn_version_never_comes_into_force(tmp_path, caplog):
@@ -114,10 +128,34 @@ def test_all_ranks_switch_at_the_same_step(tmp_path, num_ranks):
 
 
 def stop_on_ranks(rank, run):
-    feed = open_feed(run, rank, per_query=0)
+    feed = open_feed(run, rank, is_used=False)
     feed._should_stop = lambda: rank == 1
     return feed.before_step(0)
 
 
 def test_one_rank_that_is_asked_to_stop_stops_all(tmp_path):
     assert run_ranks(stop_on_ranks, 2, tmp_path) == [True, True]
+
+
+def swap_times_on_ranks(rank, run):
+    feed, swaps, others = open_feed(run, rank), [], []
+    for version in range(6):
+        if rank == 0 and version:
+            publish(run, version)
+        deadline = time.monotonic() + 20
+        while feed.in_force is None or feed.in_force.version != version:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+            dist.barrier()
+            started, before = time.perf_counter(), feed.in_force
+            feed.before_step(version)
+            (others if feed.in_force is before else swaps).append(time.perf_counter() - started)
+    feed.close()
+    return swaps[1:], others  # the first is waited for
+
+
+def test_a_swap_costs_its_step_next_to_nothing(tmp_path):
+    publish(tmp_path, 0)
+    for swaps, others in run_ranks(swap_times_on_ranks, 2, tmp_path):
+        assert len(swaps) == 5 and len(others) > 10
+        assert statistics.median(swaps) - statistics.median(others) < 0.005

@@ -3,6 +3,7 @@
 import json
 import sys
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from trainer.errors import InputError
 from trainer.handoff.settings import RunSettings
-from trainer.metrics import NoMetrics, TrainerMetrics, check_trackers
+from trainer.metrics import MetricsFile, NoMetrics, TrainerMetrics, check_trackers
 
 RECORDS = [
     (1, {"loss": 2.5, "event": "saved", "health/counts": [1, 2], "chunk_tokens": None}),
@@ -136,6 +137,19 @@ def test_a_tracker_that_nobody_knows_is_one_sentence():
     assert RunSettings(trackers=()).trackers == ()
     with pytest.raises(InputError, match="names 'excel', expected tensorboard, wandb, mlflow"):
         RunSettings(trackers=("excel",))
+
+
+def test_half_a_line_of_a_full_disk_does_not_spoil_the_next(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+    for step in (2, 3):
+        metrics = MetricsFile(tmp_path / "metrics.jsonl")
+        metrics.record(step, {})
+        metrics.close()
+    first, half, second, third = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert half == '{"st' and [json.loads(line)["step"] for line in (first, second, third)] == [1, 2, 3]
+    full = MetricsFile(Path("/dev/full"))
+    with pytest.raises(InputError, match=r"no room left on the disk for /dev/full; free some space or set run\.folder"):
+        full.record(4, {})
 
 
 def test_ranks_that_do_not_speak_record_nothing(tmp_path, monkeypatch):

@@ -1,22 +1,26 @@
 """Whole runs in this process: what the job asks for happens at the steps it names, and comes out in the files."""
 
 import json
+import shutil
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load_file
 
 import trainer.milestones
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from tests.trainer.worlds import world_of
+from trainer.data.clusters import Clusters
+from trainer.data.sampler import Order, SourceOrder, step_parts
 from trainer.early_stop import StopSettings
 from trainer.encoder.model import load_encoder
 from trainer.encoder.settings import ModelSettings
 from trainer.handoff.manifest import versions
-from trainer.handoff.negatives import publish_negatives
+from trainer.handoff.negatives import ScheduleEntry, publish_negatives
 from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings, SourceSettings
 from trainer.handoff.weights import open_checkpoint
 from trainer.job import (
@@ -152,6 +156,45 @@ def test_negatives_under_which_dev_fell_are_taken_back(job, monkeypatch):
     ]
     used = [line["negatives/version"] for line in lines(job) if "loss" in line]
     assert used[-1] == 0 and 1 in used
+
+
+def test_batches_are_made_of_the_clusters_in_force_where_an_epoch_begins(job, tmp_path):
+    """36 queries, 9 a batch: 4 steps an epoch. Version 0 has no clusters, version 1 does, from step 2."""
+    of_query = np.random.default_rng(0).permutation(np.repeat(np.arange(12), 3))
+
+    def publish(version, mined_at, clusters):
+        rows = np.arange(37), np.arange(36), np.zeros(36)
+        publish_negatives(job.run.folder, version, *rows, {"checkpoint_step": mined_at}, clusters=clusters)
+
+    job = replace(
+        job,
+        batch=BatchSettings(queries=9, clusters="mined"),
+        negatives=NegativesSettings(per_query=0, schedule=(ScheduleEntry(2, 2), ScheduleEntry(2, 6))),
+        optim=OptimSettings(steps=12, lr=1e-3),
+        checkpoint=CheckpointSettings(every_steps=2, keep=9),
+    )
+    publish(0, None, None)
+    publish(1, 2, of_query)
+    publish(2, 2, of_query[::-1].copy())
+    train(job, world_of())
+    keys = [line["batch_key"] for line in lines(job) if "loss" in line]
+    assert len(set(keys)) == 12
+
+    def keys_of(epoch, clusters):
+        order = Order(0, 9, (SourceOrder(0, 36, 9),), clusters=clusters)
+        return [xxhash.xxh3_64_hexdigest(step_parts(order, step)[0].rows.tobytes()) for step in range(4 * epoch, 4 * epoch + 4)]
+
+    assert keys == keys_of(0, None) + keys_of(1, Clusters(of_query, 1)) + keys_of(2, Clusters(of_query[::-1], 2))
+    # Resumed inside the second epoch, with other clusters in force: its batches stay.
+    again = replace(job, run=replace(job.run, folder=tmp_path / "again"))
+    again = replace(again, negatives=NegativesSettings(per_query=0))
+    shutil.copytree(job.run.folder, again.run.folder)
+    for folder in versions(again.run.folder / "checkpoints")[-3:]:
+        shutil.rmtree(folder)
+    (again.run.folder / "logs" / "metrics.jsonl").unlink()
+    assert train(again, world_of()).step == 12
+    resumed = [line["batch_key"] for line in lines(again) if "loss" in line]
+    assert len(resumed) == 6 and resumed == keys[-len(resumed) :]
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,8 @@ def given_negatives(data: RetrievalData, split: str) -> Negatives | None:
     start, count = data.given.indptr[rows], np.diff(data.given.indptr)[rows]
     indptr = np.concatenate([[0], np.cumsum(count)])
     at = np.repeat(start - indptr[:-1], count) + np.arange(indptr[-1])
-    return Negatives(indptr, data.given.ids[at], data.given.scores[at], GIVEN, {"origin": "the data set"})
+    scores = data.given.scores[at]
+    return Negatives(indptr, data.given.ids[at], scores, GIVEN, {"origin": "the data set"}, teacher_scores=scores)
 
 
 def collate(
@@ -128,15 +129,12 @@ def choose_passages(
     seed: int,
     step: int,
 ) -> Chosen:
-    """Return the passages of some queries in a step: one positive of each, and up to `per_query` of its negatives.
-
-    Mined negatives bring the miner's scores, which are no teacher's: only given ones are taken.
-    """
+    """Return the passages of some queries in a step: one positive of each, and up to `per_query` of its negatives."""
     at_n = _choose_positives(dataset, query_n, seed, step)
     at_m, query_m = _choose_negatives(negatives, query_n, per_query, seed, step)
     ids = np.zeros(0, np.int64) if negatives is None else negatives.ids
-    is_given = negatives is not None and negatives.version == GIVEN
-    teacher_m = negatives.scores[at_m] if negatives is not None and is_given else np.full(len(at_m), np.nan, np.float32)
+    teacher = None if negatives is None else negatives.teacher_scores
+    teacher_m = np.full(len(at_m), np.nan, np.float32) if teacher is None else teacher[at_m]
     return Chosen(
         np.concatenate([dataset.positive_rows[at_n], ids[at_m]]),
         np.concatenate([np.arange(len(query_n)), query_m]),

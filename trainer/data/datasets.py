@@ -137,6 +137,17 @@ def open_dataset(path: Path, cache: Path | None = None) -> RetrievalData:
     return _open_tables(path, cache, folder, digest)
 
 
+def data_files(settings: DataSettings, sources: Sources) -> dict[str, str]:
+    """Return the SHA-256 of every file of a job's data, by path; an unchanged one is not read again. Raises InputError.
+
+    What comes from a hub by name has no files that a person changes, and none here.
+    """
+    cache = cache_folder(settings.cache)
+    paths = [source.path for source in sources.values()] or [settings.path]
+    found = [find_source(path).files for path in paths if path.exists()]
+    return {str(file): file_digest(file, cache) for files in found for listed in files.values() for file in listed}
+
+
 def _open_tables(path: Path, cache: Path, folder: Path, digest: str) -> RetrievalData:
     corpus, queries = (read_table(folder / f"{side}.arrow") for side in SIDES)
     qrels = {}

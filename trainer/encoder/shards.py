@@ -19,7 +19,7 @@ from torch import nn
 
 from trainer.encoder.encode import ENCODE_TOKENS, encode_rows
 from trainer.encoder.tokens import TokenTable
-from trainer.errors import InputError
+from trainer.errors import NotFiniteEmbedding
 from trainer.handoff.manifest import MANIFEST, TornVersion, disk_error, open_version, publish_version
 
 LEASE = ".lease-"
@@ -31,21 +31,6 @@ class EncodeSettings:
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the encoder's products; bfloat16: several times faster on GPUs
     stored: Literal["float32", "float16"] = "float32"  # of embeddings on disk; float16: half the disk and half the reading
-
-
-class BadEmbedding(InputError):
-    """A text has no usable embedding: NaN or infinity."""
-
-    def __init__(self, row: int, num_bad: int, num_rows: int, settings: EncodeSettings):
-        super().__init__(f"text {row} (from 0): {self._problem(num_bad, num_rows, settings)}")
-        self.row, self.problem = row, self._problem(num_bad, num_rows, settings)
-
-    @staticmethod
-    def _problem(num_bad: int, num_rows: int, settings: EncodeSettings) -> str:
-        return (
-            f"its embedding has NaN or infinite numbers, as {num_bad} of the {num_rows} of its shard have; the weights may have "
-            f"diverged, or need more than encode.dtype={settings.dtype} and encode.stored={settings.stored}"
-        )
 
 
 @dataclass(frozen=True)
@@ -87,20 +72,18 @@ class Shards:
     def encode(
         self, shard: int, encoder: nn.Module, tokens: TokenTable, on_progress: Callable[[int], None] = lambda n: None
     ) -> None:
-        """Encode one shard and publish it whole; raises BadEmbedding."""
+        """Encode one shard and publish it whole; raises NotFiniteEmbedding."""
         self.publish(shard, self.embed(shard, encoder, tokens, on_progress))
 
     def embed(
         self, shard: int, encoder: nn.Module, tokens: TokenTable, on_progress: Callable[[int], None] = lambda n: None
     ) -> np.ndarray:
-        """Return the embeddings of one shard as they are stored; raises BadEmbedding."""
+        """Return the embeddings of one shard as they are stored; raises NotFiniteEmbedding."""
         rows, settings = self.rows(shard), self.settings
         embedding_nD = encode_rows(encoder, tokens, rows, on_progress, getattr(torch, settings.dtype))
         with np.errstate(over="ignore"):  # what becomes infinite is refused
             embedding_nD = embedding_nD.astype(settings.stored, copy=False)
-        is_bad = ~np.isfinite(embedding_nD).all(1)
-        if is_bad.any():
-            raise BadEmbedding(int(rows[is_bad][0]), int(is_bad.sum()), len(rows), settings)
+        check_finite(embedding_nD, tokens, rows)
         return embedding_nD
 
     def publish(self, shard: int, embedding_nD: np.ndarray) -> None:
@@ -125,6 +108,17 @@ class Shards:
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"shard-{shard:06d}"
+
+
+def check_finite(embedding_nD: np.ndarray, tokens: TokenTable, rows: np.ndarray) -> None:
+    """Raise NotFiniteEmbedding, naming the first text, if any of some rows' embeddings holds NaN or infinity."""
+    is_finite = np.isfinite(embedding_nD).all(1)
+    if not is_finite.all():
+        row = int(rows[np.argmin(is_finite)])
+        raise NotFiniteEmbedding(
+            f"the embedding of {tokens.name(row)} is not finite, and so for {int((~is_finite).sum())} of {len(rows)} texts; "
+            "the weights have diverged (set optim.lr lower), or need another encode.dtype or encode.stored"
+        )
 
 
 def open_shards(

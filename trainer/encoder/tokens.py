@@ -52,6 +52,7 @@ class TokenTable:
     ids: TokenFile  # of the whole table
     key_of_row: np.ndarray  # (N,) int64
     row_in_file: np.ndarray | None = None  # (N,) int64; None: as they are
+    texts: datasets.Dataset | None = None  # of the whole table
 
     def keys(self, rows: np.ndarray) -> np.ndarray:
         """Return 64-bit keys of the rows' token ids, (n,) int64: equal keys, equal tokens."""
@@ -73,6 +74,12 @@ class TokenTable:
         if len(rows):
             ids[is_token] = self.ids.read(self._in_file(np.asarray(rows)))
         return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(is_token.astype(np.int64))}
+
+    def name(self, row: int) -> str:
+        """Return what a person calls the text of a row: its id, where it has one."""
+        place = int(self._in_file(np.array([row]))[0])
+        has_id = self.texts is not None and "_id" in self.texts.column_names
+        return f"the text with id {self.texts[place]['_id']!r}" if has_id else f"text {place}"  # type: ignore[index]
 
     def _in_file(self, rows: np.ndarray) -> np.ndarray:
         return rows if self.row_in_file is None else self.row_in_file[rows]
@@ -121,7 +128,7 @@ def _table(
     lengths, keys = (np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("lengths", "keys"))
     num_truncated = json.loads((folder / "about.json").read_text())["num_truncated"]
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return TokenTable(digest, lengths, num_truncated, pad_id, TokenFile(folder / "tokens.arrow"), keys)
+    return TokenTable(digest, lengths, num_truncated, pad_id, TokenFile(folder / "tokens.arrow"), keys, texts=texts)
 
 
 def _build(

@@ -10,30 +10,36 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import InputError
+from trainer.handoff.clock import seconds_since_written
 
 MANIFEST = "manifest.json"
 LATEST = "LATEST"
 PINS = ".pins"
 STAGING = ".staging-"
+SHORT_WRITE = re.compile(r"^\d+ requested and \d+ written$")  # numpy's words for a disk that took half an array
+REFUSALS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 
 
 class TornVersion(Exception):
     """A version is absent, incomplete or altered; the message names the file."""
 
 
-def publish_version(folder: Path, write: Callable[[Path], None], fields: dict[str, Any]) -> dict[str, Any]:
+def publish_version(
+    folder: Path, write: Callable[[Path], None], fields: dict[str, Any], may_publish: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Write a version into `folder` so that it appears whole or not at all, and return its manifest.
 
     write: called with an empty staging folder; fills it.
     fields: JSON values kept in the manifest beside the list of files; `write` may add some.
+    may_publish: called last, before the version appears; raises if this process may not write any more.
     Raises InputError when the disk is full or the folder cannot be written; nothing half-written stays behind.
     """
     # Two processes may encode the same shard: each stages its own.
@@ -48,6 +54,7 @@ def publish_version(folder: Path, write: Callable[[Path], None], fields: dict[st
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in [*staging.rglob("*"), staging]:
             _fsync(path)
+        may_publish()
         if folder.exists():
             with contextlib.suppress(TornVersion):
                 whole = open_version(folder)  # versions never change: the first one stays
@@ -70,12 +77,18 @@ def clean_staging(parent: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def is_disk_full(error: Exception) -> bool:
+def is_disk_full(error: BaseException) -> bool:
     """Tell whether a disk or quota was full; libraries that are not Python's own only say so in words."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+    is_said = "No space left on device" in str(error) or SHORT_WRITE.search(str(error)) is not None
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or is_said
 
 
-def disk_error(error: Exception, path: Path) -> InputError:
+def is_disk_error(error: BaseException) -> bool:
+    """Tell whether a disk, its quota or its rights refused something: a person can mend it."""
+    return is_disk_full(error) or (isinstance(error, OSError) and error.errno in REFUSALS)
+
+
+def disk_error(error: BaseException, path: Path | str) -> InputError:
     """Return the sentence for a write that the disk refused."""
     if is_disk_full(error):
         return InputError(f"no room left on the disk for {path}; free some space or set run.folder to another disk")
@@ -83,13 +96,16 @@ def disk_error(error: Exception, path: Path) -> InputError:
     return InputError(f"cannot write {path}: {reason}; run.folder must be a folder you may write to")
 
 
-def open_version(folder: Path) -> dict[str, Any]:
+def open_version(folder: Path, only: str = "") -> dict[str, Any]:
     """Return the manifest of a version after verifying the size and SHA-256 of every file it names.
 
+    only: verify the files whose names begin so, for a reader who opens no others.
     Raises TornVersion, naming the file, if the manifest or any file is missing or altered.
     """
     manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
+        if not name.startswith(only):
+            continue
         try:
             actual = _size_and_hash(folder / name)
         except OSError as error:
@@ -135,8 +151,8 @@ def read_latest(parent: Path) -> str | None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small file by one rename; raises InputError when the disk refuses."""
-    # The process id keeps two writers apart that share a folder, such as the two sides' status files.
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    # Two writers of one file, perhaps on two machines, each write beside it.
+    beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "w") as file:
@@ -145,15 +161,14 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that takes no file lets none be deleted
+            beside.unlink(missing_ok=True)
         raise disk_error(error, path) from error
 
 
 def pin(folder: Path, holder: str, seconds: float) -> None:
-    """Keep retention away from a version for some seconds; pinning again extends it."""
-    pins = folder.parent / PINS
-    pins.mkdir(exist_ok=True)
-    write_atomically(pins / f"{folder.name}.{holder}", str(time.time() + seconds))
+    """Keep retention away from a version for some seconds; pinning again extends it. Raises InputError."""
+    write_atomically(folder.parent / PINS / f"{folder.name}.{holder}", str(seconds))
 
 
 def unpin(folder: Path, holder: str) -> None:
@@ -162,10 +177,11 @@ def unpin(folder: Path, holder: str) -> None:
 
 
 def is_pinned(folder: Path) -> bool:
-    """Tell whether anyone holds an unexpired pin on a version."""
+    """Tell whether anyone holds an unexpired pin on a version; two machines' clocks may differ."""
     for lease in (folder.parent / PINS).glob(f"{folder.name}.*"):
         with contextlib.suppress(OSError, ValueError):
-            if float(lease.read_text()) > time.time():
+            age_s = seconds_since_written(lease)
+            if age_s is not None and age_s < float(lease.read_text()):
                 return True
     return False
 
@@ -176,8 +192,17 @@ def prune(parent: Path, keep: int, needed: Callable[[Path], bool] = lambda _: Fa
     for folder in versions(parent)[:-keep]:
         if is_pinned(folder) or needed(folder) or folder.name == read_latest(parent):
             continue
-        (folder / MANIFEST).unlink(missing_ok=True)  # first: from here on nobody opens it
-        shutil.rmtree(folder, ignore_errors=True)
+        # One rename, as it came: from here on nobody opens it, and what a killed process leaves is cleared as staging is.
+        gone = parent / f"{STAGING}{folder.name}-deleted"
+        shutil.rmtree(gone, ignore_errors=True)
+        try:
+            os.rename(folder, gone)
+            if is_pinned(folder):  # by someone who found it just before; who finds it now sees that it is there
+                os.rename(gone, folder)
+                continue
+        except OSError as error:
+            raise disk_error(error, folder) from error
+        shutil.rmtree(gone, ignore_errors=True)
         deleted.append(folder)
     return deleted
 

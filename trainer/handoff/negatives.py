@@ -1,11 +1,12 @@
 """The table of hard negatives that the miner publishes and the trainer maps.
 
 A version is a CSR table of three arrays. Row q belongs to the q-th query of `queries.jsonl` that has a training
-positive; ids are row numbers of `corpus.jsonl`. Rows may have different lengths, zero included. Two more arrays are there
-where the miner was asked for them: a teacher's scores and clusters of the queries. The arrays are opened memory-mapped and
-never unpickled.
+positive; ids are row numbers of `corpus.jsonl`. Rows may have different lengths, zero included. More arrays are there where the
+miner knows them or was asked for them: scores of the positives, a teacher's scores, clusters of the queries. The arrays are
+opened memory-mapped and never unpickled.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ import numpy as np
 
 from trainer.handoff.manifest import TornVersion, open_version, publish_version, write_latest
 
-TYPES = {"indptr": np.int64, "ids": np.int64, "scores": np.float32, "teacher_scores": np.float32, "clusters": np.int64}
+TYPES = {
+    **{name: np.int64 for name in ("indptr", "ids", "clusters")},
+    **{name: np.float32 for name in ("scores", "first_scores", "positive_scores", "teacher_scores", "positive_teacher_scores")},
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,10 @@ class Negatives:
     manifest: dict[str, Any]
     teacher_scores: np.ndarray | None = None  # (num_negatives,) float32, a cross-encoder's score of each
     clusters: np.ndarray | None = None  # (num_queries,) int64, the cluster of each query
+    first_scores: np.ndarray | None = None  # (num_negatives,) float32, when each was first drawn; random ones inf
+    # (num_positives,) float32, query by query in the order of the judgements: the miner's scores, and the cross-encoder's
+    positive_scores: np.ndarray | None = None
+    positive_teacher_scores: np.ndarray | None = None
 
     @property
     def num_queries(self) -> int:
@@ -62,15 +70,16 @@ def publish_negatives(
     ids: np.ndarray,
     scores: np.ndarray,
     fields: dict[str, Any],
-    *,
-    teacher_scores: np.ndarray | None = None,
-    clusters: np.ndarray | None = None,
+    may_publish: Callable[[], None] = lambda: None,
+    **more: np.ndarray | None,
 ) -> dict[str, Any]:
     """Publish a version whole, point LATEST at it and return its manifest.
 
     fields: what the manifest says of their origin: checkpoint_step (None for BM25), data digest, settings, counters, …
+    may_publish: raises if this process may not write any more.
+    more: the optional arrays of `Negatives`, by name.
     """
-    arrays = {"indptr": indptr, "ids": ids, "scores": scores, "teacher_scores": teacher_scores, "clusters": clusters}
+    arrays = {"indptr": indptr, "ids": ids, "scores": scores, **more}
 
     def write(folder: Path) -> None:
         for name, array in arrays.items():
@@ -78,18 +87,23 @@ def publish_negatives(
                 np.save(folder / f"{name}.npy", np.asarray(array, TYPES[name]), allow_pickle=False)
 
     folder = negatives_folder(run) / version_name(version)
-    manifest = publish_version(folder, write, {"version": version, "num_queries": len(indptr) - 1, **fields})
+    manifest = publish_version(folder, write, {"version": version, "num_queries": len(indptr) - 1, **fields}, may_publish)
+    may_publish()
     write_latest(folder.parent, folder.name)
     return manifest
 
 
-def open_negatives(run: Path, name: str, num_queries: int, num_passages: int) -> Negatives:
+def open_negatives(run: Path, name: str, num_queries: int, num_passages: int, data_digest: str | None = None) -> Negatives:
     """Return a verified, memory-mapped version of the negatives.
 
-    Raises TornVersion if a file is missing, altered, or does not fit `num_queries` and `num_passages`.
+    data_digest: of the data that its rows must be of; None: any.
+    Raises TornVersion if a file is missing, altered, or does not fit `num_queries`, `num_passages` and `data_digest`.
     """
     folder = negatives_folder(run) / name
     manifest = open_version(folder)
+    mined_from = manifest.get("data_digest")
+    if data_digest is not None and mined_from not in (None, data_digest):
+        raise TornVersion(f"{folder} was mined from other data ({mined_from[:12]}… instead of {data_digest[:12]}…)")
     try:
         arrays = {
             part: np.load(folder / f"{part}.npy", mmap_mode="r", allow_pickle=False)
@@ -109,5 +123,5 @@ def _fits(negatives: Negatives, num_queries: int, num_passages: int) -> bool:
     if len(indptr) != num_queries + 1 or indptr[0] != 0 or indptr[-1] != len(ids) or len(ids) != len(negatives.scores):
         return False
     is_table = not (np.any(np.diff(indptr) < 0) or np.any(ids < 0) or np.any(ids >= num_passages))
-    has_teacher = negatives.teacher_scores is None or len(negatives.teacher_scores) == len(ids)
-    return is_table and has_teacher and (negatives.clusters is None or len(negatives.clusters) == num_queries)
+    lengths = ("teacher_scores", len(ids)), ("first_scores", len(ids)), ("clusters", num_queries)
+    return is_table and all(len(array) == n for name, n in lengths if (array := getattr(negatives, name)) is not None)

@@ -9,6 +9,8 @@ from typing import Any
 
 from trainer.handoff.manifest import TornVersion, open_version, read_latest, versions
 
+ENCODER = "encoder/"  # what of a checkpoint the miner and the user open
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -31,13 +33,16 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Return a checkpoint after verifying every file; raises TornVersion, naming the file."""
-    manifest = open_version(folder)
+def open_checkpoint(folder: Path, only: str = "") -> Checkpoint:
+    """Return a checkpoint after verifying every file; raises TornVersion, naming the file.
+
+    only: as `open_version` takes it; ENCODER for who reads the encoder alone.
+    """
+    manifest = open_version(folder, only)
     return Checkpoint(folder, int(manifest["step"]), manifest)
 
 
-def newest_checkpoint(run: Path, on_torn=lambda _: None) -> Checkpoint | None:
+def newest_checkpoint(run: Path, on_torn=lambda _: None, only: str = "") -> Checkpoint | None:
     """Return the newest checkpoint that verifies, or None; on_torn is called with each TornVersion passed over.
 
     LATEST is tried first: after a roll-back it names an older step than the newest folder.
@@ -47,7 +52,7 @@ def newest_checkpoint(run: Path, on_torn=lambda _: None) -> Checkpoint | None:
     latest = read_latest(parent)
     for folder in sorted(newest_first, key=lambda f: f.name != latest):
         try:
-            return open_checkpoint(folder)
+            return open_checkpoint(folder, only)
         except TornVersion as torn:
             on_torn(torn)
     return None

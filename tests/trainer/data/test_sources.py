@@ -1,5 +1,6 @@
 """Several sources become one data set; each keeps its own prefixes, limits and batches."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -87,7 +88,10 @@ def test_given_negatives_follow_their_queries_and_mined_scores_are_no_teachers(f
     np.testing.assert_allclose(chosen.teacher, [0.9, np.nan, 0.9, 0.1, 0.1], rtol=1e-6)
     mined = Negatives(given.indptr, given.ids, given.scores, 4, {})
     chosen = choose_passages(dataset, mined, query_n, 3, 0, 0)
-    assert np.isnan(chosen.teacher[3:]).all() and chosen.rows[3:].tolist() == given.ids[[1, 4]].tolist()
+    assert np.isnan(chosen.teacher[3:]).all()
+    scored = dataclasses.replace(mined, teacher_scores=np.arange(len(given.ids), dtype=np.float32))
+    assert choose_passages(dataset, scored, query_n, 3, 0, 0).teacher[3:].tolist() == [1, 4]
+    assert chosen.rows[3:].tolist() == given.ids[[1, 4]].tolist()
 
 
 def test_each_source_is_tokenised_by_its_own_rule_in_one_table(folder, monkeypatch):

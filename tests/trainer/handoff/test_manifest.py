@@ -125,3 +125,43 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
     with pytest.raises(InputError, match=r"cannot write .*run\.folder"):
         publish_version(tmp_path / "file" / "v1", write_two_files, {})
     assert manifest.versions(tmp_path / "nothing") == []
+
+
+@pytest.mark.parametrize("hours", [-25, 25])
+def test_pins_hold_whatever_the_clocks_of_two_machines_say(tmp_path, monkeypatch, hours):
+    publish_version(tmp_path / "v1", write_two_files, {})
+    pin(tmp_path / "v1", "elsewhere", seconds=60)
+    pin(tmp_path / "v1", "here", seconds=0.01)
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 3600 * hours)
+    assert is_pinned(tmp_path / "v1")
+    unpin(tmp_path / "v1", "elsewhere")
+    time.sleep(0.05)
+    assert not is_pinned(tmp_path / "v1")
+
+
+def test_a_version_that_is_pinned_while_it_is_deleted_comes_back(tmp_path, monkeypatch):
+    for number in range(2):
+        publish_version(tmp_path / f"v{number}", write_two_files, {})
+    plain = os.rename
+
+    def rename_as_someone_pins(source, target):
+        if source == tmp_path / "v0":
+            pin(tmp_path / "v0", "miner", seconds=60)
+        plain(source, target)
+
+    monkeypatch.setattr(os, "rename", rename_as_someone_pins)
+    assert prune(tmp_path, keep=1) == [] and open_version(tmp_path / "v0")
+    unpin(tmp_path / "v0", "miner")
+    monkeypatch.undo()
+    assert [folder.name for folder in prune(tmp_path, keep=1)] == ["v0"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".pins", "v1"]
+
+
+def test_who_reads_one_folder_of_a_version_verifies_that_one(tmp_path):
+    publish_version(tmp_path / "v1", write_two_files, {})
+    (tmp_path / "v1" / "a.bin").write_bytes(b"torn")
+    assert open_version(tmp_path / "v1", only="sub/")["files"]
+    (tmp_path / "v1" / "sub" / "b.txt").write_bytes(b"torn")
+    with pytest.raises(TornVersion, match=r"b\.txt"):
+        open_version(tmp_path / "v1", only="sub/")

@@ -33,6 +33,13 @@ def test_teacher_scores_and_clusters_are_kept_where_there_are_any(tmp_path):
         open_negatives(tmp_path, "v000002", 3, 6)
 
 
+def test_a_table_of_other_data_with_as_many_rows_is_refused(tmp_path):
+    publish_negatives(tmp_path, 0, INDPTR, IDS, SCORES, {"data_digest": "a" * 64})
+    assert open_negatives(tmp_path, "v000000", 3, 6, "a" * 64).num_queries == 3
+    with pytest.raises(TornVersion, match="was mined from other data"):
+        open_negatives(tmp_path, "v000000", 3, 6, "b" * 64)
+
+
 @pytest.mark.parametrize("num_queries, num_passages", [(2, 6), (4, 6), (3, 5)])
 def test_a_table_for_other_data_is_refused(tmp_path, num_queries, num_passages):
     publish_negatives(tmp_path, 0, INDPTR, IDS, SCORES, {})

@@ -1,0 +1,197 @@
+"""`negpool mine` without a run or after one: mines with any model, writes a version to a file, shows one query of it."""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.text import Text
+
+from launch.jobfile import Jobs, read_job
+from launch.output import messages, start_logging
+from launch.tables import Sheet, as_text
+from launch.view import clock
+from trainer.metrics import read_status
+
+if TYPE_CHECKING:
+    from mining.offline import Mined
+
+EXCERPT_LINES = 8
+SAY_EVERY_S = 15.0  # where there is no terminal to redraw
+
+
+class Stopped(Exception):
+    """The miner was asked to stop before there was anything to write."""
+
+
+def mine_model(
+    job_file: Path | None, overrides: list[str], model: str, out: Path | None, form: str, show: str | None
+) -> dict[str, Any] | None:
+    """Mine with a model, or "bm25", and return what was written, and what there is of the query to show; None but on rank 0.
+
+    Raises Stopped on every rank if one was asked to stop. Collective over MPI's world.
+    """
+    from mpi4py import MPI
+
+    from mining.offline import offline_run, read_mined
+    from mining.ranks import Ranks
+    from mining.service import run_service
+
+    world = MPI.COMM_WORLD
+    start_logging(world.rank)
+    # Of versions, steps and what becomes of a saved model, which a person who only mines never meets.
+    logging.getLogger("mining.service").setLevel(logging.WARNING)
+    logging.getLogger("trainer.encoder.model").setLevel(logging.ERROR)
+    jobs = read_job(job_file, overrides)
+    settings, shards = Ranks(world, lambda: False).decide(lambda: _look(jobs, model, out, show))
+    with offline_run(jobs.mine, settings, shards, world) as job:
+        with _followed(job.run.folder, messages()) if world.rank == 0 else contextlib.nullcontext():
+            how = run_service(job, world, once=True)
+        if how == "stopped":
+            raise Stopped
+        if world.rank != 0:
+            return None
+        return {"model": model, **_told(read_mined(job), out, form, show)}
+
+
+def read_newest(job_file: Path, overrides: list[str], out: Path | None, form: str, show: str | None) -> dict[str, Any]:
+    """Write the newest version of a run to a file, or look up a query in it, or both; return what was found."""
+    from mining.export import refuse_file
+    from mining.offline import read_mined
+
+    start_logging()
+    if out is not None:
+        refuse_file(out)
+    return _told(read_mined(read_job(job_file, overrides).mine), out, form, show)
+
+
+def written_parts(found: dict[str, Any]) -> Group:
+    """Return what was mined as tables."""
+    candidates = found["counts"]["candidates"]
+    rows = [("candidates", candidates), *((f"dropped: {name}", number) for name, number in found["dropped"].items())]
+    sheet = Sheet(
+        f"{found['num_queries']:,} queries, {found['num_passages']:,} passages",
+        ("", "number", "of the candidates"),
+        [(name.replace("_", " "), f"{number:,}", f"{number / max(1, candidates):.1%}") for name, number in rows],
+    )
+    counts, audit = found["counts"], found["audit"]
+    drawn = [("negatives", found["num_negatives"]), ("of them random passages", counts.get("random", 0))]
+    drawn += [
+        ("queries without any that passed", counts["queries_without"]),
+        ("queries without negatives", found["num_empty_rows"]),
+    ]
+    columns = ["negatives", *(["positives"] if audit["positive_scores"] else [])]
+    scores = zip(*(audit[name].items() for name in ("scores", "positive_scores") if audit[name]), strict=True)
+    quantiles = [(f"{int(each[0][0][1:])} %", *(f"{value:.3f}" for _, value in each)) for each in scores]
+    times = ", ".join(f"{name} {clock(seconds)}" for name, seconds in found["seconds"].items() if seconds >= 1)
+    parts = [sheet, Sheet("drawn", ("", "number"), [(name, f"{number:,}") for name, number in drawn])]
+    parts += [Sheet("quantiles of scores", ("", *columns), quantiles)] if quantiles else []
+    ends = [f"Recall of the index: {audit['recall']:.3f}."] if audit["recall"] is not None and audit["recall"] < 1 else []
+    ends += [f"Time: {times}."] if times else []
+    return as_text([*parts, *ends, f"{found['out']}: {found['records']:,} records, form {found['form']}."])
+
+
+def shown_parts(found: dict[str, Any]) -> Group:
+    """Return a query, its positives and its negatives, each with its scores."""
+    source = "BM25" if found["source"] == "bm25" else f"the checkpoint of step {found['checkpoint_step']}"
+    source = source if found["checkpoint_step"] or found["source"] == "bm25" else "the model"
+    cluster = f", cluster {found['cluster']}" if "cluster" in found else ""
+    lines = [Text(f"query {found['query_id']}  (scores of {source}{cluster})", style="bold"), Text(found["query"] + "\n")]
+    best = max((passage["score"] for passage in found["positives"] if "score" in passage), default=None)
+    for kind, style in (("positive", "green"), ("negative", "red")):
+        for number, passage in enumerate(found[f"{kind}s"], 1):
+            scores = [f"{name.replace('_', ' ')} {passage[name]:.3f}" for name in ("score", "teacher_score") if name in passage]
+            above = ["above the best positive"] if kind == "negative" and best is not None and passage["score"] >= best else []
+            lines.append(Text(f"{kind} {number}: {passage['id']}   " + "   ".join([*scores, *above]), style=f"bold {style}"))
+            lines.append(Text(_excerpt(passage["text"]) + "\n", style="dim" if kind == "negative" else ""))
+    if not found["negatives"]:
+        lines.append(Text("no negatives: nothing passed the filters"))
+    return Group(*lines)
+
+
+def _excerpt(text: str) -> str:
+    lines = text.strip().splitlines()
+    rest = len(lines) - EXCERPT_LINES
+    return "\n".join([*lines[:EXCERPT_LINES], *([f"… {rest} more lines"] if rest > 0 else [])])
+
+
+def _look(jobs: Jobs, model: str, out: Path | None, show: str | None) -> tuple[Any, Path | None]:
+    """Return the settings of a model named on the command line, None for BM25, and where its embeddings are kept.
+
+    Raises InputError for what would only be found out after the mining.
+    """
+    from launch.models import locate_model
+    from mining.export import refuse_file
+    from mining.judgements import read_judgements
+    from mining.show import find_query
+    from trainer.data.datasets import open_data
+
+    if out is not None:
+        refuse_file(out)
+    data = open_data(jobs.mine.data, jobs.mine.sources)
+    if show is not None:
+        find_query(data, read_judgements(data, jobs.mine.data.train_split), show)
+    if model == "bm25":
+        return None, None
+    folder, shards = locate_model(model, data)
+    # What is trained of a model is no concern here.
+    return replace(jobs.train.model, name=folder, lora_rank=0, quantize=None), shards
+
+
+def _told(mined: "Mined", out: Path | None, form: str, show: str | None) -> dict[str, Any]:
+    """Return what there is of the query to show, and write the file that is asked for."""
+    from mining.export import write_negatives
+    from mining.show import show_query
+
+    data, negatives = mined.data, mined.negatives
+    shown = {} if show is None else show_query(data, mined.judgements, negatives, show)
+    if out is None:
+        return shown
+    manifest = negatives.manifest
+    return shown | {
+        "out": str(out),
+        "form": form,
+        "records": write_negatives(out, form, data, mined.judgements, negatives),
+        "data": str(data.path),
+        "num_queries": negatives.num_queries,
+        "num_passages": len(data.corpus),
+        "num_negatives": len(negatives.ids),
+        "num_empty_rows": manifest["num_empty_rows"],
+        "counts": manifest["counts"],
+        "dropped": manifest["filter"]["dropped"],
+        "clusters": manifest["clusters"],
+        "audit": manifest["audit"],
+        "seconds": manifest["seconds"],
+    }
+
+
+@contextlib.contextmanager
+def _followed(run: Path, console: Console) -> Iterator[None]:
+    """Tell what the service says in its status file: one live line in a terminal, else a line for each phase."""
+    started, done = time.monotonic(), threading.Event()
+
+    def follow(show) -> None:
+        said, said_at = "", 0.0
+        while not done.wait(0.5):
+            status = read_status(run, "miner")
+            phase, total = status.get("phase", "starting"), status.get("total")
+            line = f"{clock(time.monotonic() - started)}  {phase}" + (f"  {status.get('done') or 0:,}/{total:,}" if total else "")
+            if console.is_terminal:
+                show.update(line)
+            elif phase != said or time.monotonic() - said_at > SAY_EVERY_S:
+                said, said_at = phase, time.monotonic()
+                console.print(line, markup=False)
+
+    with console.status("starting") as show:
+        thread = threading.Thread(target=follow, args=(show,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()

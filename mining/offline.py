@@ -1,0 +1,118 @@
+"""Mining with a model that is there already, without any run.
+
+The model becomes the one checkpoint of a run folder of its own, and the service makes one version from it: so all of its
+settings, ranks, refusals and shards are the same here. The folder goes at the end; embeddings stay with the others of the
+data set, and the next call finds them. The price is a copy of the model's weights on disk while it works.
+"""
+
+import contextlib
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mining.job import MineJob
+from mining.judgements import Judgements, read_judgements
+from mining.publish import last_version
+from mining.ranks import Ranks
+from trainer.data.datasets import RetrievalData, open_data
+from trainer.encoder.model import load_encoder, save_encoder, weights_digest
+from trainer.encoder.settings import ModelSettings
+from trainer.errors import InputError
+from trainer.handoff.claim import is_claimed
+from trainer.handoff.manifest import publish_version, write_latest
+from trainer.handoff.negatives import Negatives
+from trainer.handoff.settings import NegativesSettings
+from trainer.handoff.weights import checkpoint_name, checkpoints_folder
+from trainer.metrics import read_status
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+PREFIX = "mine-"
+CLAIMED_AFTER_S = 3600.0  # a service claims its folder within minutes of its making
+ALL_ENCODINGS = 1 << 30  # the shards are not this folder's own: none is deleted
+
+
+@dataclass(frozen=True)
+class Mined:
+    """A version with the data that it is about."""
+
+    data: RetrievalData
+    judgements: Judgements
+    negatives: Negatives
+
+
+@contextlib.contextmanager
+def offline_run(job: MineJob, model: ModelSettings | None, shards: Path | None, comm: "MPI.Comm") -> Iterator[MineJob]:
+    """Yield the job with a run folder of its own, of which the model is the checkpoint; the folder is deleted afterwards.
+
+    model: what is mined with; None: BM25.
+    shards: where embeddings are kept; None: with the data set's tables.
+    Raises InputError for data or a model that cannot be read. Collective.
+    """
+    ranks = Ranks(comm, lambda: False)
+    run = ranks.decide(lambda: _make_run(job, model, shards))
+    words = (job.mine.bm25_top_k or 50) if model is None else 0
+    mine = replace(job.mine, bm25_top_k=words, keep_encodings=ALL_ENCODINGS)
+    try:
+        yield replace(job, run=replace(job.run, folder=run), mine=mine, negatives=NegativesSettings())
+    finally:
+        if ranks.speaks:
+            shutil.rmtree(run, ignore_errors=True)
+
+
+def read_mined(job: MineJob) -> Mined:
+    """Return the newest version of a run; raises InputError if there is none, with the reason."""
+    data = open_data(job.data, job.sources)
+    judgements = read_judgements(data, job.data.train_split)
+    negatives = last_version(job.run.folder, judgements.num_queries, len(data.corpus))
+    if negatives is None:
+        refused = read_status(job.run.folder, "miner").get("refused", "")
+        # The service speaks of a checkpoint, which a person who has only a model never made.
+        raise InputError(
+            refused.removeprefix(f"checkpoint {checkpoint_name(0)}: ")
+            or f"{job.run.folder} has no negatives for this data; negpool mine JOB.toml --once makes some"
+        )
+    if negatives.manifest.get("data_digest", data.digest) != data.digest:
+        raise InputError(f"the negatives in {job.run.folder} are not of {data.path}; set data.path or run.folder")
+    return Mined(data, judgements, negatives)
+
+
+def _make_run(job: MineJob, model: ModelSettings | None, shards: Path | None) -> Path:
+    data = open_data(job.data, job.sources)
+    clean_left(data.cache)
+    run = Path(tempfile.mkdtemp(prefix=PREFIX, dir=data.cache))
+    try:
+        if model is not None:
+            _publish_model(run, model, data.digest)
+        kept = shards or data.cache / "shards"
+        kept.mkdir(parents=True, exist_ok=True)
+        (run / "shards").symlink_to(kept.resolve())
+    except BaseException:
+        shutil.rmtree(run)
+        raise
+    return run
+
+
+def clean_left(cache: Path) -> None:
+    """Delete the folders of miners that were killed: old enough to have been claimed, and claimed by nobody now."""
+    for run in cache.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - run.stat().st_mtime > CLAIMED_AFTER_S and not is_claimed(run, "miner"):
+                shutil.rmtree(run, ignore_errors=True)
+
+
+def _publish_model(run: Path, model: ModelSettings, data_digest: str) -> None:
+    encoder, tokenizer, traits = load_encoder(model)
+
+    def write(folder: Path) -> None:
+        (folder / "encoder").mkdir()
+        save_encoder(folder / "encoder", encoder, tokenizer, traits)
+
+    folder = checkpoints_folder(run) / checkpoint_name(0)
+    publish_version(folder, write, {"step": 0, "weights_digest": weights_digest(encoder), "data_digest": data_digest})
+    write_latest(folder.parent, folder.name)

@@ -1,0 +1,134 @@
+"""A cross-encoder's scores of (query, passage) pairs: they filter candidates, and teach whoever trains on the table.
+
+Scores are logits, before any sigmoid: of one label, or of the second of two over the first. Pairs are scored in blocks of
+neighbouring queries, sorted by length within a block; a block is one rank's, so no bit depends on the number of ranks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from mining.filters import Kept, ceiling
+from mining.search import SHARE_ROWS
+from trainer.data.datasets import RetrievalData
+from trainer.encoder.backbone import max_positions
+from trainer.encoder.source import LOADING_ERRORS
+from trainer.encoder.tokenizer import load_tokenizer
+from trainer.errors import InputError
+
+BATCH_TOKENS = 4096  # padded tokens in one forward, on a CPU core or a GPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerankSettings:
+    """Section `rerank`: a cross-encoder that scores the candidates and the positives."""
+
+    model: str = ""  # folder or hub name of any AutoModelForSequenceClassification; empty: none
+    top_k: int = 50  # of the candidates that passed the filters, the best so many are scored; the others are dropped
+    max_tokens: int = 512  # of query and passage together; the longer of both is cut
+    # keep c < c_pos - margin, c_pos the cross-encoder's score of the query's best positive (in logits)
+    margin: float | Literal["off"] = "off"
+    max_score: float | Literal["off"] = "off"  # keep c < max_score (in logits)
+
+    def __post_init__(self) -> None:
+        for name, least in (("top_k", 1), ("max_tokens", 8)):
+            if getattr(self, name) < least:
+                raise InputError(f"rerank.{name}={getattr(self, name)} must be at least {least}")
+        for name in ("margin", "max_score"):
+            if getattr(self, name) != "off" and not self.model:
+                raise InputError(f"rerank.{name}={getattr(self, name)} needs a cross-encoder; set rerank.model to one")
+
+
+@dataclass
+class Reranker:
+    """A cross-encoder at work on one data set."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    max_tokens: int
+    data: RetrievalData
+    query_rows: np.ndarray  # (Q,) int64 rows of queries.jsonl
+
+    def score(
+        self, query_places: np.ndarray, passage_rows: np.ndarray, on_block: Callable[[float], None] = lambda _: None
+    ) -> np.ndarray:
+        """Return the score of each pair, (n,) float32; raises InputError for one that is not finite.
+
+        query_places: which training query each pair has, ascending; blocks of SHARE_ROWS of them are scored together.
+        on_block: called before each block with the share of the pairs that is done.
+        """
+        scores = np.empty(len(query_places), np.float32)
+        blocks = query_places // SHARE_ROWS
+        for block in np.unique(blocks):
+            at = slice(*np.searchsorted(blocks, [block, block + 1]))
+            on_block(at.start / len(blocks))
+            scores[at] = self._score_block(query_places[at], passage_rows[at])
+        if not np.isfinite(scores).all():
+            first = int(np.isfinite(scores).argmin())
+            query = self.data.queries[int(self.query_rows[query_places[first]])]["_id"]
+            passage = self.data.corpus[int(passage_rows[first])]["_id"]
+            found = f"the cross-encoder scores query {query!r} with passage {passage!r} as {scores[first]}"
+            raise InputError(f"{found}; set rerank.model to another")
+        return scores
+
+    def _score_block(self, query_places: np.ndarray, passage_rows: np.ndarray) -> np.ndarray:
+        texts = [
+            self.data.queries.select(self.query_rows[query_places])["text"][:],
+            self.data.corpus.select(passage_rows)["text"][:],
+        ]
+        encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_tokens)
+        lengths = np.array([len(ids) for ids in encoded["input_ids"]])
+        order = np.argsort(-lengths, kind="stable")
+        scores, start = np.empty(len(order), np.float32), 0
+        while start < len(order):
+            batch = order[start : start + max(1, BATCH_TOKENS // int(lengths[order[start]]))]
+            scores[batch] = self._score_batch({name: [values[i] for i in batch] for name, values in encoded.items()})
+            start += len(batch)
+        return scores
+
+    def _score_batch(self, inputs: dict[str, Any]) -> np.ndarray:
+        padded = self.tokenizer.pad(inputs, return_tensors="pt").to(self.model.device)
+        with torch.inference_mode():
+            logits = self.model(**padded).logits.float().cpu().numpy()
+        return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
+
+
+def open_reranker(settings: RerankSettings, data: RetrievalData, query_rows: np.ndarray, device: torch.device) -> Reranker | None:
+    """Return the cross-encoder of a job, None where it names none; raises InputError for a model that is none."""
+    if not settings.model:
+        return None
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    none = f"rerank.model={settings.model!r} is not a cross-encoder"
+    expected = "expected the folder or hub name of an AutoModelForSequenceClassification with one label, or two"
+    try:
+        model, found = AutoModelForSequenceClassification.from_pretrained(settings.model, output_loading_info=True)
+        tokenizer = load_tokenizer(settings.model)
+    except LOADING_ERRORS as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise InputError(f"{none} that can be loaded ({reason}); {expected}") from error
+    if found["missing_keys"]:
+        # transformers would fill them with random numbers, as for an encoder without the layer that scores
+        raise InputError(f"{none}: it has no weights for {min(found['missing_keys'])}; {expected}")
+    if model.config.num_labels > 2:
+        raise InputError(f"{none} that scores: it has {model.config.num_labels} labels; {expected}")
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    max_tokens = min(settings.max_tokens, tokenizer.model_max_length, max_positions(model))
+    return Reranker(model.eval().to(device), tokenizer, max_tokens, data, query_rows)
+
+
+def drop_by_cross_encoder(settings: RerankSettings, kept: Kept, teacher_QK: np.ndarray, positive_Q: np.ndarray) -> None:
+    """Drop the candidates that a cross-encoder takes for positives. Source: RocketQA, arXiv 2010.08191; AR2, arXiv 2110.03611.
+
+    positive_Q: its score of each query's best positive.
+    """
+    if settings.max_score != "off":
+        kept.narrow("rerank_max_score", teacher_QK < np.float32(settings.max_score))
+    if settings.margin != "off":
+        kept.narrow("rerank_margin", teacher_QK < ceiling(positive_Q, settings.margin, 0)[:, None])

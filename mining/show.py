@@ -1,0 +1,57 @@
+"""One training query with its positives and its negatives, for a person to judge."""
+
+import difflib
+from typing import Any
+
+import numpy as np
+
+from mining.export import Texts, read_rows
+from mining.judgements import Judgements
+from trainer.data.datasets import RetrievalData
+from trainer.errors import InputError
+from trainer.handoff.negatives import Negatives
+
+NEAR = 3  # ids that are named in place of one that is not there
+
+
+def show_query(data: RetrievalData, judgements: Judgements, negatives: Negatives, query_id: str) -> dict[str, Any]:
+    """Return what a version has for a query: texts, ids and scores, best first; raises InputError with ids near to it."""
+    place = find_query(data, judgements, query_id)
+    row = read_rows(data, judgements, negatives, slice(place, place + 1))[0]
+    at = slice(judgements.positive_indptr[place], judgements.positive_indptr[place + 1])
+    positive_scores = None if negatives.positive_scores is None else [round(float(s), 6) for s in negatives.positive_scores[at]]
+    manifest = negatives.manifest
+    return {
+        "query_id": row.query.id,
+        "query": row.query.text,
+        "version": negatives.version,
+        "source": manifest.get("source"),
+        "checkpoint_step": negatives.checkpoint_step,
+        **({} if negatives.clusters is None else {"cluster": int(negatives.clusters[place])}),
+        "positives": _passages(row.positives, positive_scores, row.positive_teacher),
+        "negatives": _passages(row.negatives, row.scores, row.teacher),
+    }
+
+
+def find_query(data: RetrievalData, judgements: Judgements, query_id: str) -> int:
+    """Return which training query has an id; raises InputError if none has."""
+    training_ids = data.queries.select(judgements.query_rows)["_id"][:]
+    if query_id in training_ids:
+        return training_ids.index(query_id)
+    if query_id in data.queries["_id"][:]:
+        raise InputError(f"query {query_id!r} has no positive in the training split, so nothing is mined for it")
+    # Looking through all ids of a large data set for near ones takes minutes: those of about its length first.
+    alike = sorted(training_ids, key=lambda known: (abs(len(known) - len(query_id)), known[:1] != query_id[:1]))[:20_000]
+    near = difflib.get_close_matches(query_id, alike, n=NEAR, cutoff=0.3) or training_ids[:NEAR]
+    raise InputError(f"there is no training query {query_id!r}; near to it: {', '.join(near)}")
+
+
+def _passages(texts: list[Texts], scores: list[float] | None, teacher: list[float] | None) -> list[dict[str, Any]]:
+    columns = {"score": scores, "teacher_score": teacher}
+    known = {name: values for name, values in columns.items() if values is not None}
+    passages: list[dict[str, Any]] = [
+        {"id": text.id, **{name: values[place] for name, values in known.items()}, "text": text.text}
+        for place, text in enumerate(texts)
+    ]
+    order = np.argsort([-passage.get("score", 0.0) for passage in passages], kind="stable")
+    return [passages[place] for place in order]

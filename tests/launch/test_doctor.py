@@ -1,0 +1,66 @@
+"""What doctor says of this machine is complete, and what is wrong is found with its remedy."""
+
+import json
+import os
+import stat
+
+import pytest
+
+from launch import doctor
+from launch.local import mpi_command
+from tests.system.test_commands import call
+
+
+def by_name(findings):
+    return {finding.name: finding for finding in findings}
+
+
+def test_a_machine_without_slurm_and_gpu_is_told_all_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor, "_run", lambda *words: "Open MPI 5" if "--version" in words else "")
+    found = doctor.examine(tmp_path / "runs")
+    names = [line["name"] for line in found["findings"]]
+    assert {"machine", "Python", "torch", "GPU", "NCCL", "FAISS build", "MPI library", "mpiexec", "Slurm"} < set(names)
+    assert found["ok"] and len(names) == len(set(names)) and names[-1] == f"folder {tmp_path / 'runs'}"
+    assert all(line["found"] for line in found["findings"])
+    assert not list((tmp_path / "runs").iterdir()), "nothing is left"
+
+
+def test_an_mpiexec_of_another_mpi_is_wrong(monkeypatch):
+    monkeypatch.setattr(doctor, "_run", lambda *words: "HYDRA build details:\n    Version: 4.3")
+    finding = by_name(doctor._mpi(doctor._mpi_world()))["mpiexec"]
+    assert finding.verdict == "wrong" and "HYDRA" in finding.found and "rebuild" in finding.remedy
+
+
+def test_a_missing_library_has_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("datasets", "peft") else "1.0")
+    found = by_name(doctor._libraries())
+    assert (found["datasets"].verdict, found["datasets"].remedy) == ("missing", "pip install datasets")
+    assert (found["peft"].verdict, found["peft"].remedy) == ("absent", "pip install 'negpool[lora]'")
+
+
+def test_a_slurm_without_a_controller_is_not_taken_for_one(monkeypatch, tmp_path):
+    for name in ("sbatch", "sinfo", "srun"):
+        (tmp_path / name).write_text("#!/bin/sh\necho error: no controller >&2\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert [(finding.name, finding.verdict) for finding in doctor._slurm()] == [("Slurm", "absent")]
+
+
+def test_a_folder_without_rename_or_locks_is_wrong(tmp_path, monkeypatch):
+    assert doctor._folder(tmp_path).verdict == "ok"
+    monkeypatch.setattr(doctor, "_second_lock_waits", lambda path: False)
+    assert "two processes can hold one lock" in doctor._folder(tmp_path).found
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_is_read_only_is_wrong(tmp_path):
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    assert doctor._folder(tmp_path / "runs").verdict == "wrong"
+
+
+def test_two_ranks_look_at_the_folder_from_both(tmp_path):
+    words = call(tmp_path, "doctor", "--folder", tmp_path / "runs", "--json", launcher=mpi_command(2))[0]
+    found = {line["name"]: line for line in json.loads(words)["findings"]}
+    assert found["folder on all nodes"]["verdict"] == "ok" and "2 ranks" in found["folder on all nodes"]["found"]

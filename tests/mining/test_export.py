@@ -1,0 +1,134 @@
+"""Every form of file is read back by our own reader as what the table held."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from mining.export import FORMS, refuse_file, write_negatives
+from mining.judgements import read_judgements
+from mining.show import show_query
+from tests.tiny import write_tiny_dataset
+from trainer.data.datasets import open_dataset
+from trainer.errors import InputError
+from trainer.handoff.negatives import Negatives
+
+
+@pytest.fixture(scope="module")
+def mined(tmp_path_factory):
+    """A data set and random negatives, none for the first query."""
+    folder = tmp_path_factory.mktemp("export")
+    data = open_dataset(write_tiny_dataset(folder / "data"), folder / "cache")
+    judgements, random = read_judgements(data, "train"), np.random.default_rng(0)
+    counts = random.integers(1, 5, judgements.num_queries) * (np.arange(judgements.num_queries) > 0)
+    texts = np.array(data.corpus["text"])
+    rows = []
+    for place, count in enumerate(counts):
+        own = judgements.positives(slice(place, place + 1))[1]
+        others = np.flatnonzero(~np.isin(texts, texts[own]))
+        _, first = np.unique(texts[others], return_index=True)
+        rows.append(random.permutation(others[first])[:count])
+    ids = np.concatenate(rows)
+    scores = random.integers(0, 64, (3, len(ids) + len(judgements.positive_rows))).astype(np.float32) / 64
+    positives = slice(len(ids), None)
+    teacher = {"teacher_scores": scores[1, : len(ids)], "positive_teacher_scores": scores[1, positives]}
+    indptr = np.concatenate([[0], np.cumsum(counts)])
+    more = {"positive_scores": scores[2, positives], **teacher, "clusters": np.arange(len(counts)) % 3}
+    return data, judgements, Negatives(indptr, ids, scores[0, : len(ids)], 4, {"source": "model", "checkpoint_step": 8}, **more)
+
+
+def plain(data, judgements, negatives):
+    """(query text) -> ({positive text: teacher}, {negative text: teacher}), from the table itself."""
+    texts, found = list(data.corpus["text"]), {}
+    for place, query in enumerate(judgements.query_rows):
+        start, stop = judgements.positive_indptr[place : place + 2]
+        teachers = negatives.positive_teacher_scores[start:stop]
+        own = {texts[row]: float(s) for row, s in zip(judgements.positive_rows[start:stop], teachers, strict=True)}
+        at = slice(negatives.indptr[place], negatives.indptr[place + 1])
+        drawn = {texts[i]: float(s) for i, s in zip(negatives.ids[at], negatives.teacher_scores[at], strict=True)}
+        key = data.queries[int(query)]["text"]
+        assert key not in found
+        found[key] = own, drawn
+    return found
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("form", ["sentence-transformers", "tevatron", "flagembedding"])
+def test_texts_are_read_back_with_negatives_and_teacher_scores(mined, tmp_path, form, suffix):
+    data, _, negatives = mined
+    num_records = write_negatives(tmp_path / f"train{suffix}", form, *mined)
+    back = open_dataset(tmp_path / f"train{suffix}", tmp_path / "cache")
+    expected, texts, queries = plain(*mined), list(back.corpus["text"]), list(back.queries["text"])
+    assert num_records == (len(mined[1].positive_rows) if form == "sentence-transformers" else negatives.num_queries)
+    assert set(queries) == set(expected) and [p.name for p in tmp_path.glob("*train*")] == [f"train{suffix}"]
+    train, given = back.qrels["train"], back.given
+    assert given is not None
+    for row, text in enumerate(queries):
+        at = train.query_rows == row
+        own = {texts[i]: s for i, s in zip(train.corpus_rows[at], train.teacher[at], strict=True)}
+        drawn_at = slice(given.indptr[row], given.indptr[row + 1])
+        drawn = {texts[i]: s for i, s in zip(given.ids[drawn_at], given.scores[drawn_at], strict=True)}
+        assert (own, drawn) == expected[text]
+    if form == "tevatron":
+        assert set(back.queries["_id"]) == {data.queries[int(row)]["_id"] for row in mined[1].query_rows}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_ids_are_those_of_the_table(mined, tmp_path, suffix):
+    data, judgements, negatives = mined
+    out = tmp_path / f"new/folder/ids{suffix}"
+    write_negatives(out, "ids", *mined)
+    records = (
+        [json.loads(line) for line in out.read_text().splitlines()] if suffix == ".jsonl" else pq.read_table(out).to_pylist()
+    )
+    ids = data.corpus["_id"][:]
+    assert [record["query_id"] for record in records] == data.queries.select(judgements.query_rows)["_id"][:]
+    assert [i for record in records for i in record["negative_ids"]] == [ids[row] for row in negatives.ids]
+    np.testing.assert_allclose([s for record in records for s in record["negative_scores"]], negatives.scores)
+    np.testing.assert_allclose([s for r in records for s in r["positive_teacher_scores"]], negatives.positive_teacher_scores)
+    assert records[0]["negative_ids"] == [] and len(records[0]["positive_ids"]) >= 1
+
+
+def test_without_a_teacher_there_are_no_columns_for_one(mined, tmp_path):
+    data, judgements, full = mined
+    negatives = Negatives(full.indptr, full.ids, full.scores, 4, {})
+    for form in FORMS:
+        for suffix in (".jsonl", ".parquet"):
+            write_negatives(tmp_path / f"{form}{suffix}", form, data, judgements, negatives)
+        assert '_scores"' not in (tmp_path / f"{form}.jsonl").read_text().replace("negative_scores", "")
+    columns = pq.read_schema(tmp_path / "sentence-transformers.parquet").names
+    assert columns == ["anchor", "positive", "negative_1", "negative_2", "negative_3", "negative_4"]
+
+
+def test_a_file_that_cannot_be_made_is_refused_and_nothing_is_left(mined, tmp_path):
+    with pytest.raises(InputError, match=r"ids\.csv is no \.jsonl or \.parquet"):
+        refuse_file(tmp_path / "ids.csv")
+    (tmp_path / "ids.jsonl").write_text("precious")
+    with pytest.raises(InputError, match="is there already; give --out a new file"):
+        refuse_file(tmp_path / "ids.jsonl")
+    with pytest.raises(InputError, match=r"cannot write .*; give --out another file"):
+        write_negatives(tmp_path / "ids.jsonl" / "below.jsonl", "ids", *mined)
+    assert [path.name for path in tmp_path.iterdir()] == ["ids.jsonl"] and (tmp_path / "ids.jsonl").read_text() == "precious"
+
+
+def test_a_query_is_shown_with_texts_and_scores_best_first(mined):
+    data, judgements, _ = mined
+    ids = data.queries.select(judgements.query_rows)["_id"][:]
+    for place in (1, 7):
+        shown = show_query(*mined, ids[place])
+        own, drawn = plain(*mined)[shown["query"]]
+        assert {p["text"]: p["teacher_score"] for p in shown["negatives"]} == drawn
+        assert {p["text"] for p in shown["positives"]} == set(own) and shown["cluster"] == place % 3
+        assert (np.diff([p["score"] for p in shown["negatives"]]) <= 0).all()
+        assert (shown["version"], shown["checkpoint_step"], shown["query_id"]) == (4, 8, ids[place])
+    assert show_query(*mined, ids[0])["negatives"] == []
+
+
+def test_an_unknown_query_is_refused_with_near_ids_and_one_of_another_split_with_the_reason(mined):
+    data, judgements, _ = mined
+    with pytest.raises(InputError, match=r"there is no training query 'q111'; near to it: q1\d?, "):
+        show_query(*mined, "q111")
+    other = next(row["_id"] for i, row in enumerate(data.queries) if i not in judgements.query_rows)
+    with pytest.raises(InputError, match=f"query '{other}' has no positive in the training split"):
+        show_query(*mined, other)

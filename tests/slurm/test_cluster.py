@@ -1,0 +1,312 @@
+"""Training and mining on a real Slurm cluster with the batch files that users submit, disturbed in every way that clusters know.
+
+With the schedule of negatives fixed, each run ends with the parameters of the undisturbed one, to the bit.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launch.jobfile import read_job
+from launch.submit import Size, submit
+from tests.slurm.cluster import Cluster, wait_until, why_not
+from tests.tiny import write_tiny_dataset, write_tiny_encoder
+from trainer.errors import InputError, RunInUse
+from trainer.handoff.manifest import open_version, versions
+from trainer.metrics import read_status
+
+REASON = why_not()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+NUM_STEPS = 60
+SWAPS = [(0, 0), (20, 1), (40, 2)]  # (step, version)
+TIMEOUT_S = 400
+JOB = """
+[run]
+trackers = []
+[data]
+path = "{root}/data"
+cache = "{root}/cache"
+[model]
+name = "{root}/encoder"
+[batch]
+queries = 8
+[chunk]
+tokens = 48
+keep_graphs = 1
+[loss]
+learn_temperature = true
+[optim]
+steps = {steps}
+lr = 1e-3
+[checkpoint]
+every_steps = 10
+keep = 3
+[negatives]
+per_query = 2
+schedule = [{{checkpoint = 10, step = 20}}, {{checkpoint = 30, step = 40}}]
+[search]
+top_k = 20
+[sample]
+num_negatives = 6
+[mine]
+poll_s = 0.5
+"""
+# Ranks on cores, as many as section launch says; one run has its nodes for itself.
+SIZE = Size(
+    nodes=2,
+    gpus_per_node=0,
+    miner_nodes=1,
+    cpus_per_rank=1,
+    partition=None,
+    time=None,
+    save_seconds=30,
+    max_restarts=4,
+    together=False,
+    options=("--exclusive",),
+)
+
+
+@dataclass
+class Run:
+    """A run on the cluster."""
+
+    cluster: Cluster
+    job_file: Path
+    folder: Path
+    train: int = 0  # numbers of Slurm's jobs
+    mine: int = 0
+
+    def submit(self, size: Size = SIZE) -> "Run":
+        jobs = submit(read_job(self.job_file, [f"run.folder={self.folder}"]), size, dry_run=False)["jobs"]
+        self.train, self.mine = (jobs["train_and_mine" if size.together else side] for side in ("train", "mine"))
+        return self
+
+    def slow(self, seconds: float) -> None:
+        """Let every step take longer from now on."""
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / "slow").write_text(str(seconds))
+
+    def fast(self) -> None:
+        (self.folder / "slow").unlink(missing_ok=True)
+
+    def restarts(self) -> int:
+        return int(self.cluster.job(self.train)["Restarts"])
+
+    def nodes(self) -> list[str]:
+        return self.cluster.run("scontrol", "show", "hostnames", self.cluster.job(self.train)["NodeList"]).split()
+
+    def at_step(self, step: int) -> None:
+        self.until(lambda: read_status(self.folder, "trainer").get("step", 0) >= step, f"step {step}")
+
+    def again(self, times: int) -> None:
+        """Wait until the trainers have been started again so often, and work."""
+        self.until(lambda: self.restarts() == times, f"restart {times}")
+        self.until(lambda: self.cluster.job(self.train)["JobState"] == "RUNNING", f"running again ({times})")
+
+    def finished(self) -> "Run":
+        """Wait for the end of both jobs."""
+        for number in (self.train, self.mine):
+            self.until(lambda n=number: self.cluster.job(n)["JobState"] == "COMPLETED", f"the end of job {number}")
+        return self
+
+    def until(self, is_so, what: str) -> None:
+        try:
+            wait_until(lambda: self.cluster.is_over or is_so(), what, TIMEOUT_S, poll_s=0.5)
+            assert not self.cluster.is_over, "the tests have ended before"
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.log()[-6000:]}\n{self.cluster.run('squeue')}") from None
+
+    def log(self, number: int | None = None) -> str:
+        files = sorted((self.folder / "logs").glob(f"slurm-*-{number or self.train}.out"))
+        return "\n".join(file.read_text() for file in files)
+
+
+@pytest.fixture(scope="module")
+def root():
+    folder = Path(tempfile.mkdtemp(prefix="negpool-"))  # sockets need a short path
+    write_tiny_dataset(folder / "data")
+    write_tiny_encoder(folder / "encoder", dropout=0.1)
+    (folder / "job.toml").write_text(JOB.format(root=folder, steps=NUM_STEPS))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def cluster(root):
+    cluster, before = Cluster(root / "slurm", 6), dict(os.environ)
+    slow = str(Path(__file__).parent / "slow")
+    os.environ |= {"SLURM_CONF": cluster.env["SLURM_CONF"], "PYTHONPATH": slow, "OMP_NUM_THREADS": "1"}
+    try:
+        cluster.up()
+        yield cluster
+    finally:
+        cluster.down()
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def runs(root, cluster):
+    """Start all runs, two at a time; each comes as what is still to happen."""
+    stories = {"undisturbed": undisturbed, "limited": limited, "preempted": preempted, "crashed": crashed}
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(story, Run(cluster, root / "job.toml", root / name)) for name, story in stories.items()}
+        cluster.is_over = True
+        pool.shutdown(cancel_futures=True)
+
+
+def undisturbed(run: Run) -> Run:
+    """Train and mine with GPUs: two ranks on each of two nodes, two miners on a third."""
+    return run.submit(replace(SIZE, gpus_per_node=2, options=())).finished()
+
+
+def limited(run: Run) -> Run:
+    """The first start meets its time limit; of the second one a rank is killed."""
+    run.slow(0.5)
+    run.submit()
+    run.at_step(12)
+    run.slow(2)
+    set_limit(run, int(run.cluster.run("squeue", "-h", "-j", run.train, "-o", "%M").split(":")[-2]) + 1)
+    run.again(1)
+    run.slow(0.5)
+    set_limit(run, 60)
+    at_limit = read_status(run.folder, "trainer")["step"]
+    run.until(lambda: "resumed from step" in run.log(), "resumed")
+    run.at_step(at_limit + 2)
+    rank_of(run, run.nodes()[1]).kill()
+    run.again(2)
+    run.fast()
+    return run.finished()
+
+
+def set_limit(run: Run, minutes: int) -> None:
+    """Set the time limit of the present start: how long it takes to begin depends on the machine."""
+    run.cluster.run("scontrol", "update", f"JobId={run.train}", f"TimeLimit={minutes}")
+
+
+def preempted(run: Run) -> Run:
+    """The miner is requeued, a job of higher priority takes the trainers' nodes, and then somebody requeues them."""
+    run.slow(0.5)
+    run.submit()
+    run.at_step(5)
+    run.cluster.run("scontrol", "requeue", run.mine)
+    run.at_step(12)
+    nodes = ",".join(run.nodes())
+    run.cluster.run("sbatch", "--partition=urgent", "-w", nodes, "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
+    run.again(1)
+    run.at_step(24)
+    run.cluster.run("scontrol", "requeue", run.train)
+    run.again(2)
+    run.fast()
+    return run.finished()
+
+
+def crashed(run: Run) -> Run:
+    """A node of the trainers loses its power; later all is cancelled, and submitted again, as one job this time."""
+    run.slow(0.5)
+    run.submit()
+    run.at_step(12)
+    lost = run.nodes()[1]
+    run.cluster.crash(lost)
+    run.until(lambda: run.restarts() == 1, "that the loss is noticed")
+    run.cluster.boot(lost)
+    run.again(1)
+    run.at_step(24)
+    with pytest.raises(RunInUse, match=f"Slurm job {run.train} .* is at work"):
+        run.submit()
+    first = run.train, run.mine
+    run.cluster.run("scancel", run.train)
+    for number in first:  # the miner leaves by itself when its trainers are gone
+        run.until(lambda n=number: run.cluster.job(n)["JobState"] == "CANCELLED", f"the end of {number}")
+    assert read_status(run.folder, "trainer")["phase"] == "stopped", run.log()
+    run.fast()
+    return run.submit(replace(SIZE, together=True)).finished()
+
+
+def rank_of(run: Run, node: str) -> psutil.Process:
+    """Return a rank of a run on a node."""
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        environment = process.info["environ"] or {}
+        is_rank = "train" in (process.info["cmdline"] or []) and environment.get("LOCAL_RANK") == "0"
+        if is_rank and environment.get("SLURM_JOB_ID") == str(run.train) and environment.get("SLURMD_NODENAME") == node:
+            return process
+    raise AssertionError(f"no rank of job {run.train} on {node}")
+
+
+def final_bytes(run: Run) -> bytes:
+    """Return the encoder, the moments and all else that a run ended with."""
+    folder = run.folder / "checkpoints" / f"step-{NUM_STEPS:08d}"
+    parts = sorted((folder / "state").glob("part-*"))
+    assert len(parts) == 4
+    return b"".join(path.read_bytes() for path in [folder / "encoder" / "model.safetensors", *parts])
+
+
+def check_story(runs: dict[str, Future], name: str) -> Run:
+    """Return a run that has gone its whole way; every version it left is whole, its swaps and its end those of the other."""
+    run, other = runs[name].result(), runs["undisturbed"].result()
+    for version in [*versions(run.folder / "checkpoints"), *versions(run.folder / "negatives")]:
+        open_version(version)
+    status = read_status(run.folder, "trainer")
+    assert status["phase"] == "finished" and [tuple(swap) for swap in status.get("swaps", SWAPS)] == SWAPS
+    assert final_bytes(run) == final_bytes(other)
+    return run
+
+
+def test_two_nodes_train_while_a_third_mines(runs, root):
+    run = check_story(runs, "undisturbed")
+    assert run.restarts() == 0
+    kept = json.loads((run.folder / "slurm.json").read_text())
+    assert kept["jobs"] == {"train": run.train, "mine": run.mine} and "slurm/train.sbatch" in kept["commands"]["train"]
+    assert len(json.loads((run.folder / "environment.json").read_text())["commit"]) >= 40
+    assert "nodes" not in (run.folder / "job.toml").read_text(), "the job is the same everywhere"
+    lines = [json.loads(line) for line in (run.folder / "logs" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, NUM_STEPS + 1))
+    swaps = [(line["step"], line["negatives/version"]) for line in lines if line.get("event") == "negatives swapped"]
+    assert swaps == SWAPS
+
+
+def test_a_time_limit_and_a_killed_rank_change_no_bit(runs):
+    run = check_story(runs, "limited")
+    assert run.restarts() >= 2
+    said = run.log()
+    assert "resumed from step" in said and "stopped at step" in said, said[-3000:]
+
+
+def test_preemption_and_requeues_of_either_job_change_no_bit(runs):
+    run = check_story(runs, "preempted")
+    assert run.restarts() == 2 and int(run.cluster.job(run.mine)["Restarts"]) >= 1
+    assert "DUE TO PREEMPTION" in run.log() and "DUE TO JOB REQUEUE" in run.log()
+    assert run.log().count("resumed from step") == 2
+
+
+def test_a_crashed_node_and_a_cancelled_job_change_no_bit(runs):
+    run = check_story(runs, "crashed")
+    assert "resumed from step" in run.log()
+
+
+def test_what_a_cluster_cannot_run_is_refused_in_one_sentence(cluster, root):
+    jobs = read_job(root / "job.toml", [f"run.folder={root}/refused"])
+    with pytest.raises(InputError, match="this cluster has no partition gpu; it has main, urgent; set --partition"):
+        submit(jobs, replace(SIZE, partition="gpu"), dry_run=True)
+    with pytest.raises(InputError, match=r"Slurm refuses the job: .*[Nn]ode"):
+        submit(jobs, replace(SIZE, nodes=60), dry_run=False)
+    said = submit(jobs, replace(SIZE, together=True, options=()), dry_run=True)["slurm_says"]
+    assert "to start at" in said["train_and_mine"]
+
+
+def test_miners_that_are_each_alone_are_refused(cluster, root):
+    command = ["srun", "-n2", "--mpi=none", sys.executable, "-m", "launch", "mine", root / "job.toml"]
+    found = subprocess.run(command, env=cluster.env, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 2, found.stderr
+    assert "srun started 2 miners, and each is alone in its MPI world (Open MPI" in found.stderr
+    assert "Traceback" not in found.stderr
