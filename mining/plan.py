@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 GIB = 2**30
 # Queries of a tile at most: results of k = 200 are a few MB then. A GPU reads all passages anew for each tile.
-MAX_QUERY_TILE = {"cpu": 4096, "cuda": 16384}
+MAX_QUERY_TILE, MAX_QUERY_TILE_GPU = 4096, 16384
 LIBRARIES = 96 << 20  # bytes that libraries take when they are first used: kernels, buffers, FAISS
 # Bytes of a candidate of this rank's queries: score, id, content key and what filters and sampling sort.
 DRAW_BYTES = 64
@@ -80,7 +80,8 @@ class MemoryPlan:
 def plan_memory(sizes: Sizes, process_bytes: int, limit: int) -> MemoryPlan:
     """Return the plan with the largest tile of queries that fits; raises InputError if not even one row of tiles does."""
     rows, _ = tile_shape(sizes.top_k, sizes.device_type)
-    most = min(MAX_QUERY_TILE[sizes.device_type], -(-sizes.num_queries // rows) * rows)
+    largest = MAX_QUERY_TILE if sizes.device_type == "cpu" else MAX_QUERY_TILE_GPU
+    most = min(largest, -(-sizes.num_queries // rows) * rows)
     # Whole tiles of scores: the last bits of a product do not depend on the memory.
     tiles = [rows * n for n in range(max(1, most // rows), 0, -1)]
     for tile in tiles:

@@ -29,7 +29,7 @@ SIZES = Sizes(
 
 def test_tiles_of_queries_shrink_until_they_fit():
     plenty = plan_memory(SIZES, GIB, 100 * GIB)
-    assert plenty.query_tile == MAX_QUERY_TILE["cpu"]
+    assert plenty.query_tile == MAX_QUERY_TILE
     deep = replace(SIZES, top_k=1000, num_candidates=1000)
     plenty = plan_memory(deep, GIB, 100 * GIB)
     little = plan_memory(deep, GIB, plenty.total - 1)

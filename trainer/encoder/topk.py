@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Scores of a tile, by type of device: on a CPU a few MB, which its caches hold, and enough rows for the product's full rate.
-TILE_SCORES = {"cpu": 1 << 21, "cuda": 1 << 28}
+# Scores of a tile: on a CPU a few MB, which its caches hold, with enough rows for the product's full rate.
+TILE_SCORES, TILE_SCORES_GPU = 1 << 21, 1 << 28
 MIN_COLUMNS, MAX_COLUMNS = 4096, 65536  # of a tile; 16 k within these: selecting costs k for each tile
 LANES = 8  # columns of a group
 NOTHING = -(1 << 63)  # key of an empty place
@@ -32,14 +32,15 @@ class BestOf:
         """Let every query see some rows of a table of passages.
 
         passage_ND: float16 or float32, a map of a file for example; read tile by tile.
-        rows_n: int64; ids are first_id + row, from 0 to 2^32 - 2.
+        rows_n: int64, ascending; ids are first_id + row, from 0 to 2^32 - 2.
         """
         k, device = self.k, self._query_QD.device
         tile_rows, tile_columns = tile_shape(k, device.type)
         space = self._query_QD.new_empty(min(tile_rows, len(self._query_QD)) * tile_columns)  # fresh memory is slower
         for start in range(0, len(rows_n), tile_columns):
             seen_C = rows_n[start : start + tile_columns]
-            passage_CD, ids_C = _padded(passage_ND[seen_C], np.float32, device), _padded(first_id + seen_C, np.int64, device)
+            passage_CD = _padded(_rows_of(passage_ND, seen_C), np.float32, device)
+            ids_C = _padded(first_id + seen_C, np.int64, device)
             for row in range(0, len(self._query_QD), tile_rows):
                 rows = slice(row, row + tile_rows)
                 query_tD = self._query_QD[rows]
@@ -95,7 +96,13 @@ def top_k(
 def tile_shape(k: int, device_type: str) -> tuple[int, int]:
     """Return (queries, passages) of a tile of scores. It decides the last bits of a product: nothing else may."""
     columns = min(MAX_COLUMNS, max(MIN_COLUMNS, 1 << (16 * k - 1).bit_length()))
-    return TILE_SCORES[device_type] // columns, columns
+    return (TILE_SCORES if device_type == "cpu" else TILE_SCORES_GPU) // columns, columns
+
+
+def _rows_of(passage_ND: np.ndarray, rows_n: np.ndarray) -> np.ndarray:
+    """Return some rows, as they are where they stand together: a copy is made of them anyway."""
+    first, last = int(rows_n[0]), int(rows_n[-1])
+    return passage_ND[first : last + 1] if last - first + 1 == len(rows_n) else passage_ND[rows_n]
 
 
 def _padded(values_C: np.ndarray, dtype: type, device: torch.device) -> Tensor:
