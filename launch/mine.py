@@ -47,15 +47,11 @@ def mine_model(
 
     world = MPI.COMM_WORLD
     start_logging(world.rank)
-    # They speak of versions, steps and what becomes of a saved model, which a person who only mines never meets; why
-    # nothing came of it is the error.
-    for name in ("mining.service", "trainer.encoder.model"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     jobs = read_job(job_file, overrides)
     stop_without_parent()
     check_mpi_world(world.size, os.environ, MPI.Get_library_version().split(",")[0])
     settings, shards = Ranks(world, lambda: False).decide(lambda: _look(jobs, model, out, show))
-    with offline_run(jobs.mine, settings, shards, world) as job:
+    with _hushed(), offline_run(jobs.mine, settings, shards, world) as job:
         with _followed(job.run.folder, messages()) if world.rank == 0 else contextlib.nullcontext():
             how = run_service(job, world, once=True)
         if how == "stopped":
@@ -63,6 +59,22 @@ def mine_model(
         if world.rank != 0:
             return None
         return {"model": model, **_told(read_mined(job), out, form, show)}
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep back what speaks of versions, steps and what becomes of a saved model, which a person who only mines never meets.
+
+    Why nothing came of it is the error.
+    """
+    levels = {name: logging.getLogger(name).level for name in ("mining.service", "mining.version", "trainer.encoder.model")}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def read_newest(job_file: Path, overrides: list[str], out: Path | None, form: str, show: str | None) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """The mining service: watch, encode, index, audit, search, publish, and again.
 
 It never waits for the trainer nor the trainer for it; they meet in the run folder. It may be killed at any moment: what
-was encoded stays, and the version that was being made is made again, to the same bytes. Recall is audited before the
-search over all queries, so that a bad index costs a sample and not a refresh.
+was encoded stays, and the version that was being made (see version.py) is made again, to the same bytes.
 """
 
 import logging
@@ -10,24 +9,14 @@ import sys
 import time
 import traceback
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
-from mining.audit import reasons_against
-from mining.bm25 import text_keys
-from mining.candidates import BM25Retriever, BothRetrievers, DenseRetriever, Retriever
-from mining.clusters import cluster_queries
-from mining.encoded import encode_checkpoint
 from mining.exporter import serve_figures
-from mining.figures import version_figures
-from mining.indexed import index_passages
 from mining.job import MineJob
-from mining.publish import audit_drawn, next_number, publish, stays
-from mining.ranks import GivenUp, Ranks, Refused, Stopped, Superseded
-from mining.refresh import Draw, Drawn, draw_negatives
-from mining.search import QUERY_TILE
+from mining.publish import next_number
+from mining.ranks import GivenUp, Ranks, Stopped, Superseded
 from mining.state import forget_refresh, read_refresh
+from mining.version import mine_bm25, mine_checkpoint
 from mining.watch import Task
 from mining.work import Work, claim_run, open_work
 from trainer.errors import InputError
@@ -153,102 +142,6 @@ def checked(work: Work, checkpoint: Checkpoint) -> Checkpoint:
             f"{work.data.digest[:12]}…); give the data back what it held, or set data.path or run.folder"
         )
     return checkpoint
-
-
-def mine_bm25(work: Work, task: Task) -> None:
-    """Publish a version from BM25, before there is any model. Collective; raises Stopped on all."""
-    judgements = work.judgements
-    with work.phase("searching with BM25", queries=judgements.num_queries):
-        keys = text_keys(work.data.corpus), text_keys(work.data.queries.select(judgements.query_rows))
-        drawn = draw(work, task, keys, BM25Retriever(work.ranks, judgements, work.data, work.job.mine.bm25_top_k))
-    publish_drawn(work, task, drawn)
-
-
-def mine_checkpoint(work: Work, task: Task, checkpoint: Checkpoint) -> None:
-    """Publish a version from a checkpoint, or refuse it for what the audit found. Collective; raises Stopped on all."""
-    job, ranks, judgements = work.job, work.ranks, work.judgements
-    encoded = encode_checkpoint(work, task, checkpoint)
-    queries, passages = encoded.queries, encoded.passages
-    indexed = index_passages(work, task, encoded)
-    ranks.decide(lambda: refuse(reasons_against(job.audit, indexed.settings.factory, indexed.recall)))
-    dense = DenseRetriever(ranks, judgements, queries, passages, indexed.indexes, job.search.top_k)
-    words = BM25Retriever(ranks, judgements, work.data, job.search.bm25_top_k)
-    retriever = BothRetrievers(dense, words) if job.search.bm25_top_k else dense
-    with work.phase("searching", queries=judgements.num_queries):
-        drawn = draw(work, task, (encoded.passage_keys, encoded.query_keys), retriever, encoded.plan.query_tile)
-    clusters = None
-    if job.clusters.num:
-        with work.phase("clustering"):
-            chance = job.run.seed, task.version
-            clusters = ranks.on_first(lambda: cluster_queries(job.clusters, *chance, judgements, queries, passages))
-    about = {"index": indexed.about(), "passages": encoded.about_passages, "memory": encoded.plan.as_json()}
-    publish_drawn(work, task, drawn, indexed.recall, clusters, about)
-    if ranks.speaks:
-        indexed.centroids.prune()
-
-
-def draw(
-    work: Work, task: Task, keys: tuple[np.ndarray, np.ndarray], retriever: Retriever, query_tile: int = QUERY_TILE
-) -> Drawn | None:
-    """Return the negatives of all queries on rank 0: search, filter, sample. Collective."""
-    job, judgements = work.job, work.judgements
-    sizes = judgements.num_queries, len(work.data.corpus)
-    source = "bm25" if task.checkpoint is None else "model"
-    last = work.ranks.together(lambda: stays(job, task.version, source, *sizes))
-    settings = job.filter, job.sample, job.rerank, job.run.seed, task.version
-    how = Draw(*settings, judgements, *keys, work.reranker, last)
-    return draw_negatives(how, work.ranks, retriever, work.progress, query_tile)
-
-
-def publish_drawn(
-    work: Work,
-    task: Task,
-    drawn: Drawn | None,
-    recall: float | None = None,
-    clusters: np.ndarray | None = None,
-    about: dict[str, Any] | None = None,
-) -> None:
-    """Publish on rank 0 and tell about it, or refuse; about: more for the manifest. Collective."""
-    checkpoint = task.checkpoint
-
-    def tell_and_publish() -> None:
-        assert drawn is not None
-        audit = audit_drawn(work.job, work.judgements, drawn, recall)
-        refuse(audit["reasons"])
-        digest, judgements = work.data.digest, work.judgements
-        manifest = publish(
-            work.job,
-            work.claim,
-            task.version,
-            checkpoint,
-            judgements,
-            drawn,
-            digest,
-            clusters,
-            audit,
-            work.seconds,
-            about or {},
-        )
-        told = ("version", "source", "num_negatives", "held_out", "counts", "clusters", "audit", "seconds")
-        kept = {key: manifest[key] for key in told}
-        dropped = manifest["filter"]["dropped"]
-        work.status.update(**version_figures(manifest))
-        figures = {"event": "published", **kept, "dropped": dropped, **work.ages()}
-        work.metrics.record(checkpoint.step if checkpoint else 0, figures)
-        log.info(
-            "negatives v%d published from %s: %d for %d queries; dropped %s; %.1f s",
-            task.version, f"step {checkpoint.step}" if checkpoint else "BM25", len(drawn.ids),
-            work.judgements.num_queries, dropped, sum(work.seconds.values()),
-        )  # fmt: skip
-
-    with work.phase("publishing"):
-        work.ranks.decide(tell_and_publish)
-
-
-def refuse(reasons: list[str]) -> None:
-    """Raise Refused if there are reasons not to publish a version."""
-    if reasons:
-        raise Refused("; ".join(reasons))
 
 
 def give_up(work: Work, task: Task, cause: Exception) -> bool:

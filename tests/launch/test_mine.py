@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from launch.commands import app
-from mining import service
+from mining import version
 from mining.offline import clean_left, read_mined
 from tests.mining.run import as_job, make_job, publish_checkpoint
 from tests.mining.services import start_service
@@ -126,13 +126,13 @@ def test_a_person_reads_counters_and_a_query_with_its_passages(root, tmp_path, c
 
 
 def test_a_miner_that_is_asked_to_stop_leaves_with_75_and_no_file(root, tmp_path, capsys, monkeypatch):
-    draw = service.draw_negatives
+    draw = version.draw_negatives
 
     def stop_first(*how):
         os.kill(os.getpid(), signal.SIGTERM)
         return draw(*how)
 
-    monkeypatch.setattr(service, "draw_negatives", stop_first)
+    monkeypatch.setattr(version, "draw_negatives", stop_first)
     assert mine(capsys, root, "--out", tmp_path / "ids.jsonl")[0] == 75
     assert not list(tmp_path.iterdir()) and not list(open_dataset(root / "data").cache.glob("mine-*"))
 
