@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from types import FrameType
 
 import psutil
 
+from launch.local import LaunchSettings
 from trainer.errors import InputError
 
 EXIT_STOPPED = 75
@@ -117,15 +119,15 @@ def _tell_ranks(number: int, frame: FrameType | None) -> None:
 
 def main() -> int:
     """Train a job as one of the nodes of a Slurm step."""
-    from launch.jobfile import read_job
-
     job, *overrides = sys.argv[1:]
     try:
         place = Place.of_step(os.environ)
-        num_ranks = place.num_gpus or read_job(Path(job), overrides).launch.train_ranks
-    except InputError as error:
+        # Not by read_job, which imports all that a job names: seconds, before the ranks spend them, too.
+        launch = tomllib.loads(Path(job).read_text()).get("launch", {})
+    except (InputError, OSError, tomllib.TOMLDecodeError) as error:
         print(f"negpool: {error}", file=sys.stderr)
         return 2
+    num_ranks = place.num_gpus or launch.get("train_ranks", LaunchSettings.train_ranks)
     return launch_ranks(place, num_ranks, ["-u", "-m", "launch", "train", job, *overrides])
 
 

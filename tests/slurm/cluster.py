@@ -46,6 +46,9 @@ GresTypes=gpu
 SlurmdTimeout=10
 KillWait=5
 ReturnToService=1
+# Ended jobs are remembered until the tests are over, and a busy machine may take its time to answer.
+MinJobAge=7200
+MessageTimeout=60
 SchedulerParameters=bf_interval=1,sched_interval=2,sched_min_interval=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE

@@ -5,6 +5,7 @@ With the schedule of negatives fixed, each run ends with the parameters of the u
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import psutil
 import pytest
 
 from launch.jobfile import read_job
-from launch.submit import Size, submit
+from launch.submit import BATCH_FILES, Size, submit
 from tests.slurm.cluster import Cluster, wait_until, why_not
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from trainer.errors import InputError, RunInUse
@@ -257,7 +258,7 @@ def check_story(runs: dict[str, Future], name: str) -> Run:
     for version in [*versions(run.folder / "checkpoints"), *versions(run.folder / "negatives")]:
         open_version(version)
     status = read_status(run.folder, "trainer")
-    assert status["phase"] == "finished" and [tuple(swap) for swap in status.get("swaps", SWAPS)] == SWAPS
+    assert status["phase"] == "finished" and [tuple(swap) for swap in status["swaps"]] == SWAPS
     assert final_bytes(run) == final_bytes(other)
     return run
 
@@ -298,14 +299,26 @@ def test_what_a_cluster_cannot_run_is_refused_in_one_sentence(cluster, root):
     jobs = read_job(root / "job.toml", [f"run.folder={root}/refused"])
     with pytest.raises(InputError, match="this cluster has no partition gpu; it has main, urgent; set --partition"):
         submit(jobs, replace(SIZE, partition="gpu"), dry_run=True)
-    with pytest.raises(InputError, match=r"Slurm refuses the job: .*[Nn]ode"):
-        submit(jobs, replace(SIZE, nodes=60), dry_run=False)
+    with pytest.raises(InputError, match="Slurm refuses the job: Batch job submission failed: Invalid feature specification"):
+        submit(jobs, replace(SIZE, options=("--constraint=h900",)), dry_run=False)
+    assert not (root / "refused" / "slurm.json").exists()
     said = submit(jobs, replace(SIZE, together=True, options=()), dry_run=True)["slurm_says"]
     assert "to start at" in said["train_and_mine"]
 
 
+def test_scaling_is_measured_for_each_number_of_nodes(cluster, root):
+    jobs = read_job(root / "job.toml", [f"run.folder={root}/scaled", "launch.train_ranks=1"])
+    submit(jobs, replace(SIZE, miner_nodes=0), dry_run=True)  # keeps the job
+    options = ["--array=2%1", "--nodes=3", "--cpus-per-task=1", f"--output={root}/scaling-%a.out"]
+    environment = cluster.env | {"NEGPOOL_PYTHON": sys.executable}
+    command = ["sbatch", "--wait", *options, BATCH_FILES / "scaling.sbatch", root / "scaled" / "job.toml"]
+    subprocess.run(command, env=environment, check=True, timeout=TIMEOUT_S, capture_output=True)
+    (median,) = re.findall(r"nodes: 2, seconds per step: ([0-9.]+) \(median", (root / "scaling-2.out").read_text())
+    assert 0 < float(median) < 10
+
+
 def test_miners_that_are_each_alone_are_refused(cluster, root):
-    command = ["srun", "-n2", "--mpi=none", sys.executable, "-m", "launch", "mine", root / "job.toml"]
+    command = ["srun", "-n2", "--mpi=none", sys.executable, "-m", "launch", "mine", root / "job.toml", f"run.folder={root}/alone"]
     found = subprocess.run(command, env=cluster.env, capture_output=True, text=True, timeout=120)
     assert found.returncode == 2, found.stderr
     assert "srun started 2 miners, and each is alone in its MPI world (Open MPI" in found.stderr
