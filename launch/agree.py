@@ -35,12 +35,12 @@ def agree(
     speaks: whether this is rank 0. gather: returns every rank's value on it. broadcast: returns its value everywhere.
     """
     run = jobs.train.run.folder
-    mark = broadcast(_leave_mark(run) if speaks else None)
-    mine = {**_of_this_process(jobs, side), "run folder": "seen" if _is_seen(mark) else ""}
-    found = gather(mine)
-    problem = broadcast(difference(found, run, side) if found else None)
-    if speaks:
-        mark.unlink(missing_ok=True)
+    mark, problem = broadcast(_leave_mark(run) if speaks else None)
+    if problem is None:
+        found = gather({**_of_this_process(jobs, side), "run folder": "seen" if _is_seen(mark) else ""})
+        problem = broadcast(difference(found, run, side) if found else None)
+        if speaks:
+            mark.unlink(missing_ok=True)
     if problem is not None and speaks:
         raise InputError(problem)
     if problem is not None:
@@ -120,10 +120,14 @@ def _code_digest() -> str:
     return digest.hexdigest()
 
 
-def _leave_mark(run: Path) -> Path:
+def _leave_mark(run: Path) -> tuple[Path, str | None]:
+    """Return a file that the others look for, and what is wrong if it cannot be written."""
     mark = run / "status" / f".seen-{secrets.token_hex(8)}"
-    write_atomically(mark, "")
-    return mark
+    try:
+        write_atomically(mark, "")
+    except InputError as error:
+        return mark, str(error)
+    return mark, None
 
 
 def _is_seen(mark: Path) -> bool:

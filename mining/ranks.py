@@ -103,11 +103,11 @@ class Ranks:
 
     def decide(self, choose: Callable[[], T]) -> T:
         """Return on every rank what `choose` returns on rank 0; what it raises is raised by all, as by `together`."""
-        value, error = _attempt(choose) if self.speaks else (None, None)
+        own, error = _attempt(choose) if self.speaks else (None, None)
         self.meet()
-        value, error = self._comm.bcast((value, error))
+        told, error = self._comm.bcast((own, error))
         self._raise_alike([error])
-        return value  # type: ignore[return-value]
+        return own if self.speaks else told  # type: ignore[return-value] # what is told is a copy, on rank 0, too
 
     def on_first(self, work: Callable[[], T]) -> T | None:
         """Return what `work` returns on rank 0, None elsewhere; what it raises is raised by all."""

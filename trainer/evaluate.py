@@ -177,6 +177,8 @@ def _merge(parts: list[tuple[np.ndarray, np.ndarray]], corpus: datasets.Dataset)
     """Return the best of several lists of the same queries, equal scores by name."""
     rows = np.unique(np.concatenate([ids for _, ids in parts], axis=1))
     rows = rows[rows >= 0]
+    if not len(rows):  # of a rank without a shard
+        return parts[0]
     by_name = _by_name(corpus, rows)
     place_of = np.argsort(by_name)  # of each of `rows`, which are ascending
     placed = [(scores, np.where(ids < 0, -1, place_of[np.searchsorted(rows, np.maximum(ids, rows[0]))])) for scores, ids in parts]

@@ -145,15 +145,15 @@ def test_a_schedule_cannot_go_on_without_its_checkpoint(tmp_path):
 
 def newer_while_encoding(job: dict, after: int, rank: int = 0) -> None:
     """Publish checkpoint 20 as rank 0 begins its n-th shard."""
-    plain, calls = Shards.encode, []
+    plain, calls = Shards.embed, []
 
-    def encode(self, *args):
+    def embed(self, *args):
         calls.append(self)
         if rank == 0 and len(calls) == after:
             publish_checkpoint(job, 20)
         return plain(self, *args)
 
-    Shards.encode = encode
+    Shards.embed = embed
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])

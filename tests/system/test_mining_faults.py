@@ -52,7 +52,8 @@ def undisturbed(root):
     service = start_service(job)
     assert service.wait() == 0, service.said
     expected = published(job)
-    assert set(expected) == {f"v00000{v}/{n}.npy" for v in (0, 1) for n in ("ids", "indptr", "scores")}
+    arrays = {f"v00000{v}/{n}.npy" for v in (0, 1) for n in ("ids", "indptr", "scores")}
+    assert set(expected) == {*arrays, "v000001/positive_scores.npy"}
     assert len(expected["v000001/ids.npy"]) > 4000
     return expected, time.monotonic() - started
 

@@ -81,6 +81,14 @@ def test_ties_stand_as_ir_measures_puts_them_on_the_full_matrix(root, tmp_path, 
     assert 0 < wanted["recall@100"] < 1, "the last of the hundred shares its score"
 
 
+def test_a_rank_may_have_no_shard(tmp_path):
+    write_tiny_dataset(tmp_path / "data")
+    write_tiny_encoder(tmp_path / "encoder")
+    alone, *_ = run_ranks(run_evaluation, 1, tmp_path, tmp_path / "alone")
+    assert len(list(tmp_path.glob("alone/*/shard-*"))) == 2, "of queries and of passages"
+    assert run_ranks(run_evaluation, 3, tmp_path, tmp_path / "three") == [alone] * 3
+
+
 def health_of(rank, root, shards):
     found = []
     run_evaluation(rank, root, shards, on_health=found.append)
