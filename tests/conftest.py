@@ -1,7 +1,14 @@
 """Tests marked `gpu` run where torch sees one."""
 
+import os
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+# One place for the operator that DeepSpeed builds, whatever cache a test gives its commands: building takes a minute.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
 
 def pytest_collection_modifyitems(items):
