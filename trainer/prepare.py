@@ -95,17 +95,7 @@ def prepare(job: TrainJob, world: World) -> Training:
         load_weights(checkpoint, encoder)
     job.loss.check_model(encoder.width)
     dataset = tokenized(job, data, tokenizer, traits)
-    split, batch = job.data.train_split, job.batch
-    order = build_order(
-        data,
-        dataset,
-        split,
-        seed=job.run.seed,
-        batch=batch.queries,
-        mode=batch.mode,
-        avoid_duplicates=batch.avoid_duplicates,
-        clusters=None if batch.clusters == "mined" else batch.clusters,
-    )
+    order = order_of(job, data, dataset)
     num_steps = job.optim.steps or max(1, math.ceil(job.optim.epochs * order.steps_per_epoch))
     plain = copy.deepcopy(encoder) if world.speaks or is_sharded(job.parallel, world) else None
     state = first_state(job, world, encoder)
@@ -114,23 +104,8 @@ def prepare(job: TrainJob, world: World) -> Training:
         num_steps = state.step if state.early_stop.is_over else num_steps
         log.info("resumed from step %d of %d", state.step, num_steps)
     interrupt = Interrupt()
-    num_passages = len(data.corpus)
-    given = given_negatives(data, split) if job.negatives.per_query else None
-    clusters = MinedClusters(world, run, dataset.num_queries) if batch.clusters == "mined" else None
-    feed = NegativesFeed(
-        world,
-        run,
-        job.negatives,
-        dataset.num_queries,
-        num_passages,
-        interrupt.is_set,
-        given,
-        data_digest=data.digest,
-        is_used=job.negatives.per_query != 0 or clusters is not None,
-    )
-    for version in state.roll_back.refused:
-        if version is not None:
-            feed.take_back(version, state.negatives_version)
+    clusters = MinedClusters(world, run, dataset.num_queries) if job.batch.clusters == "mined" else None
+    feed = open_feed(job, world, data, state, interrupt, has_clusters=clusters is not None)
     metrics: Metrics = TrainerMetrics(run, job.run.trackers) if world.speaks else NoMetrics()
     status.update(step=state.step, num_steps=num_steps)
     return Training(
@@ -157,6 +132,43 @@ def prepare(job: TrainJob, world: World) -> Training:
         claim,
         saved_step=None if checkpoint is None else checkpoint.step,
     )
+
+
+def order_of(job: TrainJob, data: RetrievalData, dataset: TrainingSet) -> Order:
+    """Return the order of a job's data; mined clusters come with the epochs."""
+    batch = job.batch
+    return build_order(
+        data,
+        dataset,
+        job.data.train_split,
+        seed=job.run.seed,
+        batch=batch.queries,
+        mode=batch.mode,
+        avoid_duplicates=batch.avoid_duplicates,
+        clusters=None if batch.clusters == "mined" else batch.clusters,
+    )
+
+
+def open_feed(
+    job: TrainJob, world: World, data: RetrievalData, state: TrainState, interrupt: Interrupt, has_clusters: bool
+) -> NegativesFeed:
+    """Return the feed of a run; versions that were taken back stay so."""
+    split, is_drawn_from = job.data.train_split, job.negatives.per_query != 0
+    feed = NegativesFeed(
+        world,
+        job.run.folder,
+        job.negatives,
+        len(data.training_queries(split)),
+        len(data.corpus),
+        interrupt.is_set,
+        given_negatives(data, split) if is_drawn_from else None,
+        data_digest=data.digest,
+        is_used=is_drawn_from or has_clusters,
+    )
+    for version in state.roll_back.refused:
+        if version is not None:
+            feed.take_back(version, state.negatives_version)
+    return feed
 
 
 def first_state(job: TrainJob, world: World, encoder: Encoder) -> TrainState:

