@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -154,10 +154,15 @@ def weights_digest(encoder: Encoder, weights: Mapping[str, Tensor] | None = None
     """
     digest = hashlib.sha256(json.dumps([encoder.normalize, is_causal(encoder.side("query").model)]).encode())
     state = encoder.state_dict() if weights is None else weights
-    for name, tensor in merged_weights(encoder, dict(sorted(state.items()))):
+    hash_tensors(digest, merged_weights(encoder, dict(sorted(state.items()))))
+    return digest.hexdigest()
+
+
+def hash_tensors(digest: "hashlib._Hash", tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Add named tensors to a digest: names, shapes, types and all bytes."""
+    for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _recorded(source: str, settings: ModelSettings) -> dict:

@@ -6,6 +6,11 @@ than the product itself. A score and an id are kept as one integer whose order i
 result does not depend on how the passages were cut into parts, but for the last bits of a product.
 """
 
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -34,20 +39,27 @@ class BestOf:
         passage_ND: float16 or float32, a map of a file for example; read tile by tile.
         rows_n: int64, ascending; ids are first_id + row, from 0 to 2^32 - 2.
         """
-        k, device = self.k, self._query_QD.device
-        tile_rows, tile_columns = tile_shape(k, device.type)
-        space = self._query_QD.new_empty(min(tile_rows, len(self._query_QD)) * tile_columns)  # fresh memory is slower
-        for start in range(0, len(rows_n), tile_columns):
-            seen_C = rows_n[start : start + tile_columns]
-            passage_CD = _padded(_rows_of(passage_ND, seen_C), np.float32, device)
-            ids_C = _padded(first_id + seen_C, np.int64, device)
-            for row in range(0, len(self._query_QD), tile_rows):
-                rows = slice(row, row + tile_rows)
-                query_tD = self._query_QD[rows]
-                score_tC = space[: len(query_tD) * len(passage_CD)].view(len(query_tD), len(passage_CD))
-                torch.mm(query_tD, passage_CD.T, out=score_tC)
-                score_tC[:, len(seen_C) :] = -torch.inf
-                self._keys_Qk[rows] = _select(self._keys_Qk[rows], score_tC, ids_C)
+        tile_rows, tile_columns = tile_shape(self.k, self._query_QD.device.type)
+        tiles = [slice(row, row + tile_rows) for row in range(0, len(self._query_QD), tile_rows)]
+        device, spaces = self._query_QD.device, threading.local()
+
+        def select(rows: slice) -> None:
+            if not hasattr(spaces, "scores"):
+                spaces.scores = self._query_QD.new_empty(
+                    min(tile_rows, len(self._query_QD)) * tile_columns
+                )  # fresh memory is slower
+            query_tD = self._query_QD[rows]
+            score_tC = spaces.scores[: len(query_tD) * len(passage_CD)].view(len(query_tD), len(passage_CD))
+            torch.mm(query_tD, passage_CD.T, out=score_tC)
+            score_tC[:, len(seen_C) :] = -torch.inf
+            self._keys_Qk[rows] = _select(self._keys_Qk[rows], score_tC, ids_C)
+
+        with _side_by_side(len(tiles), device) as map_tiles:
+            for start in range(0, len(rows_n), tile_columns):
+                seen_C = rows_n[start : start + tile_columns]
+                passage_CD = _padded(_rows_of(passage_ND, seen_C), np.float32, device)
+                ids_C = _padded(first_id + seen_C, np.int64, device)
+                list(map_tiles(select, tiles))
 
     def add(self, scores_QK: np.ndarray, ids_QK: np.ndarray) -> None:
         """Take in what another search has found, (Q, K) each; id -1: nothing."""
@@ -93,6 +105,20 @@ def top_k(
     return best_of_keys([best.keys()], k)
 
 
+@contextlib.contextmanager
+def _side_by_side(num_tiles: int, device: torch.device) -> Iterator[Callable[..., Iterator]]:
+    """Yield a map over tiles. On a CPU threads take tiles of their own: on the same one they would meet at every operation."""
+    num_threads = torch.get_num_threads()
+    num_workers = min(num_threads, num_tiles) if device.type == "cpu" else 1
+    if num_workers <= 1:
+        yield map
+        return
+    # set_num_threads is about the thread that calls it, and about threads that are yet to begin.
+    with ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(num_threads // num_workers,)) as pool:
+        yield pool.map
+    torch.set_num_threads(num_threads)
+
+
 def tile_shape(k: int, device_type: str) -> tuple[int, int]:
     """Return (queries, passages) of a tile of scores. It decides the last bits of a product: nothing else may."""
     columns = min(MAX_COLUMNS, max(MIN_COLUMNS, 1 << (16 * k - 1).bit_length()))
@@ -122,11 +148,11 @@ def _select(keys_tk: Tensor, score_tC: Tensor, ids_C: Tensor) -> Tensor:
         # k groups whose best is as good as this have k passages as good.
         least_t = torch.maximum(least_t, best_tG.topk(k, sorted=False).values.amin(1))
     least_t = least_t.clamp(min=torch.finfo(torch.float32).min)  # what fills up a tile has less
-    group_g = (best_tG >= least_t[:, None]).flatten().nonzero()
+    group_g = _where((best_tG >= least_t[:, None]).flatten())[:, None]
     row_g = group_g // num_groups
     place_gL = row_g * num_columns + group_g % num_groups + num_groups * torch.arange(LANES, device=ids_C.device)
     score_gL = score_tC.flatten().index_select(0, place_gL.flatten()).view(place_gL.shape)
-    survivor_n = (score_gL >= least_t[row_g]).flatten().nonzero()[:, 0]
+    survivor_n = _where((score_gL >= least_t[row_g]).flatten())
     place_n = place_gL.flatten().index_select(0, survivor_n)
     row_n = place_n // num_columns
     keys_n = _pack(score_gL.flatten().index_select(0, survivor_n), ids_C.index_select(0, place_n % num_columns))
@@ -137,6 +163,11 @@ def _select(keys_tk: Tensor, score_tC: Tensor, ids_C: Tensor) -> Tensor:
     pool_tK[:, :k] = keys_tk
     pool_tK[row_n, k + order_n] = keys_n
     return pool_tK.topk(k, sorted=False).values
+
+
+def _where(is_so_n: Tensor) -> Tensor:
+    """Return the places of what is so; numpy's search takes a tenth of torch's time on a CPU."""
+    return is_so_n.nonzero()[:, 0] if is_so_n.is_cuda else torch.from_numpy(np.flatnonzero(is_so_n.numpy()))
 
 
 def _pack(scores: Tensor, ids: Tensor) -> Tensor:

@@ -86,3 +86,20 @@ def test_a_large_id_and_a_negative_score_keep_their_order():
     ids = np.array([[2**32 - 2, 0, 9, 8, -1]])
     found_scores, found_ids = merge_top_k([(scores, ids)], 4)
     assert found_ids.tolist() == [[8, 9, 2**32 - 2, 0]] and found_scores.tolist() == [[0.0, 0.0, -1.0, -2.0]]
+
+
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_threads_find_the_same_to_the_bit_and_are_as_many_afterwards(threads, monkeypatch):
+    monkeypatch.setattr(topk, "tile_shape", lambda k, device_type: (16, 64))
+    rng = np.random.default_rng(0)
+    query, passage = (rng.standard_normal((n, 24), np.float32) for n in (70, 500))
+    alone = top_k(query, passage, 20)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = top_k(query, passage, 20)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one, other)
