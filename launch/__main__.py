@@ -3,6 +3,8 @@
 0 done; 2 a job or input that cannot be used, one sentence and no traceback; 75 asked to stop, state saved; 1 our own bugs.
 """
 
+import atexit
+import gc
 import os
 import sys
 from pathlib import Path
@@ -23,10 +25,19 @@ def main() -> None:
     """Run one command and exit with its code."""
     # Everything comes from this machine unless the user's environment says otherwise.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # At its end Python searches all that the libraries made for garbage: more than a second, for nothing.
+    atexit.register(gc.freeze)
     from launch.commands import app
+    from launch.output import keep_output_clean
+
+    keep_output_clean()
 
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False) or 0
+        if "mpi4py.MPI" in sys.modules:
+            from mining.ranks import leave_mpi
+
+            leave_mpi(code)
     except InputError as error:
         code = _refuse(str(error))
     except USAGE_ERROR as error:
@@ -41,7 +52,7 @@ def main() -> None:
         if not is_disk_full(error):
             raise
         code = _refuse(str(disk_error(error, Path(error.filename or "a file"))))
-    sys.exit(code or 0)
+    sys.exit(code)
 
 
 def _refuse(sentence: str) -> int:

@@ -23,11 +23,15 @@ def start_logging(rank: int = 0) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for package in ("launch", "trainer", "mining", "gradcache"):
         logging.getLogger(package).setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def keep_output_clean() -> None:
+    """Keep what libraries log to standard output away from the one object that we print there."""
     logging.getLogger("DeepSpeed").addFilter(_hand_to_root)
 
 
 def _hand_to_root(record: logging.LogRecord) -> bool:
-    """Keep DeepSpeed, imported by transformers when it saves a model, from logging to the standard output of ours."""
+    """Hand on what DeepSpeed says, which transformers imports when it saves a model."""
     if record.funcName != "get_accelerator":  # warns of every machine without a GPU
         logging.getLogger().handle(record)
     return False

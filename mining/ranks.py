@@ -6,6 +6,8 @@ sleep, and the collective that follows is over at once: on a machine shared with
 
 import logging
 import os
+import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,8 +22,10 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-NAP_S, LONGEST_NAP_S = 0.0005, 0.05  # between two looks at whether all ranks have come; doubles up to the longest
+NAP_S, LONGEST_NAP_S = 0.0005, 0.05  # between two looks at whether all ranks have come
+NAP_SHARE = 0.02  # of what was waited already: who comes last waits no longer than that for the others to wake
 STOP_PATIENCE_S = 60.0  # for the others to come, after a request to stop: a rank that died never does
+FAREWELL_S = 30.0  # for MPI's own end, once all ranks have come to it
 TAG_STOP, TAG_CALL_OFF = 75, 76
 EXIT_STOPPED = 75
 
@@ -90,7 +94,7 @@ class Ranks:
 
     def meet(self) -> None:
         """Wait, asleep, until every rank is here."""
-        request, nap_s, asked_at = self._comm.Ibarrier(), NAP_S, None
+        request, began, asked_at = self._comm.Ibarrier(), time.monotonic(), None
         while not request.Test():
             if self.stop_asked():  # passes the word on while waiting
                 asked_at = asked_at or time.monotonic()
@@ -98,8 +102,7 @@ class Ranks:
                     log.warning("asked to stop; another rank has not answered for %.0f s, leaving without it", STOP_PATIENCE_S)
                     os._exit(EXIT_STOPPED)  # MPI's own farewell would wait for it, too
             self.on_wait()
-            time.sleep(nap_s)
-            nap_s = min(2 * nap_s, LONGEST_NAP_S)
+            time.sleep(min(max(NAP_S, NAP_SHARE * (time.monotonic() - began)), LONGEST_NAP_S))
 
     def decide(self, choose: Callable[[], T]) -> T:
         """Return on every rank what `choose` returns on rank 0; what it raises is raised by all, as by `together`."""
@@ -174,6 +177,23 @@ class Ranks:
         """Receive the word that the work was called off, which every rank has heard of by now."""
         if not self.speaks:
             self._comm.recv(source=0, tag=TAG_CALL_OFF)
+
+
+def leave_mpi(code: int) -> None:
+    """End MPI, and with it the process, with `code`, if that takes longer than FAREWELL_S. Collective over MPI's world.
+
+    All is done and told by then. A library that hangs in its end, as Open MPI's may once in a thousand times
+    (open-mpi/ompi#10117), would hold a node until the time limit.
+    """
+    from mpi4py import MPI
+
+    Ranks(MPI.COMM_WORLD, lambda: False).meet()  # whoever still writes is waited for
+    sys.stdout.flush()
+    watchdog = threading.Timer(FAREWELL_S, os._exit, [code])
+    watchdog.daemon = True
+    watchdog.start()
+    MPI.Finalize()
+    watchdog.cancel()
 
 
 def _attempt(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
