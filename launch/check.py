@@ -21,6 +21,7 @@ from gradcache import OBJECTIVES, Batch, StepResult, Temperature, cached_step, r
 from launch.bench.machine import measured
 from launch.jobfile import read_job
 from launch.ranks import answer, on_ranks
+from trainer.backends import parallelize
 from trainer.budget import CPU_BUDGET
 from trainer.data.collate import TrainingSet, collate
 from trainer.data.datasets import open_data
@@ -29,7 +30,7 @@ from trainer.encoder.model import load_encoder
 from trainer.errors import InputError
 from trainer.handoff.negatives import Negatives
 from trainer.job import OptimSettings, TrainJob
-from trainer.parallel import Parallel, parallelize
+from trainer.parallel import Parallel
 from trainer.precision import set_tf32
 from trainer.prepare import tokenized
 from trainer.world import World, join_world

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import pydantic
 import tomli_w
 
-from launch.local import LaunchSettings
+from launch.plan import LaunchSettings
 from mining.job import MineJob
 from trainer.errors import InputError
 from trainer.handoff.settings import SourceSettings
@@ -47,8 +47,11 @@ class Jobs:
         return _plain(sections | {"launch": dataclasses.asdict(self.launch)})
 
 
-def read_job(path: Path | None, overrides: list[str]) -> Jobs:
-    """Return the jobs of a file, or of no file, with `section.key=value` overrides applied; raises InputError."""
+def read_job(path: Path | None, overrides: list[str], backend: str | None = None) -> Jobs:
+    """Return the jobs of a file, or of no file, with `section.key=value` overrides applied; raises InputError.
+
+    backend: what the launcher's own configuration asks for; the job may say the same or nothing.
+    """
     try:
         table = {} if path is None else tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -58,6 +61,14 @@ def read_job(path: Path | None, overrides: list[str]) -> Jobs:
     for override in overrides:
         _apply(table, override)
     _refuse_unknown(table, path or Path("the command line"))
+    if table.get(SOURCES) and any(override.startswith("data.path=") for override in overrides):
+        taken = ", ".join(f"sources.{name}" for name in table[SOURCES])
+        raise InputError(f"data.path={table['data']['path']!r} (--data) has no effect beside {taken}; set sources.NAME.path")
+    if backend is not None and (asked := table.setdefault("parallel", {}).setdefault("backend", backend)) != backend:
+        raise InputError(
+            f"the job asks for parallel.backend={asked!r}, and accelerate's configuration for {backend!r}; take parallel.backend "
+            f"out of the job, or use launch/accelerate/{asked}.yaml"
+        )
     return Jobs(_build(TrainJob, table), _build(MineJob, table), _build(LaunchJob, table).launch)
 
 

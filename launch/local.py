@@ -18,6 +18,7 @@ from typing import Literal
 
 import psutil
 
+from launch.plan import LaunchSettings, Plan
 from launch.view import View
 from trainer.errors import InputError
 from trainer.handoff.weights import steps_on_disk
@@ -30,20 +31,6 @@ STOP_GRACE_S = 60.0  # for a checkpoint to be written, before a side is killed
 
 class TrainerDied(Exception):
     """The trainer died more often than it may be started again; the message says where its last words are."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LaunchSettings:
-    """Section `launch`: processes of `negpool run`."""
-
-    train_ranks: int = 2  # trainer processes on this machine
-    mine_ranks: int = 1  # MPI ranks of the miner
-    max_restarts: int = 3  # of each side, after it died by itself
-
-    def __post_init__(self) -> None:
-        for name in ("train_ranks", "mine_ranks"):
-            if getattr(self, name) < 1:
-                raise InputError(f"launch.{name}={getattr(self, name)} must be at least 1")
 
 
 @dataclass
@@ -105,12 +92,12 @@ class Side:
         self.process.terminate()
 
 
-def supervise(run: Path, job_file: Path, settings: LaunchSettings, view: View) -> Literal["finished", "stopped"]:
+def supervise(run: Path, job_file: Path, settings: LaunchSettings, plan: Plan, view: View) -> Literal["finished", "stopped"]:
     """Run both sides until the trainer is done, or until asked to stop; raises InputError when a side refuses the job.
 
     Raises TrainerDied if it died more often than it may be started again.
     """
-    trainer, miner = sides(run, job_file, settings)
+    trainer, miner = sides(run, job_file, plan)
     forget_status(run)
     stop_asked: list[int] = []
     miner_is_needed = True
@@ -146,32 +133,33 @@ def supervise(run: Path, job_file: Path, settings: LaunchSettings, view: View) -
         miner.kill()
 
 
-def sides(run: Path, job_file: Path, settings: LaunchSettings) -> tuple[Side, Side]:
-    """Return the two sides, not started, with the machine's cores shared out among their processes."""
+def sides(run: Path, job_file: Path, plan: Plan) -> tuple[Side, Side]:
+    """Return the two sides, not started, each with its share of the machine."""
     (run / "logs").mkdir(parents=True, exist_ok=True)
-    cores = len(os.sched_getaffinity(0))
-    # No more threads than cores: OpenMP's threads wait for each other, so that two too many cost more than half the speed.
-    threads = max(1, cores // (settings.train_ranks + settings.mine_ranks))
-    env = {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads)}
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(plan.threads)}
+
+    def seeing(gpus: tuple[str, ...]) -> dict[str, str]:
+        return env | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
+
     module = [sys.executable, "-m", "launch"]
     torchrun = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
-        f"--nproc-per-node={settings.train_ranks}",
+        f"--nproc-per-node={plan.train_ranks}",
     ]
     trainer = Side(
         "trainer",
         [*torchrun, "-m", "launch", "train", str(job_file)],
-        env,
+        seeing(plan.train_gpus),
         run / "logs" / "trainer.log",
     )
-    mpiexec = [*mpi_command(settings.mine_ranks)]
+    mpiexec = [*mpi_command(plan.mine_ranks)]
     miner = Side(
         "miner",
         [*mpiexec, *module, "mine", str(job_file)],
-        env,
+        seeing(plan.mine_gpus),
         run / "logs" / "miner.log",
     )
     return trainer, miner

@@ -1,6 +1,7 @@
 """The main job: check everything, run both sides, compare BM25, the untrained and the trained model, say what comes next."""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from launch.jobfile import Jobs
 from launch.local import supervise
 from launch.models import evaluate_bm25
 from launch.output import ROW_TITLES, measures_table
+from launch.plan import Plan, cores_and_gpus, share_out
 from launch.sides import keep_job
 from launch.view import View, clock
 from trainer.data.datasets import open_data
@@ -26,12 +28,13 @@ def run_main_job(jobs: Jobs, job_file: Path, console: Console, allow_change: boo
     started = time.monotonic()
     run = jobs.train.run.folder
     data = open_data(jobs.train.data, jobs.train.sources)  # a bad input ends here, before anything starts
-    check_sizes(jobs.train, data, jobs.launch.train_ranks)
+    plan = share_out(jobs.launch, *cores_and_gpus(os.environ))
+    check_sizes(jobs.train, data, plan.train_ranks)
     check_model(jobs.train.model.name)
     keep_job(jobs, allow_change)
-    console.print(_plan(jobs, data))
+    console.print(_announcement(jobs, data, plan))
     with View(console) as view:
-        how = supervise(run, run / "job.toml", jobs.launch, view)
+        how = supervise(run, run / "job.toml", jobs.launch, plan, view)
     seconds = _add_seconds(run, time.monotonic() - started)
     if how == "stopped":
         step = read_status(run, "trainer").get("step", 0)
@@ -70,12 +73,12 @@ def _add_seconds(run: Path, seconds: float) -> float:
     return earlier + seconds
 
 
-def _plan(jobs: Jobs, data) -> str:
-    train, launch = jobs.train, jobs.launch
+def _announcement(jobs: Jobs, data, plan: Plan) -> str:
+    train = jobs.train
     num_queries = len(data.training_queries(train.data.train_split))
     return (
-        f"[bold]{train.run.folder}[/bold]: {num_queries:,} training queries, {len(data.corpus):,} passages from {data.path}; "
-        f"{launch.train_ranks} trainer ranks, {launch.mine_ranks} miner rank{'s' * (launch.mine_ranks > 1)}.\n"
+        f"[bold]{train.run.folder}[/bold]: {num_queries:,} training queries, {len(data.corpus):,} passages from {data.path}.\n"
+        f"{plan}.\n"
         f"Logs of both sides: {train.run.folder / 'logs'}"
     )
 

@@ -17,7 +17,8 @@ from types import FrameType
 
 import psutil
 
-from launch.local import LaunchSettings
+from launch.imports import lasting_imports
+from launch.plan import LaunchSettings
 from trainer.errors import InputError
 
 EXIT_STOPPED = 75
@@ -84,8 +85,9 @@ def launch_ranks(place: Place, num_ranks: int, command: list[str]) -> int:
     # Before the imports, which take seconds. A handler, not SIG_IGN: the ranks would inherit that, and be deaf for as long.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _tell_ranks)
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    with lasting_imports():
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, place.cpus // num_ranks)))
     config = LaunchConfig(

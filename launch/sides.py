@@ -21,14 +21,13 @@ def train_side(job_file: Path, overrides: list[str], allow_change: bool = False)
     """Train as this rank of the world that the launcher describes; return the outcome on rank 0."""
     rank = int(os.environ.get("RANK", "0"))
     start_logging(rank)
-    jobs = read_job(job_file, overrides)
-    if rank == 0:
-        keep_job(jobs, allow_change)
     stop_without_parent()
     from trainer.train import train
-    from trainer.world import join_world
+    from trainer.world import join_world, launched_backend
 
+    jobs = read_job(job_file, overrides, launched_backend(os.environ))
     world = join_world()
+    world.decide(lambda: keep_job(jobs, allow_change))  # after joining: the others would wait there for one that refuses
     try:
         agree(jobs, "trainer", world.speaks, world.gather_objects, world.broadcast)
         outcome = train(jobs.train, world)

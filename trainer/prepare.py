@@ -15,6 +15,7 @@ from torch.optim import AdamW
 from transformers import PreTrainedTokenizerBase
 
 from gradcache import Budget, Temperature
+from trainer.backends import is_sharded, parallelize
 from trainer.checkpoint import Saver, clean_parts, load_state, load_weights
 from trainer.data.collate import TrainingSet, given_negatives, training_set
 from trainer.data.datasets import RetrievalData, open_data
@@ -34,7 +35,6 @@ from trainer.job import TrainJob
 from trainer.metrics import Metrics, NoMetrics, NoStatus, Status, TrainerMetrics, check_trackers
 from trainer.mined_clusters import MinedClusters
 from trainer.optim import build_schedule
-from trainer.parallel import is_sharded, parallelize
 from trainer.precision import encode_in, loss_scaler, set_tf32
 from trainer.state import TrainState
 from trainer.tasks import Task, build_tasks

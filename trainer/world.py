@@ -1,11 +1,11 @@
-"""Who this process is among the trainers. Only `join_world` looks at the environment."""
+"""Who this process is among the trainers, and what its launcher asks for. Only this module looks at the environment for it."""
 
 import contextlib
 import ctypes
 import datetime
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ from trainer.errors import InputError
 
 T = TypeVar("T")
 
+FSDP, DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"  # how accelerate tells its processes
 COLLECTIVE_TIMEOUT_S = 600  # a lost rank is noticed after this long by those who wait for it
 
 
@@ -93,14 +94,21 @@ class World:
 warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
 
 
+def launched_backend(environment: Mapping[str, str]) -> str | None:
+    """Return the parallel.backend that the configuration of `accelerate launch` asks for; None where it leaves that open."""
+    if environment.get(FSDP, "").lower() == "true":
+        if (version := environment.get("FSDP_VERSION", "1")) != "2":
+            raise InputError(f"accelerate's configuration asks for version {version} of FSDP; set fsdp_config: fsdp_version: 2")
+        return "fsdp2"
+    if environment.get(DEEPSPEED, "").lower() == "true":
+        return f"zero{environment.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
+    return None
+
+
 def join_world() -> World:
     """Join the process group that the launcher's environment describes (accelerate, torchrun, deepspeed), or stay alone."""
-    for name, backend in (("ACCELERATE_USE_FSDP", "fsdp2"), ("ACCELERATE_USE_DEEPSPEED", "zero2")):
-        if os.environ.get(name, "false").lower() in ("true", "1"):
-            raise InputError(
-                f"accelerate's configuration sets {name}, and would share the model out by itself; set distributed_type to "
-                f'MULTI_GPU there, and parallel.backend="{backend}" in the job'
-            )
+    for name in (FSDP, DEEPSPEED):
+        os.environ.pop(name, None)  # or accelerate would share the model out by itself
     timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     keep_freed_memory()
     use_cpu = not torch.cuda.is_available()

@@ -84,6 +84,10 @@ def test_sources_are_sections_of_their_own_and_survive_the_run_folder(job_file, 
         (["sources.a.weight=2"], r"sources\.a\.path is missing; set it in the job file"),
         (["sources.a.path=x", "sources.a.weight=0"], r"weight=0.* of x must be more than 0"),
         (["sources.a.path=x", "sources.a.weight=much"], r"sources\.a\.weight='much' cannot be used"),
+        (
+            ["sources.a.path=x", "data.path=y"],
+            r"data\.path='y' \(--data\) has no effect beside sources\.a; set sources\.",
+        ),
         (["sources.a=x"], r"'sources\.a=x' is not an override; expected .*sources\.NAME\.key=value"),
         (
             ["sources.a.path=x", "sources.a.batch=4"],

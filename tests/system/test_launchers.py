@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from trainer.zero import engine_config
 ROOT = Path(__file__).parent.parent.parent
 LAUNCHERS = {
     "torchrun": ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "launch"],
-    "accelerate": ["accelerate", "launch", "--config_file", str(ROOT / "launch/accelerate/one_node.yaml"),
-                   "--num_processes", "2", "-m", "launch"],
+    **{backend: ["accelerate", "launch", "--config_file", str(ROOT / f"launch/accelerate/{backend}.yaml"),
+                 "--num_processes", "2", "-m", "launch"] for backend in ("ddp", "fsdp2", "zero2", "zero3")},
     "deepspeed": ["deepspeed", "--num_accelerators", "2", "--no_local_rank", "--module", "launch"],
 }  # fmt: skip
 JOB = """
@@ -77,18 +78,22 @@ def wanted(root):
 @pytest.mark.parametrize(
     ("launcher", "backend", "overrides"),
     [
-        ("accelerate", "fsdp2", []),
-        ("deepspeed", "zero2", [f"parallel.deepspeed={ROOT}/launch/deepspeed/buckets.json"]),
-        ("torchrun", "zero1", []),
-        ("torchrun", "zero3", [f"parallel.deepspeed={ROOT}/launch/deepspeed/zero3_small_gpus.json"]),
+        ("fsdp2", "fsdp2", []),
+        ("zero2", "zero2", []),
+        ("zero3", "zero3", [f"parallel.deepspeed={ROOT}/launch/deepspeed/zero3_small_gpus.json"]),
+        ("ddp", "fsdp2", ["parallel.backend=fsdp2"]),
+        ("deepspeed", "zero2", ["parallel.backend=zero2", f"parallel.deepspeed={ROOT}/launch/deepspeed/buckets.json"]),
+        ("torchrun", "zero1", ["parallel.backend=zero1"]),
     ],
 )
 def test_every_launcher_and_backend_trains_the_same_model(root, wanted, launcher, backend, overrides):
     if "zero" in backend:
         pytest.importorskip("deepspeed")
-    found = launch(root, launcher, backend, f"parallel.backend={backend}", *overrides)
+    name = f"{launcher}-{backend}"
+    found = launch(root, launcher, name, *overrides)
     assert found["finished"] and found["step"] == 8
-    assert losses(root, backend) == pytest.approx(wanted, rel=1e-4), "float32 sums in another order"
+    assert losses(root, name) == pytest.approx(wanted, rel=1e-4), "float32 sums in another order"
+    assert tomllib.loads((root / name / "job.toml").read_text())["parallel"]["backend"] == backend
 
 
 def test_a_backend_may_change_from_one_start_to_the_next_and_the_data_may_not(root, wanted):
@@ -119,17 +124,26 @@ def alone(root, name, *overrides):
 
 def test_a_run_goes_on_with_another_job_only_if_that_is_allowed(root, wanted):
     copy_until(root, "other_job", 4)
-    code, said = alone(root, "other_job", "batch.queries=8")
-    assert code == 2 and "holds a run with batch.queries=7, and this job has 8" in said and "go on with --allow-change" in said
+    said = launch(root, "torchrun", "other_job", "batch.queries=8", exit_code=2)
+    assert "holds a run with batch.queries=7, and this job has 8" in said and "go on with --allow-change" in said
+    assert said.count("holds a run") == 1 and "DistNetworkError" not in said, "one rank refuses, and the others leave with it"
     assert alone(root, "other_job", "batch.queries=8", "--allow-change")[0] == 0
     assert len(losses(root, "other_job")) == 8
 
 
-def test_a_launcher_that_would_share_the_model_out_itself_is_refused(root, monkeypatch):
+@pytest.mark.parametrize(
+    ("version", "sentence"),
+    [
+        ("2", "the job asks for parallel.backend='zero2', and accelerate's configuration for 'fsdp2'; take parallel.backend out"),
+        ("1", "accelerate's configuration asks for version 1 of FSDP; set fsdp_config: fsdp_version: 2"),
+    ],
+)
+def test_a_launcher_and_a_job_that_disagree_are_refused(root, monkeypatch, version, sentence):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    code, said = alone(root, "refused")
+    monkeypatch.setenv("FSDP_VERSION", version)
+    code, said = alone(root, "refused", "parallel.backend=zero2")
     assert code == 2 and "Traceback" not in said
-    assert 'set distributed_type to MULTI_GPU there, and parallel.backend="fsdp2" in the job' in said
+    assert sentence in said
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from gradcache import Temperature, cached_step
 from tests.gradcache.test_backends import SETTINGS
 from tests.gradcache.test_step import TinyEncoder, make_batch
 from tests.ranks import run_ranks
+from trainer.backends import parallelize
 from trainer.checkpoint import Saver, load_state, load_weights
 from trainer.early_stop import EarlyStop, RollBack, StopSettings
 from trainer.ema import build_average
@@ -20,7 +21,7 @@ from trainer.handoff.claim import Claim
 from trainer.handoff.manifest import versions
 from trainer.handoff.weights import open_checkpoint
 from trainer.job import EmaSettings, OptimSettings, ParallelSettings, PrecisionSettings, TrainJob
-from trainer.parallel import copy_weights, parallelize
+from trainer.parallel import copy_weights
 from trainer.state import TrainState
 from trainer.world import World
 

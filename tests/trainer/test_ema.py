@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from tests.trainer.worlds import world_of
+from trainer.backends import parallelize
 from trainer.ema import NoAverage, WeightAverage, build_average
 from trainer.errors import InputError
 from trainer.job import EmaSettings, OptimSettings, ParallelSettings, TrainJob
-from trainer.parallel import parallelize
 
 DECAY, STEPS = 0.5, 6
 

@@ -11,9 +11,9 @@ from gradcache import cached_step, reference_step
 from tests.gradcache.test_backends import SETTINGS, build, full_gradients, make_batch
 from tests.gradients import assert_same_gradients
 from tests.ranks import run_ranks
+from trainer.backends import parallelize
 from trainer.errors import InputError
 from trainer.job import OptimSettings, ParallelSettings
-from trainer.parallel import parallelize
 
 pytest.importorskip("deepspeed", reason="pip install 'negpool[deepspeed]'")
 

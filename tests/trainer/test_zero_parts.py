@@ -11,8 +11,8 @@ from tests.gradcache.test_backends import build
 from tests.gradcache.test_parts import TWO_RANKS, expected, take_parts
 from tests.gradients import assert_same_gradients
 from tests.ranks import run_ranks
+from trainer.backends import parallelize
 from trainer.job import OptimSettings, ParallelSettings
-from trainer.parallel import parallelize
 
 pytest.importorskip("deepspeed", reason="pip install 'negpool[deepspeed]'")
 

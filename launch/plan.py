@@ -1,0 +1,64 @@
+"""Who gets which of this machine's cores and GPUs, when trainer and miner share it."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from trainer.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchSettings:
+    """Section `launch`: processes of `negpool run`, and of a node without GPUs."""
+
+    train_ranks: int = 2  # trainer processes; with GPUs one for each that the miner leaves
+    mine_ranks: int = 1  # MPI ranks of the miner, and its GPUs; where there are no more it shares the trainer's
+    max_restarts: int = 3  # of each side, after it died by itself
+
+    def __post_init__(self) -> None:
+        for name in ("train_ranks", "mine_ranks"):
+            if getattr(self, name) < 1:
+                raise InputError(f"launch.{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The shares of both sides."""
+
+    train_ranks: int
+    mine_ranks: int
+    threads: int  # of each process
+    train_gpus: tuple[str, ...] = ()  # as CUDA_VISIBLE_DEVICES names them
+    mine_gpus: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        sides = (("trainer", self.train_ranks, self.train_gpus), ("miner", self.mine_ranks, self.mine_gpus))
+        shares = (f"{_count(ranks, name + ' rank')}{' on GPU ' if gpus else ''}{','.join(gpus)}" for name, ranks, gpus in sides)
+        shared = "; the miner shares the trainer's GPU" if set(self.train_gpus) & set(self.mine_gpus) else ""
+        return f"{', '.join(shares)}, {_count(self.threads, 'thread')} each{shared}"
+
+
+def share_out(settings: LaunchSettings, cores: int, gpus: tuple[str, ...]) -> Plan:
+    """Return the shares of both sides.
+
+    cores: that processes may use; gpus: names of those that can be seen, none: all work is done on cores.
+    """
+    own = settings.mine_ranks if len(gpus) > settings.mine_ranks else 0  # GPUs that the miner has for itself
+    train_gpus = gpus[: len(gpus) - own]
+    train_ranks = len(train_gpus) or settings.train_ranks
+    # No more threads than cores: OpenMP's threads wait for each other, so that two too many cost more than half the speed.
+    threads = max(1, cores // (train_ranks + settings.mine_ranks))
+    return Plan(train_ranks, settings.mine_ranks, threads, train_gpus, gpus[-own:] if own else gpus)
+
+
+def cores_and_gpus(environment: Mapping[str, str]) -> tuple[int, tuple[str, ...]]:
+    """Return what this process may use."""
+    import torch
+
+    names = [name.strip() for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    count = torch.cuda.device_count()
+    return len(os.sched_getaffinity(0)), tuple(names[:count]) if names else tuple(str(number) for number in range(count))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + "s" * (number != 1)

@@ -1,0 +1,39 @@
+"""How one machine is shared out, with and without GPUs."""
+
+import pytest
+
+from launch.plan import LaunchSettings, Plan, cores_and_gpus, share_out
+
+
+@pytest.mark.parametrize(
+    ("gpus", "mine_ranks", "plan", "said"),
+    [
+        ("", 1, Plan(2, 1, 5), "2 trainer ranks, 1 miner rank, 5 threads each"),
+        (
+            "0",
+            1,
+            Plan(1, 1, 8, ("0",), ("0",)),
+            "1 trainer rank on GPU 0, 1 miner rank on GPU 0, 8 threads each; the miner shares",
+        ),
+        ("01", 1, Plan(1, 1, 8, ("0",), ("1",)), "1 trainer rank on GPU 0, 1 miner rank on GPU 1, 8 threads each"),
+        ("0123", 1, Plan(3, 1, 4, ("0", "1", "2"), ("3",)), "3 trainer ranks on GPU 0,1,2, 1 miner rank on GPU 3"),
+        ("0123", 2, Plan(2, 2, 4, ("0", "1"), ("2", "3")), "2 trainer ranks on GPU 0,1, 2 miner ranks on GPU 2,3"),
+        ("01", 4, Plan(2, 4, 2, ("0", "1"), ("0", "1")), "; the miner shares the trainer's GPU"),
+    ],
+)
+def test_a_machine_is_shared_out(gpus, mine_ranks, plan, said):
+    found = share_out(LaunchSettings(mine_ranks=mine_ranks), cores=16, gpus=tuple(gpus))
+    assert found == plan
+    assert said in str(found)
+
+
+def test_few_cores_leave_one_thread_each():
+    assert share_out(LaunchSettings(train_ranks=2), cores=2, gpus=()).threads == 1
+
+
+def test_the_gpus_that_the_environment_names_are_shared_out(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert cores_and_gpus({"CUDA_VISIBLE_DEVICES": "3, 5"})[1] == ("3", "5")
+    assert cores_and_gpus({})[1] == ("0", "1")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert cores_and_gpus({"CUDA_VISIBLE_DEVICES": "0"})[1] == ()
