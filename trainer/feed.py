@@ -161,11 +161,17 @@ class NegativesFeed:
     def _fetch(self) -> None:
         """Verify and map the wanted version, and keep those in use pinned, until closed. All file work is done here."""
         said: set[int] = set()
+        awaited: set[int] = set()
         pinned: dict[int, float] = {}  # version -> when
         while not self._closed.wait(POLL_S):
             wanted = self._wanted
             self._keep_pinned(pinned, wanted)
             if wanted != NONE and (self._fetched is None or self._fetched.version != wanted):
+                if not self._folder(wanted).is_dir():
+                    if wanted not in awaited:
+                        log.info("negatives %s are not published yet; waiting for them", version_name(wanted))
+                    awaited.add(wanted)
+                    continue
                 try:
                     self._fetched = open_negatives(self._run, version_name(wanted), *self._fits)
                 except TornVersion as torn:

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -144,15 +145,17 @@ class Status:
         self.values: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname()}
         self._written = 0.0
         self._may_write, self._min_interval_s = may_write, min_interval_s
+        self._writing = threading.Lock()
 
     def update(self, **values: Any) -> None:
-        """Merge values in and write the file, at most every `min_interval_s` unless the phase changed."""
-        changed_phase = values.get("phase", self.values.get("phase")) != self.values.get("phase")
-        self.values |= values
-        if changed_phase or time.monotonic() - self._written >= self._min_interval_s:
-            self._written = time.monotonic()
-            self._may_write()
-            write_atomically(self._path, json.dumps({**self.values, "heartbeat": time.time()}))
+        """Merge values in and write the file, at most every `min_interval_s` unless the phase changed. From any thread."""
+        with self._writing:
+            changed_phase = values.get("phase", self.values.get("phase")) != self.values.get("phase")
+            self.values |= values
+            if changed_phase or time.monotonic() - self._written >= self._min_interval_s:
+                self._written = time.monotonic()
+                self._may_write()
+                write_atomically(self._path, json.dumps({**self.values, "heartbeat": time.time()}))
 
 
 class NoStatus:

@@ -216,6 +216,7 @@ def _name_text(run: Training, error: NotFinite) -> str:
 
 def stop(run: Training) -> Outcome:
     """Save and say so: the run was asked to stop. Collective."""
+    log.info("step %d: asked to stop; saving", run.state.step)
     save(run)
     run.saver.wait()
     run.world.barrier()  # a launcher ends the other ranks as soon as one leaves

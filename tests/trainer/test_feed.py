@@ -86,7 +86,8 @@ def test_without_a_miner_training_starts_after_a_while(tmp_path, caplog):
     feed.close()
 
 
-def test_a_schedule_is_waited_for_and_kept_to(tmp_path):
+def test_a_schedule_is_waited_for_and_kept_to(tmp_path, caplog):
+    caplog.set_level("INFO")
     publish(tmp_path, 0)
     feed = open_feed(tmp_path, schedule=(ScheduleEntry(checkpoint=5, step=5),))
     for step in range(5):
@@ -96,11 +97,12 @@ def test_a_schedule_is_waited_for_and_kept_to(tmp_path):
 
     def on_wait():
         waits.append(1)
-        if len(waits) == 2:
+        if len(waits) == 3:
             publish(tmp_path, 1)
 
     feed.before_step(5, on_wait)
     assert feed.in_force.version == 1 and len(waits) >= 2
+    assert caplog.messages == ["negatives v000001 are not published yet; waiting for them"]
     feed.close()
 
 
