@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,13 +18,14 @@ from launch.output import messages, start_logging
 from launch.sides import stop_without_parent
 from launch.tables import Sheet, as_text
 from launch.view import clock
+from mining.heartbeat import beating
 from trainer.metrics import read_status
 
 if TYPE_CHECKING:
     from mining.offline import Mined
 
 EXCERPT_LINES = 8
-SAY_EVERY_S = 15.0  # where there is no terminal to redraw
+LOOK_EVERY_S, SAY_EVERY_S = 0.5, 15.0  # the second where there is no terminal to redraw
 
 
 class Stopped(Exception):
@@ -191,25 +191,18 @@ def _told(mined: "Mined", out: Path | None, form: str, show: str | None) -> dict
 @contextlib.contextmanager
 def _followed(run: Path, console: Console) -> Iterator[None]:
     """Tell what the service says in its status file: one live line in a terminal, else a line for each phase."""
-    started, done = time.monotonic(), threading.Event()
+    started, said, said_at = time.monotonic(), "", 0.0
 
-    def follow(show) -> None:
-        said, said_at = "", 0.0
-        while not done.wait(0.5):
-            status = read_status(run, "miner")
-            phase, total = status.get("phase", "starting"), status.get("total")
-            line = f"{clock(time.monotonic() - started)}  {phase}" + (f"  {status.get('done') or 0:,}/{total:,}" if total else "")
-            if console.is_terminal:
-                show.update(line)
-            elif phase != said or time.monotonic() - said_at > SAY_EVERY_S:
-                said, said_at = phase, time.monotonic()
-                console.print(line, markup=False)
+    def follow() -> None:
+        nonlocal said, said_at
+        status = read_status(run, "miner")
+        phase, total = status.get("phase", "starting"), status.get("total")
+        line = f"{clock(time.monotonic() - started)}  {phase}" + (f"  {status.get('done') or 0:,}/{total:,}" if total else "")
+        if console.is_terminal:
+            show.update(line)
+        elif phase != said or time.monotonic() - said_at > SAY_EVERY_S:
+            said, said_at = phase, time.monotonic()
+            console.print(line, markup=False)
 
-    with console.status("starting") as show:
-        thread = threading.Thread(target=follow, args=(show,), daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
+    with console.status("starting") as show, beating(follow, LOOK_EVERY_S):
+        yield

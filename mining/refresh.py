@@ -17,12 +17,12 @@ from mining.ranks import Ranks
 from mining.rerank import Reranker, RerankSettings, drop_by_cross_encoder
 from mining.sampling import SampleSettings, choose_candidates, is_easy, lowest_candidates, random_rows
 from mining.search import QUERY_TILE, share_of
+from mining.tiles import KeptTiles, Part, Table
 from trainer.handoff.negatives import Negatives
 
 SPARE = 16  # rows drawn from the corpus beyond those needed, in place of those that are no negatives
 
 GoOn = Callable[[float], None]  # told which share of a tile's pairs is done
-Table = dict[str, np.ndarray]  # columns of one length; "query": place within the share
 
 
 @dataclass(frozen=True)
@@ -70,20 +70,36 @@ class Share:
 
 
 def draw_negatives(
-    draw: Draw, ranks: Ranks, retriever: Retriever, on_progress: Callable[[int, int], None], query_tile: int = QUERY_TILE
+    draw: Draw,
+    ranks: Ranks,
+    retriever: Retriever,
+    kept: KeptTiles,
+    on_progress: Callable[[int, int], None],
+    query_tile: int = QUERY_TILE,
 ) -> Drawn | None:
     """Return the negatives on rank 0, None elsewhere.
 
+    kept: where an earlier service may have left what it drew, and this one leaves it, too.
     on_progress: called with queries done and to do.
     query_tile: queries retrieved at once; changes nothing but the memory.
     Raises Stopped on every rank if one is asked to stop. Collective.
     """
-    parts, num_queries = [], draw.judgements.num_queries
-    for start in range(0, num_queries, query_tile):
-        tile = slice(start, min(start + query_tile, num_queries))
+    parts: list[Part] = []
+    num_queries = draw.judgements.num_queries
+    tiles = [slice(start, min(start + query_tile, num_queries)) for start in range(0, num_queries, query_tile)]
+
+    def take_kept() -> list[slice]:
+        kept.open()
+        found = {tile.start: kept.read(tile) for tile in tiles}
+        parts.extend(part for taken in found.values() for part in taken or [])
+        return [tile for tile in tiles if found[tile.start] is None]
+
+    for tile in ranks.decide(take_kept):
         go_on = functools.partial(_go_on, ranks, on_progress, tile, num_queries)
         ranks.together(go_on)
-        parts.append(_draw_tile(draw, ranks, retriever, tile, go_on))
+        part = _draw_tile(draw, ranks, retriever, tile, go_on)
+        ranks.together(functools.partial(kept.keep, part))
+        parts.append(part)
     gathered = ranks.gather(parts)
     return _join([part for parts in gathered for part in parts]) if ranks.speaks else None
 
@@ -94,8 +110,8 @@ def _go_on(ranks: Ranks, on_progress: Callable[[int, int], None], tile: slice, n
     ranks.check_stop()
 
 
-def _draw_tile(draw: Draw, ranks: Ranks, retriever: Retriever, tile: slice, go_on: GoOn) -> tuple:
-    """Return this rank's part of a tile: its first place, the length of each row, the columns, and what was counted."""
+def _draw_tile(draw: Draw, ranks: Ranks, retriever: Retriever, tile: slice, go_on: GoOn) -> Part:
+    """Return this rank's part of a tile; column "query" of the table on the way: place within the share."""
     share = _find(draw, ranks, retriever, tile, go_on)
     kept, unknown_QK = _filter(draw, ranks, share, go_on)
     drawn_QK = _choose(draw, share, kept, unknown_QK)
@@ -112,7 +128,7 @@ def _draw_tile(draw: Draw, ranks: Ranks, retriever: Retriever, tile: slice, go_o
     if draw.sample.replace == "all":
         del table["first_scores"]
     lengths = np.bincount(table.pop("query"), minlength=len(share.rows))
-    return share.places.start, lengths, table | share.positives, share.counts, kept.dropped
+    return Part(share.places.start, lengths, table | share.positives, share.counts, kept.dropped)
 
 
 def _find(draw: Draw, ranks: Ranks, retriever: Retriever, tile: slice, go_on: GoOn) -> Share:
@@ -225,13 +241,13 @@ def _scores_at_first(ids_QK: np.ndarray, last_ids_QL: np.ndarray, last_scores_QL
     return first_QK
 
 
-def _join(parts: list[tuple]) -> Drawn:
-    parts.sort(key=lambda part: part[0])
+def _join(parts: list[Part]) -> Drawn:
     # Shares of no query have the place of the next one; they add nothing, in any order.
-    _, lengths, tables, counts, dropped = zip(*parts, strict=True)
-    columns = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
-    indptr = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
-    return Drawn(indptr, columns.pop("ids"), columns.pop("scores"), columns, _sum(counts), _sum(dropped))
+    parts.sort(key=lambda part: part.place)
+    columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns}
+    indptr = np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))])
+    counts, dropped = _sum(part.counts for part in parts), _sum(part.dropped for part in parts)
+    return Drawn(indptr, columns.pop("ids"), columns.pop("scores"), columns, counts, dropped)
 
 
 def _sum(counters: Iterable[Mapping[str, int]]) -> dict[str, int]:

@@ -4,8 +4,10 @@ Scores are logits, before any sigmoid: of one label, or of the second of two ove
 neighbouring queries, sorted by length within a block; a block is one rank's, so no bit depends on the number of ranks.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +19,7 @@ from mining.filters import Kept, ceiling
 from mining.search import SHARE_ROWS
 from trainer.data.datasets import RetrievalData
 from trainer.encoder.backbone import max_positions
+from trainer.encoder.model import hash_tensors
 from trainer.encoder.source import LOADING_ERRORS
 from trainer.encoder.tokenizer import load_tokenizer
 from trainer.errors import InputError
@@ -53,6 +56,13 @@ class Reranker:
     max_tokens: int
     data: RetrievalData
     query_rows: np.ndarray  # (Q,) int64 rows of queries.jsonl
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 over the cross-encoder's weights: a folder keeps its name when they change."""
+        digest = hashlib.sha256()
+        hash_tensors(digest, sorted(self.model.state_dict().items()))
+        return digest.hexdigest()
 
     def score(
         self, query_places: np.ndarray, passage_rows: np.ndarray, on_block: Callable[[float], None] = lambda _: None

@@ -119,7 +119,7 @@ def next_task(work: Work, once: bool, given: str | None) -> Task | None:
         if checkpoint is not None:
             if begun is not None and (begun.version, begun.checkpoint) == (version, checkpoint.folder.name):
                 work.settled_version = version  # a killed service's: it is finished first
-            return Task(version, checked(work, checkpoint))
+            return Task(version, checked(work, checkpoint), is_only=once)
         # Nobody will take what could still be mined after the trainer's last step. One that was killed or stopped has not
         # said that it is done, and may come back.
         trainer = read_status(run, "trainer")
@@ -148,7 +148,8 @@ def give_up(work: Work, task: Task, cause: Exception) -> bool:
     """Say why a version is not made, and return whether its weights are refused for good. Rank 0 only.
 
     With a schedule, or a checkpoint that a person named, there is nothing to go on with, and InputError is raised; but a
-    scheduled checkpoint that is gone may come again, from a trainer that was killed and resumed.
+    scheduled checkpoint that is gone may come again, from a trainer that was killed and resumed. So it is for a single refresh,
+    unless another checkpoint may take the place of one that is gone or older.
     """
     job, checkpoint = work.job, task.checkpoint
     if checkpoint is None:
@@ -167,4 +168,8 @@ def give_up(work: Work, task: Task, cause: Exception) -> bool:
         work.num_refused += 1
         work.status.update(refused=reason, num_refused=work.num_refused)
     work.metrics.record(checkpoint.step, {"event": "given up", "version": task.version, "reason": reason})
-    return not (is_lost or isinstance(cause, Superseded))
+    is_done = not (is_lost or isinstance(cause, Superseded))
+    if is_done and task.is_only:
+        work.status.update(phase="refused")
+        raise InputError(f"nothing was published: {reason}")
+    return is_done

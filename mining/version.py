@@ -4,6 +4,7 @@ Recall is audited before the search over all queries, so that a bad index costs 
 """
 
 import logging
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from mining.publish import audit_drawn, publish, stays
 from mining.ranks import Refused
 from mining.refresh import Draw, Drawn, draw_negatives
 from mining.search import QUERY_TILE
+from mining.tiles import KeptTiles
 from mining.watch import Task
 from mining.work import Work
 from trainer.handoff.weights import Checkpoint
@@ -68,7 +70,17 @@ def draw(
     last = work.ranks.together(lambda: stays(job, task.version, source, *sizes))
     settings = job.filter, job.sample, job.rerank, job.run.seed, task.version
     how = Draw(*settings, judgements, *keys, work.reranker, last)
-    return draw_negatives(how, work.ranks, retriever, work.progress, query_tile)
+    return draw_negatives(how, work.ranks, retriever, kept_tiles(work, task), work.progress, query_tile)
+
+
+def kept_tiles(work: Work, task: Task) -> KeptTiles:
+    """Return where the negatives of a version are kept until it is published."""
+    job, checkpoint = work.job, task.checkpoint
+    sections = (job.filter, job.sample, job.rerank, job.search, job.index, job.encode)
+    about = {"version": task.version, "weights": checkpoint and checkpoint.manifest["weights_digest"], "data": work.data.digest}
+    about |= {"seed": job.run.seed, "passages": [job.mine.passages, job.mine.max_drift], "bm25": job.mine.bm25_top_k}
+    about["cross_encoder"] = work.reranker and work.reranker.digest
+    return KeptTiles(job.run.folder, about | {"job": [asdict(section) for section in sections]})
 
 
 def publish_drawn(
@@ -114,6 +126,8 @@ def publish_drawn(
 
     with work.phase("publishing"):
         work.ranks.decide(tell_and_publish)
+        if work.ranks.speaks:
+            kept_tiles(work, task).forget()
 
 
 def refuse(reasons: list[str]) -> None:

@@ -34,6 +34,7 @@ class Task:
     version: int
     checkpoint: Checkpoint | None  # None: BM25
     is_given: bool = False  # the person named the checkpoint; no newer one takes its place
+    is_only: bool = False  # a single refresh, which nothing follows
 
 
 class Watch:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch
 from mining.clusters import check_clusters
 from mining.encode import TokenCache
 from mining.figures import ages, version_figures
+from mining.heartbeat import BEAT_S, beating
 from mining.job import MineJob
 from mining.judgements import Judgements, read_judgements
 from mining.publish import claim_negatives, last_version
@@ -52,6 +54,7 @@ class Work:
     num_refused: int = 0
     seconds: dict[str, float] = field(default_factory=dict)  # its phases so far
     _phase: tuple[str, float, dict[str, int]] = ("", 0.0, {})  # name, beginning, amounts of work
+    _pinning: threading.Lock = field(default_factory=threading.Lock)
     _pinned_at: float = 0.0
     _looked_at: float = 0.0
     _told: frozenset[str] = frozenset()
@@ -75,7 +78,8 @@ class Work:
         if checkpoint is not None and self.ranks.speaks:
             refresh = Refresh(self.task.version, checkpoint.folder.name, checkpoint.manifest["weights_digest"])
             write_refresh(self.job.run.folder, refresh, name)
-        yield
+        with beating(self.keep_alive, BEAT_S) if self.ranks.speaks else contextlib.nullcontext():
+            yield
         self.seconds[name] = round(time.monotonic() - started, 3)
         rates = self._rates(1.0)
         self.status.update(**rates)
@@ -90,11 +94,13 @@ class Work:
             self.ranks.call_off()
 
     def keep_alive(self) -> None:
-        """Write the heartbeat and renew the pin on the checkpoint at work."""
+        """Write the heartbeat and renew the pin on the checkpoint at work. From any thread."""
         self.status.update()
-        if self.ranks.speaks and self.task and self.task.checkpoint and time.monotonic() - self._pinned_at > PIN_S / 4:
-            self._pinned_at = time.monotonic()
-            pin(self.task.checkpoint.folder, HOLDER, PIN_S)
+        checkpoint = self.task and self.task.checkpoint
+        with self._pinning:
+            if self.ranks.speaks and checkpoint and time.monotonic() - self._pinned_at > PIN_S / 4:
+                self._pinned_at = time.monotonic()
+                pin(checkpoint.folder, HOLDER, PIN_S)
 
     def finish(self, is_done: bool = True) -> None:
         """Let go of the checkpoint; is_done: it was mined or refused, and needs no other look."""
@@ -144,9 +150,10 @@ def open_work(job: MineJob, ranks: Ranks, claim: Claim) -> Work:
     status: Status | NoStatus = Status(run, "miner", claim.check) if ranks.speaks else NoStatus()
     status.update(phase="starting", started=time.time())
     ranks.on_wait = status.update
-    data = ranks.together(lambda: open_data(job.data, job.sources))
-    files = ranks.decide(lambda: claim_data(job, data))
-    judgements = ranks.together(lambda: read_judgements(data, job.data.train_split))
+    with beating(status.update, BEAT_S):
+        data = ranks.together(lambda: open_data(job.data, job.sources))
+        files = ranks.decide(lambda: claim_data(job, data))
+        judgements = ranks.together(lambda: read_judgements(data, job.data.train_split))
     sizes = judgements.num_queries, len(data.corpus)
     ranks.decide(lambda: check_clusters(job.clusters, judgements.num_queries))
     ranks.decide(lambda: claim_negatives(run, *sizes))

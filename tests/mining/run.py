@@ -66,8 +66,11 @@ def publish_checkpoint(job: dict, step: int, towers: Literal["one", "two"] = "on
     return folder
 
 
-def run_on_ranks(num_ranks: int, plans: list[tuple[dict, int]]) -> tuple[int, str]:
-    """Run a service for each (job, ranks) of the plans, one after the other, in one MPI world; return exit code and words."""
+Plan = tuple[dict, int, str | None]  # a job, ranks of its service, and the checkpoint to mine, None: the newest
+
+
+def run_on_ranks(num_ranks: int, plans: list[Plan]) -> tuple[int, str]:
+    """Run the service of each plan, one after the other, in one MPI world; return exit code and words."""
     path = Path(plans[0][0]["data"]["path"]).parent / "plans.json"
     path.write_text(json.dumps(plans))
     mpiexec = [
@@ -102,11 +105,11 @@ def main() -> int:
     from mining.service import run_service
 
     world = MPI.COMM_WORLD
-    for job, num_ranks in json.loads(Path(sys.argv[1]).read_text()):
+    for job, num_ranks, checkpoint in json.loads(Path(sys.argv[1]).read_text()):
         comm = world.Split(0 if world.rank < num_ranks else MPI.UNDEFINED)
         if comm != MPI.COMM_NULL:
             try:
-                run_service(as_job(job), comm, once=True)
+                run_service(as_job(job), comm, once=True, checkpoint=checkpoint)
             except InputError as error:
                 print(f"negpool: {error}", file=sys.stderr)
                 return 2

@@ -4,8 +4,10 @@ work."""
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,8 +124,8 @@ def test_embeddings_that_are_not_finite_name_a_text_and_the_checkpoint_and_the_n
     job = make_job(tmp_path)
     publish_diverged(job, 20)
     run = start_service(job, num_ranks)
-    assert run.wait() == 0, run.said
-    said = read_status(folder(job), "miner")["refused"]
+    assert run.wait() == 2 and run.said.count("negpool: nothing was published: checkpoint step-00000020: ") == 1, run.said
+    said = read_status(folder(job), "miner")["error"].removeprefix("nothing was published: ")
     start, name, end = said.split("'")
     assert start == "checkpoint step-00000020: the embedding of the text with id "
     assert "is not finite" in end and f"negatives v1 not published: {said}" in run.said and "Traceback" not in run.said
@@ -287,3 +289,27 @@ def test_who_is_asked_to_stop_does_not_wait_for_a_dead_rank_for_ever(monkeypatch
         ranks.Ranks(comm, lambda: True).meet()
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
+
+
+def hangs_in_the_end(rank: int) -> None:
+    from mpi4py import MPI
+
+    ranks.FAREWELL_S = 1.0
+    MPI.Finalize = partial(time.sleep, 600)
+
+
+def still_writes(rank: int) -> None:
+    from mpi4py import MPI
+
+    leave_mpi, finalize = ranks.leave_mpi, MPI.Finalize
+    if rank == 0:
+        ranks.leave_mpi = lambda code: (time.sleep(2), print("written", flush=True), leave_mpi(code))
+    MPI.Finalize = lambda: (print("ended", flush=True), finalize())
+
+
+def test_an_mpi_that_hangs_in_its_end_holds_nobody_and_who_still_writes_is_waited_for(tmp_path):
+    job = make_job(tmp_path / "run")
+    run = start_service(job, before=hangs_in_the_end)
+    assert run.wait() == 0 and published(job), run.said
+    run = start_service(job, 2, before=still_writes)
+    assert run.wait() == 0 and re.findall("written|ended", run.said) == ["written", "ended", "ended"], run.said

@@ -1,6 +1,8 @@
 """From candidates to a table, with a matrix of scores for an encoder: against plain Python, one query after the other."""
 
+import tempfile
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from mining.ranks import Ranks
 from mining.refresh import Draw, draw_negatives
 from mining.rerank import RerankSettings
 from mining.sampling import SampleSettings
+from mining.tiles import KeptTiles
 from trainer.encoder.topk import top_k
 from trainer.handoff.negatives import Negatives
 
@@ -79,9 +82,14 @@ def draw(filter=(), sample=(), rerank=(), version=1, scores=SCORES, **how):
         SampleSettings(**{"num_negatives": 4, **dict(sample)}),
         RerankSettings(**dict(rerank)),
     )
-    found = draw_negatives(
-        Draw(*settings, 0, version, JUDGED, *KEYS, **how), RANKS, Matrix(scores, JUDGED), lambda *told: TOLD.append(told)
-    )
+    with tempfile.TemporaryDirectory() as run:
+        found = draw_negatives(
+            Draw(*settings, 0, version, JUDGED, *KEYS, **how),
+            RANKS,
+            Matrix(scores, JUDGED),
+            KeptTiles(Path(run), {}),
+            lambda *told: TOLD.append(told),
+        )
     assert found is not None
     rows = np.repeat(np.arange(NUM_QUERIES), np.diff(found.indptr))
     np.testing.assert_array_equal(found.scores, scores[rows, found.ids])
@@ -202,10 +210,11 @@ def test_candidates_of_two_retrievers_are_one_table_without_repeats():
         np.testing.assert_array_equal(both_scores[query, : len(expected)], SCORES[query, expected])
 
 
-def test_a_corpus_with_nothing_to_offer_leaves_rows_empty():
+def test_a_corpus_with_nothing_to_offer_leaves_rows_empty(tmp_path):
     nothing = replace(JUDGED, allowed_N=np.zeros(NUM_PASSAGES, bool))
     settings = FilterSettings(), SampleSettings(), RerankSettings()
-    found = draw_negatives(Draw(*settings, 0, 1, nothing, *KEYS), RANKS, Matrix(SCORES, nothing), lambda *_: None)
+    tiles = KeptTiles(tmp_path, {})
+    found = draw_negatives(Draw(*settings, 0, 1, nothing, *KEYS), RANKS, Matrix(SCORES, nothing), tiles, lambda *_: None)
     assert found is not None and len(found.ids) == 0 and found.counts["queries_without"] == NUM_QUERIES
 
 

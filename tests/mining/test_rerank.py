@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -65,6 +66,18 @@ def test_the_number_of_ranks_changes_no_bit(root, num_ranks):
         parts.append(found.score(places[mine], rows[mine]))
     np.testing.assert_array_equal(np.concatenate(parts), whole)
     assert num_queries > 2 * SHARE_ROWS
+
+
+def test_other_weights_in_the_same_folder_are_another_cross_encoder(root, tmp_path):
+    shutil.copytree(root / "labels-1", tmp_path / "labels-1")
+    shutil.copytree(root / "data", tmp_path / "data")
+    before = reranker(tmp_path).digest
+    assert reranker(tmp_path, max_tokens=64).digest == before == reranker(root).digest
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "labels-1")
+    with torch.no_grad():
+        model.classifier.bias += 1e-3
+    model.save_pretrained(tmp_path / "labels-1")
+    assert reranker(tmp_path).digest != before
 
 
 def test_shares_are_whole_blocks_and_cover_every_row():

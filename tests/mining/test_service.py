@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import filelock
@@ -14,6 +15,7 @@ import torch
 from mpi4py import MPI
 
 from mining import service
+from mining.clusters import cluster_queries
 from mining.judgements import read_judgements
 from mining.publish import last_version
 from tests.mining.run import as_job, make_job, publish_checkpoint, published, rows_of
@@ -102,6 +104,28 @@ def test_the_negatives_are_the_best_of_a_plain_search(tmp_path, towers):
         np.testing.assert_allclose(score_N[ids], best[:3], atol=1e-5)
 
 
+def test_the_heart_beats_while_one_long_call_returns_to_nobody(tmp_path, monkeypatch):
+    job = make_job(tmp_path, clusters={"num": 2})
+    publish_checkpoint(job, 10)
+    seen = []
+
+    def long_call(*arguments):
+        for _ in range(2):
+            before = read_status(folder(job), "miner")["heartbeat"]
+            deadline = time.monotonic() + 10
+            while read_status(folder(job), "miner")["heartbeat"] == before and time.monotonic() < deadline:
+                time.sleep(0.05)
+            seen.append((read_status(folder(job), "miner")["phase"], read_status(folder(job), "miner")["heartbeat"] > before))
+        return cluster_queries(*arguments)
+
+    monkeypatch.setattr("mining.work.BEAT_S", 0.1)
+    monkeypatch.setattr("mining.version.cluster_queries", long_call)
+    threads = threading.active_count()
+    mine(job)
+    assert seen == [("clustering", True)] * 2
+    assert threading.active_count() == threads
+
+
 def test_a_torn_checkpoint_is_passed_over(tmp_path, caplog):
     job = make_job(tmp_path)
     publish_checkpoint(job, 10)
@@ -117,7 +141,8 @@ def test_a_bad_index_is_refused_with_its_recall(tmp_path, caplog):
     index = {"factory": "IVF32,Flat", "nprobe": 1}
     job = make_job(tmp_path, index=index)
     publish_checkpoint(job, 10)
-    mine(job)
+    with pytest.raises(InputError, match="nothing was published: checkpoint step-00000010: "):
+        mine(job)
     assert last_version(folder(job), 225, 398).version == 0
     assert "less than audit.min_recall=0.9" in read_status(folder(job), "miner")["refused"] and "v1 not published" in caplog.text
     with_schedule = make_job(tmp_path, index=index, negatives={"schedule": [{"step": 15, "checkpoint": 10}]})
@@ -177,7 +202,8 @@ def test_a_version_beyond_the_gate_is_refused_with_every_reason(tmp_path, caplog
     gate = {"max_suspected": 0.01, "max_without": 0.01}
     job = make_job(tmp_path, audit=gate, filter={"relative_margin": 0.02})
     publish_checkpoint(job, 10)
-    mine(job)
+    with pytest.raises(InputError, match="nothing was published: checkpoint step-00000010: "):
+        mine(job)
     told = read_status(folder(job), "miner")["refused"]
     assert "more than audit.max_suspected=0.01" in told and "more than audit.max_without=0.01" in told
     assert last_version(folder(job), 225, 398).version == 0
