@@ -68,7 +68,7 @@ def bench_mining(
     out: Out = None,
     as_json: Json = False,
 ) -> int:
-    """Measure encoding, exact search, two ranks and the memory of the miner; eight minutes on two cores."""
+    """Measure encoding, exact search, two ranks, an idle miner and a large one; ten minutes on two cores."""
     from launch.bench.mining import bench_mining as run_bench
     from launch.tables import mining_parts
 

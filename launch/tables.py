@@ -22,6 +22,7 @@ class Sheet:
         return [float(row[self.columns.index(column)]) for row in self.rows]
 
 
+LEFT = ("", "found", "type", "default")  # columns of words
 Part = Sheet | str  # a table or a sentence
 
 
@@ -136,8 +137,15 @@ def mining_parts(found: dict[str, Any]) -> list[Part]:
         parts.append(Sheet(title, ("", "seconds", "ratio"), rows))
         for other, rate in found[name]["our_rate_over"].items():
             parts.append(f"{rate['found']:.2f} of the rate of {other}; wanted {rate['wanted']:.2f}.")
-    for name, rate in found["ranks"]["speedup"].items():
-        parts.append(f"{name}: two ranks of one thread are {rate['found']:.2f} times one; wanted {rate['wanted']:.2f}.")
+    for name, times in found["ranks"]["speedup"].items():
+        wanted = found["ranks"]["wanted"].get(name)
+        parts.append(
+            f"{name}: two ranks of one thread are {times:.2f} times one" + (f"; wanted {wanted:.2f}." if wanted else ", no more.")
+        )
+    idle = found["idle"]
+    parts.append(
+        f"A trainer's step takes {idle['ratio']:.3f} of its time while a miner waits; wanted at most {idle['wanted']:.2f}."
+    )
     if memory := found.get("memory"):
         parts.append(
             f"A service with {memory['passages']:,} passages took {memory['peak_gib']:.2f} GiB of {memory['planned_gib']:.2f} "
@@ -165,11 +173,11 @@ def _machine(found: dict[str, Any]) -> str:
 
 
 def _rich(sheet: Sheet) -> Table:
-    table = Table(title=sheet.title, title_justify="left")
+    table = Table(title=Text(sheet.title), title_justify="left")
     for number, column in enumerate(sheet.columns):
-        table.add_column(column, justify="left" if number == 0 or column in ("", "found") else "right")
+        table.add_column(column, justify="left" if number == 0 or column in LEFT else "right")
     for row in sheet.rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 

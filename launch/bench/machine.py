@@ -52,6 +52,15 @@ def matmul_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> flo
     return 2 * size**3 / min(seconds_of(lambda: left @ right, device) for _ in range(5))
 
 
+def tiled_product(query_QD: torch.Tensor, passage_ND: torch.Tensor, tile: tuple[int, int]) -> None:
+    """Multiply queries with passages in tiles of (queries, passages); the scores of one tile are overwritten by the next."""
+    tile_rows, tile_columns = tile
+    space = query_QD.new_empty(tile_rows * tile_columns)
+    for part_CD in passage_ND.split(tile_columns):
+        for part_tD in query_QD.split(tile_rows):
+            torch.mm(part_tD, part_CD.T, out=space[: len(part_tD) * len(part_CD)].view(len(part_tD), -1))
+
+
 def seconds_of(work: Callable, device: torch.device) -> float:
     """Return how long a call takes."""
     _wait(device)

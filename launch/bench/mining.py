@@ -1,4 +1,5 @@
-"""`negpool bench mining`: encoding and exact search against the bare work in them, two ranks against one, memory against plan.
+"""`negpool bench mining`: encoding and exact search against the bare work in them, two ranks against one, an idle miner,
+memory against plan.
 
 Everybody has a turn in every round, and ratios are medians of the rounds' ratios, because the machine is not the same from
 minute to minute. Bare encoding is the encoder called on the batches that we would make, made in advance; bare search is
@@ -17,7 +18,8 @@ import numpy as np
 import torch
 
 from gradcache.chunks import plan_chunks
-from launch.bench.machine import describe, matmul_rate, seconds_of
+from launch.bench.idle import measure_idle
+from launch.bench.machine import describe, matmul_rate, seconds_of, tiled_product
 from launch.bench.mining_ranks import prepare_service
 from launch.output import messages
 from launch.ranks import on_ranks
@@ -33,7 +35,9 @@ WANTED: dict[str, Any] = {
     "search": {"bare product": 0.7},
     "ranks": {"encode": 1.8, "search": 1.8},
     "memory": [0.9, 1.1],
+    "idle": 1.02,
 }
+RANKS = {"num_texts": 768, "max_tokens": 64, "num_queries": 4096, "num_passages": 131072}  # some seconds of work for two
 SEARCH_QUERIES, SEARCH_PASSAGES, SEARCH_WIDTH, TOP_K = 2048, 131072, 384, 200
 EQUAL = 1e-5  # largest difference of two embeddings of one text
 
@@ -49,8 +53,11 @@ def bench_mining(data: str, model: str, texts: int, max_tokens: int, rounds: int
     encoding = _encoding(Path(data), model, texts, max_tokens, rounds, device, peer)
     search = _search(rounds, device)
     messages().print("[dim]two ranks of one thread against one[/dim]")
-    ranks = on_ranks("launch.bench.mining_ranks", 2, mpi=True, what="ranks", data=data, model=model, rounds=rounds)
-    found = {**describe(device), "rounds": rounds, "encoding": encoding, "search": search, "ranks": ranks}
+    ranks = on_ranks("launch.bench.mining_ranks", 2, mpi=True, what="ranks", data=data, model=model, rounds=rounds, **RANKS)
+    ranks |= {**RANKS, "wanted": WANTED["ranks"]}
+    messages().print("[dim]steps of a trainer, with and without an idle miner[/dim]")
+    idle = {**measure_idle(Path(data), model, rounds), "wanted": WANTED["idle"]}
+    found = {**describe(device), "rounds": rounds, "encoding": encoding, "search": search, "ranks": ranks, "idle": idle}
     if passages:
         messages().print(f"[dim]a service with {passages:,} passages: some minutes[/dim]")
         with tempfile.TemporaryDirectory() as folder:
@@ -120,20 +127,12 @@ def _search(rounds: int, device: torch.device) -> dict[str, Any]:
         best.keys()
 
     query, passage = torch.from_numpy(query_QD).to(device), torch.from_numpy(passage_ND).to(device)
-    turns: Turns = {"bare product": functools.partial(_product, query, passage), "ours": ours}
+    tile = tile_shape(TOP_K, device.type)
+    turns: Turns = {"bare product": functools.partial(tiled_product, query, passage, tile), "ours": ours}
     flops = 2 * SEARCH_QUERIES * SEARCH_PASSAGES * SEARCH_WIDTH
     found = {"queries": SEARCH_QUERIES, "passages": SEARCH_PASSAGES, "width": SEARCH_WIDTH, "top_k": TOP_K}
     found |= _speeds(_rounds(turns, rounds, device), WANTED["search"], flops / 1e9, "gflops")
     return found | {"matmul_gflops": round(matmul_rate(device) / 1e9, 1)}
-
-
-def _product(query_QD: torch.Tensor, passage_ND: torch.Tensor) -> None:
-    """Multiply in the tiles of our search; the scores of one tile are overwritten by the next."""
-    tile_rows, tile_columns = tile_shape(TOP_K, query_QD.device.type)
-    space = query_QD.new_empty(tile_rows * tile_columns)
-    for part_CD in passage_ND.split(tile_columns):
-        for part_tD in query_QD.split(tile_rows):
-            torch.mm(part_tD, part_CD.T, out=space[: len(part_tD) * len(part_CD)].view(len(part_tD), -1))
 
 
 def unit(num_rows: int, width: int) -> np.ndarray:

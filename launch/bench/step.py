@@ -17,31 +17,23 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from gradcache import OBJECTIVES, Batch, Temperature, Tower, cached_step
+from gradcache import OBJECTIVES, Temperature, cached_step
 from gradcache.budget import kept_within, measure_graphs
 from gradcache.plan import Chunk, encode_chunk, plan_encoding
 from launch.bench.machine import describe, freed_at_once, matmul_rate, measured, seconds_of, start_peak
+from launch.bench.pairs import Pairs, distinct_pairs
+from launch.bench.peer import SETTINGS, TEMPERATURE, Peer
 from launch.output import messages
 from launch.ranks import answer
-from trainer.data.datasets import RetrievalData, open_dataset
-from trainer.encoder.model import Encoder, ModelSettings, load_encoder, resolve_model
-from trainer.encoder.tokens import TokenTable, tokenize
-from trainer.errors import InputError
+from trainer.backends import parallelize
+from trainer.data.datasets import open_dataset
+from trainer.encoder.model import Encoder, ModelSettings, load_encoder
+from trainer.encoder.tokens import tokenize
 from trainer.job import OptimSettings, ParallelSettings
-from trainer.parallel import parallelize
 from trainer.world import World, join_world
 
-TEMPERATURE = 0.05
 CHUNK_TOKENS = {"cpu": 4096, "cuda": 65536}
-PEER_SETTINGS: list[dict[str, int]] = [
-    {"mini_batch_size": 16},
-    {"mini_batch_size": 32},
-    {"mini_batch_size": 64},
-    {"mini_batch_num_tokens": 4096},
-    {"mini_batch_num_tokens": 8192},
-]
 PEER, NONE_KEPT, PLAIN = "sentence-transformers", "ours, no graph kept", "plain, all in one graph"
 PEER_TRIAL_PAIRS = 48  # of the batch, to find the peer's best setting
 COMPARED_PAIRS = 16
@@ -72,45 +64,14 @@ def bench_step(
     world = join_world()
     try:
         with torch.autocast(world.device.type, torch.bfloat16, enabled=half):
-            bench = _Bench(world, Path(data), model, queries, max_tokens)
+            bench = StepBench(world, Path(data), model, queries, max_tokens)
             found = bench.run(rounds, keep_gib, peer) | {"precision": "bfloat16" if half else "float32"}
             return found if world.speaks else None
     finally:
         world.leave()
 
 
-@dataclass(frozen=True)
-class _Pairs:
-    """Texts of this rank: query i belongs to passage i."""
-
-    texts: tuple[Any, Any]
-    tables: tuple[TokenTable, TokenTable]
-
-    def __len__(self) -> int:
-        return len(self.texts[0])
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of every text."""
-        return np.concatenate([table.lengths for table in self.tables])
-
-    def batch(self, pairs: int, encode: Callable[..., Tensor], device: torch.device) -> Batch:
-        """Return the first pairs, from the first again where there are too few."""
-        row_n = np.arange(pairs) % len(self)
-
-        def tower(table: TokenTable) -> Tower:
-            def load(chosen: Tensor) -> dict[str, Tensor]:
-                return {name: values.to(device) for name, values in table.pad(row_n[chosen.numpy()]).items()}
-
-            return Tower(encode=encode, lengths=torch.from_numpy(table.lengths[row_n].astype(np.int64)), load=load)
-
-        towers = [tower(table) for table in self.tables]
-        keys = torch.from_numpy(np.concatenate([table.keys(row_n) for table in self.tables]))
-        target = torch.arange(pairs)
-        return Batch(towers=towers, num_queries=pairs, keys=keys, target=target, positive_keys=keys[pairs:, None])
-
-
-class _Bench:
+class StepBench:
     """The texts, the model and everybody who takes a step with them."""
 
     def __init__(self, world: World, path: Path, model: str, queries: int, max_tokens: int):
@@ -127,10 +88,11 @@ class _Bench:
         self.texts = (dataset.queries.select(rows[:, 0]), dataset.corpus.select(rows[:, 1]))
         self.pairs = self.cut(max_tokens)
 
-    def cut(self, max_tokens: int) -> _Pairs:
+    def cut(self, max_tokens: int) -> Pairs:
         """Return the pairs with texts of at most so many tokens."""
         queries, passages = (tokenize(side, self.tokenizer, prefix="", max_tokens=max_tokens) for side in self.texts)
-        return _Pairs(tuple(list(side["text"]) for side in self.texts), (queries, passages))  # type: ignore[arg-type]
+        query_texts, passage_texts = (list(side["text"]) for side in self.texts)
+        return Pairs((query_texts, passage_texts), (queries, passages))
 
     def run(self, rounds: int, keep_gib: float, peer: bool) -> dict[str, Any]:
         """Measure everybody. Collective."""
@@ -145,9 +107,10 @@ class _Bench:
         if world.num_ranks == 1:
             found["memory"] = self.memory_by_batch()
         if peer:
-            theirs = _Peer(self)
-            found["gradient_cosine"] = theirs.compare_gradients()
-            found["peer_setting"] = setting = theirs.best_setting()
+            theirs = Peer(world, self.model_name, self.pairs.texts, self.max_tokens)
+            self.models.append(theirs.model)
+            found["gradient_cosine"] = self.compare_gradients(theirs)
+            found["peer_setting"] = setting = self.best_setting(theirs)
             turns = {PEER: lambda: theirs.step(n, setting), **turns}
         found["steps"] = relative(self.rounds(turns, rounds), PEER if peer else NONE_KEPT)
         if world.num_ranks == 1:
@@ -198,7 +161,7 @@ class _Bench:
         for model in self.models:
             model.zero_grad(set_to_none=True)
 
-    def ours(self, pairs: _Pairs, count: int, keep_graphs: int | Literal["all"]) -> None:
+    def ours(self, pairs: Pairs, count: int, keep_graphs: int | Literal["all"]) -> None:
         """Take our step on the first pairs."""
         cached_step(
             pairs.batch(count, self.parallel.module, self.world.device),
@@ -255,6 +218,29 @@ class _Bench:
             "ratio": round(aside[1] / aside[0], 3),
         }
 
+    def best_setting(self, peer: Peer) -> dict[str, int]:
+        """Return the peer's setting with the shortest step on a part of the batch. Collective."""
+        pairs = min(PEER_TRIAL_PAIRS, len(self.pairs))
+        turns = {str(setting): functools.partial(peer.step, pairs, setting) for setting in SETTINGS}
+        costs = self.rounds(turns, 1)
+        return min(SETTINGS, key=lambda setting: min(costs[str(setting)].seconds))
+
+    def compare_gradients(self, peer: Peer) -> float | None:
+        """Return the cosine of both gradients without dropout on a few pairs; None on several ranks."""
+        if self.world.group is not None:
+            return None
+        pairs = min(COMPARED_PAIRS, len(self.pairs))
+        self.free_gradients()
+        for model in self.models:
+            model.eval()
+        peer.step(pairs, {"mini_batch_size": 8})
+        self.ours(self.pairs, pairs, 1)
+        for model in self.models:
+            model.train()
+        theirs, ours = _gradients(peer.model), _gradients(self.encoder)
+        a, b = (torch.cat([found[name].flatten().double() for name in ours]) for found in (ours, theirs))
+        return round(float(torch.cosine_similarity(a, b, 0)), 7)
+
     def chunks(self) -> list[Chunk]:
         batch = self.pairs.batch(len(self.pairs), self.parallel.module, self.world.device)
         return list(plan_encoding(batch.towers, self.chunk_tokens, 0, 0, 0).chunks)
@@ -267,85 +253,10 @@ class _Bench:
         return kept, sum(tokens[len(tokens) - kept :]) / sum(tokens)
 
 
-class _Peer:
-    """sentence-transformers 6: its cached loss on the same weights and texts."""
-
-    def __init__(self, bench: _Bench):
-        try:
-            from sentence_transformers import SentenceTransformer
-            from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
-        except ImportError as error:
-            raise InputError("the peer is not installed; run: pip install 'negpool[bench]', or use --no-peer") from error
-        self.loss_class = CachedMultipleNegativesRankingLoss
-        self.bench, world = bench, bench.world
-        self.model = SentenceTransformer(resolve_model(bench.model_name), device=str(world.device))
-        self.model.max_seq_length = bench.max_tokens
-        self.model.train()
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_("pooler" not in name)  # not part of the embedding: DDP would wait for its gradient
-        bench.models.append(self.model)
-        self.called: nn.Module = self.model
-        if world.group is not None:
-            self.called = DistributedDataParallel(self.model, broadcast_buffers=False)
-        self.features = [self.model.preprocess(texts) for texts in bench.pairs.texts]
-
-    def step(self, pairs: int, setting: dict[str, int]) -> None:
-        """Take the peer's step on the first pairs."""
-        gather = {"gather_across_devices": True} if self.bench.world.group is not None else {}
-        loss = self.loss_class(self.model, scale=1 / TEMPERATURE, **{"mini_batch_size": 32, **setting}, **gather)
-        loss.model = self.called  # as its own trainer does
-        device = self.bench.world.device
-        features = [{k: v[:pairs].to(device) for k, v in side.items() if isinstance(v, Tensor)} for side in self.features]
-        loss(features, None).backward()
-
-    def best_setting(self) -> dict[str, int]:
-        """Return the setting with the shortest step on a part of the batch. Collective."""
-        pairs = min(PEER_TRIAL_PAIRS, len(self.bench.pairs))
-        turns = {str(setting): functools.partial(self.step, pairs, setting) for setting in PEER_SETTINGS}
-        costs = self.bench.rounds(turns, 1)
-        return min(PEER_SETTINGS, key=lambda setting: min(costs[str(setting)].seconds))
-
-    def compare_gradients(self) -> float | None:
-        """Return the cosine of both gradients without dropout on a few pairs; None on several ranks."""
-        if self.bench.world.group is not None:
-            return None
-        pairs = min(COMPARED_PAIRS, len(self.bench.pairs))
-        self.bench.free_gradients()
-        for model in self.bench.models:
-            model.eval()
-        self.step(pairs, {"mini_batch_size": 8})
-        self.bench.ours(self.bench.pairs, pairs, 1)
-        for model in self.bench.models:
-            model.train()
-        theirs, ours = _gradients(self.model), _gradients(self.bench.encoder)
-        a, b = (torch.cat([found[name].flatten().double() for name in ours]) for found in (ours, theirs))
-        return round(float(torch.cosine_similarity(a, b, 0)), 7)
-
-
 def _gradients(module: nn.Module) -> dict[str, Tensor]:
     """Return the gradients under the names that the transformer itself gives to its parameters."""
     named = ((name.rsplit("model.", 1)[-1], p.grad) for name, p in module.named_parameters())
     return {name: gradient for name, gradient in named if gradient is not None}
-
-
-def distinct_pairs(data: RetrievalData, num_pairs: int) -> np.ndarray:
-    """Return (query row, corpus row) of judged pairs with distinct texts on both sides, (n, 2) int64."""
-    queries, corpus = data.queries["text"], data.corpus["text"]
-    seen_queries: set[str] = set()
-    seen_passages: set[str] = set()
-    pairs = []
-    for split in sorted(data.qrels, key=lambda name: name != "train"):
-        rows = data.training_queries(split)
-        indptr, positives = data.positives(rows, split)
-        for number, row in enumerate(rows):
-            passage = int(positives[indptr[number]])
-            if queries[row] not in seen_queries and corpus[passage] not in seen_passages:
-                seen_queries.add(queries[row])
-                seen_passages.add(corpus[passage])
-                pairs.append((int(row), passage))
-            if len(pairs) == num_pairs:
-                return np.array(pairs)
-    raise InputError(f"{data.path} has {len(pairs)} pairs of distinct texts, fewer than {num_pairs}; lower --queries")
 
 
 def step_flops(encoder: Encoder, lengths: np.ndarray) -> float:
