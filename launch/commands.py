@@ -13,6 +13,8 @@ from rich.markup import escape
 
 from launch.bench_commands import bench_app
 from launch.data_commands import data_app
+from launch.imports import lasting_imports
+from launch.looking_commands import looking_app
 from launch.options import AllowChange, Data, JobFile, Json, Model, Overrides
 from launch.output import measures_table, messages, print_json, results, start_logging
 from trainer.errors import InputError
@@ -25,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(looking_app)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 
@@ -47,7 +50,8 @@ def run(job: JobFile, overrides: Overrides = None, allow_change: AllowChange = F
 @app.command()
 def train(job: JobFile, overrides: Overrides = None, allow_change: AllowChange = False, as_json: Json = False) -> int:
     """Train only; under torchrun, accelerate launch or deepspeed on several ranks."""
-    from launch.sides import train_side
+    with lasting_imports():
+        from launch.sides import train_side
 
     outcome = train_side(job, overrides or [], allow_change)
     if as_json and outcome is not None:
@@ -86,7 +90,8 @@ def mine(
     as_json: Json = False,
 ) -> int:
     """Mine for a run; or with any model, to a file; or show what was mined. Under mpiexec or srun on several ranks."""
-    from launch.mine import Stopped, mine_model, read_newest, shown_parts, written_parts
+    with lasting_imports():
+        from launch.mine import Stopped, mine_model, read_newest, shown_parts, written_parts
 
     job, overrides = _job_and_overrides(words or [], data)
     found: dict[str, Any] | None
@@ -255,58 +260,4 @@ def merge(
         print_json(found)
     else:
         results().print(f"{out}: {len(models)} models, merged by {how}; SentenceTransformer and AutoModel load it", markup=False)
-    return 0
-
-
-@app.command()
-def status(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")],
-    watch: Annotated[bool, typer.Option("--watch", help="show it anew every second until the run has ended")] = False,
-    as_json: Json = False,
-) -> int:
-    """Say where a run stands: both sides, their speed, the age of the negatives, the last evaluation, the time left."""
-    from launch.status import describe_run, run_status, watch_run
-
-    found = watch_run(folder, messages() if as_json else results()) if watch else run_status(folder)
-    if as_json:
-        print_json(found)
-    elif not watch:
-        results().print(describe_run(found))
-    return 0
-
-
-@app.command()
-def doctor(
-    folder: Annotated[Path, typer.Option(help="where runs will live; under mpiexec or srun seen from all nodes")] = Path("runs"),
-    as_json: Json = False,
-) -> int:
-    """Look for MPI, GPUs, NCCL, FAISS, Slurm and a sound shared folder; exit 1 if something needed is missing or wrong."""
-    from launch.doctor import examine
-    from launch.tables import as_text, doctor_parts
-
-    found = examine(folder)
-    if found is None:
-        return 0
-    if as_json:
-        print_json(found)
-    else:
-        results().print(as_text(doctor_parts(found)))
-    return 0 if found["ok"] else 1
-
-
-@app.command()
-def report(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")],
-    out: Annotated[Path | None, typer.Option(help="folder to make or renew; default: RUN/report")] = None,
-    as_json: Json = False,
-) -> int:
-    """Write one page about a run, with plots and examples, that needs nothing but a browser; pictures beside it."""
-    from launch.report.page import write_report
-
-    start_logging()
-    page = write_report(folder, out)
-    if as_json:
-        print_json({"page": str(page), "pictures": sorted(str(path) for path in page.parent.glob("*.png"))})
-    else:
-        results().print(f"{page}", markup=False)
     return 0

@@ -1,0 +1,82 @@
+"""`negpool status`, `settings`, `report` and `doctor`: commands that look. Heavy imports stand inside them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.options import Json
+from launch.output import messages, print_json, results, start_logging
+
+looking_app = typer.Typer()
+
+
+@looking_app.command()
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")],
+    watch: Annotated[bool, typer.Option("--watch", help="show it anew every second until the run has ended")] = False,
+    as_json: Json = False,
+) -> int:
+    """Say where a run stands: both sides, their speed, the age of the negatives, the last evaluation, the time left."""
+    from launch.status import describe_run, run_status, watch_run
+
+    found = watch_run(folder, messages() if as_json else results()) if watch else run_status(folder)
+    if as_json:
+        print_json(found)
+    elif not watch:
+        results().print(describe_run(found))
+    return 0
+
+
+@looking_app.command()
+def settings(
+    section: Annotated[str | None, typer.Argument(metavar="[SECTION]", help="as in section.key; default: all")] = None,
+    as_json: Json = False,
+) -> int:
+    """List what a job file can set, with types, defaults and units."""
+    from launch.settings import all_settings, settings_parts
+    from launch.tables import as_text
+
+    found = all_settings(section)
+    if as_json:
+        print_json(found)
+    else:
+        results().print(as_text(settings_parts(found)))
+    return 0
+
+
+@looking_app.command()
+def doctor(
+    folder: Annotated[Path, typer.Option(help="where runs will live; under mpiexec or srun seen from all nodes")] = Path("runs"),
+    as_json: Json = False,
+) -> int:
+    """Look for MPI, GPUs, NCCL, FAISS, Slurm and a sound shared folder; exit 1 if something needed is missing or wrong."""
+    from launch.doctor import examine
+    from launch.tables import as_text, doctor_parts
+
+    found = examine(folder)
+    if found is None:
+        return 0
+    if as_json:
+        print_json(found)
+    else:
+        results().print(as_text(doctor_parts(found)))
+    return 0 if found["ok"] else 1
+
+
+@looking_app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")],
+    out: Annotated[Path | None, typer.Option(help="folder to make or renew; default: RUN/report")] = None,
+    as_json: Json = False,
+) -> int:
+    """Write one page about a run, with plots and examples, that needs nothing but a browser; pictures beside it."""
+    from launch.report.page import write_report
+
+    start_logging()
+    page = write_report(folder, out)
+    if as_json:
+        print_json({"page": str(page), "pictures": sorted(str(path) for path in page.parent.glob("*.png"))})
+    else:
+        results().print(f"{page}", markup=False)
+    return 0
