@@ -195,10 +195,10 @@ def _on_all_nodes(world: Any, folder: Path) -> Finding:
     own.write_text("")
     world.Barrier()
     unseen = _wait_for(lambda: [name for name in names if not (folder / name).exists()])
-    found = world.gather((socket.gethostname(), unseen))
+    found = world.allgather((socket.gethostname(), unseen))  # and nobody takes a file away before all have looked
     own.unlink(missing_ok=True)
-    blind = [host for host, unseen in found or [] if unseen]
-    hosts = sorted({host for host, _ in found or []})
+    blind = [host for host, unseen in found if unseen]
+    hosts = sorted({host for host, _ in found})
     if blind:
         text = f"{', '.join(sorted(set(blind)))} did not see what others wrote to {folder}"
         return Finding("folder on all nodes", "wrong", text, "set run.folder to a folder that all nodes share")

@@ -3,6 +3,8 @@
 import json
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
@@ -64,3 +66,22 @@ def test_two_ranks_look_at_the_folder_from_both(tmp_path):
     words = call(tmp_path, "doctor", "--folder", tmp_path / "runs", "--json", launcher=mpi_command(2))[0]
     found = {line["name"]: line for line in json.loads(words)["findings"]}
     assert found["folder on all nodes"]["verdict"] == "ok" and "2 ranks" in found["folder on all nodes"]["found"]
+
+
+LATE_RANK = """
+import sys, time
+from pathlib import Path
+from mpi4py import MPI
+from launch import doctor
+
+look, world = doctor._wait_for, MPI.COMM_WORLD
+if world.Get_rank() == 0:
+    doctor._wait_for = lambda unseen: time.sleep(1) or look(unseen)
+print(doctor._on_all_nodes(world, Path(sys.argv[1])).verdict)
+"""
+
+
+def test_a_rank_that_looks_late_sees_the_files_of_all(tmp_path):
+    command = [*mpi_command(2), sys.executable, "-c", LATE_RANK, str(tmp_path)]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=120).stdout.split() == ["ok", "ok"]
+    assert not list(tmp_path.iterdir())
