@@ -7,6 +7,7 @@ Needs root, and no GPU (the nodes' are links to /dev/null), no systemd and no cg
 
 import ctypes
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,6 +15,8 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 INSTALL = "apt-get install --no-install-recommends munge slurmctld slurmd slurm-client libpmix-dev libpmi2-0"
 TIMEOUT_S = 60
@@ -117,6 +120,12 @@ class Cluster:
         process.kill()  # --kill-child: the first process of the namespace dies of it, and the whole namespace with that
         process.wait()
 
+    def silence(self, node: str) -> None:
+        """Let a node answer no more, while what runs on it lives on."""
+        for process in psutil.process_iter(["name", "cmdline"]):
+            if process.info["name"] == "slurmd" and ["-N", node] == (process.info["cmdline"] or [])[1:3]:
+                process.kill()
+
     def states(self) -> set[str]:
         """Return the states that nodes are in."""
         found = subprocess.run(["sinfo", "-h", "-N", "-p", "main", "-o", "%T"], env=self.env, capture_output=True, text=True)
@@ -132,6 +141,11 @@ class Cluster:
         """Return what `scontrol show job` says, by field; of a heterogeneous job, what it says of the first component."""
         words = self.run("scontrol", "show", "job", "-o", number).splitlines()[0].split()
         return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def told_about(self, number: int) -> str:
+        """Return what the controller wrote down about a job."""
+        lines = (self.folder / "log" / "slurmctld.log").read_text().splitlines()
+        return "\n".join(line for line in lines if re.search(rf"JobId={number}\b", line))
 
     def _start(self, name: str, *words: object) -> None:
         command = [str(word) for word in words]

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import psutil
@@ -87,9 +88,9 @@ class Run:
     train: int = 0  # numbers of Slurm's jobs
     mine: int = 0
 
-    def submit(self, size: Size = SIZE) -> "Run":
-        jobs = submit(read_job(self.job_file, [f"run.folder={self.folder}"]), size, dry_run=False)["jobs"]
-        self.train, self.mine = (jobs["train_and_mine" if size.together else side] for side in ("train", "mine"))
+    def submit(self, size: Size = SIZE, *overrides: str) -> "Run":
+        jobs = submit(read_job(self.job_file, [f"run.folder={self.folder}", *overrides]), size, dry_run=False)["jobs"]
+        self.train, self.mine = (jobs.get("train_and_mine" if size.together else side, 0) for side in ("train", "mine"))
         return self
 
     def slow(self, seconds: float) -> None:
@@ -125,7 +126,8 @@ class Run:
             wait_until(lambda: self.cluster.is_over or is_so(), what, TIMEOUT_S, poll_s=0.5)
             assert not self.cluster.is_over, "the tests have ended before"
         except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.log()[-6000:]}\n{self.cluster.run('squeue')}") from None
+            told = [self.log(n)[-3000:] + "\n" + self.cluster.told_about(n) for n in (self.train, self.mine) if n]
+            raise AssertionError("\n".join([str(error), *told, self.cluster.run("squeue", "--states=all")])) from None
 
     def log(self, number: int | None = None) -> str:
         files = sorted((self.folder / "logs").glob(f"slurm-*-{number or self.train}.out"))
@@ -144,7 +146,7 @@ def root():
 
 @pytest.fixture(scope="module")
 def cluster(root):
-    cluster, before = Cluster(root / "slurm", 6), dict(os.environ)
+    cluster, before = Cluster(root / "slurm", 9), dict(os.environ)
     slow = str(Path(__file__).parent / "slow")
     os.environ |= {"SLURM_CONF": cluster.env["SLURM_CONF"], "PYTHONPATH": slow, "OMP_NUM_THREADS": "1"}
     try:
@@ -158,10 +160,10 @@ def cluster(root):
 
 @pytest.fixture(scope="module")
 def runs(root, cluster):
-    """Start all runs, two at a time; each comes as what is still to happen."""
-    stories = {"undisturbed": undisturbed, "limited": limited, "preempted": preempted, "crashed": crashed}
-    with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(story, Run(cluster, root / "job.toml", root / name)) for name, story in stories.items()}
+    """Start all runs, three at a time; each comes as what is still to happen."""
+    stories = (undisturbed, limited, preempted, crashed, outlived, too_short)
+    with ThreadPoolExecutor(3) as pool:
+        yield {s.__name__: pool.submit(s, Run(cluster, root / "job.toml", root / s.__name__)) for s in stories}
         cluster.is_over = True
         pool.shutdown(cancel_futures=True)
 
@@ -174,25 +176,26 @@ def undisturbed(run: Run) -> Run:
 def limited(run: Run) -> Run:
     """The first start meets its time limit; of the second one a rank is killed."""
     run.slow(0.5)
-    run.submit()
+    run.submit(replace(SIZE, save_seconds=60))
     run.at_step(12)
     run.slow(2)
-    set_limit(run, int(run.cluster.run("squeue", "-h", "-j", run.train, "-o", "%M").split(":")[-2]) + 1)
+    # Slurm looks every 30 s: of the 60 s to save, 30 or more are left when it sends the signal.
+    update(run, f"EndTime={datetime.now() + timedelta(seconds=65):%Y-%m-%dT%H:%M:%S}")
     run.again(1)
     run.slow(0.5)
-    set_limit(run, 60)
+    update(run, "TimeLimit=60")
     at_limit = read_status(run.folder, "trainer")["step"]
     run.until(lambda: "resumed from step" in run.log(), "resumed")
     run.at_step(at_limit + 2)
-    rank_of(run, run.nodes()[1]).kill()
+    ranks_of(run, run.nodes()[1])[0].kill()
     run.again(2)
     run.fast()
     return run.finished()
 
 
-def set_limit(run: Run, minutes: int) -> None:
-    """Set the time limit of the present start: how long it takes to begin depends on the machine."""
-    run.cluster.run("scontrol", "update", f"JobId={run.train}", f"TimeLimit={minutes}")
+def update(run: Run, change: str) -> None:
+    """Change the trainers' job as it runs: how long it takes to begin depends on the machine."""
+    run.cluster.run("scontrol", "update", f"JobId={run.train}", change)
 
 
 def preempted(run: Run) -> Run:
@@ -234,14 +237,51 @@ def crashed(run: Run) -> Run:
     return run.submit(replace(SIZE, together=True)).finished()
 
 
-def rank_of(run: Run, node: str) -> psutil.Process:
-    """Return a rank of a run on a node."""
+def outlived(run: Run) -> Run:
+    """The trainers' node falls silent, and they live on there, while Slurm starts them again on another."""
+    run.slow(2)
+    run.submit(replace(SIZE, nodes=1), "launch.train_ranks=4")
+    run.at_step(12)
+    (node,) = run.nodes()
+    ranks = ranks_of(run, node)
+    run.cluster.silence(node)
+    run.until(lambda: run.restarts() == 1, "that the silence is noticed")
+    assert len(ranks) == 4 and all(is_alive(rank) for rank in ranks), "nobody outlived the start"
+    run.until(lambda: not any(is_alive(rank) for rank in ranks), "that those who were left behind leave")
+    assert read_status(run.folder, "trainer")["step"] < NUM_STEPS
+    run.fast()
+    run.finished()
+    run.cluster.crash(node)
+    run.cluster.boot(node)
+    return run
+
+
+def too_short(run: Run) -> Run:
+    """The time limit comes before the first step: without a miner they wait for negatives."""
+    # Slurm looks every 30 s, and sends the signal when it would be late the next time: 50 to 80 s after the start.
+    size = replace(SIZE, nodes=1, miner_nodes=0, time="2", save_seconds=40)
+    run.submit(size, "negatives.first_wait_s=600")
+    run.until(lambda: run.cluster.job(run.train)["JobState"] == "FAILED", "that it gives up")
+    return run
+
+
+def ranks_of(run: Run, node: str) -> list[psutil.Process]:
+    """Return the trainers' ranks of a run on a node."""
+    found = []
     for process in psutil.process_iter(["cmdline", "environ"]):
         environment = process.info["environ"] or {}
-        is_rank = "train" in (process.info["cmdline"] or []) and environment.get("LOCAL_RANK") == "0"
+        is_rank = "train" in (process.info["cmdline"] or []) and "LOCAL_RANK" in environment
         if is_rank and environment.get("SLURM_JOB_ID") == str(run.train) and environment.get("SLURMD_NODENAME") == node:
-            return process
-    raise AssertionError(f"no rank of job {run.train} on {node}")
+            found.append(process)
+    assert found, f"no rank of job {run.train} on {node}"
+    return found
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE  # nobody takes in a lost node's orphans
+    except psutil.NoSuchProcess:
+        return False
 
 
 def final_bytes(run: Run) -> bytes:
@@ -276,6 +316,19 @@ def test_two_nodes_train_while_a_third_mines(runs, root):
     assert swaps == SWAPS
 
 
+def test_a_miner_that_is_started_again_after_the_end_has_time_to_see_it(runs, cluster, root):
+    run = runs["undisturbed"].result()
+    slow_python = root / "python"
+    slow_python.write_text(f'#!/bin/bash\nsleep 14; exec {sys.executable} "$@"\n')
+    slow_python.chmod(0o755)
+    # A function of the environment takes the place of the command: the script looks every 6 seconds.
+    environment = cluster.env | {"NEGPOOL_PYTHON": str(slow_python), "BASH_FUNC_sleep%%": "() { command sleep 6; }"}
+    command = ["sbatch", "--wait", f"--output={root}/late.out", BATCH_FILES / "mine.sbatch"]
+    subprocess.run([*command, run.folder / "job.toml", str(run.train)], env=environment, timeout=TIMEOUT_S, capture_output=True)
+    said = (root / "late.out").read_text()
+    assert "nothing more to mine: trained to step 60" in said and "CANCELLED" not in said, said
+
+
 def test_a_time_limit_and_a_killed_rank_change_no_bit(runs):
     run = check_story(runs, "limited")
     assert run.restarts() >= 2
@@ -293,6 +346,18 @@ def test_preemption_and_requeues_of_either_job_change_no_bit(runs):
 def test_a_crashed_node_and_a_cancelled_job_change_no_bit(runs):
     run = check_story(runs, "crashed")
     assert "resumed from step" in run.log()
+
+
+def test_ranks_that_outlived_their_start_write_nothing(runs):
+    run = check_story(runs, "outlived")
+    claim = json.loads((run.folder / "status" / "trainer.claim.json").read_text())
+    assert claim["number"] == 2 and claim["slurm_restarts"] == 1
+
+
+def test_a_time_limit_that_leaves_no_time_to_save_is_said_and_ends_it(runs):
+    run = runs["too_short"].result()
+    assert "the time limit came before the first step; not started again: set --time higher" in run.log()
+    assert 1 <= run.restarts() < SIZE.max_restarts  # one more where the first start was over before its checkpoint of step 0
 
 
 def test_what_a_cluster_cannot_run_is_refused_in_one_sentence(cluster, root):
