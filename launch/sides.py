@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -29,10 +30,9 @@ def train_side(job_file: Path, overrides: list[str], allow_change: bool = False)
     world = join_world()
     world.decide(lambda: keep_job(jobs, allow_change))  # after joining: the others would wait there for one that refuses
     try:
-        agree(jobs, "trainer", world.speaks, world.gather_objects, world.broadcast)
-        outcome = train(jobs.train, world)
-    except (InputError, OSError) as error:
-        raise _told(jobs, "trainer", error) from error
+        with _telling(jobs, "trainer"):
+            agree(jobs, "trainer", world.speaks, world.gather_objects, world.broadcast)
+            outcome = train(jobs.train, world)
     finally:
         world.leave()
     return outcome if world.speaks else None
@@ -50,12 +50,10 @@ def mine_side(
     stop_without_parent()
     from mining.service import run_service
 
-    try:
+    with _telling(jobs, "miner"):
         check_mpi_world(MPI.COMM_WORLD.Get_size(), os.environ, MPI.Get_library_version().split(",")[0])
         agree(jobs, "miner", rank == 0, MPI.COMM_WORLD.gather, MPI.COMM_WORLD.bcast)
         return run_service(jobs.mine, MPI.COMM_WORLD, once=once, checkpoint=checkpoint, metrics_port=metrics_port)
-    except (InputError, OSError) as error:
-        raise _told(jobs, "miner", error) from error
 
 
 def keep_job(jobs: Jobs, allow_change: bool = False) -> None:
@@ -67,17 +65,22 @@ def keep_job(jobs: Jobs, allow_change: bool = False) -> None:
     write_environment(folder / "environment.json")
 
 
-def _told(jobs: Jobs, side: str, error: Exception) -> Exception:
-    """Return the error to raise, its sentence left where the supervisor finds it: launchers swallow exit codes."""
-    from trainer.metrics import Status
+@contextlib.contextmanager
+def _telling(jobs: Jobs, side: str) -> Iterator[None]:
+    """Leave the sentence of a refusal where the supervisor finds it: launchers swallow exit codes."""
+    from trainer.metrics import write_refusal
 
     run = jobs.train.run.folder
-    if is_disk_error(error):
-        error = disk_error(error, getattr(error, "filename", None) or run)
-    if isinstance(error, InputError) and not isinstance(error, RunInUse):  # then the status file is the other one's
-        with contextlib.suppress(InputError):  # the disk may be too full for this, too
-            Status(run, side).update(phase="refused", error=str(error))
-    return error
+    try:
+        yield
+    except RunInUse:
+        raise  # the status file is the other one's
+    except Exception as error:
+        if not isinstance(error, InputError) and not is_disk_error(error):
+            raise
+        refusal = error if isinstance(error, InputError) else disk_error(error, getattr(error, "filename", None) or run)
+        write_refusal(run, side, str(refusal))
+        raise refusal from error
 
 
 def stop_without_parent() -> None:

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from trainer.errors import InputError
 from trainer.handoff.claim import Claim
-from trainer.handoff.manifest import publish_version, write_latest
+from trainer.handoff.manifest import disk_error, is_disk_error, publish_version, write_latest
 from trainer.handoff.weights import Checkpoint, checkpoint_name, checkpoints_folder
 from trainer.parts import Fragment, Parts, part_name, write_part
 from trainer.state import TrainState
@@ -68,23 +69,33 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when the last checkpoint is published, as far as this rank writes it; raises what the thread raised."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self.check()
+        """Return when the last checkpoint is published. Collective.
 
-    def check(self) -> None:
-        """Raise what a background write has raised."""
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        If it could not be written, raises what that rank's thread raised, InputError for a full disk; the others leave.
+        """
+        while True:
+            error, is_alive = self._error, self._thread is not None and self._thread.is_alive()
+            is_refused = isinstance(error, InputError)
+            found = self._world.all_max([int(is_refused), int(error is not None and not is_refused), int(is_alive)])
+            was_refused, is_broken, is_writing = map(bool, found)
+            if error is not None:
+                raise error
+            if was_refused or is_broken:  # nobody waits for parts that never come
+                raise SystemExit(1 if is_broken else 2)
+            if not is_writing:
+                return
+            time.sleep(POLL_S)
+
+    def has_failed(self) -> bool:
+        """Tell whether this rank could not write the last checkpoint: `wait` is to be called soon, by all."""
+        return self._error is not None
 
     def _run_thread(self, write: Callable[[], None]) -> None:
         try:
             write()
         except BaseException as error:
-            self._error = error
+            is_disk = is_disk_error(error) and not isinstance(error, InputError)
+            self._error = disk_error(error, checkpoints_folder(self._run)) if is_disk else error
 
     def _copy(self, fragment: Fragment) -> Fragment:
         """Return the fragment with its values in this saver's own memory."""

@@ -3,6 +3,7 @@
 Ranks that do not record get the null objects, so that no loop asks whether recording is on.
 """
 
+import contextlib
 import errno
 import importlib.util
 import json
@@ -173,6 +174,18 @@ def read_status(run: Path, side: str) -> dict[str, Any]:
         return json.loads(_status_file(run, side).read_text())
     except (OSError, ValueError):
         return {}
+
+
+def write_refusal(run: Path, side: str, sentence: str) -> None:
+    """Say in a side's status file that it cannot go on, and why. A disk that is full takes it in place of what was there."""
+    path, refusal = _status_file(run, side), {"phase": "refused", "error": sentence}
+    try:
+        write_atomically(path, json.dumps({**read_status(run, side), **refusal}))
+    except InputError:
+        # In the room that the file has; cut afterwards, or others would take what that frees.
+        with contextlib.suppress(OSError), open(path, "r+b") as file:
+            file.write(json.dumps(refusal).encode())
+            file.truncate()
 
 
 def heartbeat_age_s(run: Path, side: str) -> float | None:

@@ -38,14 +38,17 @@ def part_name(rank: int, num_ranks: int) -> str:
 
 
 def write_part(path: Path, fragments: Iterable[Fragment]) -> None:
-    """Write the fragments of one rank; the file appears whole. Names must differ."""
+    """Write the fragments of one rank; the file appears whole or not at all. Names must differ."""
     held = [f for f in fragments if len(f.values)]
     places = {f.name: [f.start, f.numel] for f in held}
     beside = path.with_name(f".{path.name}")
-    safetensors.torch.save_file({f.name: f.values for f in held}, beside, {"places": json.dumps(places)})
-    with open(beside, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        safetensors.torch.save_file({f.name: f.values for f in held}, beside, {"places": json.dumps(places)})
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 class Parts:

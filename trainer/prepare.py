@@ -103,9 +103,13 @@ def prepare(job: TrainJob, world: World) -> Training:
         load_state(checkpoint, state)
         num_steps = state.step if state.early_stop.is_over else num_steps
         log.info("resumed from step %d of %d", state.step, num_steps)
-    interrupt = Interrupt()
+    interrupt, saver = Interrupt(), Saver(run, world, claim)
+
+    def should_stop() -> bool:
+        return interrupt.is_set() or saver.has_failed()
+
     clusters = MinedClusters(world, run, dataset.num_queries) if job.batch.clusters == "mined" else None
-    feed = open_feed(job, world, data, state, interrupt, has_clusters=clusters is not None)
+    feed = open_feed(job, world, data, state, should_stop, has_clusters=clusters is not None)
     metrics: Metrics = TrainerMetrics(run, job.run.trackers) if world.speaks else NoMetrics()
     status.update(step=state.step, num_steps=num_steps)
     return Training(
@@ -117,7 +121,7 @@ def prepare(job: TrainJob, world: World) -> Training:
         state,
         plain,
         build_schedule(job.optim, num_steps),
-        Saver(run, world, claim),
+        saver,
         tokenizer,
         traits,
         feed,
@@ -150,7 +154,7 @@ def order_of(job: TrainJob, data: RetrievalData, dataset: TrainingSet) -> Order:
 
 
 def open_feed(
-    job: TrainJob, world: World, data: RetrievalData, state: TrainState, interrupt: Interrupt, has_clusters: bool
+    job: TrainJob, world: World, data: RetrievalData, state: TrainState, should_stop: Callable[[], bool], has_clusters: bool
 ) -> NegativesFeed:
     """Return the feed of a run; versions that were taken back stay so."""
     split, is_drawn_from = job.data.train_split, job.negatives.per_query != 0
@@ -160,7 +164,7 @@ def open_feed(
         job.negatives,
         len(data.training_queries(split)),
         len(data.corpus),
-        interrupt.is_set,
+        should_stop,
         given_negatives(data, split) if is_drawn_from else None,
         data_digest=data.digest,
         is_used=is_drawn_from or has_clusters,

@@ -46,7 +46,6 @@ def train(job: TrainJob, world: World) -> Outcome:
             started = time.perf_counter()
             result = step(run)
             grad_norm = update(run)
-            run.saver.check()
             state.step += 1
             record(run, result, grad_norm, time.perf_counter() - started)
             evaluate_on_dev(run)

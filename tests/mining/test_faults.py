@@ -1,7 +1,6 @@
 """What may go wrong around the service: each fault is one sentence, loses nothing, and leaves the service or the next one at
 work."""
 
-import contextlib
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from transformers import BertModel
 
 from mining import encoded, ranks, service
 from mining.encode import TokenCache
+from tests.disk import fill, small_disk
 from tests.mining.run import as_job, make_job, publish_checkpoint, published
 from tests.mining.services import start_service
 from tests.tiny import VOCABULARY, write_tiny_encoder
@@ -215,17 +215,6 @@ def test_a_service_at_work_tells_that_its_data_changed(tmp_path, monkeypatch, ca
     assert steps(job) == [None, 10]
 
 
-@contextlib.contextmanager
-def small_disk(place: Path, size: str):
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True).returncode:
-        pytest.skip("needs the right to mount a small disk")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
-
-
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_full_or_read_only_disk_is_one_sentence_and_the_next_service_goes_on(tmp_path, num_ranks):
     undisturbed, disk = make_job(tmp_path), tmp_path / "disk"
@@ -234,14 +223,8 @@ def test_a_full_or_read_only_disk_is_one_sentence_and_the_next_service_goes_on(t
     with small_disk(disk, "1m"):
         job = make_job(tmp_path, run="disk/run")
         publish_checkpoint(job, 10)
-        ballast = disk / "ballast"
         for free_kib in (0, 12, 30, 60):
-            with contextlib.suppress(OSError), open(ballast, "wb") as file:
-                while True:
-                    file.write(bytes(4096))
-                    file.flush()
-            with open(ballast, "r+b") as file:
-                file.truncate(max(0, ballast.stat().st_size - 1024 * free_kib))
+            ballast = fill(disk, free_kib)
             run = start_service(job, num_ranks)
             assert run.wait() == 2, run.said
             assert "negpool: no room left on the disk for" in run.said and "Traceback" not in run.said

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.disk import fill, small_disk
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from trainer.handoff.manifest import open_version, versions
 from trainer.metrics import read_status
@@ -196,18 +197,16 @@ def test_input_that_cannot_be_used_is_one_sentence_and_exit_2(root, undisturbed)
         assert len(found.stderr.strip().splitlines()) <= 2, found.stderr  # one that says what is read, one that refuses
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_no_torn_version(root, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(disk)], capture_output=True)
-    if mount.returncode:
-        pytest.skip("needs the right to mount a small disk")
-    try:
-        job = [str(write_job(root, "full")), f"run.folder={disk}/run"]
-        command = [sys.executable, "-m", "launch", "run", *job]
-        found = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
-        assert found.returncode == 2, found.stderr
-        assert "negpool: no room left on the disk for" in found.stderr and "Traceback" not in found.stderr
-        assert is_whole(disk / "run")
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+@pytest.mark.parametrize("fills", ["by itself", "from outside"])
+def test_a_full_disk_is_one_sentence_and_leaves_no_torn_version(root, tmp_path, fills):
+    disk, run = tmp_path / "disk", tmp_path / "disk" / "run"
+    with small_disk(disk, "900k" if fills == "by itself" else "4m"):
+        command = [sys.executable, "-m", "launch", "run", str(write_job(root, "full")), f"run.folder={run}"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if fills == "from outside":
+            wait_until(process, lambda: step_of(run) > 5, "it does not train")
+            fill(disk)
+        said = process.communicate(timeout=TIMEOUT_S)[1]
+        assert process.returncode == 2 and "started again" not in said, said + (run / "logs" / "trainer.log").read_text()
+        assert "negpool: no room left on the disk for" in said and "Traceback" not in said
+        assert is_whole(run)

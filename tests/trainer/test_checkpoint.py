@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import trainer.checkpoint
 from gradcache import Temperature, cached_step
 from tests.gradcache.test_backends import SETTINGS
 from tests.gradcache.test_step import TinyEncoder, make_batch
@@ -22,8 +23,9 @@ from trainer.handoff.manifest import versions
 from trainer.handoff.weights import open_checkpoint
 from trainer.job import EmaSettings, OptimSettings, ParallelSettings, PrecisionSettings, TrainJob
 from trainer.parallel import copy_weights
+from trainer.parts import write_part
 from trainer.state import TrainState
-from trainer.world import World
+from trainer.world import COLLECTIVE_TIMEOUT_S, World
 
 OPTIM = OptimSettings(lr=1e-2, max_grad_norm=0.5)
 ROWS = {1: (8,), 2: (5, 3), 3: (4, 3, 1)}
@@ -105,6 +107,41 @@ def save_then_go_on(rank, num_ranks, backend, dropout, run):
         assert [p.name for p in versions(run / "checkpoints")] == ["step-00000002"]
         assert not list((run / "checkpoints").glob(".parts*"))
     return weights(state, plain)
+
+
+def fail_on_one_rank(rank, num_ranks, error, run):
+    """Save where the last rank's part cannot be written; return what each rank's wait raises."""
+    world = world_of(rank, num_ranks)
+    state, _ = prepared(world, "ddp", 0.0)
+    saver = Saver(run, world, Claim(run, "trainer", 1))
+
+    def write_part_or_fail(path, fragments):
+        if rank == num_ranks - 1:
+            raise error
+        write_part(path, fragments)
+
+    trainer.checkpoint.write_part = write_part_or_fail  # type: ignore[attr-defined]
+    saver.save(state, (lambda folder: {}) if world.speaks else None)
+    try:
+        saver.wait()
+    except BaseException as raised:
+        return type(raised).__name__, str(raised), saver.has_failed()
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "name", "sentence"),
+    [
+        # safetensors has an error of its own, which is no OSError
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "2", "InputError", "no room left on the disk for"),
+        (ValueError("a bug"), "1", "ValueError", "a bug"),
+    ],
+)
+def test_a_part_that_cannot_be_written_ends_all_ranks_and_one_says_it(tmp_path, error, code, name, sentence):
+    *others, last = run_ranks(fail_on_one_rank, 3, 3, error, tmp_path, timeout_s=COLLECTIVE_TIMEOUT_S / 10)
+    assert others == [("SystemExit", code, False)] * 2, "nobody waits for a part that never comes"
+    assert last[0] == name and sentence in last[1] and last[2]
+    assert not versions(tmp_path / "checkpoints")
 
 
 def resume(rank, num_ranks, backend, dropout, run):

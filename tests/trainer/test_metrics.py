@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.disk import fill, small_disk
 from trainer.errors import InputError
 from trainer.handoff.settings import RunSettings
-from trainer.metrics import MetricsFile, NoMetrics, TrainerMetrics, check_trackers
+from trainer.metrics import MetricsFile, NoMetrics, Status, TrainerMetrics, check_trackers, read_status, write_refusal
 
 RECORDS = [
     (1, {"loss": 2.5, "event": "saved", "health/counts": [1, 2], "chunk_tokens": None}),
@@ -150,6 +151,24 @@ def test_half_a_line_of_a_full_disk_does_not_spoil_the_next(tmp_path):
     full = MetricsFile(Path("/dev/full"))
     with pytest.raises(InputError, match=r"no room left on the disk for /dev/full; free some space or set run\.folder"):
         full.record(4, {})
+
+
+def test_a_refusal_is_told_even_where_the_disk_is_full(tmp_path):
+    disk = tmp_path / "disk"
+    with small_disk(disk, "1m"):
+        write_refusal(disk, "miner", "no MPI")  # nothing was told before
+        assert read_status(disk, "miner") == {"phase": "refused", "error": "no MPI"}
+        status = Status(disk, "trainer")
+        status.update(phase="training", step=7, swaps=[[0, 0]] * 100)
+        write_refusal(disk, "trainer", "no room left")
+        told = {**status.values, "phase": "refused", "error": "no room left"}
+        assert told.items() <= read_status(disk, "trainer").items()
+        status.update(phase="waiting")
+        fill(disk)
+        with pytest.raises(InputError, match="no room left on the disk"):
+            status.update(phase="training")
+        write_refusal(disk, "trainer", "no room left")
+        assert read_status(disk, "trainer") == {"phase": "refused", "error": "no room left"}
 
 
 def test_ranks_that_do_not_speak_record_nothing(tmp_path, monkeypatch):
