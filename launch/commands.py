@@ -73,7 +73,8 @@ def mine(
     words: Annotated[list[str] | None, typer.Argument(metavar="[JOB.toml] [section.key=value]...", help="job, settings")] = None,
     once: Annotated[bool, typer.Option("--once", help="one refresh from the newest checkpoint, then exit")] = False,
     model: Annotated[
-        str | None, typer.Option(help='mine with this model, or "bm25", without a run: folder, run, hub name or package')
+        str | None,
+        typer.Option(help='mine with this, without a run: model, run, "bm25", or a folder with queries.npy and passages.npy'),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="data set; default: the job's data.path")] = None,
     out: Annotated[

@@ -35,8 +35,9 @@ class Stopped(Exception):
 def mine_model(
     job_file: Path | None, overrides: list[str], model: str, out: Path | None, form: str, show: str | None
 ) -> dict[str, Any] | None:
-    """Mine with a model, or "bm25", and return what was written, and what there is of the query to show; None but on rank 0.
+    """Mine, and return what was written, and what there is of the query to show; None but on rank 0.
 
+    model: a model, a folder of vectors, or "bm25".
     Raises Stopped on every rank if one was asked to stop. Collective over MPI's world.
     """
     from mpi4py import MPI
@@ -139,7 +140,7 @@ def _excerpt(text: str) -> str:
 
 
 def _look(jobs: Jobs, model: str, out: Path | None, show: str | None) -> tuple[Any, Path | None]:
-    """Return the settings of a model named on the command line, None for BM25, and where its embeddings are kept.
+    """Return what is named on the command line, as `offline_run` takes it, and where its embeddings are kept.
 
     Raises InputError for what would only be found out after the mining.
     """
@@ -147,6 +148,7 @@ def _look(jobs: Jobs, model: str, out: Path | None, show: str | None) -> tuple[A
     from mining.export import refuse_file
     from mining.judgements import read_judgements
     from mining.show import find_query
+    from mining.vectors import holds_vectors
     from trainer.data.datasets import open_data
 
     if out is not None:
@@ -156,6 +158,8 @@ def _look(jobs: Jobs, model: str, out: Path | None, show: str | None) -> tuple[A
         find_query(data, read_judgements(data, jobs.mine.data.train_split), show)
     if model == "bm25":
         return None, None
+    if holds_vectors(Path(model)):
+        return Path(model), None
     folder, shards = locate_model(model, data)
     # What is trained of a model is no concern here.
     return replace(jobs.train.model, name=folder, lora_rank=0, quantize=None), shards

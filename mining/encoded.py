@@ -2,16 +2,19 @@
 
 import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mining.bm25 import text_keys
 from mining.clusters import num_clustered
 from mining.cost import Load, choose_index
 from mining.encode import Embeddings, Side, encode_missing
 from mining.index import AUTO, IndexSettings, bytes_of_passage
 from mining.passages import Base, drift_sample, earlier_base, keep_base, mean_drift
 from mining.plan import MemoryPlan, Sizes, held_now, memory_limit, plan_memory
+from mining.vectors import VECTORS, copy_vectors
 from mining.watch import Task
 from mining.work import ENCODING, Work
 from trainer.encoder.shards import Shards, drop_torn, open_shards, rows_of_shard
@@ -39,9 +42,13 @@ class Encoded:
 def encode_checkpoint(work: Work, task: Task, checkpoint: Checkpoint) -> Encoded:
     """Encode what a checkpoint's version needs and is not there. Collective; raises InputError and Stopped on all."""
     job, ranks = work.job, work.ranks
+    if VECTORS in checkpoint.manifest:
+        return _read_vectors(work, checkpoint)
     with work.phase("loading"):
         encoder, pooling, tables = ranks.together(lambda: _read_encoder(work, checkpoint))
-        index, plan = _plan(work, encoder, tables)
+        config = encoder.side("passage").model.config
+        held_by_token = 8 * config.hidden_size + 3 * getattr(config, "intermediate_size", 4 * config.hidden_size)
+        index, plan = _plan(work, encoder.width, held_by_token)
         encoder.to(work.device)
 
     def open_side(tower: Tower, digest: str, tokens: TokenTable) -> Shards:
@@ -77,6 +84,17 @@ def encode_checkpoint(work: Work, task: Task, checkpoint: Checkpoint) -> Encoded
     return Encoded(Embeddings(queries.shards), Embeddings(passages.shards), *keys, index, plan, about)
 
 
+def _read_vectors(work: Work, checkpoint: Checkpoint) -> Encoded:
+    """Return what a person supplied in the place of an encoder. Collective."""
+    data, judgements, digest = work.data, work.judgements, checkpoint.manifest["weights_digest"]
+    with work.phase("reading vectors"):
+        queries, passages = copy_vectors(work, Path(checkpoint.manifest[VECTORS]), digest)
+        index, plan = _plan(work, passages.width, token_width=0)
+        keys = text_keys(data.queries.select(judgements.query_rows)), text_keys(data.corpus)
+    about = {"mode": "supplied", "weights_digest": digest, "checkpoint_step": checkpoint.step, "drift": None}
+    return Encoded(queries, passages, *keys, index, plan, about)
+
+
 def _read_encoder(work: Work, checkpoint: Checkpoint) -> tuple[Encoder, str, list[TokenTable]]:
     """Return the encoder of a checkpoint, its pooling, and the tokens of queries and passages; raises TornVersion.
 
@@ -110,33 +128,36 @@ def _usable_base(work: Work, task: Task, open_side, tokens: TokenTable) -> Base 
     return earlier
 
 
-def _plan(work: Work, encoder: Encoder, tables: list[TokenTable]) -> tuple[IndexSettings, MemoryPlan]:
-    """Return the index to build and the plan, and tell both. Collective; raises InputError."""
+def _plan(work: Work, width: int, token_width: int) -> tuple[IndexSettings, MemoryPlan]:
+    """Return the index to build and the plan, and tell both. Collective; raises InputError.
+
+    width: of an embedding.
+    token_width: numbers that an encoder holds at once for each token of a batch; 0: there is none.
+    """
     job, ranks = work.job, work.ranks
-    num_queries, num_passages = (len(table.lengths) for table in tables)
+    num_queries, num_passages = work.judgements.num_queries, len(work.data.corpus)
     shard_rows, device = rows_of_shard(num_passages), work.device
     index = job.index
     if index.factory == AUTO:
         audited = min(job.audit.num_queries, num_queries)
-        load = Load(num_queries, num_passages, shard_rows, encoder.width, job.search.top_k, index.nprobe, audited)
+        load = Load(num_queries, num_passages, shard_rows, width, job.search.top_k, index.nprobe, audited)
         index = replace(index, factory=ranks.decide(lambda: choose_index(job.run.folder, load, device)))
     limit = memory_limit(ranks, job.mine.memory_gib)
 
     def plan() -> MemoryPlan:
-        config = encoder.side("passage").model.config
         sizes = Sizes(
             num_queries=num_queries,
             num_passages=num_passages,
             shard_rows=shard_rows,
-            width=encoder.width,
+            width=width,
             stored_bytes=np.dtype(job.encode.stored).itemsize,
-            token_width=8 * config.hidden_size + 3 * getattr(config, "intermediate_size", 4 * config.hidden_size),
+            token_width=token_width,
             top_k=job.search.top_k,
             num_candidates=job.num_candidates,
             num_clustered=num_clustered(job.clusters, num_queries),
             num_negatives=job.sample.num_negatives,
             num_ranks=ranks.num_ranks,
-            index_bytes=bytes_of_passage(index.factory, encoder.width),
+            index_bytes=bytes_of_passage(index.factory, width),
             device_type=device.type,
         )
         return plan_memory(sizes, held_now(), limit)

@@ -9,7 +9,7 @@ import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from mining.job import MineJob
 from mining.judgements import Judgements, read_judgements
 from mining.publish import last_version
 from mining.ranks import Ranks
+from mining.vectors import VECTORS, hash_vectors
 from trainer.data.datasets import RetrievalData, open_data
 from trainer.encoder.model import load_encoder, save_encoder, weights_digest
 from trainer.encoder.settings import ModelSettings
@@ -47,10 +48,10 @@ class Mined:
 
 
 @contextlib.contextmanager
-def offline_run(job: MineJob, model: ModelSettings | None, shards: Path | None, comm: "MPI.Comm") -> Iterator[MineJob]:
+def offline_run(job: MineJob, model: ModelSettings | Path | None, shards: Path | None, comm: "MPI.Comm") -> Iterator[MineJob]:
     """Yield the job with a run folder of its own, of which the model is the checkpoint; the folder is deleted afterwards.
 
-    model: what is mined with; None: BM25.
+    model: what is mined with: a model, a folder of vectors (see vectors.py), or None: BM25.
     shards: where embeddings are kept; None: with the data set's tables.
     Raises InputError for data or a model that cannot be read. Collective.
     """
@@ -82,12 +83,16 @@ def read_mined(job: MineJob) -> Mined:
     return Mined(data, judgements, negatives)
 
 
-def _make_run(job: MineJob, model: ModelSettings | None, shards: Path | None) -> Path:
+def _make_run(job: MineJob, model: ModelSettings | Path | None, shards: Path | None) -> Path:
     data = open_data(job.data, job.sources)
     clean_left(data.cache)
     run = Path(tempfile.mkdtemp(prefix=PREFIX, dir=data.cache))
     try:
-        if model is not None:
+        if isinstance(model, Path):
+            _publish(
+                run, {"weights_digest": hash_vectors(model, data), "data_digest": data.digest, VECTORS: str(model.resolve())}
+            )
+        elif model is not None:
             _publish_model(run, model, data.digest)
         kept = shards or data.cache / "shards"
         kept.mkdir(parents=True, exist_ok=True)
@@ -113,6 +118,10 @@ def _publish_model(run: Path, model: ModelSettings, data_digest: str) -> None:
         (folder / "encoder").mkdir()
         save_encoder(folder / "encoder", encoder, tokenizer, traits)
 
+    _publish(run, {"weights_digest": weights_digest(encoder), "data_digest": data_digest}, write)
+
+
+def _publish(run: Path, fields: dict[str, str], write: Callable[[Path], None] = lambda _: None) -> None:
     folder = checkpoints_folder(run) / checkpoint_name(0)
-    publish_version(folder, write, {"step": 0, "weights_digest": weights_digest(encoder), "data_digest": data_digest})
+    publish_version(folder, write, {"step": 0, **fields})
     write_latest(folder.parent, folder.name)

@@ -1,0 +1,94 @@
+"""Vectors that a person supplies in the place of an encoder: of a model behind an API, or of a graph of citations (SciNCL).
+
+A folder holds `queries.npy` and `passages.npy`, each (rows, D) floats with a row for every query and passage of the data set
+in its order. Scores are inner products. They are copied into shards, so that all that follows is what embeddings meet.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import datasets
+import numpy as np
+
+from mining.encode import Embeddings
+from mining.work import Work
+from trainer.data.datasets import RetrievalData
+from trainer.encoder.shards import Shards, drop_torn, rows_of_shard
+from trainer.errors import InputError
+
+QUERIES, PASSAGES = "queries.npy", "passages.npy"
+VECTORS = "vectors"  # field of a checkpoint's manifest: the folder, where no encoder was trained
+
+
+def holds_vectors(folder: Path) -> bool:
+    return (folder / PASSAGES).is_file() or (folder / QUERIES).is_file()
+
+
+def hash_vectors(folder: Path, data: RetrievalData) -> str:
+    """Return the SHA-256 over both files; raises InputError unless their rows are those of the data set."""
+    queries, passages = _open(folder / QUERIES, len(data.queries), "query"), _open(folder / PASSAGES, len(data.corpus), "passage")
+    if queries.shape[1] != passages.shape[1]:
+        raise InputError(f"{folder}: {QUERIES} is {queries.shape[1]} numbers wide and {PASSAGES} {passages.shape[1]}")
+    digest = hashlib.sha256()
+    for name in (QUERIES, PASSAGES):
+        with open(folder / name, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def copy_vectors(work: Work, folder: Path, digest: str) -> tuple[Embeddings, Embeddings]:
+    """Return the vectors of training queries and of all passages, in shards; those that are there are not copied again.
+
+    digest: of both files. Raises InputError, naming the text, for a vector that is not finite. Collective.
+    """
+    data, query_rows = work.data, work.judgements.query_rows
+    queries = _copy(work, folder / QUERIES, digest, query_rows, data.queries)
+    return queries, _copy(work, folder / PASSAGES, digest, np.arange(len(data.corpus)), data.corpus)
+
+
+def _copy(work: Work, path: Path, digest: str, rows: np.ndarray, texts: datasets.Dataset) -> Embeddings:
+    ranks, settings = work.ranks, work.job.encode
+    depends_on = {"digest": digest, "file": path.name, "rows": hashlib.sha256(rows.tobytes()).hexdigest(), **asdict(settings)}
+    fingerprint = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:24]
+    shards = Shards(work.job.run.folder / "shards" / fingerprint, len(rows), rows_of_shard(len(rows)), settings)
+
+    def missing_ones() -> list[int]:
+        drop_torn(shards)
+        return shards.missing()
+
+    missing = ranks.decide(missing_ones)
+
+    def copy_mine() -> None:
+        vector_ND = np.load(path, mmap_mode="r", allow_pickle=False)
+        for shard in missing[ranks.rank :: ranks.num_ranks]:
+            own = rows[shards.rows(shard)]
+            with np.errstate(over="ignore"):  # what becomes infinite is refused
+                vector_nD = vector_ND[own].astype(settings.stored)
+            is_finite = np.isfinite(vector_nD).all(1)
+            if not is_finite.all():
+                row = int(own[np.argmin(is_finite)])
+                name = f"row {row}, for the text with id {texts[row]['_id']!r},"
+                raise InputError(f"{path}: {name} is not finite as {settings.stored}; mend it, or set encode.stored=float32")
+            shards.publish(shard, vector_nD)
+            ranks.check_stop()
+
+    ranks.together(copy_mine)
+    return Embeddings(shards)
+
+
+def _open(path: Path, num_rows: int, kind: str) -> np.ndarray:
+    """Return a file's vectors, memory-mapped; raises InputError for what is none."""
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing; vectors are {QUERIES} and {PASSAGES} in one folder") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path} is no whole .npy file: {error}") from error
+    if found.ndim != 2 or found.dtype.kind != "f" or len(found) != num_rows:
+        raise InputError(
+            f"{path} holds {found.dtype} of shape {found.shape}, expected floats of shape ({num_rows}, D), "
+            f"a row for each {kind} of the data set, in its order"
+        )
+    return found
