@@ -26,8 +26,10 @@ def start_logging(rank: int = 0) -> None:
 
 
 def keep_output_clean() -> None:
-    """Keep what libraries log to standard output away from the one object that we print there."""
+    """Keep what libraries log to standard output away from the one object that we print there, and what concerns nobody."""
     logging.getLogger("DeepSpeed").addFilter(_hand_to_root)
+    # That a kernel of the hub's is missing, which 4-bit layers do not take (trainer/encoder/backbone.py).
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def _hand_to_root(record: logging.LogRecord) -> bool:

@@ -28,6 +28,8 @@ def load_backbone(source: str, settings: ModelSettings) -> PreTrainedModel:
     )
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # keys and values of a text that nobody goes on writing
+    if settings.quantize is not None:
+        keep_to_one_product(model)
     replace_dropout(model)
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(ATTENTION)  # the same on a GPU and without dropout
@@ -135,6 +137,17 @@ def quantization(settings: ModelSettings) -> dict:
         bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
     )
     return {"quantization_config": config}
+
+
+def keep_to_one_product(model: nn.Module) -> None:
+    """Have 4-bit layers multiply in evaluation as they do in training, on every CPU.
+
+    On those with bfloat16 instructions bitsandbytes would repack the weights for evaluation, which rounds otherwise and takes
+    only widths that are multiples of its blocks.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _with_dropout(config: PretrainedConfig, dropout: float | None) -> PretrainedConfig:

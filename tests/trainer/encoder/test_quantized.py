@@ -29,3 +29,12 @@ def test_adapters_beside_four_bit_weights_learn_and_are_saved_merged(tmp_path, f
     assert {p.dtype for p in again.parameters()} == {torch.float32} and weights_digest(again) == weights_digest(encoder)
     with torch.inference_mode():
         torch.testing.assert_close(again.eval()(inputs), encoder.eval()(inputs), rtol=0, atol=1e-5)
+
+
+def test_evaluation_multiplies_as_training_does_on_a_cpu_with_bfloat16_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
+    folder = write_family(tmp_path / "model", "bert")
+    encoder, tokenizer, _ = load_encoder(ModelSettings(name=str(folder), lora_rank=4, quantize="nf4", dropout=0.0))
+    inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(encoder.train()(inputs), encoder.eval()(inputs))
