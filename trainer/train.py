@@ -53,6 +53,7 @@ def train(job: TrainJob, world: World) -> Outcome:
                 save(run)
         evaluate_once(run, "trained")
         run.saver.wait()
+        run.status.update(phase="finished")
     except Stopped:
         return stop(run)
     except NotFinite as error:
@@ -60,7 +61,7 @@ def train(job: TrainJob, world: World) -> Outcome:
     finally:
         run.feed.close()
         run.metrics.close()
-    run.status.update(phase="finished")
+        run.claim.release()
     return Outcome(finished=True, step=state.step, evaluations=evaluations(job))
 
 
