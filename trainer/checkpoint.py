@@ -74,7 +74,8 @@ class Saver:
         If it could not be written, raises what that rank's thread raised, InputError for a full disk; the others leave.
         """
         while True:
-            error, is_alive = self._error, self._thread is not None and self._thread.is_alive()
+            is_alive = self._thread is not None and self._thread.is_alive()
+            error = self._error  # read after: a thread that has ended has left it
             is_refused = isinstance(error, InputError)
             found = self._world.all_max([int(is_refused), int(error is not None and not is_refused), int(is_alive)])
             was_refused, is_broken, is_writing = map(bool, found)

@@ -104,12 +104,8 @@ def prepare(job: TrainJob, world: World) -> Training:
         num_steps = state.step if state.early_stop.is_over else num_steps
         log.info("resumed from step %d of %d", state.step, num_steps)
     interrupt, saver = Interrupt(), Saver(run, world, claim)
-
-    def should_stop() -> bool:
-        return interrupt.is_set() or saver.has_failed()
-
     clusters = MinedClusters(world, run, dataset.num_queries) if job.batch.clusters == "mined" else None
-    feed = open_feed(job, world, data, state, should_stop, has_clusters=clusters is not None)
+    feed = open_feed(job, world, data, state, lambda: interrupt.is_set() or saver.has_failed(), clusters is not None)
     metrics: Metrics = TrainerMetrics(run, job.run.trackers) if world.speaks else NoMetrics()
     status.update(step=state.step, num_steps=num_steps)
     return Training(

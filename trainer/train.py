@@ -215,7 +215,8 @@ def _name_text(run: Training, error: NotFinite) -> str:
 
 
 def stop(run: Training) -> Outcome:
-    """Save and say so: the run was asked to stop. Collective."""
+    """Save and say so: the run was asked to stop. Or its last checkpoint could not be written, which is raised. Collective."""
+    run.saver.wait()
     log.info("step %d: asked to stop; saving", run.state.step)
     save(run)
     run.saver.wait()
