@@ -1,6 +1,7 @@
 """The command `negpool`, also `python -m launch`: exit codes and error sentences for every command.
 
-0 done; 2 a job or input that cannot be used, one sentence and no traceback; 75 asked to stop, state saved; 1 our own bugs.
+0 done; 2 a job or input that cannot be used; 75 asked to stop, state saved; 78 a run that must not go on as it is; 1 a machine
+that failed, or our own bugs. All but bugs are told in one sentence, without a traceback.
 """
 
 import atexit
@@ -13,10 +14,9 @@ from typing import Any
 import typer
 
 from launch.local import TrainerDied
-from trainer.errors import InputError
+from trainer.errors import EXIT_FAILED, EXIT_MUST_NOT_GO_ON, EXIT_REFUSED, EXIT_STOPPED, InputError, MachineFailed, MustNotGoOn
 from trainer.handoff.manifest import disk_error, is_disk_full
 
-EXIT_REFUSED, EXIT_STOPPED = 2, 75
 # What typer raises for an unknown command or option; it does not export the class, only one derived from it.
 USAGE_ERROR: type[Any] = typer.BadParameter.__bases__[0]
 
@@ -39,25 +39,26 @@ def main() -> None:
 
             leave_mpi(code)
     except InputError as error:
-        code = _refuse(str(error))
+        code = _say(error, EXIT_REFUSED)
+    except MustNotGoOn as error:
+        code = _say(error, EXIT_MUST_NOT_GO_ON)
     except USAGE_ERROR as error:
         error.show()
         code = EXIT_REFUSED
     except (typer.Abort, KeyboardInterrupt):
         code = EXIT_STOPPED
-    except TrainerDied as error:
-        print(f"negpool: {error}", file=sys.stderr)
-        code = 1
+    except (MachineFailed, TrainerDied) as error:
+        code = _say(error, EXIT_FAILED)
     except OSError as error:
         if not is_disk_full(error):
             raise
-        code = _refuse(str(disk_error(error, Path(error.filename or "a file"))))
+        code = _say(disk_error(error, Path(error.filename or "a file")), EXIT_REFUSED)
     sys.exit(code)
 
 
-def _refuse(sentence: str) -> int:
-    print(f"negpool: {sentence}", file=sys.stderr)
-    return EXIT_REFUSED
+def _say(error: Exception, code: int) -> int:
+    print(f"negpool: {error}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

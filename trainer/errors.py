@@ -1,8 +1,13 @@
-"""The one exception for input that a person can mend: a job, a file, a setting.
+"""How a command ends when something is wrong: one class for each exit code that has a sentence of its own.
 
-The command line prints its sentence and exits with 2, without a traceback. Anything else that is
-raised is a bug of ours.
+    InputError      2   a job or input that cannot be used; nobody starts it again
+    MustNotGoOn    78   the run would only get worse; nobody starts it again
+    MachineFailed   1   a disk, a network or a rank failed; supervisors start it again, within their limit
+
+The command line prints the sentence without a traceback. Anything else that is raised is a bug of ours: a traceback, and 1.
 """
+
+EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, EXIT_MUST_NOT_GO_ON = 1, 2, 75, 78
 
 
 class InputError(ValueError):
@@ -15,3 +20,11 @@ class RunInUse(InputError):
 
 class NotFiniteEmbedding(InputError):
     """An encoder gave a text an embedding with NaN or infinity in it; the message names the text."""
+
+
+class MustNotGoOn(Exception):
+    """A run that would only get worse; the message says what was found, and names the last good checkpoint."""
+
+
+class MachineFailed(Exception):
+    """A disk, a network or another rank failed, and another start may well succeed; the message says which, and how."""
