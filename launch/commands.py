@@ -15,11 +15,9 @@ from launch.bench_commands import bench_app
 from launch.data_commands import data_app
 from launch.imports import lasting_imports
 from launch.looking_commands import looking_app
-from launch.options import AllowChange, Data, JobFile, Json, Model, Overrides
+from launch.options import AllowChange, Data, JobCommand, JobFile, Json, Model, Overrides
 from launch.output import measures_table, messages, print_json, results, start_logging
-from trainer.errors import InputError
-
-EXIT_STOPPED = 75
+from trainer.errors import EXIT_STOPPED, InputError
 
 app = typer.Typer(
     help="Train dense retrievers with very large pools of negatives, mined while you train.",
@@ -32,7 +30,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 
 
-@app.command()
+@app.command(cls=JobCommand)
 def run(job: JobFile, overrides: Overrides = None, allow_change: AllowChange = False, as_json: Json = False) -> int:
     """Train and mine together on this machine, with one live view."""
     messages().print(f"[dim]negpool run {escape(str(job))}: reading the job and the data[/dim]")  # imports take seconds
@@ -47,7 +45,7 @@ def run(job: JobFile, overrides: Overrides = None, allow_change: AllowChange = F
     return 0 if outcome["finished"] else EXIT_STOPPED
 
 
-@app.command()
+@app.command(cls=JobCommand)
 def train(job: JobFile, overrides: Overrides = None, allow_change: AllowChange = False, as_json: Json = False) -> int:
     """Train only; under torchrun, accelerate launch or deepspeed on several ranks."""
     with lasting_imports():
@@ -68,7 +66,7 @@ class Form(enum.StrEnum):
     flagembedding = "flagembedding"
 
 
-@app.command()
+@app.command(cls=JobCommand)
 def mine(
     words: Annotated[list[str] | None, typer.Argument(metavar="[JOB.toml] [section.key=value]...", help="job, settings")] = None,
     once: Annotated[bool, typer.Option("--once", help="one refresh from the newest checkpoint, then exit")] = False,
@@ -134,7 +132,7 @@ def _job_and_overrides(words: list[str], data: Path | None) -> tuple[Path | None
     return job, [*words[job is not None :], *([] if data is None else [f"data.path={json.dumps(str(data))}"])]
 
 
-@app.command()
+@app.command(cls=JobCommand)
 def submit(
     job: JobFile,
     overrides: Overrides = None,
@@ -198,7 +196,7 @@ def evaluate(
     return 0
 
 
-@app.command()
+@app.command(cls=JobCommand)
 def check(
     job: JobFile,
     overrides: Overrides = None,

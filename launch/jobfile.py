@@ -7,6 +7,8 @@ import dataclasses
 import difflib
 import json
 import tomllib
+import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,8 +19,8 @@ import tomli_w
 from launch.plan import LaunchSettings
 from mining.job import MineJob
 from trainer.errors import InputError
-from trainer.handoff.settings import SourceSettings
 from trainer.job import TrainJob
+from trainer.ranges import in_words, job_section
 
 Job = TypeVar("Job")
 HOW = {("data", "cache"), ("data", "num_proc"), ("run", "trackers")}  # where and by how many something is made, not what
@@ -26,7 +28,7 @@ SOURCES = "sources"  # the one section of sections, [sources.NAME]
 MAY_CHANGE = {"launch", "mine", "parallel", "chunk", "checkpoint", "eval"}  # sections, from one start of a run to the next
 
 
-@dataclass(frozen=True, kw_only=True)
+@job_section
 class LaunchJob:
     """The sections that only `negpool run` reads."""
 
@@ -52,6 +54,7 @@ def read_job(path: Path | None, overrides: list[str], backend: str | None = None
 
     backend: what the launcher's own configuration asks for; the job may say the same or nothing.
     """
+    where = path or Path("the command line")
     try:
         table = {} if path is None else tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -60,7 +63,7 @@ def read_job(path: Path | None, overrides: list[str], backend: str | None = None
         raise InputError(f"{path} is not a readable TOML file: {error}") from error
     for override in overrides:
         _apply(table, override)
-    _refuse_unknown(table, path or Path("the command line"))
+    _refuse_unknown_sections(table, where)
     if table.get(SOURCES) and any(override.startswith("data.path=") for override in overrides):
         taken = ", ".join(f"sources.{name}" for name in table[SOURCES])
         raise InputError(f"data.path={table['data']['path']!r} (--data) has no effect beside {taken}; set sources.NAME.path")
@@ -69,7 +72,7 @@ def read_job(path: Path | None, overrides: list[str], backend: str | None = None
             f"the job asks for parallel.backend={asked!r}, and accelerate's configuration for {backend!r}; take parallel.backend "
             f"out of the job, or use launch/accelerate/{asked}.yaml"
         )
-    return Jobs(_build(TrainJob, table), _build(MineJob, table), _build(LaunchJob, table).launch)
+    return Jobs(_build(TrainJob, table, where), _build(MineJob, table, where), _build(LaunchJob, table, where).launch)
 
 
 def write_job(path: Path, jobs: Jobs) -> None:
@@ -116,27 +119,13 @@ def _apply(table: dict, override: str) -> None:
     table[rest[-1]] = parsed
 
 
-def _refuse_unknown(table: dict, path: Path) -> None:
-    sections = {f.name: f for job in (TrainJob, MineJob, LaunchJob) for f in dataclasses.fields(job)}
+def _refuse_unknown_sections(table: dict, path: Path) -> None:
+    sections = [field.name for job in (TrainJob, MineJob, LaunchJob) for field in dataclasses.fields(job)]
     for section, values in table.items():
         if section not in sections:
-            raise InputError(f"{path}: unknown section [{section}]; {_nearest(section, list(sections))}")
+            raise InputError(f"{path}: unknown section [{section}]; {_nearest(section, sections)}")
         if not isinstance(values, dict):
             raise InputError(f"{path}: {section} is {values!r}, expected a section [{section}] with keys")
-        if section == SOURCES:
-            for name, source in values.items():
-                _refuse_unknown_keys(f"{section}.{name}", source, SourceSettings, path)
-        else:
-            _refuse_unknown_keys(section, values, sections[section].type, path)
-
-
-def _refuse_unknown_keys(section: str, values: Any, settings: Any, path: Path) -> None:
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: {section} is {values!r}, expected a section [{section}] with keys")
-    known = [f.name for f in dataclasses.fields(settings)]
-    for key in values:
-        if key not in known:
-            raise InputError(f"{path}: unknown key {section}.{key}; {_nearest(key, known)}")
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -144,19 +133,45 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
 
 
-def _build(job_class: type[Job], table: dict) -> Job:
+def _build(job_class: type[Job], table: dict, path: Path) -> Job:
     own = {f.name: table[f.name] for f in dataclasses.fields(job_class) if f.name in table}  # type: ignore[arg-type]
     try:
         # Through JSON, in strict mode: no "5" for 5, but lists for tuples and strings for paths.
         return pydantic.TypeAdapter(job_class).validate_json(json.dumps(own, default=str), strict=True)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        if isinstance(cause := first.get("ctx", {}).get("error"), InputError):
-            raise cause from error
-        name = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("literal[", "function-")))
-        if first["type"] == "missing":
-            raise InputError(f"{name} is missing; set it in the job file or as {name}=…") from error
-        raise InputError(f"{name}={first['input']!r} cannot be used: {first['msg'].lower()}") from error
+        first = min(error.errors(), key=lambda found: found["type"] == "missing")  # a misspelt key is not missed under its own
+        raise InputError(_sentence(job_class, first, path)) from error
+
+
+def _sentence(job_class: type, error: Any, path: Path) -> str:
+    """Return what is wrong with a value, by its name and what it may be."""
+    *outer, last = error["loc"]
+    if error["type"] == "unexpected_keyword_argument":
+        name, hint = _setting_at(job_class, outer)
+        return f"{path}: unknown key {name}.{last}; {_nearest(str(last), list(typing.get_type_hints(hint)))}"
+    name, hint = _setting_at(job_class, error["loc"])
+    if error["type"] == "missing":
+        is_part = len(error["loc"]) > name.count(".") + 1
+        if is_part:
+            return f"{name} is missing a part; expected {in_words(hint)}"
+        return f"{name} is missing; set it in the job file or as {name}=…"
+    if error["type"] in ("dataclass_type", "dict_type"):
+        return f"{path}: {name} is {error['input']!r}, expected a section [{name}] with keys"
+    return f"{name}={error['input']!r} cannot be used; expected {in_words(hint)}"
+
+
+def _setting_at(job_class: Any, place: Sequence[int | str]) -> tuple[str, Any]:
+    """Return the name and the type of what pydantic names by its place: sections and keys, then how it came to read it so."""
+    names, hint = [], job_class
+    for part in place:
+        if typing.get_origin(hint) is dict:
+            hint = typing.get_args(hint)[1]
+        elif dataclasses.is_dataclass(hint):
+            hint = typing.get_type_hints(hint, include_extras=True)[str(part)]
+        else:
+            break
+        names.append(str(part))
+    return ".".join(names), hint
 
 
 def _plain(value: Any) -> Any:

@@ -19,9 +19,8 @@ import psutil
 
 from launch.imports import lasting_imports
 from launch.plan import LaunchSettings
-from trainer.errors import InputError
+from trainer.errors import EXIT_STOPPED, InputError
 
-EXIT_STOPPED = 75
 FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below those that systems hand out by themselves
 STARTS_OF_A_JOB = 8  # with ports of their own, before they meet those of other jobs
 

@@ -4,21 +4,21 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from trainer.errors import InputError
+from pydantic import NonNegativeInt, PositiveInt
+
+from trainer.ranges import job_section
 
 
-@dataclass(frozen=True, kw_only=True)
+@job_section
 class LaunchSettings:
     """Section `launch`: processes of `negpool run`, and of a node without GPUs."""
 
-    train_ranks: int = 2  # trainer processes; with GPUs one for each that the miner leaves
-    mine_ranks: int = 1  # MPI ranks of the miner, and its GPUs; where there are no more it shares the trainer's
-    max_restarts: int = 3  # of each side, after it died by itself
-
-    def __post_init__(self) -> None:
-        for name in ("train_ranks", "mine_ranks"):
-            if getattr(self, name) < 1:
-                raise InputError(f"launch.{name}={getattr(self, name)} must be at least 1")
+    train_ranks: PositiveInt = 2
+    """Trainer processes; with GPUs one for each that the miner leaves."""
+    mine_ranks: PositiveInt = 1
+    """MPI ranks of the miner, and its GPUs; where there are no more it shares the trainer's."""
+    max_restarts: NonNegativeInt = 3
+    """How often each side is started again after it died by itself."""
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,12 @@
-"""Every setting of a job, with its type, its default and what the code says of it, read from the code itself."""
+"""Every setting of a job, with its type, its default and its description, as its section has them."""
 
-import ast
 import dataclasses
 import difflib
 import inspect
 import json
 import re
-import types
 import typing
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any
 
 from launch.jobfile import SOURCES, LaunchJob
 from launch.tables import Part, Sheet
@@ -18,8 +14,7 @@ from mining.job import MineJob
 from trainer.errors import InputError
 from trainer.handoff.settings import SourceSettings
 from trainer.job import TrainJob
-
-WORDS: dict[Any, str] = {str: "text", Path: "path", bool: "true | false", tuple: "list"}
+from trainer.ranges import descriptions, in_words
 
 
 def all_settings(section: str | None) -> dict[str, dict[str, Any]]:
@@ -39,49 +34,27 @@ def settings_parts(found: dict[str, dict[str, Any]]) -> list[Part]:
     return [Sheet(f"{name}: {about['about']}".removesuffix(": "), columns, rows[name]) for name, about in found.items()]
 
 
+def section_parts() -> list[Part]:
+    """Return what the sections of a job file are about, as a table, and where their settings are listed."""
+    rows = [(name, about["about"], ", ".join(s["key"] for s in about["settings"])) for name, about in all_settings(None).items()]
+    return [Sheet("sections of JOB.toml", ("", "about", "settings"), rows), "negpool settings SECTION says more of each."]
+
+
 def _describe(settings: Any) -> dict[str, Any]:
     about = re.sub(r"^Section `[\w.]+`( of a job)?[.:,]? ?", "", " ".join((inspect.getdoc(settings) or "").split()))
-    comments, hints = _comments(settings), typing.get_type_hints(settings)
+    hints, meanings = typing.get_type_hints(settings, include_extras=True), descriptions(settings)
     return {
         "about": about,
         "settings": [
             {
                 "key": field.name,
-                "type": " | ".join(_types(hints[field.name])),
+                "type": in_words(hints[field.name]),
                 "default": _as_toml(field.default),
-                "meaning": comments[field.name],
+                "meaning": meanings[field.name],
             }
             for field in dataclasses.fields(settings)
         ],
     }
-
-
-def _comments(settings: Any) -> dict[str, str]:
-    """Return the comment of each field: the lines above it, and what stands behind it."""
-    lines = inspect.getsource(settings).splitlines()
-    (tree,) = ast.parse("\n".join(lines)).body
-    found = {}
-    for field in getattr(tree, "body", []):
-        if isinstance(field, ast.AnnAssign):
-            first = field.lineno - 1
-            while lines[first - 1].strip().startswith("#"):
-                first -= 1
-            behind = lines[(field.end_lineno or 0) - 1][field.end_col_offset :]
-            words = [line.strip().removeprefix("#").strip() for line in (*lines[first : field.lineno - 1], behind)]
-            found[ast.unparse(field.target)] = " ".join(word for word in words if word)
-    return found
-
-
-def _types(hint: Any) -> Iterator[str]:
-    """Yield what a value may be, as a job file has it."""
-    origin = typing.get_origin(hint)
-    if origin in (Union, types.UnionType):
-        for choice in typing.get_args(hint):
-            yield from _types(choice)
-    elif origin is Literal:
-        yield from (json.dumps(choice) for choice in typing.get_args(hint))
-    elif hint is not type(None):
-        yield WORDS.get(origin or hint, str(getattr(hint, "__name__", hint)))
 
 
 def _as_toml(value: Any) -> str:

@@ -22,7 +22,7 @@ class Sheet:
         return [float(row[self.columns.index(column)]) for row in self.rows]
 
 
-LEFT = ("", "found", "type", "default")  # columns of words
+LEFT = ("", "found", "about", "settings", "type", "default")  # columns of words
 Part = Sheet | str  # a table or a sentence
 
 

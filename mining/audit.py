@@ -3,9 +3,8 @@
 A version that fails is not published, and every reason is told.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
+from pydantic import PositiveInt
 
 from mining.filters import KNOWN
 from mining.index import ShardIndex
@@ -13,28 +12,24 @@ from mining.ranks import Ranks
 from mining.sampling import stream
 from mining.search import search_shards
 from trainer.data.sampler import mix
-from trainer.errors import InputError
 from trainer.handoff.negatives import Negatives
+from trainer.ranges import Share, job_section
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
-@dataclass(frozen=True, kw_only=True)
+@job_section
 class AuditSettings:
-    """Section `audit`."""
+    """Section `audit`. A version that is beyond one of its limits is not published."""
 
-    num_queries: int = 256  # queries searched exactly as well, drawn anew for each version
-    # The gate: a version that is beyond any of these is not published.
-    min_recall: float = 0.9  # mean share of the exact search.top_k that the index finds
-    max_suspected: float = 1.0  # share of the unjudged candidates that score as positives do, by filter.relative_margin
-    max_without: float = 1.0  # share of the queries of whose candidates none passed the filters
-
-    def __post_init__(self) -> None:
-        if self.num_queries < 1:
-            raise InputError(f"audit.num_queries={self.num_queries} must be at least 1")
-        for name in ("min_recall", "max_suspected", "max_without"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"audit.{name}={getattr(self, name)} is not a share; expected 0 to 1")
+    num_queries: PositiveInt = 256
+    """Queries that are searched exactly as well, drawn anew for each version."""
+    min_recall: Share = 0.9
+    """Mean share of the exact search.top_k that the index has to find."""
+    max_suspected: Share = 1.0
+    """Share of the unjudged candidates that score as positives do, by filter.relative_margin."""
+    max_without: Share = 1.0
+    """Share of the queries of whose candidates none passed the filters."""
 
 
 def reasons_against(

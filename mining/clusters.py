@@ -4,31 +4,30 @@ Sources: TAS-B (arXiv 2104.06967), NGAME (arXiv 2207.04452) and "Embedding and C
 Contrastive Pretraining" (arXiv 2407.18887).
 """
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import NonNegativeInt
 
 from mining.encode import Embeddings
 from mining.judgements import Judgements
 from mining.sampling import stream
 from trainer.errors import InputError
+from trainer.ranges import job_section
 
 ITERATIONS = 20
 POINTS_PER_CENTROID = 256  # k-means is trained on so many at most, drawn by the seed
 TILE = 65536  # rows whose embeddings are in memory at once, but for those that train
 
 
-@dataclass(frozen=True, kw_only=True)
+@job_section
 class ClusterSettings:
     """Section `clusters`: published with a version, for `batch` to draw from."""
 
-    num: int = 0  # clusters; 0: none
-    of: Literal["queries", "passages"] = "queries"  # "passages": a query is where its first positive is
-
-    def __post_init__(self) -> None:
-        if self.num < 0:
-            raise InputError(f"clusters.num={self.num} is negative; expected 0 (no clusters) or more")
+    num: NonNegativeInt = 0
+    """Clusters; 0: none."""
+    of: Literal["queries", "passages"] = "queries"
+    """What is clustered; with "passages" a query is where its first positive is."""
 
 
 def check_clusters(settings: ClusterSettings, num_queries: int) -> None:

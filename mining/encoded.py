@@ -150,7 +150,7 @@ def _plan(work: Work, width: int, token_width: int) -> tuple[IndexSettings, Memo
             num_passages=num_passages,
             shard_rows=shard_rows,
             width=width,
-            stored_bytes=np.dtype(job.encode.stored).itemsize,
+            stored_bytes=np.dtype(job.encode.stored_type).itemsize,
             token_width=token_width,
             top_k=job.search.top_k,
             num_candidates=job.num_candidates,

@@ -10,42 +10,47 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from trainer.errors import InputError
+from trainer.ranges import job_section
 
 KNOWN = ("judged", "equal_texts", "duplicates")  # dropped for what is known of them, not for a guess
 
 
-@dataclass(frozen=True, kw_only=True)
+@job_section
 class FilterSettings:
-    """Section `filter`. Judged positives, of any split, are always dropped."""
+    """Section `filter`: which candidates may become negatives. Judged positives, of any split, are always dropped."""
 
-    equal_texts: bool = True  # drop texts equal to a positive or to the query itself
-    duplicates: bool = True  # of several candidates with one text keep the first
-    # places among the candidates left by the filters above, from 0: NV-Retriever begins at 10; both: a band (SciNCL)
-    range_min: int = 0
-    range_max: int | Literal["off"] = "off"  # the first place that is too far
-    max_score: float | Literal["off"] = "off"  # keep s < max_score (NV-Retriever's TopK-Abs, 0.7)
-    min_score: float | Literal["off"] = "off"  # keep s >= min_score
-    # keep s < s_pos - |s_pos| * margin, s_pos the query's best positive (NV-Retriever's TopK-PercPos, sign-safe)
-    relative_margin: float | Literal["off"] = 0.05
-    # keep s < s_pos - margin (NV-Retriever's TopK-MarginPos); a negative one lets scores up to so much above pass (UniME, -0.1)
+    equal_texts: bool = True
+    """Drop texts equal to a positive or to the query itself."""
+    duplicates: bool = True
+    """Of several candidates with one text keep the first."""
+    range_min: NonNegativeInt = 0
+    """The first place that is kept among the candidates left by the filters above, from 0: NV-Retriever begins at 10; with
+    range_max a band (SciNCL).
+    """
+    range_max: PositiveInt | Literal["off"] = "off"
+    """The first place that is too far."""
+    max_score: float | Literal["off"] = "off"
+    """Keep s < max_score (NV-Retriever's TopK-Abs, 0.7)."""
+    min_score: float | Literal["off"] = "off"
+    """Keep s >= min_score."""
+    relative_margin: NonNegativeFloat | Literal["off"] = 0.05
+    """Keep s < s_pos - |s_pos| * margin, s_pos the query's best positive (NV-Retriever's TopK-PercPos, sign-safe)."""
     absolute_margin: float | Literal["off"] = "off"
-    # [m, n]: keep s < s_pos - (m + n * |s_pos|), a margin that follows the positive's score (the idea of LG-ANNA)
-    adaptive_margin: tuple[float, float] | Literal["off"] = "off"
-    # what a query gets of which nothing passed: passages drawn from the whole corpus, its candidates of the lowest scores
-    # (none that is known to be wrong), or nothing, and the trainer has in-batch negatives only
+    """Keep s < s_pos - margin (NV-Retriever's TopK-MarginPos); a negative one lets scores up to so much above pass (UniME, -0.1).
+    """
+    adaptive_margin: tuple[NonNegativeFloat, NonNegativeFloat] | Literal["off"] = "off"
+    """With [m, n] keep s < s_pos - (m + n * |s_pos|), a margin that follows the positive's score (the idea of LG-ANNA)."""
     when_empty: Literal["random", "lowest", "none"] = "random"
+    """What a query gets of which nothing passed: passages drawn from the whole corpus, its candidates of the lowest scores
+    (none that is known to be wrong), or nothing, and the trainer has in-batch negatives only.
+    """
 
     def __post_init__(self) -> None:
-        if self.range_min < 0:
-            raise InputError(f"filter.range_min={self.range_min} is negative; expected 0 or more")
         if self.range_max != "off" and self.range_max <= self.range_min:
             raise InputError(f"filter.range_max={self.range_max} must be more than filter.range_min={self.range_min}")
-        margins = (self.adaptive_margin,) if self.adaptive_margin == "off" else self.adaptive_margin
-        for name, value in (("relative_margin", self.relative_margin), *(("adaptive_margin", m) for m in margins)):
-            if value != "off" and not value >= 0:
-                raise InputError(f'filter.{name}={value} is negative; expected 0 or more, or "off"')
         if self.max_score != "off" and self.min_score != "off" and not self.min_score < self.max_score:
             raise InputError(f"filter.min_score={self.min_score} must be less than filter.max_score={self.max_score}")
 

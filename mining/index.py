@@ -12,11 +12,13 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
+from pydantic import PositiveInt
 
 from mining.centroids import Centroids
 from mining.encode import Embeddings
 from trainer.encoder.topk import BestOf
 from trainer.errors import InputError
+from trainer.ranges import job_section
 
 log = logging.getLogger(__name__)
 
@@ -24,16 +26,14 @@ EXACT, AUTO = "exact", "auto"
 GPU_MAX_K = 2048  # of FAISS
 
 
-@dataclass(frozen=True, kw_only=True)
+@job_section
 class IndexSettings:
-    """Section `index`."""
+    """Section `index`: what finds the nearest passages."""
 
-    factory: str = EXACT  # "exact", "auto", or a FAISS factory string for each shard: "Flat", "IVF64,Flat", "IVF64,SQ8", ...
-    nprobe: int = 16  # cells of an IVF index that a query looks into; more: slower, better recall
-
-    def __post_init__(self) -> None:
-        if self.nprobe < 1:
-            raise InputError(f"index.nprobe={self.nprobe} must be at least 1")
+    factory: str = EXACT
+    """Either "exact", "auto", or a FAISS factory string for each shard: "Flat", "IVF64,Flat", "IVF64,SQ8", …"""
+    nprobe: PositiveInt = 16
+    """Cells of an IVF index that a query looks into; more: slower, better recall."""
 
 
 class ShardIndex(Protocol):

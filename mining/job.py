@@ -1,6 +1,10 @@
 """What a mining service is told: the sections of a job file that the miner reads."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
+from typing import Annotated
+
+from annotated_types import Ge, Interval
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from mining.audit import AuditSettings
 from mining.clusters import ClusterSettings
@@ -13,35 +17,30 @@ from mining.search import SearchSettings
 from trainer.encoder.shards import EncodeSettings
 from trainer.errors import InputError
 from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings, Sources
+from trainer.ranges import job_section
 
 
-@dataclass(frozen=True, kw_only=True)
+@job_section
 class MineSettings:
     """Section `mine`: the service itself."""
 
-    poll_s: float = 1.0  # seconds between two looks for a new checkpoint
-    bm25_top_k: int = 50  # candidates of version 0, which is there before any checkpoint; 0: no version 0
-    keep_versions: int = 3  # newest ones kept; pinned ones stay, and all while negatives.schedule is set
-    memory_gib: float | None = None  # GiB that a rank may take; None: half of what is free, shared by the machine's ranks
-    passages: Mode = "fresh"  # whose embeddings of passages: each checkpoint's, the first one's, or earlier ones till they drift
-    max_drift: float = 0.01  # with passages = "drift": 1 - mean cosine to the earlier embeddings up to which they are kept
-    keep_encodings: int = 4  # sets of embeddings kept in shards/, youngest first; a refresh makes two
-
-    def __post_init__(self) -> None:
-        if not self.poll_s > 0:
-            raise InputError(f"mine.poll_s={self.poll_s} must be more than 0")
-        if self.bm25_top_k < 0:
-            raise InputError(f"mine.bm25_top_k={self.bm25_top_k} is negative; expected 0 (no version 0) or more")
-        if self.memory_gib is not None and not self.memory_gib > 0:
-            raise InputError(f"mine.memory_gib={self.memory_gib} must be more than 0")
-        if not 0 <= self.max_drift <= 2:
-            raise InputError(f"mine.max_drift={self.max_drift} is no difference of cosines; expected 0 to 2")
-        for name, least, why in (("keep_versions", 1, "the newest"), ("keep_encodings", 2, "queries and passages")):
-            if getattr(self, name) < least:
-                raise InputError(f"mine.{name}={getattr(self, name)} must be at least {least}: {why} are in use")
+    poll_s: PositiveFloat = 1.0
+    """Seconds between two looks for a new checkpoint."""
+    bm25_top_k: NonNegativeInt = 50
+    """Candidates of version 0, which is there before any checkpoint; 0: no version 0."""
+    keep_versions: PositiveInt = 3
+    """Newest versions kept; pinned ones stay, and all while negatives.schedule is set."""
+    memory_gib: PositiveFloat | None = None
+    """GiB that a rank may take; None: half of what is free, shared by the machine's ranks."""
+    passages: Mode = "fresh"
+    """Whose embeddings of passages: each checkpoint's, the first one's, or earlier ones till they drift."""
+    max_drift: Annotated[float, Interval(ge=0, le=2)] = 0.01
+    """With passages = "drift": 1 - mean cosine to the earlier embeddings up to which they are kept."""
+    keep_encodings: Annotated[int, Ge(2)] = 4
+    """Sets of embeddings kept in shards/, youngest first; a refresh makes two, of queries and of passages."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@job_section
 class MineJob:
     """All that the miner is told."""
 

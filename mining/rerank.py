@@ -8,10 +8,12 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge
+from pydantic import PositiveInt
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -23,25 +25,27 @@ from trainer.encoder.model import hash_tensors
 from trainer.encoder.source import LOADING_ERRORS
 from trainer.encoder.tokenizer import load_tokenizer
 from trainer.errors import InputError
+from trainer.ranges import job_section
 
 BATCH_TOKENS = 4096  # padded tokens in one forward, on a CPU core or a GPU
 
 
-@dataclass(frozen=True, kw_only=True)
+@job_section
 class RerankSettings:
     """Section `rerank`: a cross-encoder that scores the candidates and the positives."""
 
-    model: str = ""  # folder or hub name of any AutoModelForSequenceClassification; empty: none
-    top_k: int = 50  # of the candidates that passed the filters, the best so many are scored; the others are dropped
-    max_tokens: int = 512  # of query and passage together; the longer of both is cut
-    # keep c < c_pos - margin, c_pos the cross-encoder's score of the query's best positive (in logits)
+    model: str = ""
+    """Folder or hub name of any AutoModelForSequenceClassification; empty: none."""
+    top_k: PositiveInt = 50
+    """Of the candidates that passed the filters, the best so many are scored; the others are dropped."""
+    max_tokens: Annotated[int, Ge(8)] = 512
+    """Tokens of query and passage together; the longer of both is cut."""
     margin: float | Literal["off"] = "off"
-    max_score: float | Literal["off"] = "off"  # keep c < max_score (in logits)
+    """Keep c < c_pos - margin, c_pos the cross-encoder's score of the query's best positive (in logits)."""
+    max_score: float | Literal["off"] = "off"
+    """Keep c < max_score (in logits)."""
 
     def __post_init__(self) -> None:
-        for name, least in (("top_k", 1), ("max_tokens", 8)):
-            if getattr(self, name) < least:
-                raise InputError(f"rerank.{name}={getattr(self, name)} must be at least {least}")
         for name in ("margin", "max_score"):
             if getattr(self, name) != "off" and not self.model:
                 raise InputError(f"rerank.{name}={getattr(self, name)} needs a cross-encoder; set rerank.model to one")

@@ -5,52 +5,50 @@ four numbers decides. So the draw is the same for any number of ranks, tiles and
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from trainer.data.sampler import mix
-from trainer.errors import InputError
+from trainer.ranges import Share, job_section
 
 RANDOM_STREAM = np.uint64(0x52414E44)  # keeps the rows drawn from the whole corpus apart from the noise of candidates
 DENSE_ONLY = ("simans", "simans_laplace", "softmax")  # their constants are for scores of embeddings, not for BM25's
 
 
-@dataclass(frozen=True, kw_only=True)
+@job_section
 class SampleSettings:
-    """Section `sample`."""
+    """Section `sample`: which of the candidates that passed the filters become negatives."""
 
-    # of those that passed among the candidates: any (ANCE), the best, the best one and any of the others (NV-Retriever,
-    # with pool = 10), those that score near the positive (SimANS, in two forms), or by a softmax of the scores
     method: Literal["uniform", "top", "top1", "simans", "simans_laplace", "softmax"] = "uniform"
-    num_negatives: int = 16  # of each query; fewer where fewer passed
-    pool: int | Literal["all"] = "all"  # the best so many that passed are drawn from
-    # SimANS: p ~ exp(-a (s - s_pos - b)^2). The paper's a = 0.5 is for raw dot products of some tens; on unit vectors,
-    # whose loss divides scores by 0.05, the same curve has a = 0.5 / 0.05^2.
-    simans_a: float = 200.0
-    simans_b: float = 0.0  # of both forms
-    laplace_a: float = 60.0  # p ~ exp(-a |s - s_pos - b|); 3 on raw dot products, 3 / 0.05 on unit vectors
-    softmax_temperature: float = 0.05  # p ~ exp(s / temperature)
-    random_share: float = 0.0  # of the negatives, drawn from the whole corpus instead (STAR)
-    # "easy": a negative of the last version stays unless its score has fallen, 1.15 now < at first, to |now| < 0.8 (Conan)
+    """Which of the candidates that passed: any (ANCE), the best, the best one and any of the others (NV-Retriever, with
+    pool = 10), those that score near the positive (SimANS, in two forms), or by a softmax of the scores.
+    """
+    num_negatives: PositiveInt = 16
+    """Negatives of each query; fewer where fewer passed."""
+    pool: PositiveInt | Literal["all"] = "all"
+    """The best so many that passed are drawn from."""
+    simans_a: NonNegativeFloat = 200.0
+    """SimANS: p ~ exp(-a (s - s_pos - b)^2). The paper's a = 0.5 is for raw dot products of some tens; on unit vectors, whose
+    loss divides scores by 0.05, the same curve has a = 0.5 / 0.05^2.
+    """
+    simans_b: float = 0.0
+    """The b of both forms of SimANS."""
+    laplace_a: NonNegativeFloat = 60.0
+    """The other form of SimANS: p ~ exp(-a |s - s_pos - b|); a = 3 on raw dot products, 3 / 0.05 on unit vectors."""
+    softmax_temperature: PositiveFloat = 0.05
+    """The softmax: p ~ exp(s / temperature)."""
+    random_share: Share = 0.0
+    """Share of the negatives that is drawn from the whole corpus instead (STAR)."""
     replace: Literal["all", "easy"] = "all"
-    easy_ratio: float = 1.15
+    """With "easy" a negative of the last version stays unless its score has fallen: easy_ratio * now < at first, and
+    |now| < easy_below (Conan).
+    """
+    easy_ratio: PositiveFloat = 1.15
+    """See replace."""
     easy_below: float = 0.8
-
-    def __post_init__(self) -> None:
-        if self.num_negatives < 1:
-            raise InputError(f"sample.num_negatives={self.num_negatives} must be at least 1")
-        if self.pool != "all" and self.pool < 1:
-            raise InputError(f'sample.pool={self.pool} must be at least 1, or "all"')
-        for name in ("simans_a", "laplace_a"):
-            if getattr(self, name) < 0:
-                raise InputError(f"sample.{name}={getattr(self, name)} is negative; expected 0 or more")
-        for name in ("softmax_temperature", "easy_ratio"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"sample.{name}={getattr(self, name)} must be more than 0")
-        if not 0 <= self.random_share <= 1:
-            raise InputError(f"sample.random_share={self.random_share} is not a share; expected 0 to 1")
+    """See replace."""
 
     @property
     def num_random(self) -> int:

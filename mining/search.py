@@ -5,31 +5,26 @@ filtered and sampled. The unit is the shard and never the rank, and the order (s
 so what comes out does not depend on the number of ranks.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
+from pydantic import NonNegativeInt, PositiveInt
 
 from mining.index import ShardIndex
 from mining.ranks import Ranks
 from trainer.encoder.topk import BestOf, best_of_keys
-from trainer.errors import InputError
+from trainer.ranges import job_section
 
 QUERY_TILE = 4096  # queries searched at once; with k = 200 each rank holds some 20 MB of results
 SHARE_ROWS = 32  # queries that never go to different ranks: what is computed of them together does not depend on the ranks
 
 
-@dataclass(frozen=True, kw_only=True)
+@job_section
 class SearchSettings:
-    """Section `search`."""
+    """Section `search`: how many candidates a query gets."""
 
-    top_k: int = 200  # candidates of each query (ANCE: 200)
-    bm25_top_k: int = 0  # candidates that BM25 adds to these; the encoder scores them, too
-
-    def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise InputError(f"search.top_k={self.top_k} must be at least 1")
-        if self.bm25_top_k < 0:
-            raise InputError(f"search.bm25_top_k={self.bm25_top_k} is negative; expected 0 or more")
+    top_k: PositiveInt = 200
+    """Candidates of each query (ANCE: 200)."""
+    bm25_top_k: NonNegativeInt = 0
+    """Candidates that BM25 adds to these; the encoder scores them, too."""
 
 
 def search_shards(ranks: Ranks, indexes: list[ShardIndex], query_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -65,12 +65,12 @@ def _copy(work: Work, path: Path, digest: str, rows: np.ndarray, texts: datasets
         for shard in missing[ranks.rank :: ranks.num_ranks]:
             own = rows[shards.rows(shard)]
             with np.errstate(over="ignore"):  # what becomes infinite is refused
-                vector_nD = vector_ND[own].astype(settings.stored)
+                vector_nD = vector_ND[own].astype(settings.stored_type)
             is_finite = np.isfinite(vector_nD).all(1)
             if not is_finite.all():
                 row = int(own[np.argmin(is_finite)])
                 name = f"row {row}, for the text with id {texts[row]['_id']!r},"
-                raise InputError(f"{path}: {name} is not finite as {settings.stored}; mend it, or set encode.stored=float32")
+                raise InputError(f"{path}: {name} is not finite as {settings.stored}; mend it, or set encode.stored=fp32")
             shards.publish(shard, vector_nD)
             ranks.check_stop()
 

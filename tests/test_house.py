@@ -13,7 +13,7 @@ PACKAGES = ["launch", "gradcache", "trainer", "mining"]
 ALLOWED = {
     "gradcache": [],
     "trainer": ["gradcache"],
-    "mining": [f"trainer.{part}" for part in ("errors", "encoder", "data", "handoff", "world", "metrics", "interrupt")],
+    "mining": [f"trainer.{part}" for part in ("errors", "ranges", "encoder", "data", "handoff", "world", "metrics", "interrupt")],
     "launch": ["gradcache", "trainer", "mining"],
 }
 

@@ -5,39 +5,34 @@ measures, so all decide alike.
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
-from trainer.errors import InputError
+from pydantic import PositiveInt
+
+from trainer.ranges import Rate, job_section
+
+Measure = Literal["ndcg@10", "mrr@10", "recall@10", "recall@100"]  # all that an evaluation has
 
 
-@dataclass(frozen=True, kw_only=True)
+@job_section
 class StopSettings:
     """Section `stop`: what evaluations on dev decide."""
 
-    measure: str = "ndcg@10"  # of the dev evaluation; more is better
-    patience: int | None = None  # evaluations in a row without a gain before the run ends; None: never
-    min_gain: float = 0.0  # over the best so far, below which an evaluation is no gain
-    max_fall: float | None = None  # since the negatives were last swapped, beyond which they are taken back; None: never
-
-    def __post_init__(self) -> None:
-        if self.patience is not None and self.patience < 1:
-            raise InputError(f"stop.patience={self.patience} must be 1 evaluation or more; leave it out never to stop early")
-        for name in ("min_gain", "max_fall"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise InputError(f"stop.{name}={value} must be 0 or more and less than 1, as measures lie between 0 and 1")
+    measure: Measure = "ndcg@10"
+    """Measure of the dev evaluation that decides; more is better."""
+    patience: PositiveInt | None = None
+    """Evaluations in a row without a gain before the run ends; None: never."""
+    min_gain: Rate = 0.0
+    """Over the best so far, below which an evaluation is no gain."""
+    max_fall: Rate | None = None
+    """Since the negatives were last swapped, beyond which they are taken back; None: never."""
 
     @property
     def needs_evaluations(self) -> bool:
         """Whether anything is to be decided."""
         return self.patience is not None or self.max_fall is not None
-
-    def check_measure(self, known: Collection[str]) -> None:
-        """Raise InputError for a measure that no evaluation has."""
-        if self.measure not in known:
-            raise InputError(f"stop.measure={self.measure!r} is unknown; expected {', '.join(known)}")
 
 
 class EarlyStop:

@@ -10,8 +10,11 @@ The command line prints the sentence without a traceback. Anything else that is 
 EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, EXIT_MUST_NOT_GO_ON = 1, 2, 75, 78
 
 
-class InputError(ValueError):
-    """A sentence for the person at the terminal: what was found, what was expected, which setting changes it."""
+class InputError(Exception):
+    """A sentence for the person at the terminal: what was found, what was expected, which setting changes it.
+
+    No ValueError: pydantic, which checks the settings, would wrap those in an error of its own.
+    """
 
 
 class RunInUse(InputError):

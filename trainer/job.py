@@ -1,17 +1,22 @@
 """What a training run is told: the sections of a job file that the trainer reads."""
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Interval
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from gradcache import OBJECTIVES
 from gradcache.widths import check_widths
 from trainer.data.sampler import Mode
+from trainer.deepspeed_file import read_deepspeed
 from trainer.early_stop import StopSettings
-from trainer.encoder.model import ModelSettings
+from trainer.encoder.settings import ModelSettings
 from trainer.errors import InputError
 from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings, Sources, SourceSettings
+from trainer.ranges import Precision, Share, job_section
 
 # Of a source's settings, those that say nothing in a mode.
 IDLE_IN_MODE: dict[Mode, tuple[str, ...]] = {
@@ -21,39 +26,53 @@ IDLE_IN_MODE: dict[Mode, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@job_section
 class BatchSettings:
-    """Section `batch`."""
+    """Section `batch`: which queries make a step."""
 
-    queries: int = 128  # queries of one step over all ranks
-    # of several sources: queries of all in a batch, one source for each batch, or a batch of every source in each step
+    queries: PositiveInt = 128
+    """Queries of one step over all ranks."""
     mode: Mode = "mixed"
-    avoid_duplicates: bool = False  # keep equal queries, and those that share a positive, out of each other's batch
-    # Batches are made of whole clusters of training queries: "mined" ones, that the miner publishes and each epoch takes
-    # over, or those of an .npz file. None: random batches.
+    """Of several sources: queries of all in a batch, one source for each batch, or a batch of every source in each step."""
+    avoid_duplicates: bool = False
+    """Keep equal queries, and those that share a positive, out of each other's batch."""
     clusters: Literal["mined"] | Path | None = None
+    """Make batches of whole clusters of training queries: "mined" ones, that the miner publishes and each epoch takes over, or
+    those of an .npz file. None: random batches.
+    """
+
+    def __post_init__(self) -> None:
+        if isinstance(self.clusters, Path) and not self.clusters.is_file():
+            raise InputError(f'batch.clusters={str(self.clusters)!r} is no file; expected "mined" or an .npz file of clusters')
 
 
-@dataclass(frozen=True, kw_only=True)
+@job_section
 class ChunkSettings:
     """Section `chunk`: memory of a step."""
 
-    tokens: int | Literal["auto"] = "auto"  # padded tokens encoded at once on a rank; memory follows this, not the batch
-    keep_graphs: int | Literal["all", "auto"] = "auto"  # chunks that need no second forward: more memory, less time
-    memory_gib: float | None = None  # of a rank, for what is "auto"; None: the GPU's free memory; a CPU: 4096 tokens, 0 graphs
+    tokens: PositiveInt | Literal["auto"] = "auto"
+    """Padded tokens encoded at once on a rank; memory follows this, not the batch."""
+    keep_graphs: NonNegativeInt | Literal["all", "auto"] = "auto"
+    """Chunks that need no second forward: more memory, less time."""
+    memory_gib: PositiveFloat | None = None
+    """GiB of a rank, for what is "auto"; None: the GPU's free memory; a CPU: 4096 tokens, 0 graphs."""
 
 
 Backend = Literal["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@job_section
 class ParallelSettings:
     """Section `parallel`: how several ranks share one model."""
 
     backend: Backend = "ddp"
-    reduce: Literal["step", "chunk"] = "step"  # chunk: fsdp2, zero2 and zero3 keep shards of gradients, for more traffic
-    deepspeed: Path | None = None  # zero0 to zero3: a JSON file of DeepSpeed's own settings; launch/deepspeed/ has some
-    offload: bool = False  # zero1 to zero3: the optimizer, and with zero3 the parameters, in the host's memory
+    """What keeps the ranks' weights alike, and shards them: DDP, FSDP2, or a stage of DeepSpeed's ZeRO."""
+    reduce: Literal["step", "chunk"] = "step"
+    """With "chunk" fsdp2, zero2 and zero3 keep shards of gradients, for more traffic."""
+    deepspeed: Path | None = None
+    """With zero0 to zero3: a JSON file of DeepSpeed's own settings; launch/deepspeed/ has some."""
+    offload: bool = False
+    """With zero1 to zero3: the optimizer, and with zero3 the parameters, in the host's memory."""
 
     def __post_init__(self) -> None:
         if self.reduce == "chunk" and self.backend not in ("fsdp2", "zero2", "zero3"):
@@ -63,22 +82,32 @@ class ParallelSettings:
             )
         if self.deepspeed is not None and not self.backend.startswith("zero"):
             raise InputError(f'parallel.deepspeed is for parallel.backend zero0 to zero3, found "{self.backend}"')
+        if self.deepspeed is not None:
+            read_deepspeed(self.deepspeed, int(self.backend.removeprefix("zero")))
         if self.offload and self.backend not in ("zero1", "zero2", "zero3"):
             raise InputError(f'parallel.offload=true needs parallel.backend zero1, zero2 or zero3, found "{self.backend}"')
 
 
-@dataclass(frozen=True, kw_only=True)
+@job_section
 class LossSettings:
-    """Section `loss`."""
+    """Section `loss`: what embeddings are trained towards."""
 
-    objective: str = "info_nce"  # a name in gradcache.OBJECTIVES
-    symmetric: bool = False  # also passage -> query, mean of both directions
-    same_side: bool = False  # a direction's own side as negatives, too: query-query, and symmetric passage-passage
-    tile_rows: int | None = None  # rows of scores at once; None: as many as fit a fixed memory
-    temperature: float = 0.05  # divides the scores
+    objective: str = "info_nce"
+    """What a query's scores become: a name in gradcache.OBJECTIVES."""
+    symmetric: bool = False
+    """Also passage -> query, mean of both directions."""
+    same_side: bool = False
+    """A direction's own side as negatives, too: query-query, and symmetric passage-passage."""
+    tile_rows: PositiveInt | None = None
+    """Rows of scores at once; None: as many as fit a fixed memory."""
+    temperature: PositiveFloat = 0.05
+    """Divides the scores."""
     learn_temperature: bool = False
-    widths: tuple[int, ...] | None = None  # falling: the mean of the losses of embeddings cut to so many components
-    width_weights: tuple[float, ...] | None = None  # of that mean; None: equal ones
+    """Learn the temperature, from that one on."""
+    widths: tuple[PositiveInt, ...] | None = None
+    """Falling: the mean of the losses of embeddings cut to so many components."""
+    width_weights: tuple[PositiveFloat, ...] | None = None
+    """Weights of that mean; None: equal ones."""
 
     def __post_init__(self) -> None:
         try:
@@ -88,6 +117,7 @@ class LossSettings:
             raise InputError(f"loss.{error}") from error
         if self.widths is None and self.width_weights is not None:
             raise InputError(f"loss.width_weights={list(self.width_weights)} weighs nothing; set loss.widths, too")
+        check_objective("loss.objective", self.objective)
 
     def check_model(self, width: int) -> None:
         """Raise InputError if embeddings of a width cannot be cut as asked for."""
@@ -95,59 +125,73 @@ class LossSettings:
             raise InputError(f"loss.widths begins with {self.widths[0]}, and the model's embeddings have {width} components")
 
 
-@dataclass(frozen=True, kw_only=True)
+@job_section
 class PrecisionSettings:
     """Section `precision`. Weights, gradients, the loss and its sums are float32 in any case."""
 
-    encode: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast of the encoder; fp16 comes with a loss scaler
-    products: Literal["fp32", "bf16"] = "fp32"  # embeddings gathered and multiplied in: bf16 halves traffic
-    tf32: bool = False  # float32 products of a GPU in TensorFloat-32: faster, 10 bits of mantissa
+    encode: Precision = "fp32"
+    """Autocast of the encoder; fp16 comes with a loss scaler."""
+    products: Literal["fp32", "bf16"] = "fp32"
+    """What embeddings are gathered and multiplied in: bf16 halves traffic."""
+    tf32: bool = False
+    """Float32 products of a GPU in TensorFloat-32: faster, 10 bits of mantissa."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@job_section
 class OptimSettings:
     """Section `optim`: AdamW, with a linear warm-up."""
 
-    lr: float = 2e-5
-    temperature_lr: float = 1e-2  # of the logarithm of 1 / temperature, when it is learnt
-    weight_decay: float = 0.01  # not on biases and norms
-    max_grad_norm: float = 1.0  # of the encoder's gradient; the temperature's is clipped by itself
-    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"  # what follows the warm-up, as transformers has it
-    warmup_share: float = 0.1  # of all steps
-    epochs: float = 1.0  # passes over the training queries; unused when steps is set
-    steps: int | None = None
+    lr: PositiveFloat = 2e-5
+    """Learning rate at its highest."""
+    temperature_lr: NonNegativeFloat = 1e-2
+    """Learning rate of the logarithm of 1 / temperature, when it is learnt."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Not on biases and norms."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Norm that the encoder's gradient is clipped to; the temperature's is clipped by itself."""
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    """What follows the warm-up, as transformers has it."""
+    warmup_share: Share = 0.1
+    """Share of all steps."""
+    epochs: PositiveFloat = 1.0
+    """Passes over the training queries; unused when steps is set."""
+    steps: PositiveInt | None = None
+    """Steps of the whole run; None: what epochs says."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@job_section
 class EmaSettings:
     """Section `ema`: a moving average of the weights; evaluated and published in their place."""
 
-    decay: float | None = None  # share of the average that stays with each step, as 0.999; None: no average
-
-    def __post_init__(self) -> None:
-        if self.decay is not None and not 0 < self.decay < 1:
-            raise InputError(f"ema.decay={self.decay} must lie between 0 and 1, as 0.999 does; leave it out for no average")
+    decay: Annotated[float, Interval(gt=0, lt=1)] | None = None
+    """Share of the average that stays with each step, as 0.999; None: no average."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@job_section
 class CheckpointSettings:
-    """Section `checkpoint`."""
+    """Section `checkpoint`: when the run is saved, and what stays."""
 
-    every_steps: int = 200  # also after the last step
-    keep: int = 3  # newest ones kept; pinned ones stay, and the best one on dev if there is an evaluation at its step
-    keep_every_steps: int | None = None  # of these steps all are kept
+    every_steps: PositiveInt = 200
+    """Steps between two checkpoints; there is one after the last step, too."""
+    keep: PositiveInt = 3
+    """Newest ones kept; pinned ones stay, and the best one on dev if there is an evaluation at its step."""
+    keep_every_steps: PositiveInt | None = None
+    """Of the multiples of this number all are kept."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@job_section
 class EvalSettings:
     """Section `eval`: before the first step, after the last one and in between, with the corpus sharded over the ranks."""
 
-    split: str = "test"  # qrels/NAME.tsv, before and after; an absent one is said and skipped
-    dev_split: str = "dev"  # in between, and what section stop decides by
-    every_steps: int | None = None  # in between; None: never
+    split: str = "test"
+    """Split before the first step and after the last, qrels/NAME.tsv; an absent one is said and skipped."""
+    dev_split: str = "dev"
+    """Split in between, and what section stop decides by."""
+    every_steps: PositiveInt | None = None
+    """Steps between two evaluations on dev_split; None: none."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@job_section
 class TrainJob:
     """All that the trainer is told."""
 
@@ -168,34 +212,11 @@ class TrainJob:
     eval: EvalSettings = field(default_factory=EvalSettings)
 
     def __post_init__(self) -> None:
-        positive = {
-            "batch.queries": self.batch.queries,
-            "chunk.tokens": 1 if self.chunk.tokens == "auto" else self.chunk.tokens,
-            "chunk.memory_gib": 1 if self.chunk.memory_gib is None else self.chunk.memory_gib,
-            "loss.tile_rows": 1 if self.loss.tile_rows is None else self.loss.tile_rows,
-            "loss.temperature": self.loss.temperature,
-            "optim.lr": self.optim.lr,
-            "optim.max_grad_norm": self.optim.max_grad_norm,
-            "optim.epochs": self.optim.epochs,
-            "optim.steps": 1 if self.optim.steps is None else self.optim.steps,
-            "checkpoint.every_steps": self.checkpoint.every_steps,
-            "checkpoint.keep": self.checkpoint.keep,
-            "checkpoint.keep_every_steps": self.checkpoint.keep_every_steps or 1,
-            "eval.every_steps": self.eval.every_steps or 1,
-        }
-        for name, value in positive.items():
-            if not value > 0:
-                raise InputError(f"{name}={value} must be more than 0")
-        if isinstance(self.chunk.keep_graphs, int) and self.chunk.keep_graphs < 0:
-            raise InputError(f'chunk.keep_graphs={self.chunk.keep_graphs} must be 0 or more, "all" or "auto"')
-        _check_objective("loss.objective", self.loss.objective)
         if self.precision.encode == "fp16" and self.parallel.backend != "ddp":
             raise InputError(
                 f'precision.encode="fp16" needs a loss scaler, which parallel.backend="{self.parallel.backend}" has none for; '
                 'set precision.encode="bf16" or parallel.backend="ddp"'
             )
-        if self.run.seed < 0:
-            raise InputError(f"run.seed={self.run.seed} must be 0 or more")
         if self.stop.needs_evaluations and self.eval.every_steps is None:
             raise InputError("section stop decides by evaluations on dev, and there are none; set eval.every_steps")
         if self.ema.decay is not None and self.parallel.backend == "zero3":
@@ -226,7 +247,7 @@ class TrainJob:
         mode, idle = self.batch.mode, IDLE_IN_MODE[self.batch.mode]
         for name, source in self.sources.items():
             if source.objective is not None:
-                _check_objective(f"sources.{name}.objective", source.objective)
+                check_objective(f"sources.{name}.objective", source.objective)
             for key in idle:
                 value = getattr(source, key)
                 if value != getattr(SourceSettings(path=source.path), key):
@@ -237,7 +258,8 @@ class TrainJob:
                     )
 
 
-def _check_objective(setting: str, objective: str) -> None:
+def check_objective(setting: str, objective: str) -> None:
+    """Raise InputError for an unknown objective."""
     if objective not in OBJECTIVES:
         near = difflib.get_close_matches(objective, OBJECTIVES, n=2, cutoff=0.4) or list(OBJECTIVES)
         raise InputError(f"{setting}={objective!r} is unknown; did you mean {' or '.join(near)}?")

@@ -5,9 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from trainer.encoder.encode import DTYPES
 from trainer.job import PrecisionSettings
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def set_tf32(settings: PrecisionSettings) -> None:

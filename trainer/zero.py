@@ -1,10 +1,8 @@
 """The encoder under DeepSpeed, ZeRO stage 0 to 3. DeepSpeed owns the optimizer that it shards."""
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,23 +10,13 @@ from torch import Tensor, nn
 
 from gradcache import NoSync
 from gradcache.sync import reach_parameters
+from trainer.deepspeed_file import read_deepspeed
 from trainer.errors import InputError
 from trainer.job import OptimSettings, ParallelSettings
 from trainer.optim import moments_of
 from trainer.parallel import MOMENTS, Parallel
 from trainer.parts import Fragment
 from trainer.world import World
-
-DECIDED = {  # key of DeepSpeed's settings -> ours
-    "optimizer": "section optim",
-    "scheduler": "optim.schedule",
-    "fp16": "precision.encode",
-    "bf16": "precision.encode",
-    "gradient_clipping": "optim.max_grad_norm",
-    "gradient_accumulation_steps": "chunk.tokens",
-    "train_batch_size": "batch.queries",
-    "train_micro_batch_size_per_gpu": "chunk.tokens",
-}
 
 
 def with_deepspeed(encoder: nn.Module, world: World, settings: ParallelSettings, optim: OptimSettings) -> Parallel:
@@ -47,7 +35,7 @@ def with_deepspeed(encoder: nn.Module, world: World, settings: ParallelSettings,
 def engine_config(settings: ParallelSettings, optim: OptimSettings) -> dict[str, Any]:
     """Return what DeepSpeed is told."""
     stage = int(settings.backend.removeprefix("zero"))
-    given = {} if settings.deepspeed is None else _read_config(settings.deepspeed, stage)
+    given = {} if settings.deepspeed is None else read_deepspeed(settings.deepspeed, stage)
     on_host = {"device": "cpu"}
     zero: dict[str, Any] = {"stage": stage}
     if settings.offload:
@@ -60,23 +48,6 @@ def engine_config(settings: ParallelSettings, optim: OptimSettings) -> dict[str,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-
-
-def _read_config(path: Path, stage: int) -> dict[str, Any]:
-    """Return a file of DeepSpeed's settings; raises InputError for what the job decides."""
-    try:
-        given = json.loads(path.read_text())
-        found_stage = given.get("zero_optimization", {}).get("stage", stage)
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"parallel.deepspeed={path} is not a readable JSON file of settings: {error}") from error
-    if found_stage != stage:
-        raise InputError(
-            f'{path} asks for stage {found_stage} of ZeRO; set parallel.backend="zero{found_stage}", or leave it out'
-        )
-    for key, ours in DECIDED.items():
-        if key in given:
-            raise InputError(f"{path} sets {key}, which the job decides; remove it there and set {ours}")
-    return given
 
 
 class _Zero(Parallel):

@@ -42,7 +42,7 @@ def bench_loss(rows: int, columns: int, width: int, rounds: int, half: bool, pee
         "rows": rows,
         "columns": columns,
         "width": width,
-        "dtype": str(dtype).removeprefix("torch."),
+        "precision": "bf16" if half else "fp32",
         "rounds": rounds,
         "matmul_gflops": round(rate / 1e9, 1),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},

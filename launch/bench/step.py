@@ -65,7 +65,7 @@ def bench_step(
     try:
         with torch.autocast(world.device.type, torch.bfloat16, enabled=half):
             bench = StepBench(world, Path(data), model, queries, max_tokens)
-            found = bench.run(rounds, keep_gib, peer) | {"precision": "bfloat16" if half else "float32"}
+            found = bench.run(rounds, keep_gib, peer) | {"precision": "bf16" if half else "fp32"}
             return found if world.speaks else None
     finally:
         world.leave()

@@ -1,10 +1,16 @@
 """The list of settings is the code's own: each has its type, and each default can stand in a job file."""
 
-import pytest
+import dataclasses
+import typing
 
-from launch.jobfile import read_job
+import pytest
+from annotated_types import Ge, Gt, Interval, Le, Lt
+
+from launch.jobfile import LaunchJob, read_job
 from launch.settings import all_settings, settings_parts
+from mining.job import MineJob
 from trainer.errors import InputError
+from trainer.job import TrainJob
 
 
 def test_every_setting_of_a_resolved_job_is_listed():
@@ -27,18 +33,47 @@ def test_every_default_can_stand_in_a_job_file():
     assert read_job(None, words) == read_job(None, [])
 
 
-def test_comments_above_and_behind_a_setting_are_found():
+def test_every_setting_has_a_type_and_a_description():
+    for section, about in all_settings(None).items():
+        for setting in about["settings"]:
+            assert setting["type"] and setting["meaning"].rstrip('.")…') and "\n" not in setting["meaning"], (section, setting)
     (about,) = all_settings("filter").values()
     by_key = {setting["key"]: setting for setting in about["settings"]}
-    assert about["about"] == "Judged positives, of any split, are always dropped."
+    assert about["about"] == "which candidates may become negatives. Judged positives, of any split, are always dropped."
     assert by_key["max_score"] == {
         "key": "max_score",
-        "type": 'float | "off"',
+        "type": 'number | "off"',
         "default": '"off"',
-        "meaning": "keep s < max_score (NV-Retriever's TopK-Abs, 0.7)",
+        "meaning": "Keep s < max_score (NV-Retriever's TopK-Abs, 0.7).",
     }
     assert by_key["when_empty"]["type"] == '"random" | "lowest" | "none"'
-    assert by_key["when_empty"]["meaning"].startswith("what a query gets of which nothing passed: passages drawn from the whole")
+
+
+def beyond(hint):
+    """Values next to a type's bounds that it must not take."""
+    bounds = [bound for choice in (hint, *typing.get_args(hint)) for bound in getattr(choice, "__metadata__", ())]
+    for bound in bounds:
+        for part in bound if isinstance(bound, Interval) else [bound]:
+            match part:
+                case Gt(gt=value) | Lt(lt=value):
+                    yield value
+                case Ge(ge=value):
+                    yield value - 1
+                case Le(le=value):
+                    yield value + 1
+
+
+def test_what_lies_beyond_a_range_is_refused_by_name():
+    num_refused = 0
+    for job in (TrainJob, MineJob, LaunchJob):
+        for section in dataclasses.fields(job):
+            hints = typing.get_type_hints(section.type, include_extras=True) if section.name != "sources" else {}
+            for key, hint in hints.items():
+                for value in beyond(hint):
+                    with pytest.raises(InputError, match=rf"^{section.name}\.{key}={value}(\.0)? cannot be used; expected"):
+                        read_job(None, [f"{section.name}.{key}={value}"])
+                    num_refused += 1
+    assert num_refused > 60
 
 
 def test_an_unknown_section_is_refused_with_the_nearest():

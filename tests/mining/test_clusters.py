@@ -55,8 +55,6 @@ def test_as_many_clusters_as_queries_are_each_one_query_and_more_are_refused():
     check_clusters(ClusterSettings(num=5), 5)
     with pytest.raises(InputError, match=r"clusters\.num=6 is more than the 5 training queries; set it to"):
         check_clusters(ClusterSettings(num=6), 5)
-    with pytest.raises(InputError, match=r"clusters\.num=-1 is negative"):
-        ClusterSettings(num=-1)
 
 
 def test_the_manifest_says_how_large_clusters_are():

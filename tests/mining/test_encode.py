@@ -63,11 +63,11 @@ def test_stored_halves_and_bfloat16_are_near_and_kept_apart(tmp_path, passages):
     exact = encode_rows(encoder, tokens, np.arange(len(tokens.lengths)))
     folders = set()
     # Unit vectors: half a unit in the last place of 11 and of 8 bits, the second once in every layer.
-    for settings, tolerance in (({}, 0), ({"stored": "float16"}, 2**-11), ({"dtype": "bfloat16"}, 0.05)):
+    for settings, tolerance in (({}, 0), ({"stored": "fp16"}, 2**-11), ({"dtype": "bf16"}, 0.05)):
         shards = open_shards(tmp_path, "weights", "mean", tokens, None, EncodeSettings(**settings))
         encode(shards, encoder, tokens)
         found = Embeddings(shards).read(np.arange(len(exact)))
-        assert found.dtype == np.float32 and shards.read(0).dtype == settings.get("stored", "float32")
+        assert found.dtype == np.float32 and shards.read(0).dtype == (np.float16 if "stored" in settings else np.float32)
         np.testing.assert_allclose(found, shards.read_rows(np.arange(len(exact))))
         whole = np.concatenate([encode_rows(encoder, tokens, shards.rows(s)) for s in range(shards.num_shards)])
         assert np.abs(found - whole).max() <= tolerance and (np.abs(found - whole).max() > 0) == bool(settings)
@@ -91,7 +91,7 @@ def test_a_text_without_an_embedding_is_named(tmp_path, passages):
 
 
 def test_a_service_goes_by_its_encode_settings_and_a_single_query_is_enough(tmp_path):
-    job = make_job(tmp_path, num_queries=1, encode={"stored": "float16"}, mine={"bm25_top_k": 0})
+    job = make_job(tmp_path, num_queries=1, encode={"stored": "fp16"}, mine={"bm25_top_k": 0})
     for split in ("dev", "test"):
         (tmp_path / "data" / "qrels" / f"{split}.tsv").unlink()
     with open(tmp_path / "data" / "corpus.jsonl", "a") as file:

@@ -112,10 +112,7 @@ def test_without_scores_of_positives_only_ranks_count():
 @pytest.mark.parametrize(
     "settings, sentence",
     [
-        (dict(relative_margin=-0.1), r"filter\.relative_margin=-0\.1 is negative"),
-        (dict(adaptive_margin=(0.1, -0.1)), r"filter\.adaptive_margin=-0\.1 is negative"),
         (dict(range_min=5, range_max=5), r"filter\.range_max=5 must be more than filter\.range_min=5"),
-        (dict(range_min=-1), r"filter\.range_min=-1 is negative"),
         (dict(min_score=0.7, max_score=0.7), r"filter\.min_score=0\.7 must be less than filter\.max_score=0\.7"),
     ],
 )

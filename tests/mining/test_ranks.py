@@ -13,7 +13,7 @@ KINDS = {
         "index": {"factory": "IVF8,Flat", "nprobe": 4},
         "sample": {"num_negatives": 5, "method": "simans"},
         "audit": {"min_recall": 0.2},
-        "encode": {"stored": "float16"},
+        "encode": {"stored": "fp16"},
     },
     "all": {  # BM25's candidates, a cross-encoder, fallbacks and random passages, clusters
         "search": {"top_k": 30, "bm25_top_k": 10},

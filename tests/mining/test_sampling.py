@@ -11,7 +11,6 @@ from mining.sampling import (
     lowest_candidates,
     random_rows,
 )
-from trainer.errors import InputError
 
 NUM_QUERIES, NUM_CANDIDATES = 20_000, 6
 ROWS = np.arange(NUM_QUERIES)
@@ -122,11 +121,3 @@ def test_random_rows_are_uniform_over_the_allowed_ones():
     np.testing.assert_array_equal(found[7:9], random_rows(0, 1, ROWS[7:9], 5, allowed))
     assert (found != random_rows(0, 2, ROWS, 5, allowed)).mean() > 0.7
     assert (random_rows(0, 1, ROWS[:2], 3, allowed[:0]) == -1).all()
-
-
-@pytest.mark.parametrize(
-    "settings", [dict(num_negatives=0), dict(pool=0), dict(random_share=1.5), dict(softmax_temperature=0.0), dict(laplace_a=-1.0)]
-)
-def test_settings_that_draw_nothing_are_refused_by_name(settings):
-    with pytest.raises(InputError, match=rf"sample\.{next(iter(settings))}="):
-        SampleSettings(**settings)

@@ -99,8 +99,8 @@ def spoil(row):
         (np.zeros((300, 24), np.int64), [], "queries.npy holds int64 of shape (300, 24), expected floats"),
         (np.zeros((300, 25), np.float32), [], "queries.npy is 25 numbers wide and passages.npy 24"),
         (np.array([["a"]], object), [], "queries.npy is no whole .npy file"),
-        (spoil(6), [], "queries.npy: row 6, for the text with id 'q6', is not finite as float32"),
-        (np.full((300, 24), 1e5), ["encode.stored=float16"], "is not finite as float16; mend it, or set encode.stored=float32"),
+        (spoil(6), [], "queries.npy: row 6, for the text with id 'q6', is not finite as fp32"),
+        (np.full((300, 24), 1e5), ["encode.stored=fp16"], "is not finite as fp16; mend it, or set encode.stored=fp32"),
         (None, [], "queries.npy is missing; vectors are queries.npy and passages.npy in one folder"),
     ],
 )

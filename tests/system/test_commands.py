@@ -154,7 +154,7 @@ def test_bench_measures_everybody_and_leaves_a_report(root, tmp_path):
     assert "ours, no graph kept" in call(root, *words, "--ranks", 2)[0]
     assert "lower --queries" in call(root, *words, "--queries", 5000, exit_code=2)[1]
     words = ["bench", "loss", "--rows", 70, "--columns", 90, "--width", 8, "--rounds", 1]
-    assert json.loads(call(root, *words, "--json", "--half", "--no-peer")[0])["dtype"] == "bfloat16"
+    assert json.loads(call(root, *words, "--json", "--half", "--no-peer")[0])["precision"] == "bf16"
     assert "the peer at mini_batch_size" in call(root, *words)[0]
 
 

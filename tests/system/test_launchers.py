@@ -11,8 +11,7 @@ import pytest
 
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from trainer.errors import InputError
-from trainer.job import OptimSettings, ParallelSettings
-from trainer.zero import engine_config
+from trainer.job import ParallelSettings
 
 ROOT = Path(__file__).parent.parent.parent
 LAUNCHERS = {
@@ -159,6 +158,5 @@ def test_a_launcher_and_a_job_that_disagree_are_refused(root, monkeypatch, versi
 )
 def test_settings_of_deepspeed_that_the_job_decides_are_refused(tmp_path, content, sentence):
     (tmp_path / "own.json").write_text(content)
-    settings = ParallelSettings(backend="zero2", deepspeed=tmp_path / "own.json")
-    with pytest.raises(InputError, match=sentence):
-        engine_config(settings, OptimSettings())
+    with pytest.raises(InputError, match=sentence):  # when the job is read
+        ParallelSettings(backend="zero2", deepspeed=tmp_path / "own.json")

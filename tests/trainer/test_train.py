@@ -169,7 +169,9 @@ def test_batches_are_made_of_the_clusters_in_force_where_an_epoch_begins(job, tm
     job = replace(
         job,
         batch=BatchSettings(queries=9, clusters="mined"),
-        negatives=NegativesSettings(per_query=0, schedule=(ScheduleEntry(2, 2), ScheduleEntry(2, 6))),
+        negatives=NegativesSettings(
+            per_query=0, schedule=(ScheduleEntry(checkpoint=2, step=2), ScheduleEntry(checkpoint=2, step=6))
+        ),
         optim=OptimSettings(steps=12, lr=1e-3),
         checkpoint=CheckpointSettings(every_steps=2, keep=9),
     )

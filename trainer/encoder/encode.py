@@ -18,6 +18,7 @@ from trainer.encoder.tokens import TokenTable
 # A constant, because the last bits of an embedding depend on the shapes it was computed in.
 ENCODE_TOKENS = 4096
 ENCODE_TOKENS_CUDA = 131072
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by the names of trainer/ranges.py
 
 
 def encode_rows(

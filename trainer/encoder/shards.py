@@ -14,23 +14,33 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import nn
 
-from trainer.encoder.encode import ENCODE_TOKENS, encode_rows
+from trainer.encoder.encode import DTYPES, ENCODE_TOKENS, encode_rows
 from trainer.encoder.tokens import TokenTable
 from trainer.errors import NotFiniteEmbedding
 from trainer.handoff.manifest import MANIFEST, TornVersion, disk_error, open_version, publish_version
+from trainer.ranges import job_section
 
 LEASE = ".lease-"
 
 
-@dataclass(frozen=True, kw_only=True)
+@job_section
 class EncodeSettings:
     """Section `encode`: how the miner encodes; the trainer's evaluation goes by the defaults, and shares what has them."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the encoder's products; bfloat16: several times faster on GPUs
-    stored: Literal["float32", "float16"] = "float32"  # of embeddings on disk; float16: half the disk and half the reading
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """What the encoder multiplies in; bf16: several times faster on GPUs."""
+    stored: Literal["fp32", "fp16"] = "fp32"
+    """What embeddings are on disk; fp16: half the disk and half the reading."""
+
+    @property
+    def stored_type(self) -> type[np.floating]:
+        """What numpy calls the embeddings on disk."""
+        return np.float32 if self.stored == "fp32" else np.float16
+
+
+DEFAULTS = EncodeSettings()
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,7 @@ class Shards:
     folder: Path
     num_rows: int
     shard_rows: int
-    settings: EncodeSettings = EncodeSettings()
+    settings: EncodeSettings = DEFAULTS
 
     @property
     def num_shards(self) -> int:
@@ -80,9 +90,9 @@ class Shards:
     ) -> np.ndarray:
         """Return the embeddings of one shard as they are stored; raises NotFiniteEmbedding."""
         rows, settings = self.rows(shard), self.settings
-        embedding_nD = encode_rows(encoder, tokens, rows, on_progress, getattr(torch, settings.dtype))
+        embedding_nD = encode_rows(encoder, tokens, rows, on_progress, DTYPES[settings.dtype])
         with np.errstate(over="ignore"):  # what becomes infinite is refused
-            embedding_nD = embedding_nD.astype(settings.stored, copy=False)
+            embedding_nD = embedding_nD.astype(settings.stored_type, copy=False)
         check_finite(embedding_nD, tokens, rows)
         return embedding_nD
 
@@ -127,7 +137,7 @@ def open_shards(
     pooling: str,
     tokens: TokenTable,
     part: str | None = None,
-    settings: EncodeSettings = EncodeSettings(),
+    settings: EncodeSettings = DEFAULTS,
 ) -> Shards:
     """Return the shards of a token table under given weights; makes their folder.
 

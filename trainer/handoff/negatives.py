@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import NonNegativeInt
 
 from trainer.handoff.manifest import TornVersion, open_version, publish_version, write_latest
+from trainer.ranges import job_section
 
 TYPES = {
     **{name: np.int64 for name in ("indptr", "ids", "clusters")},
@@ -47,12 +49,14 @@ class Negatives:
         return self.manifest.get("checkpoint_step")
 
 
-@dataclass(frozen=True)
+@job_section
 class ScheduleEntry:
     """One fixed swap: negatives of the checkpoint at one step come into force at another."""
 
-    checkpoint: int  # step of the checkpoint to mine
-    step: int  # first step that uses the negatives mined from it
+    checkpoint: NonNegativeInt
+    """Step of the checkpoint to mine."""
+    step: NonNegativeInt
+    """First step that uses the negatives mined from it."""
 
 
 def negatives_folder(run: Path) -> Path:

@@ -57,6 +57,6 @@ def test_a_pickled_table_is_never_loaded(tmp_path):
 
 def test_a_schedule_out_of_order_is_refused():
     with pytest.raises(InputError, match=r"negatives\.schedule is not in order"):
-        NegativesSettings(schedule=(ScheduleEntry(10, 20), ScheduleEntry(10, 20)))
+        NegativesSettings(schedule=(ScheduleEntry(checkpoint=10, step=20), ScheduleEntry(checkpoint=10, step=20)))
     with pytest.raises(InputError, match="later checkpoint"):
-        NegativesSettings(schedule=(ScheduleEntry(30, 20),))
+        NegativesSettings(schedule=(ScheduleEntry(checkpoint=30, step=20),))
