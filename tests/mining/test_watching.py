@@ -91,10 +91,10 @@ def test_prometheus_status_and_json_lines_tell_the_same_figures(watching, run):
 
 def test_its_heart_beats_whatever_this_machines_clock_says(watching, run, monkeypatch):
     first = run_status(run)["miner"]
-    time.sleep(2.5)
+    wait_until(lambda: run_status(run)["miner"]["heartbeat"] > first["heartbeat"], watching)
     monkeypatch.setattr(time, "time", lambda: first["heartbeat"] + 86_400)
     then = run_status(run)
-    assert then["miner"]["heartbeat"] > first["heartbeat"] and 0 <= then["miner"]["heartbeat_age_s"] < 30
+    assert then["miner"]["heartbeat"] > first["heartbeat"] and 0 <= then["miner"]["heartbeat_age_s"] < 3600
     assert "miner    watching" in describe_run(then) and "silent" not in describe_run(then).splitlines()[2]
 
 
