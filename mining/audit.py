@@ -11,7 +11,7 @@ from mining.index import ShardIndex
 from mining.ranks import Ranks
 from mining.sampling import stream
 from mining.search import search_shards
-from trainer.data.sampler import mix
+from trainer.data.shuffle import mix
 from trainer.handoff.negatives import Negatives
 from trainer.ranges import Share, job_section
 

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from mining.sampling import stream
-from trainer.data.sampler import mix
+from trainer.data.shuffle import mix
 from trainer.handoff.manifest import write_atomically
 
 log = logging.getLogger(__name__)

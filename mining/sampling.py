@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from trainer.data.sampler import mix
+from trainer.data.shuffle import mix
 from trainer.ranges import Share, job_section
 
 RANDOM_STREAM = np.uint64(0x52414E44)  # keeps the rows drawn from the whole corpus apart from the noise of candidates

@@ -1,18 +1,24 @@
 """Clusters of training queries, and batches made of whole clusters.
 
 Who clusters writes one file, whole or not at all; who trains reads it between two epochs. A cluster is cut only where no
-batch has room for all of it, so an epoch has as many steps, of the same sizes, as without clusters.
+batch has room for all of it, or where a window of batches ends, so an epoch has as many steps, of the same sizes, as
+without clusters. What is held are eight bytes a query for an assignment as long as it is in force, and for an epoch some
+sixteen a cluster.
 """
 
 import bisect
 import os
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from trainer.data.shuffle import mix, shuffle
 from trainer.errors import InputError
+
+BLOCK = 1 << 20  # queries looked at together
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +54,54 @@ def read_clusters(path: Path, num_queries: int) -> Clusters:
             "queries; expected a whole number for each; set batch.clusters to another file"
         )
     return Clusters(of_query.astype(np.int64), version)
+
+
+class ClusteredEpoch:
+    """The queries of an epoch, cluster after cluster; clusters and those within one come in an order of the epoch's own."""
+
+    def __init__(self, members: "Members", times: Callable[[np.ndarray], np.ndarray], key: np.ndarray):
+        """times: how often each of some queries comes in this epoch. key: decides the order."""
+        self._members, self._times, self._key = members, times, key
+        sizes = np.zeros(members.num, np.int64)
+        for start in range(0, len(members.rows), BLOCK):
+            stop = min(start + BLOCK, len(members.rows))
+            owner = np.searchsorted(members.indptr, np.arange(start, stop), side="right") - 1
+            sizes += np.bincount(owner, times(members.rows[start:stop]), minlength=members.num).astype(np.int64)
+        self._turns = shuffle(np.arange(members.num), members.num, self._key)
+        self._stops = np.cumsum(sizes[self._turns])
+
+    def between(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the queries at the places from start to stop, and the cluster of each."""
+        first = int(np.searchsorted(self._stops, start, side="right"))
+        chosen = self._turns[first : int(np.searchsorted(self._stops, stop - 1, side="right")) + 1]
+        lows, highs = self._members.indptr[chosen], self._members.indptr[chosen + 1]
+        rows = np.concatenate([self._members.rows[low:high] for low, high in zip(lows.tolist(), highs.tolist(), strict=True)])
+        turn = np.repeat(np.arange(len(chosen)), highs - lows)
+        order = np.lexsort((mix(rows.astype(np.uint64) ^ self._key), turn))
+        rows, turn = rows[order], turn[order]
+        times = self._times(rows)
+        skipped = start - (int(self._stops[first - 1]) if first else 0)
+        cut = slice(skipped, skipped + stop - start)
+        return np.repeat(rows, times)[cut], chosen[np.repeat(turn, times)[cut]]
+
+
+@dataclass(frozen=True, eq=False)
+class Members:
+    """The queries of each cluster: rows[indptr[c]:indptr[c + 1]]."""
+
+    rows: np.ndarray  # int64
+    indptr: np.ndarray  # (num + 1,) int64
+
+    @property
+    def num(self) -> int:
+        return len(self.indptr) - 1
+
+
+def members_of(of_query: np.ndarray, first: int) -> Members:
+    """Return the queries by cluster; of_query: the cluster of each query from the number `first` on."""
+    order = np.argsort(of_query, kind="stable")
+    stops = np.append(np.flatnonzero(np.diff(of_query[order])) + 1, len(order))
+    return Members(order + first, np.concatenate([[0], stops]))
 
 
 def pack_clusters(cluster_n: np.ndarray, batch: int, generator: np.random.Generator) -> np.ndarray:

@@ -6,7 +6,7 @@ import numpy as np
 
 from trainer.data.clusters import read_clusters
 from trainer.data.collate import TrainingSet
-from trainer.data.conflicts import find_conflicts
+from trainer.data.conflicts import Conflicts
 from trainer.data.datasets import RetrievalData
 from trainer.data.sampler import Mode, Order, SourceOrder
 from trainer.errors import InputError
@@ -39,9 +39,7 @@ def build_order(
         SourceOrder(first, size, source.settings.batch or batch, source.settings.weight)
         for first, size, source in zip(firsts, counts, data.sources, strict=True)
     )
-    conflicts = None
-    if avoid_duplicates:
-        query_keys = dataset.queries.keys(np.arange(dataset.num_queries))
-        conflicts = find_conflicts(query_keys, dataset.positive_indptr, dataset.passages.keys(dataset.positive_rows))
+    keys = dataset.queries.key_of_row, dataset.positive_indptr, dataset.positive_rows, dataset.passages.key_of_row
+    conflicts = Conflicts(*keys) if avoid_duplicates else None
     found = None if clusters is None else read_clusters(clusters, dataset.num_queries)
     return Order(seed, batch, sources, mode, found, conflicts)

@@ -9,19 +9,28 @@ tasks        a step has one batch of every source; each goes through its own epo
              Source of "tasks": Conan-embedding (arXiv 2408.15710), cross-GPU batch balancing.
 
 With clusters, batches are made of whole clusters: NGAME (arXiv 2207.04452), topic clusters (arXiv 2407.18887).
+
+An epoch's order is computed for the places that are asked for (shuffle.py), so a step takes memory for its batch and none
+for the epoch. Clusters and conflicts look at a window of some batches at once, which is kept until the next one.
 """
 
 import functools
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from trainer.data.clusters import Clusters, pack_clusters
+from trainer.data.clusters import ClusteredEpoch, Clusters, members_of, pack_clusters
 from trainer.data.conflicts import Conflicts, separate
+from trainer.data.shuffle import key_of, mix
+from trainer.data.stream import Stream
 
 Mode = Literal["mixed", "homogeneous", "tasks"]
-STREAM, BATCHES, TURNS = range(3)  # keep the draws of one epoch apart
+TURNS, WINDOWS, CLUSTERS = 2, 3, 4  # keep the draws of one epoch apart; stream.py has the first ones
+FEWEST_BATCHES, MOST_BATCHES = 8, 64  # of a window: few queries to hold, many batches among which to keep copies apart
+WINDOW_ROWS = 1 << 20  # of a window, where the two above leave a choice
+BLOCK_TURNS = 1024  # turns of sources that are shuffled among themselves
 
 
 class SourceOrder(NamedTuple):
@@ -51,15 +60,16 @@ class Order:
     # Of all training queries. A new assignment must come into force with an epoch: within one, queries would come twice.
     clusters: Clusters | None = None
     conflicts: Conflicts | None = None  # queries that are kept out of each other's batch as far as it goes
+    # Pieces that the next step asks for again, one of a kind and source: nothing that could not be computed anew.
+    kept: dict[tuple[str, int | None], tuple[Any, Any]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps that see every query once, those of a source of weight w w times; the longest source in tasks."""
         if self.mode == "mixed":
-            return steps_per_epoch(sum(_window(source) for source in self.sources), self.batch)
-        if self.mode == "tasks":
-            return max(steps_per_epoch(source.size, source.batch) for source in self.sources)
-        return sum(steps_per_epoch(_window(source), source.batch) for source in self.sources)
+            return _num_batches(self, None)
+        lengths = [_num_batches(self, source) for source in range(len(self.sources))]
+        return max(lengths) if self.mode == "tasks" else sum(lengths)
 
 
 @functools.lru_cache(maxsize=4)
@@ -74,19 +84,20 @@ def step_parts(order: Order, step: int) -> list[Part]:
     step: counted from 0.
     """
     if order.mode == "tasks":
-        return [_task_part(order, source, step) for source in range(len(order.sources))]
+        own = [divmod(step, _num_batches(order, source)) for source in range(len(order.sources))]
+        return [Part(source, _batch_rows(order, source, *at)) for source, at in enumerate(own)]
     epoch, place = divmod(step, order.steps_per_epoch)
     if order.mode == "mixed":
-        return [Part(None, _slice(_mixed_epoch(order, epoch), place, order.batch))]
-    source, place = _turns(order, epoch)[place].tolist()
-    return [Part(source, _slice(_source_epoch(order, source, epoch), place, order.sources[source].batch))]
+        return [Part(None, _batch_rows(order, None, epoch, place))]
+    source, place = _turn(order, epoch, place)
+    return [Part(source, _batch_rows(order, source, epoch, place))]
 
 
 def sources_begun_anew(order: Order, step: int) -> list[int]:
     """Return the sources that begin their second epoch at a step while a longer one is still in its first: to be said once."""
     if order.mode != "tasks":
         return []
-    lengths = [steps_per_epoch(source.size, source.batch) for source in order.sources]
+    lengths = [_num_batches(order, source) for source in range(len(order.sources))]
     return [i for i, length in enumerate(lengths) if length == step < max(lengths)]
 
 
@@ -105,73 +116,95 @@ def rank_slice(rows: np.ndarray, rank: int, num_ranks: int) -> np.ndarray:
     return rows[len(rows) * rank // num_ranks : len(rows) * (rank + 1) // num_ranks]
 
 
-def _window(source: SourceOrder) -> int:
-    """Return how many queries of a source come in an epoch of all."""
-    return max(1, round(source.weight * source.size))
+def _stream(order: Order) -> Stream:
+    """Return what epochs are taken from: of all sources by weight, in tasks each source's own."""
+    firsts, sizes = (np.array([source[i] for source in order.sources]) for i in (0, 1))
+    weights = [1.0 if order.mode == "tasks" else source.weight for source in order.sources]
+    counts = [max(1, round(weight * source.size)) for weight, source in zip(weights, order.sources, strict=True)]
+    return Stream(order.seed, firsts, sizes, np.array(counts))
 
 
-def _slice(rows: np.ndarray, place: int, batch: int) -> np.ndarray:
-    return rows[place * batch : (place + 1) * batch]
+def _extent(order: Order, source: int | None) -> tuple[int, int]:
+    """Return how many queries an epoch has, and how many a batch: of a source, or of all mixed."""
+    counts = _stream(order).counts
+    return (int(counts.sum()), order.batch) if source is None else (int(counts[source]), order.sources[source].batch)
 
 
-def _task_part(order: Order, source: int, step: int) -> Part:
-    own = order.sources[source]
-    epoch, place = divmod(step, steps_per_epoch(own.size, own.batch))
-    return Part(source, _slice(_task_epoch(order, source, epoch), place, own.batch))
+def _num_batches(order: Order, source: int | None) -> int:
+    return steps_per_epoch(*_extent(order, source))
 
 
-# An epoch's order is made once, and kept until others have been asked for.
-@functools.lru_cache(maxsize=4)
-def _mixed_epoch(order: Order, epoch: int) -> np.ndarray:
-    rows = np.concatenate([_stream(order, source, epoch) for source in range(len(order.sources))])
-    return _arranged(order, rows, order.batch, _generator(order.seed, BATCHES, epoch, 0))
+def _turn(order: Order, epoch: int, step: int) -> tuple[int, int]:
+    """Return whose turn a step of an epoch is, and which of its batches; those of a source come in their order."""
+    lengths = [_num_batches(order, source) for source in range(len(order.sources))]
+    block, at = divmod(step, BLOCK_TURNS)
+    before, after = (_even_counts(lengths, min((block + i) * BLOCK_TURNS, sum(lengths))) for i in (0, 1))
+    turns = np.repeat(np.arange(len(lengths)), np.subtract(after, before))
+    turns = _generator(order.seed, TURNS, epoch, block).permutation(turns)
+    source = int(turns[at])
+    return source, before[source] + int((turns[:at] == source).sum())
 
 
-@functools.lru_cache(maxsize=16)
-def _source_epoch(order: Order, source: int, epoch: int) -> np.ndarray:
-    rows = _stream(order, source, epoch)
-    return _arranged(order, rows, order.sources[source].batch, _generator(order.seed, BATCHES, epoch, source))
+def _even_counts(lengths: list[int], num_turns: int) -> list[int]:
+    """Return how many of the first turns are each source's, as evenly as whole numbers go."""
+    counts, left, total = [], num_turns, sum(lengths)
+    for length in lengths:
+        counts.append(left * length // total if total else 0)
+        left, total = left - counts[-1], total - length
+    return counts
 
 
-@functools.lru_cache(maxsize=16)
-def _task_epoch(order: Order, source: int, epoch: int) -> np.ndarray:
-    own = order.sources[source]
-    rows = np.arange(own.first, own.first + own.size)
-    return _arranged(order, rows, own.batch, _generator(order.seed, BATCHES, epoch, source))
+def _batch_rows(order: Order, source: int | None, epoch: int, place: int) -> np.ndarray:
+    """Return the queries of a batch: the one at a place among the batches of an epoch."""
+    num, batch = _extent(order, source)
+    if order.clusters is None and order.conflicts is None:
+        return _stream(order).rows(source, epoch, place * batch, min((place + 1) * batch, num))
+    first, stop = _window(place, steps_per_epoch(num, batch), batch)
+    rows = _kept(order, "window", source, (epoch, first), lambda: _arranged(order, source, epoch, first, stop))
+    return rows[(place - first) * batch : (place + 1 - first) * batch]
 
 
-@functools.lru_cache(maxsize=4)
-def _turns(order: Order, epoch: int) -> np.ndarray:
-    """Return (source, which of its batches) of each step of an epoch, in the order of steps."""
-    counts = [steps_per_epoch(_window(source), source.batch) for source in order.sources]
-    turns = np.concatenate([np.stack([np.full(n, source), np.arange(n)], axis=1) for source, n in enumerate(counts)])
-    return _generator(order.seed, TURNS, epoch, 0).permutation(turns)
+def _window(place: int, num_batches: int, batch: int) -> tuple[int, int]:
+    """Return the first batch of the window that a batch belongs to, and the first one after it."""
+    num_windows = max(1, num_batches // max(FEWEST_BATCHES, min(MOST_BATCHES, WINDOW_ROWS // batch)))
+    number = ((place + 1) * num_windows - 1) // num_batches
+    return number * num_batches // num_windows, (number + 1) * num_batches // num_windows
 
 
-def _stream(order: Order, source: int, epoch: int) -> np.ndarray:
-    """Return the queries of a source that come in an epoch of all.
-
-    A source is an endless row of its own epochs, each with every query once; an epoch of all takes the next part of it.
-    """
-    own, window = order.sources[source], _window(order.sources[source])
-    start, stop = epoch * window, (epoch + 1) * window
-    own_epochs = range(start // own.size, steps_per_epoch(stop, own.size))
-    rows = np.concatenate([_generator(order.seed, STREAM, own_epoch, source).permutation(own.size) for own_epoch in own_epochs])
-    skipped = start - own_epochs[0] * own.size
-    return own.first + rows[skipped : skipped + window]
-
-
-def _arranged(order: Order, rows: np.ndarray, batch: int, generator: np.random.Generator) -> np.ndarray:
-    """Return the rows so that each slice of `batch` of them is a batch."""
-    rows = generator.permutation(rows)
-    if order.clusters is not None:
-        rows = rows[pack_clusters(order.clusters.of_query[rows], batch, generator)]
+def _arranged(order: Order, source: int | None, epoch: int, first: int, stop: int) -> np.ndarray:
+    """Return the queries of a window of batches, so that each slice of a batch's size is a batch."""
+    num, batch = _extent(order, source)
+    generator = _generator(order.seed, WINDOWS, epoch, len(order.sources) if source is None else source, first)
+    first, stop = first * batch, min(stop * batch, num)
+    if order.clusters is None:
+        rows = _stream(order).rows(source, epoch, first, stop)
+    else:
+        clustered = _kept(order, "clusters", source, epoch, lambda: _clustered(order, source, epoch))
+        rows, cluster = clustered.between(first, stop)
+        rows = rows[pack_clusters(cluster, batch, generator)]
     return rows if order.conflicts is None else separate(rows, batch, order.conflicts, generator)
 
 
-def _generator(seed: int, draw: int, epoch: int, source: int) -> np.random.Generator:
-    stream = mix(np.uint64(epoch) ^ mix(np.uint64(source) ^ mix(np.uint64(draw))))
-    return np.random.Generator(np.random.Philox(key=np.array([seed, stream], np.uint64)))
+def _clustered(order: Order, source: int | None, epoch: int) -> ClusteredEpoch:
+    assert order.clusters is not None
+    own = SourceOrder(0, len(order.clusters.of_query), 0) if source is None else order.sources[source]
+    of_query = order.clusters.of_query[own.first : own.first + own.size]
+    members = _kept(order, "members", source, None, lambda: members_of(of_query, own.first))
+    stream = _stream(order)
+    key = key_of(order.seed, CLUSTERS, epoch, len(order.sources) if source is None else source)
+    return ClusteredEpoch(members, lambda rows: stream.times(epoch, rows), key)
+
+
+def _kept(order: Order, kind: str, source: int | None, which: Any, make: Callable[[], Any]) -> Any:
+    """Return what make() gives; it is kept until another one of its kind and source is asked for."""
+    slot = kind, source
+    if slot not in order.kept or order.kept[slot][0] != which:
+        order.kept[slot] = which, make()
+    return order.kept[slot][1]
+
+
+def _generator(seed: int, *words: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=np.array([seed, key_of(0, *words)], np.uint64)))
 
 
 def choice(seed: int, step: int, rows: np.ndarray, draw: int) -> np.ndarray:
@@ -181,12 +214,3 @@ def choice(seed: int, step: int, rows: np.ndarray, draw: int) -> np.ndarray:
     """
     state = mix(np.uint64(seed) ^ mix(np.uint64(step) ^ mix(np.uint64(draw))))
     return (mix(rows.astype(np.uint64) ^ state) >> np.uint64(11)) / float(1 << 53)
-
-
-def mix(x):
-    """Return a 64-bit mix of each value, uint64. Source: the finaliser of SplitMix64 (Steele et al. 2014)."""
-    with np.errstate(over="ignore"):
-        x = x + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))

@@ -1,15 +1,19 @@
 """The order of data is a pure function of an order and a step, whole in every epoch, the same on any number of ranks."""
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
 
+from trainer.data import sampler
 from trainer.data.clusters import Clusters
-from trainer.data.conflicts import clashing, find_conflicts
+from trainer.data.conflicts import Conflicts
 from trainer.data.sampler import (
     Order,
     SourceOrder,
+    _turn,
+    _window,
     choice,
     global_batch,
     rank_slice,
@@ -179,43 +183,6 @@ def test_clusters_hold_within_each_source_of_tasks():
     assert all(len(set(of_query[part.rows])) <= 4 for part in step_parts(order, 0))
 
 
-def duplicated(num_queries, share):
-    """Conflicts of queries of which a share is equal to others, and of their positives, too."""
-    draw = np.random.default_rng(2)
-    keys = np.arange(2 * num_queries).reshape(2, num_queries)
-    copies = draw.random((2, num_queries)) < share
-    keys[copies] = draw.integers(2 * num_queries, size=copies.sum())
-    return find_conflicts(keys[0], np.arange(num_queries + 1), keys[1])
-
-
-@pytest.mark.parametrize("num_queries, batch, share", [(60, 10, 0.2), (61, 10, 0.2), (500, 32, 0.3), (5000, 128, 0.5)])
-def test_clashing_queries_do_not_meet_and_none_is_lost(num_queries, batch, share):
-    conflicts = duplicated(num_queries, share)
-    plain = single_order(0, num_queries, batch)
-    order = dataclasses.replace(plain, conflicts=conflicts)
-    num_met_in_plain = 0
-    for epoch in range(3):
-        rows = np.concatenate(batches_of(order, epoch))
-        assert sorted(rows) == list(range(num_queries))
-        assert not clashing(rows, batch, conflicts).any()
-        num_met_in_plain += clashing(np.concatenate(batches_of(plain, epoch)), batch, conflicts).sum()
-    assert num_met_in_plain > 0
-
-
-def test_more_copies_than_batches_meet_after_all():
-    conflicts = find_conflicts(np.zeros(12, np.int64), np.zeros(13, np.int64), np.zeros(0, np.int64))
-    order = dataclasses.replace(single_order(0, 12, 4), conflicts=conflicts)
-    assert sorted(np.concatenate(batches_of(order))) == list(range(12))
-
-
-def test_a_query_clashes_by_its_text_and_by_any_positive_but_not_with_itself():
-    # Queries 0 and 1 are equal, 2 has a positive of 0, 3 has one positive twice and nothing in common.
-    conflicts = find_conflicts(np.array([7, 7, 8, 9]), np.array([0, 1, 2, 4, 6]), np.array([70, 71, 72, 70, 73, 73]))
-    assert clashing(np.array([0, 1, 2, 3]), 4, conflicts).tolist() == [False, True, True, False]
-    assert clashing(np.array([0, 1, 2, 3]), 1, conflicts).tolist() == [False] * 4
-    assert clashing(np.array([1, 2, 0, 3]), 2, conflicts).tolist() == [False] * 4
-
-
 def test_a_choice_depends_on_its_own_arguments_alone():
     rows = np.arange(1000)
     np.testing.assert_array_equal(choice(3, 5, rows, 1)[500:], choice(3, 5, rows[500:], 1))
@@ -224,3 +191,102 @@ def test_a_choice_depends_on_its_own_arguments_alone():
         assert abs(first.mean() - 0.5) < 0.05 and first.min() >= 0 and first.max() < 1
         for second in drawn[i + 1 :]:
             assert abs(np.corrcoef(first, second)[0, 1]) < 0.1
+
+
+def peak_bytes(order, step):
+    """What a step's order holds at most while it is made, beside what was there before."""
+    step_parts(order, step)  # imports and caches of numpy's own
+    fresh = dataclasses.replace(order)
+    tracemalloc.start()
+    try:
+        step_parts(fresh, step + 1)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_order_of_a_step_takes_memory_for_its_batch_and_none_for_the_epoch(mode):
+    found = [peak_bytes(make(mode, [n, n // 3], [256, 100], [1.0, 1.5], batch=256), n // 500) for n in (500_000, 5_000_000)]
+    assert found[1] < 100_000, "two permutations of this epoch are 100 MB"
+    assert found[1] < 1.3 * found[0]
+
+
+def test_conflicts_and_clusters_take_memory_for_a_window_of_batches():
+    def order_of(n, **more):
+        return dataclasses.replace(single_order(0, n, 64), **more)
+
+    sizes = 20_000, 500_000
+    tables = [(np.arange(n) // 2, np.zeros(n + 1, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64)) for n in sizes]
+    found = [peak_bytes(order_of(n, conflicts=Conflicts(*table)), 10) for n, table in zip(sizes, tables, strict=True)]
+    assert found[1] < 1.5 * found[0] < 3_000_000
+
+    def bytes_after_first(n):
+        order = order_of(n, clusters=Clusters(np.arange(n) // 20, 1))
+        step_parts(order, 0)  # makes what is kept of the assignment and of the epoch
+        tracemalloc.start()
+        step_parts(order, 200)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    small, large = map(bytes_after_first, sizes)
+    assert large < 1.5 * small < 3_000_000
+
+
+@pytest.mark.parametrize("mode", ["mixed", "homogeneous"])
+@pytest.mark.parametrize("weight", [0.25, 1.0, 1.5, 3.0])
+def test_with_clusters_a_weight_still_says_how_often_queries_come(mode, weight):
+    of_query = np.random.default_rng(0).integers(9, size=32)
+    order = make(mode, [12, 20], [5, 5], weights=[1.0, weight], clusters=Clusters(of_query, 1))
+    plain = dataclasses.replace(order, clusters=None)
+    for epoch in range(8):
+        np.testing.assert_array_equal(np.sort(epoch_rows(order, epoch)), np.sort(epoch_rows(plain, epoch)))
+
+
+def test_an_epoch_of_many_windows_is_whole_and_its_clusters_are_cut_at_their_ends_alone():
+    """12,000 queries in batches of 16: 750 batches, 11 windows."""
+    of_query = np.random.default_rng(0).permutation(np.repeat(np.arange(3000), 4))
+    order = dataclasses.replace(single_order(1, 12_000, 16), clusters=Clusters(of_query, 1))
+    for epoch in range(2):
+        found = batches_of(order, epoch)
+        assert sorted(np.concatenate(found)) == list(range(12_000)) and [len(rows) for rows in found] == [16] * 750
+        assert num_cut(found, of_query, 16) <= 10, "between eleven windows there are ten ends"
+    members = {frozenset(of_query[rows]) for rows in batches_of(order, 0)} & {frozenset(of_query[rows]) for rows in found}
+    assert not members, "other clusters meet in the next epoch"
+
+
+@pytest.mark.parametrize("num_batches", [1, 7, 8, 9, 63, 64, 65, 127, 128, 1000])
+@pytest.mark.parametrize("batch", [1, 100, 1 << 15, 1 << 20])
+def test_windows_hold_every_batch_once_and_none_is_small(num_batches, batch):
+    windows = [_window(place, num_batches, batch) for place in range(num_batches)]
+    assert all(first <= place < stop for place, (first, stop) in enumerate(windows))
+    ends = sorted(set(windows))
+    assert [first for first, _ in ends] == [0, *(stop for _, stop in ends[:-1])] and ends[-1][1] == num_batches
+    fewest = min(num_batches, 64 if batch <= 100 else 32 if batch == 1 << 15 else 8)
+    assert all(fewest <= stop - first < 2 * fewest or num_batches == fewest for first, stop in ends)
+
+
+def test_sources_take_turns_evenly_and_each_ones_batches_in_their_order():
+    """What a window keeps serves the next batches of its source."""
+    order = make("homogeneous", [4000, 1000, 7], [1, 1, 1])
+    turns = [_turn(order, 3, step) for step in range(order.steps_per_epoch)]
+    for source, size in enumerate([4000, 1000, 7]):
+        assert [place for whose, place in turns if whose == source] == list(range(size))
+    shares = [np.mean([whose == 1 for whose, _ in turns[start : start + 1024]]) for start in range(0, 4096, 1024)]
+    assert np.ptp(shares) < 0.01
+    firsts = [whose for whose, _ in turns[:200]]
+    assert firsts != [_turn(order, 4, step)[0] for step in range(200)]
+
+
+def test_a_window_is_made_once_for_all_its_batches_in_every_mode(monkeypatch):
+    """The pieces of twenty sources were more than the sixteen that were kept: each step made all of them again."""
+    made = []
+    monkeypatch.setattr(sampler, "separate", lambda rows, *_: made.append(len(rows)) or rows)
+    nothing = np.zeros(0, np.int64)
+    conflicts = Conflicts(np.arange(2000), np.zeros(2001, np.int64), nothing, nothing)
+    for mode, num_made in (("tasks", 20), ("homogeneous", 20), ("mixed", 1)):
+        order = make(mode, [100] * 20, [5] * 20, batch=50, conflicts=conflicts)
+        made.clear()
+        epoch_rows(order, 0)
+        assert len(made) == num_made
