@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from launch.options import Data, Json
+from launch.options import Data, JobFile, Json, Overrides
 from launch.output import print_json, results, start_logging
 
 data_app = typer.Typer(help="Build and check data sets.", no_args_is_help=True)
@@ -45,6 +45,26 @@ def data_check(path: Data, as_json: Json = False) -> int:
     else:
         results().print(report.as_text(), markup=False)
     return 2 if report.problems else 0
+
+
+@data_app.command("prepare")
+def data_prepare(
+    job: JobFile,
+    overrides: Overrides = None,
+    verify: Annotated[bool, typer.Option("--verify", help="also compare the hash of every file with its manifest's")] = False,
+    as_json: Json = False,
+) -> int:
+    """Make all tables that a job's run reads (texts, judgements, tokens of both sides), before ranks are rented."""
+    from launch.ahead import describe, make_tables
+    from launch.jobfile import read_job
+
+    start_logging()
+    found = make_tables(read_job(job, overrides or []), verify)
+    if as_json:
+        print_json(found)
+    else:
+        results().print(describe(found), markup=False)
+    return 0
 
 
 @data_app.command("filter")

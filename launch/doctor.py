@@ -31,6 +31,9 @@ OPTIONAL = {
 }
 SEEN_WITHIN_S = 10.0  # network file systems remember for some seconds that a file was not there
 CLOCKS_WITHIN_S = 5.0
+WITHOUT_LOCKS = "nothing is torn by it, but each makes the same tables, and a second start of a run ends the first"
+REFUSED = "held"
+LOCKS_REMEDY = "run negpool data prepare JOB.toml first; or mount it with locks (NFS: without nolock, Lustre: with flock)"
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def examine(folder: Path) -> dict[str, Any] | None:
     world = _mpi_world()
     is_several = world is not None and world.Get_size() > 1
     findings = [*_machine(), *_libraries(), *_torch(), *_faiss(), *_mpi(world), *_slurm()]
-    findings += [_on_all_nodes(world, folder)] if is_several else []
+    findings += [_on_all_nodes(world, folder), _locks_on_all_nodes(world, folder)] if is_several else []
     if is_several and world.Get_rank() > 0:
         return None
     findings.append(_folder(folder))
@@ -173,7 +176,7 @@ def _folder(folder: Path) -> Finding:
     if not is_replaced:
         return Finding(name, "wrong", "a rename does not replace a file", "set run.folder to a folder on another file system")
     if not has_locks:
-        return Finding(name, "wrong", "two processes can hold one lock", "mount it with locks (NFS: without nolock)")
+        return Finding(name, "absent", f"two processes can hold one lock; {WITHOUT_LOCKS}", LOCKS_REMEDY)
     if clock_off_s > CLOCKS_WITHIN_S:
         found = f"its clock is {clock_off_s:.0f} s off this machine's; leases allow for that"
         return Finding(name, "absent", found, "let both machines set their clocks by NTP")
@@ -203,6 +206,41 @@ def _on_all_nodes(world: Any, folder: Path) -> Finding:
         text = f"{', '.join(sorted(set(blind)))} did not see what others wrote to {folder}"
         return Finding("folder on all nodes", "wrong", text, "set run.folder to a folder that all nodes share")
     return Finding("folder on all nodes", "ok", f"{len(names)} ranks on {', '.join(hosts)} see each other's files")
+
+
+def _locks_on_all_nodes(world: Any, folder: Path) -> Finding:
+    """Look whether a lock that rank 0 holds is refused to the ranks of all nodes. Collective."""
+    path, is_first = folder / ".doctor-lock", world.Get_rank() == 0
+    lock = filelock.FileLock(path)
+    error = _take(lock) if is_first else None
+    world.Barrier()
+    if not is_first:
+        error = _take(lock)
+    is_given = error is None and not is_first
+    found = world.allgather((socket.gethostname(), is_given, None if error == REFUSED else error))  # held until all have tried
+    lock.release()
+    world.Barrier()
+    if is_first:
+        path.unlink(missing_ok=True)
+    hosts = sorted({host for host, *_ in found})
+    failed = next((error for *_, error in found if error), None)
+    if failed is not None:
+        return Finding("locks on all nodes", "absent", f"{folder} takes no locks ({failed}); {WITHOUT_LOCKS}", LOCKS_REMEDY)
+    if both := sorted({host for host, is_given, _ in found if is_given}):
+        text = f"{found[0][0]} held a lock in {folder} that {', '.join(both)} got, too; {WITHOUT_LOCKS}"
+        return Finding("locks on all nodes", "absent", text, LOCKS_REMEDY)
+    return Finding("locks on all nodes", "ok", f"a lock of one rank is refused to those on {', '.join(hosts)}")
+
+
+def _take(lock: filelock.BaseFileLock) -> str | None:
+    """Take a lock; return None, REFUSED where another process holds it, or why there are no locks."""
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        return REFUSED
+    except (OSError, NotImplementedError) as error:
+        return str(error)
+    return None
 
 
 def _wait_for(unseen: Callable[[], list[str]]) -> list[str]:

@@ -52,7 +52,8 @@ def test_a_slurm_without_a_controller_is_not_taken_for_one(monkeypatch, tmp_path
 def test_a_folder_without_rename_or_locks_is_wrong(tmp_path, monkeypatch):
     assert doctor._folder(tmp_path).verdict == "ok"
     monkeypatch.setattr(doctor, "_second_lock_waits", lambda path: False)
-    assert "two processes can hold one lock" in doctor._folder(tmp_path).found
+    found = doctor._folder(tmp_path)
+    assert found.verdict == "absent" and "two processes can hold one lock" in found.found and "nothing is torn" in found.found
     assert not list(tmp_path.iterdir())
 
 
@@ -66,6 +67,7 @@ def test_two_ranks_look_at_the_folder_from_both(tmp_path):
     words = call(tmp_path, "doctor", "--folder", tmp_path / "runs", "--json", launcher=mpi_command(2))[0]
     found = {line["name"]: line for line in json.loads(words)["findings"]}
     assert found["folder on all nodes"]["verdict"] == "ok" and "2 ranks" in found["folder on all nodes"]["found"]
+    assert found["locks on all nodes"]["verdict"] == "ok"
 
 
 LATE_RANK = """
@@ -85,3 +87,39 @@ def test_a_rank_that_looks_late_sees_the_files_of_all(tmp_path):
     command = [*mpi_command(2), sys.executable, "-c", LATE_RANK, str(tmp_path)]
     assert subprocess.run(command, capture_output=True, text=True, timeout=120).stdout.split() == ["ok", "ok"]
     assert not list(tmp_path.iterdir())
+
+
+BROKEN_LOCKS = """
+import sys
+from pathlib import Path
+import filelock
+from mpi4py import MPI
+from launch import doctor
+
+world, own = MPI.COMM_WORLD, filelock.FileLock
+
+def refuse(path):
+    raise OSError(37, "No locks available")
+
+if world.Get_rank() == 1:  # as a mount that locks within its node alone
+    filelock.FileLock = lambda path: own(f"{path}.of-this-node")
+finding = doctor._locks_on_all_nodes(world, Path(sys.argv[1]))
+filelock.FileLock = own
+if world.Get_rank() == 0:
+    own.acquire = lambda self, timeout: refuse(self)
+none = doctor._locks_on_all_nodes(world, Path(sys.argv[1]))
+if world.Get_rank() == 1:
+    print(finding.verdict, finding.found, finding.remedy, sep="|")
+    print(none.verdict, none.found, none.remedy, sep="|")
+"""
+
+
+def test_locks_that_other_nodes_do_not_see_are_told_with_what_follows(tmp_path):
+    command = [*mpi_command(2), sys.executable, "-c", BROKEN_LOCKS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    seen, none = (line.split("|") for line in done.stdout.splitlines())
+    assert seen[0] == none[0] == "absent"
+    assert "held a lock in" in seen[1] and "got, too; nothing is torn by it, but each makes the same tables" in seen[1]
+    assert "takes no locks ([Errno 37] No locks available); nothing is torn by it" in none[1]
+    assert seen[2] == none[2] and "negpool data prepare JOB.toml" in seen[2]
+    assert not (tmp_path / ".doctor-lock").exists()

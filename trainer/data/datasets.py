@@ -119,7 +119,7 @@ def open_data(settings: DataSettings, sources: Sources) -> RetrievalData:
     depends_on = [[part.digest, part.sources[0].settings.id_prefix] for part in parts]
     digest = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
     folders = [(_folder(cache, part.digest), part.sources[0]) for part in parts]
-    folder = build_once(_folder(cache, digest), lambda staging: combine_sources(folders, staging))
+    folder = build_once(_folder(cache, digest), "texts of all sources", lambda staging: combine_sources(folders, staging))
     firsts = json.loads((folder / "about.json").read_text())["first_rows"]
     rows = tuple(
         SourceRows(name, query, passage, source) for (name, source), (query, passage) in zip(sources.items(), firsts, strict=True)
@@ -133,7 +133,7 @@ def open_dataset(path: Path, cache: Path | None = None) -> RetrievalData:
     cache = cache_folder(cache)
     source = find_source(path)
     digest = _digest(source, cache)
-    folder = build_once(_folder(cache, digest), lambda staging: build_source(source, staging, refuse))
+    folder = build_once(_folder(cache, digest), f"texts of {path}", lambda staging: build_source(source, staging, refuse))
     return _open_tables(path, cache, folder, digest)
 
 

@@ -45,6 +45,16 @@ def load_backbone(source: str, settings: ModelSettings) -> PreTrainedModel:
     return model
 
 
+def bare_backbone(source: str, settings: ModelSettings) -> PreTrainedModel:
+    """Return the model without weights, on the meta device: its shapes and its configuration, as the job asks for."""
+    config = load_config(source)
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, **_without_pooler(config))
+    if settings.attention is not None and is_decoder(model):
+        model.config.is_causal = settings.attention == "causal"
+    return model
+
+
 def load_config(source: str) -> PretrainedConfig:
     """Return the configuration of a model that turns token ids into states; raises InputError for others."""
     config = AutoConfig.from_pretrained(source)

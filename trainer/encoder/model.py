@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from trainer.encoder.backbone import is_causal, load_backbone, load_config, max_positions
+from trainer.encoder.backbone import bare_backbone, is_causal, load_backbone, load_config, max_positions
 from trainer.encoder.dense import Dense, save_dense
 from trainer.encoder.latent import LatentAttention
 from trainer.encoder.lora import add_adapters, merged_weights
@@ -71,12 +71,7 @@ def _load_tower(source: str, settings: ModelSettings) -> tuple[Encoder, PreTrain
         raise
     except LOADING_ERRORS as error:
         raise cannot_load(settings.name, error) from error
-    check_belongs(tokenizer, model, settings.name)
-    recorded = _recorded(source, settings)
-    traits = _traits(settings, recorded, model, tokenizer.model_max_length)
-    ends_new_pooling = traits.pooling == "last" and "pooling" not in recorded and tokenizer.eos_token is not None
-    if ends_new_pooling if settings.append_eos is None else settings.append_eos:
-        append_eos(tokenizer)
+    traits = _settle_texts(source, settings, model, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(NEW_WEIGHTS_SEED)
         if settings.lora_rank:
@@ -84,6 +79,31 @@ def _load_tower(source: str, settings: ModelSettings) -> tuple[Encoder, PreTrain
         pool = _latent(source, settings, model) if traits.pooling == "latent" else POOLINGS[traits.pooling]
         dense = _dense(source, settings, model)
     return Encoder(model, pool, dense, traits.normalize, settings.compile).train(), tokenizer, traits
+
+
+def _settle_texts(source: str, settings: ModelSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Traits:
+    """Return the traits of a model whose weights are not looked at, and let its tokenizer end texts as they ask for."""
+    check_belongs(tokenizer, model, settings.name)
+    recorded = _recorded(source, settings)
+    traits = _traits(settings, recorded, model, tokenizer.model_max_length)
+    ends_new_pooling = traits.pooling == "last" and "pooling" not in recorded and tokenizer.eos_token is not None
+    if ends_new_pooling if settings.append_eos is None else settings.append_eos:
+        append_eos(tokenizer)
+    return traits
+
+
+def load_text_rules(settings: ModelSettings) -> tuple[PreTrainedTokenizerBase, Traits]:
+    """Return the tokenizer and the traits that `load_encoder` returns, without reading a weight; raises InputError."""
+    transformers_logging.set_verbosity_error()
+    source = resolve_model(settings.name)
+    source = (tower_folders(source) or [source])[0]
+    try:
+        model, tokenizer = bare_backbone(source, settings), load_tokenizer(source)
+    except InputError:
+        raise
+    except LOADING_ERRORS as error:
+        raise cannot_load(settings.name, error) from error
+    return tokenizer, _settle_texts(source, settings, model, tokenizer)
 
 
 def check_model(name: str) -> None:

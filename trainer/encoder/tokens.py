@@ -98,7 +98,7 @@ def tokenize_side(data: RetrievalData, side: str, tokenizer: PreTrainedTokenizer
         prefix, limit = [getattr(traits, name) if value is None else value for name, value in zip(names, own, strict=True)]
         rules.append(TextRule(source.first_row(side), prefix, limit))
     texts = data.queries if side == "queries" else data.corpus
-    return _table(texts, data.content[side], tokenizer, rules, data.cache, data.num_proc)
+    return _table(texts, f"tokens of the {side} of {data.path}", data.content[side], tokenizer, rules, data.cache, data.num_proc)
 
 
 def tokenize(
@@ -109,11 +109,13 @@ def tokenize(
     for batch in texts.with_format("arrow").iter(1000):
         keys = [xxhash.xxh3_64_intdigest(text.encode()) for text in batch.column("text").to_pylist()]
         content.update(np.array(keys, np.uint64).tobytes())
-    return _table(texts, content.hexdigest(), tokenizer, [TextRule(0, prefix, max_tokens)], cache_folder(cache), None)
+    rules = [TextRule(0, prefix, max_tokens)]
+    return _table(texts, "tokens of given texts", content.hexdigest(), tokenizer, rules, cache_folder(cache), None)
 
 
 def _table(
     texts: datasets.Dataset,
+    what: str,
     content: str,
     tokenizer: PreTrainedTokenizerBase,
     rules: list[TextRule],
@@ -123,7 +125,7 @@ def _table(
     depends_on = [content, hashlib.sha256(_tokenizer_content(tokenizer)).hexdigest(), rules]
     digest = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
     folder = build_once(
-        cache / f"tokens-{FORMAT}-{digest[:24]}", lambda staging: _build(staging, texts, tokenizer, rules, num_proc)
+        cache / f"tokens-{FORMAT}-{digest[:24]}", what, lambda staging: _build(staging, texts, tokenizer, rules, num_proc)
     )
     lengths, keys = (np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("lengths", "keys"))
     num_truncated = json.loads((folder / "about.json").read_text())["num_truncated"]

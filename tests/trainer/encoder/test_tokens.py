@@ -104,7 +104,8 @@ def test_several_processes_make_the_same_table(setting, tmp_path, monkeypatch):
         limits = {"max_query_tokens": 8, "max_passage_tokens": 8}
         traits = Traits(pooling="mean", normalize=True, query_prefix="", passage_prefix="", **limits)
         tables.append(tokenize_side(data, "corpus", tokenizer, traits))
-        assert {path.name for path in cache.glob("tokens-*/*")} == {"tokens.arrow", "lengths.npy", "keys.npy", "about.json"}
+        names = {"tokens.arrow", "lengths.npy", "keys.npy", "about.json", "manifest.json"}
+        assert {path.name for path in cache.glob("tokens-*/*")} == names
     rows = np.random.default_rng(0).permutation(len(corpus))
     first, second = (table.pad(rows)["input_ids"] for table in tables)
     assert first.equal(second) and tables[0].num_truncated == tables[1].num_truncated > 0
