@@ -40,6 +40,7 @@ def use(folder: Path) -> dict[str, float]:
     import torch
     from transformers import AutoTokenizer
 
+    from trainer.data.cache import tables_asked_for
     from trainer.data.collate import collate, training_set
     from trainer.data.datasets import open_dataset
     from trainer.data.sampler import global_batch
@@ -52,10 +53,11 @@ def use(folder: Path) -> dict[str, float]:
     tokenizer(["warm up"], return_tensors="pt")
     process, started = psutil.Process(), time.perf_counter()
     before = process.memory_info()
-    data = open_dataset(folder, folder / "cache")
     limits = {"max_query_tokens": 32, "max_passage_tokens": 64}
     traits = Traits(pooling="mean", normalize=True, query_prefix="", passage_prefix="", **limits)
-    queries, passages = (tokenize_side(data, side, tokenizer, traits) for side in ("queries", "corpus"))
+    with tables_asked_for() as tables:
+        data = open_dataset(folder, folder / "cache")
+        queries, passages = (tokenize_side(data, side, tokenizer, traits) for side in ("queries", "corpus"))
     dataset = training_set(data, "train", queries.select(data.training_queries()), passages)
     opened_s = time.perf_counter() - started
     for step in range(NUM_BATCHES):
@@ -67,6 +69,8 @@ def use(folder: Path) -> dict[str, float]:
     after = process.memory_info()
     return {
         "passages": len(data.corpus),
+        "tables": len(tables),
+        "tables_made": sum(table.made for table in tables),
         "open_s": round(opened_s, 2),
         "batch_ms": round((time.perf_counter() - started - opened_s) / NUM_BATCHES * 1000, 1),
         "growth_mib": round((after.rss - before.rss) / 2**20, 1),
@@ -81,7 +85,12 @@ def measure(folder: Path, num_passages: int) -> dict[str, float]:
     program = [sys.executable, "-m", "tests.trainer.data.memory", "--use", str(folder)]
     build = json.loads(subprocess.run(program, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
     found = json.loads(subprocess.run(program, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-    return {**found, "build_s": build["open_s"], "growth_of_building_mib": build["growth_mib"]}
+    return {
+        **found,
+        "build_s": build["open_s"],
+        "tables_made_first": build["tables_made"],
+        "growth_of_building_mib": build["growth_mib"],
+    }
 
 
 if __name__ == "__main__":
