@@ -19,6 +19,7 @@ from typing import Literal
 import psutil
 
 from launch.plan import LaunchSettings, Plan
+from launch.srun import outside_slurm
 from launch.view import View
 from trainer.errors import InputError
 from trainer.handoff.weights import steps_on_disk
@@ -171,8 +172,9 @@ def mpi_command(num_ranks: int) -> list[str]:
     mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
     if mpiexec is None:
         raise InputError("no mpiexec found for the miner; install one: pip install 'negpool[mpi]'")
-    words = [mpiexec, "-n", str(num_ranks)]
-    help_text = subprocess.run([mpiexec, "--version"], capture_output=True, text=True).stdout
+    alone = [*outside_slurm(), mpiexec]
+    words = [*alone, "-n", str(num_ranks)]
+    help_text = subprocess.run([*alone, "--version"], capture_output=True, text=True).stdout
     if "Open MPI" in help_text or "OpenRTE" in help_text or "prte" in help_text.lower():
         # More ranks than cores is normal on a laptop, and containers often run as root.
         words += ["--oversubscribe", "--bind-to", "none", *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from launch.output import start_logging
+from launch.srun import world_of_trainers
 from trainer.data.datasets import RetrievalData, open_dataset
 from trainer.data.filter import find_consistent, refuse_full, write_filtered
 from trainer.encoder.encode import encode_rows
@@ -25,10 +26,12 @@ EXCERPT_LINES = 3
 
 def evaluate_model(model: str, data_path: Path, split: str) -> dict[str, float] | None:
     """Return the measures of a model, or of "bm25", on a split; None on ranks that do not speak. Collective."""
-    start_logging(int(os.environ.get("RANK", "0")))
-    data = open_dataset(data_path)
+    os.environ.update(world_of_trainers(os.environ))
+    rank = int(os.environ.get("RANK", "0"))
+    start_logging(rank)
     if model == "bm25":
-        return evaluate_bm25(data, split)
+        return evaluate_bm25(open_dataset(data_path), split) if rank == 0 else None
+    data = open_dataset(data_path)
     from trainer.world import join_world
 
     folder, shards_root = locate_model(model, data)

@@ -7,7 +7,6 @@ the ranks and leave the launcher alone, and the exit code of the rank that ended
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import tomllib
 from collections.abc import Mapping
@@ -19,10 +18,8 @@ import psutil
 
 from launch.imports import lasting_imports
 from launch.plan import LaunchSettings
-from trainer.errors import EXIT_STOPPED, InputError
-
-FIRST_PORT, NUM_PORTS = 10_000, 20_000  # below those that systems hand out by themselves
-STARTS_OF_A_JOB = 8  # with ports of their own, before they meet those of other jobs
+from launch.srun import first_host, port_of
+from trainer.errors import EXIT_REFUSED, EXIT_STOPPED, InputError
 
 
 @dataclass(frozen=True)
@@ -61,22 +58,6 @@ class Place:
             master=first_host(environment["SLURM_STEP_NODELIST"]),
             port=port_of(int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_RESTART_COUNT", "0"))),
         )
-
-
-def port_of(job: int, restarts: int) -> int:
-    """Return the port where a job's ranks meet: another one for each job near it and for each start of it.
-
-    Jobs may share a node, and a launcher that outlived its node's loss may still listen.
-    """
-    return FIRST_PORT + (job * STARTS_OF_A_JOB + restarts % STARTS_OF_A_JOB) % NUM_PORTS
-
-
-def first_host(nodes: str) -> str:
-    """Return the first name of a list in Slurm's short form, such as n[1-4]."""
-    if "[" not in nodes:
-        return nodes.split(",")[0]
-    names = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    return names.stdout.split()[0]
 
 
 def launch_ranks(place: Place, num_ranks: int, command: list[str]) -> int:
@@ -127,7 +108,7 @@ def main() -> int:
         launch = tomllib.loads(Path(job).read_text()).get("launch", {})
     except (InputError, OSError, tomllib.TOMLDecodeError) as error:
         print(f"negpool: {error}", file=sys.stderr)
-        return 2
+        return EXIT_REFUSED
     num_ranks = place.num_gpus or launch.get("train_ranks", LaunchSettings.train_ranks)
     return launch_ranks(place, num_ranks, ["-u", "-m", "launch", "train", job, *overrides])
 

@@ -12,6 +12,7 @@ from typing import Literal
 from launch.agree import agree, check_mpi_world
 from launch.jobfile import Jobs, read_job, refuse_other_job, write_job
 from launch.output import start_logging
+from launch.srun import world_of_trainers
 from launch.versions import write_environment
 from trainer.errors import InputError, RunInUse
 from trainer.handoff.manifest import disk_error, is_disk_error
@@ -20,6 +21,7 @@ from trainer.state import Outcome
 
 def train_side(job_file: Path, overrides: list[str], allow_change: bool = False) -> Outcome | None:
     """Train as this rank of the world that the launcher describes; return the outcome on rank 0."""
+    os.environ.update(world_of_trainers(os.environ))
     rank = int(os.environ.get("RANK", "0"))
     start_logging(rank)
     stop_without_parent()

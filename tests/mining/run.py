@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from pydantic import TypeAdapter
 
+from launch.srun import outside_slurm
 from mining.job import MineJob
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from trainer.data.datasets import open_dataset
@@ -74,6 +75,7 @@ def run_on_ranks(num_ranks: int, plans: list[Plan]) -> tuple[int, str]:
     path = Path(plans[0][0]["data"]["path"]).parent / "plans.json"
     path.write_text(json.dumps(plans))
     mpiexec = [
+        *outside_slurm(),
         str(Path(sys.executable).parent / "mpiexec"),
         "--oversubscribe",
         "--allow-run-as-root",
