@@ -24,6 +24,8 @@ from trainer.encoder.model import check_model
 from trainer.errors import InputError, RunInUse
 from trainer.handoff.manifest import disk_error, write_atomically
 
+EARLY_S = 60  # that Slurm's signals may come before their time
+NUMBER = "TRAIN"  # where a command is shown whose trainers' job has no number yet
 BATCH_FILES = Path(__file__).parent.parent / "slurm"
 ASK_MPI = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
 
@@ -45,11 +47,18 @@ class Size:
 
     def __post_init__(self) -> None:
         limit_s = None if self.time is None else seconds_of(self.time)
-        if limit_s is not None and limit_s <= self.save_seconds:
+        if limit_s is not None and limit_s <= self.save_seconds + EARLY_S:
             raise InputError(
                 f"--time {self.time} is over before a checkpoint can be saved: the signal to save comes {self.save_seconds} s "
-                "before the limit; set --time higher, or --save-seconds lower"
+                f"before the limit, or up to {EARLY_S} s earlier; set --time higher, or --save-seconds lower"
             )
+        for option in self.options:
+            if not option.startswith("-"):
+                raise InputError(f"--sbatch={option} is no option of sbatch; expected one word with two dashes, as --account=me")
+        site = f"SBATCH_EXPORT={os.environ.get('SBATCH_EXPORT', 'ALL')}"
+        exported = [site, *(option for option in self.options if option.startswith("--export="))][-1]
+        if "ALL" not in exported.partition("=")[2].split(","):
+            raise InputError(f"{exported} keeps this environment from the jobs, which need it; set --sbatch=--export=ALL")
 
 
 def submit(jobs: Jobs, size: Size, dry_run: bool, allow_change: bool = False) -> dict[str, Any]:
@@ -59,6 +68,8 @@ def submit(jobs: Jobs, size: Size, dry_run: bool, allow_change: bool = False) ->
     Raises InputError for what cannot be submitted, RunInUse for a run folder where a job waits or works.
     """
     run = jobs.train.run.folder
+    if "\\" in str(run.absolute()):
+        raise InputError(f"run.folder={run} has a backslash, and Slurm numbers no logs in such a folder; rename it")
     _check_slurm(size)
     check_model(jobs.train.model.name)
     plugin = _mpi_plugin() if size.miner_nodes else None
@@ -66,23 +77,28 @@ def submit(jobs: Jobs, size: Size, dry_run: bool, allow_change: bool = False) ->
     keep_job(jobs, allow_change)
     _check_writable(run / "logs")
     environment = {"NEGPOOL_PYTHON": sys.executable, "NEGPOOL_MAX_RESTARTS": str(size.max_restarts)}
+    environment |= {"NEGPOOL_SAVE_SECONDS": str(size.save_seconds)}
     environment |= {} if plugin is None else {"NEGPOOL_MPI": plugin}
-    commands = batch_commands(jobs, size)
-    found: dict[str, Any] = {"run": str(run), "commands": {name: _shown(environment, c) for name, c in commands.items()}}
+    found: dict[str, Any] = {"run": str(run)}
     if dry_run:
-        said = {name: _sbatch(environment, [*c[:1], "--test-only", *c[1:]], "") for name, c in commands.items()}
-        return found | {"slurm_says": said}
-    found["jobs"] = _submit_all(environment, commands)
-    write_atomically(run / "slurm.json", json.dumps(found | {"submitted": time.time()}, indent=1))
+        tried = {name: ["sbatch", "--test-only", *words[1:]] for name, words in batch_commands(jobs, size).items()}
+        found["slurm_says"] = {name: " ".join(_sbatch(environment, words)).strip() for name, words in tried.items()}
+        commands = batch_commands(jobs, size, NUMBER)
+    else:
+        found["jobs"], commands = _submit_all(jobs, size, environment)
+    found["commands"] = {name: _shown(environment, command) for name, command in commands.items()}
+    if not dry_run:
+        write_atomically(run / "slurm.json", json.dumps(found | {"submitted": time.time()}, indent=1))
     return found
 
 
 def describe(found: dict[str, Any]) -> str:
     """Return what was submitted, and how to follow and stop it, as lines for a person."""
-    run, numbers = found["run"], found.get("jobs", {})
+    run, numbers = shlex.quote(found["run"]), found.get("jobs", {})
     if not numbers:
         shown = [f"{command}\n  {found['slurm_says'][name]}" for name, command in found["commands"].items()]
-        return "\n".join([*shown, f"Not submitted. {run}/job.toml is what the jobs would run."])
+        number = [f"{NUMBER} stands for the number of the trainers' job."] if "mine" in found["commands"] else []
+        return "\n".join([*shown, *number, f"Not submitted. {run}/job.toml is what the jobs would run."])
     logs = " ".join(f"{run}/logs/slurm-*-{number}.out" for number in numbers.values())
     return "\n".join(
         [
@@ -93,12 +109,12 @@ def describe(found: dict[str, Any]) -> str:
     )
 
 
-def batch_commands(jobs: Jobs, size: Size) -> dict[str, list[str]]:
+def batch_commands(jobs: Jobs, size: Size, trainers: str = "") -> dict[str, list[str]]:
     """Return the words of each sbatch command by side, in the order of submission.
 
-    TRAIN stands for the number of the trainers' job in that of the miner.
+    trainers: number of their job, on which the miner's depends; "": not known, and the miner depends on nothing.
     """
-    run, launch = jobs.train.run.folder, jobs.launch
+    run, launch = jobs.train.run.folder.absolute(), jobs.launch  # a relative one might begin with a dash
     gpus = [f"--gpus-per-node={size.gpus_per_node}"] if size.gpus_per_node else []
     common = [*([f"--partition={size.partition}"] if size.partition else []), *([f"--time={size.time}"] if size.time else [])]
     common.append(f"--signal=USR1@{size.save_seconds}")
@@ -107,18 +123,18 @@ def batch_commands(jobs: Jobs, size: Size) -> dict[str, list[str]]:
     train += [*common, *size.options]
     mine = [f"--nodes={size.miner_nodes}", f"--ntasks-per-node={mine_ranks}", *gpus, f"--cpus-per-task={size.cpus_per_rank}"]
     mine += [*common, *size.options]
-    job = str(run / "job.toml")
+    job, logs = str(run / "job.toml"), str(run / "logs").replace("%", "%%")  # Slurm's patterns begin with %
 
     def command(name: str, *words: str) -> list[str]:
-        return ["sbatch", "--parsable", f"--output={run}/logs/slurm-{name}-%j.out", *words]
+        return ["sbatch", "--parsable", f"--output={logs}/slurm-{name}-%j.out", *words]
 
     if size.together:
         return {"train_and_mine": command("both", *train, ":", *mine, str(BATCH_FILES / "train_and_mine.sbatch"), job)}
     commands = {"train": command("train", *train, str(BATCH_FILES / "train.sbatch"), job)}
     if size.miner_nodes:
         # after: once the trainers have begun, for before that there is nothing to mine from but words.
-        words = ["--dependency=after:TRAIN", *mine, str(BATCH_FILES / "mine.sbatch"), job, "TRAIN"]
-        commands["mine"] = command("mine", *words)
+        mine, last = ([f"--dependency=after:{trainers}", *mine], [trainers]) if trainers else (mine, [])
+        commands["mine"] = command("mine", *mine, str(BATCH_FILES / "mine.sbatch"), job, *last)
     return commands
 
 
@@ -190,26 +206,28 @@ def _check_writable(folder: Path) -> None:
         raise disk_error(error, folder) from error
 
 
-def _submit_all(environment: dict[str, str], commands: dict[str, list[str]]) -> dict[str, int]:
+def _submit_all(jobs: Jobs, size: Size, environment: dict[str, str]) -> tuple[dict[str, int], dict[str, list[str]]]:
+    """Submit all, or nothing; return the number and the words of each command."""
     numbers: dict[str, int] = {}
-    for name, command in commands.items():
+    commands: dict[str, list[str]] = {}
+    for name in batch_commands(jobs, size):
+        commands[name] = batch_commands(jobs, size, str(numbers.get("train", "")))[name]
         try:
-            said = _sbatch(environment, command, str(numbers.get("train", "")))
+            number, _ = _sbatch(environment, commands[name])
         except InputError:
-            for number in numbers.values():
-                subprocess.run(["scancel", str(number)])  # half a run is none
+            for earlier in numbers.values():
+                subprocess.run(["scancel", str(earlier)])  # half a run is none
             raise
-        numbers[name] = int(said.split(";")[0])  # with several clusters, their name follows
-    return numbers
+        numbers[name] = int(number.split(";")[0])  # with several clusters, their name follows
+    return numbers, commands
 
 
-def _sbatch(environment: dict[str, str], command: list[str], train: str) -> str:
-    # Without a number there is nothing to depend on yet.
-    words = [word.replace("TRAIN", train) for word in command if train or "TRAIN" not in word]
+def _sbatch(environment: dict[str, str], words: list[str]) -> tuple[str, str]:
+    """Return what sbatch answers, and what it says beside: a site may have something to tell everybody."""
     done = subprocess.run(words, env={**os.environ, **environment}, capture_output=True, text=True)
     if done.returncode:
         raise InputError(f"Slurm refuses the job: {_first_error(done.stderr)}; the command was: {shlex.join(words)}")
-    return (done.stdout + done.stderr).strip()
+    return done.stdout.strip(), done.stderr.strip()
 
 
 def _ask(*words: str) -> str:

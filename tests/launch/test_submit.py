@@ -1,13 +1,15 @@
 """What `negpool submit` makes of a job and a size, without a cluster; tests/slurm has the real one."""
 
+import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launch import submit as module
 from launch.jobfile import read_job
-from launch.submit import Size, batch_commands, seconds_of, submit
+from launch.submit import Size, batch_commands, describe, seconds_of, submit
 from tests.tiny import write_tiny_encoder
 from trainer.errors import InputError
 
@@ -38,13 +40,65 @@ def jobs(tmp_path):
 
 
 def test_trainers_and_miner_get_what_they_were_asked_for(jobs):
-    commands = batch_commands(jobs, size())
+    commands = batch_commands(jobs, size(), "77")
     for words in commands.values():
         assert {"--gpus-per-node=8", "--partition=gpu", "--time=1-0", "--signal=USR1@120", "--account=me"} <= set(words)
     assert {"--nodes=4", "--cpus-per-task=48"} <= set(commands["train"]), "one launcher on each node, for eight ranks"
-    wanted = {"--nodes=1", "--ntasks-per-node=8", "--cpus-per-task=6", "--dependency=after:TRAIN"}
+    wanted = {"--nodes=1", "--ntasks-per-node=8", "--cpus-per-task=6", "--dependency=after:77"}
     assert wanted <= set(commands["mine"]), "a task for each rank"
-    assert commands["mine"][-2:] == [f"{jobs.train.run.folder}/job.toml", "TRAIN"]
+    assert commands["mine"][-2:] == [f"{jobs.train.run.folder}/job.toml", "77"]
+
+
+def test_names_are_left_as_they_are_and_the_miner_gets_its_number(jobs, tmp_path, monkeypatch):
+    log, note = tmp_path / "words", "sbatch: lua: TRAIN jobs are billed"  # a site may have something to tell everybody
+    sbatch = f'for word; do printf "%s\\0" "$word" >>{log}; done; printf "\\n\\0" >>{log}; echo {note} >&2; echo "7;c1"'
+    put_in_path(tmp_path, monkeypatch, sbatch=sbatch, sinfo="echo TRAIN", srun="echo '  pmix'", squeue="exit 1")
+    options = ("--account=TRAINING_DL", "--comment=a 'b', $c=d\n%j", "--export=ALL,TRAIN=1")
+    found = submit(jobs, size(partition="TRAIN", options=options), dry_run=False)
+    *both, rest = log.read_text().split("\n\0")
+    train, mine = (words.split("\0")[:-1] for words in both)
+    assert found["jobs"] == {"train": 7, "mine": 7} and rest == ""
+    for words in (train, mine):
+        assert {"--partition=TRAIN", *options} <= set(words)
+    assert "--dependency=after:7" in mine and mine[-1] == "7" and not any("depend" in word for word in train)
+    for side, words in (("train", train), ("mine", mine)):
+        printed = shlex.split(found["commands"][side])
+        assert printed[printed.index("sbatch") + 1 :] == words, "what is printed can be pasted"
+
+
+def test_a_folder_may_have_any_name_that_slurm_can_take(jobs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("-50%j of 'it', a=b")
+    changed = replace(jobs, train=replace(jobs.train, run=replace(jobs.train.run, folder=folder)))
+    commands = batch_commands(changed, size(), "7")
+    assert f"--output={tmp_path}/-50%%j of 'it', a=b/logs/slurm-mine-%j.out" in commands["mine"]
+    assert commands["mine"][-2:] == [f"{tmp_path}/{folder}/job.toml", "7"]
+    numbered = {"run": str(tmp_path / folder), "jobs": {"train": 7}, "commands": {}}
+    follow = describe(numbered).splitlines()[1].split("tail -F ")[1]
+    (tmp_path / folder / "logs").mkdir(parents=True)
+    (tmp_path / folder / "logs" / "slurm-train-7.out").write_text("found")
+    assert subprocess.run(["bash", "-c", f"cat {follow}"], capture_output=True, text=True).stdout == "found"
+    backslash = replace(jobs, train=replace(jobs.train, run=replace(jobs.train.run, folder=Path("a\\b"))))
+    with pytest.raises(InputError, match="has a backslash, and Slurm numbers no logs in such a folder"):
+        submit(backslash, size(), dry_run=True)
+
+
+def test_a_dry_run_shows_a_name_where_there_is_no_number_yet(jobs, tmp_path, monkeypatch):
+    put_in_path(tmp_path, monkeypatch, sbatch='echo "$*" >&2', sinfo="echo gpu", srun="echo '  pmix'")
+    found = submit(jobs, size(), dry_run=True)
+    assert "--dependency=after:TRAIN" in found["commands"]["mine"] and "TRAIN" not in found["slurm_says"]["mine"]
+    assert "TRAIN stands for the number of the trainers' job." in describe(found)
+
+
+def test_words_that_would_lose_what_the_jobs_need_are_refused(monkeypatch):
+    with pytest.raises(InputError, match="--sbatch=account=me is no option of sbatch; expected one word with two dashes"):
+        size(options=("account=me",))
+    with pytest.raises(InputError, match="--export=A,B keeps this environment from the jobs, which need it; set --sbatch=--exp"):
+        size(options=("--export=ALL", "--export=A,B"))
+    monkeypatch.setenv("SBATCH_EXPORT", "NONE")
+    with pytest.raises(InputError, match="SBATCH_EXPORT=NONE keeps this environment"):
+        size()
+    size(options=("--export=ALL,A=1",))
 
 
 def test_nodes_without_gpus_work_with_the_ranks_that_the_job_names(jobs):
@@ -80,7 +134,9 @@ def test_a_time_limit_without_room_for_a_checkpoint_is_refused():
         size(time="2")
     with pytest.raises(InputError, match="--time tomorrow is no time limit"):
         size(time="tomorrow")
-    size(time="3")
+    with pytest.raises(InputError, match="or up to 60 s earlier"):
+        size(time="3")
+    size(time="4")
 
 
 def test_a_machine_without_slurm_is_refused(jobs, monkeypatch):
