@@ -143,7 +143,7 @@ def submit(
     partition: Annotated[str | None, typer.Option(help="default: the cluster's")] = None,
     time: Annotated[str | None, typer.Option(help="limit of one start: 30, 4:00:00 or 2-0; default: the partition's")] = None,
     save_seconds: Annotated[int, typer.Option(min=1, help="before the limit, to save in")] = 120,
-    max_restarts: Annotated[int, typer.Option(min=0, help="after limits, lost nodes, preemption and deaths, of each job")] = 10,
+    max_restarts: Annotated[int, typer.Option(min=0, help="of each job, in a row without a new checkpoint")] = 10,
     together: Annotated[bool, typer.Option("--together", help="one heterogeneous job for both sides")] = False,
     sbatch: Annotated[list[str] | None, typer.Option(help="more of its options: --sbatch=--account=me; repeatable")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the commands and what Slurm thinks of them")] = False,

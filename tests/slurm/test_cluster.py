@@ -72,7 +72,7 @@ SIZE = Size(
     partition=None,
     time=None,
     save_seconds=30,
-    max_restarts=4,
+    max_restarts=1,  # without a new checkpoint; the stories have more, and one for each
     together=False,
     options=("--exclusive",),
 )
@@ -319,7 +319,7 @@ def test_two_nodes_train_while_a_third_mines(runs, root):
 def test_a_miner_that_is_started_again_after_the_end_has_time_to_see_it(runs, cluster, root):
     run = runs["undisturbed"].result()
     slow_python = root / "python"
-    slow_python.write_text(f'#!/bin/bash\nsleep 14; exec {sys.executable} "$@"\n')
+    slow_python.write_text(f'#!/bin/bash\n[[ $3 == mine ]] && sleep 14; exec {sys.executable} "$@"\n')
     slow_python.chmod(0o755)
     # A function of the environment takes the place of the command: the script looks every 6 seconds.
     environment = cluster.env | {"NEGPOOL_PYTHON": str(slow_python), "BASH_FUNC_sleep%%": "() { command sleep 6; }"}
@@ -357,7 +357,8 @@ def test_ranks_that_outlived_their_start_write_nothing(runs):
 def test_a_time_limit_that_leaves_no_time_to_save_is_said_and_ends_it(runs):
     run = runs["too_short"].result()
     assert "the time limit came before the first step; not started again: set --time higher" in run.log()
-    assert 1 <= run.restarts() < SIZE.max_restarts  # one more where the first start was over before its checkpoint of step 0
+    assert run.restarts() == 1 and run.cluster.job(run.train)["ExitCode"] == "78:0"
+    assert read_status(run.folder, "trainer")["phase"] == "must not go on"
 
 
 def test_what_a_cluster_cannot_run_is_refused_in_one_sentence(cluster, root):
@@ -380,6 +381,30 @@ def test_scaling_is_measured_for_each_number_of_nodes(cluster, root):
     subprocess.run(command, env=environment, check=True, timeout=TIMEOUT_S, capture_output=True)
     (median,) = re.findall(r"nodes: 2, seconds per step: ([0-9.]+) \(median", (root / "scaling-2.out").read_text())
     assert 0 < float(median) < 10
+
+
+def test_tasks_of_srun_train_and_evaluate_as_one_world(cluster, root):
+    python, environment = [sys.executable, "-m", "launch"], cluster.env | {"SLURM_CPUS_PER_TASK": "1"}
+    alone = ["negatives.per_query=0", "negatives.schedule=[]", "optim.steps=2", "eval.split=none"]
+    train = ["srun", "-N2", "-n2", *python, "train", root / "job.toml", f"run.folder={root}/tasks", *alone]
+    words = [*python, "eval", root / "encoder", root / "data", "--json"]
+    steps = [train, ["srun", "-n1", *words, ":", "-n1", *words]]  # of two components, the second
+    started = [subprocess.Popen(list(map(str, s)), env=environment, stdout=-1, stderr=-1, text=True) for s in steps]
+    (_, trained), (evaluated, _) = [process.communicate(timeout=TIMEOUT_S) for process in started]
+    assert [process.returncode for process in started] == [0, 0], trained
+    assert len(list((root / "tasks" / "checkpoints" / "step-00000002" / "state").glob("part-*-of-00002*"))) == 2
+    assert json.loads(evaluated)["ndcg@10"] > 0, "one rank speaks"
+
+
+def test_an_mpiexec_inside_a_job_stays_on_its_node(cluster, root):
+    say = "import socket; from mpi4py import MPI; print(MPI.COMM_WORLD.size, socket.gethostname(), flush=True)"
+    start = f"import os, sys; from launch.local import mpi_command; w = [*mpi_command(2), sys.executable, '-c', {say!r}]; "
+    (root / "start.py").write_text(f"{start}os.execvp(w[0], w)")
+    batch = ["sbatch", "--wait", "-N2", f"--output={root}/mpi.out", "--wrap", f"{sys.executable} {root}/start.py"]
+    for command, out in ((batch, root / "mpi.out"), (["srun", "-n1", "--mpi=pmix", sys.executable, root / "start.py"], None)):
+        done = subprocess.run(list(map(str, command)), env=cluster.env, capture_output=True, text=True, timeout=120)
+        said = (done.stdout if out is None else out.read_text()).splitlines()
+        assert len(said) == 2 and said[0] == said[1] and said[0].startswith("2 n"), (said, done.stderr)
 
 
 def test_miners_that_are_each_alone_are_refused(cluster, root):
