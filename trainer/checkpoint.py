@@ -7,6 +7,8 @@ all parts, adds the encoder and publishes. The price is a copy of what a rank ho
 import copy
 import json
 import logging
+import math
+import os
 import shutil
 import threading
 import time
@@ -51,6 +53,7 @@ class Saver:
         manifest; None but on rank 0. Every rank calls it.
         """
         self.wait()
+        begun = time.perf_counter()
         fragments = [self._copy(fragment) for fragment in state.kept_fragments()]
         values = copy.deepcopy(state.values())  # lists among them grow while the thread writes
         # A rank that outlived its run's last start leaves its part where nobody looks.
@@ -64,6 +67,7 @@ class Saver:
                 folder = self._publish(parts, values, write_encoder)
                 on_published()
                 log.info("step %d: saved %s, in %.1f s behind the loop", values["step"], folder, time.perf_counter() - started)
+                _warn_if_long(time.perf_counter() - begun)
 
         self._thread = threading.Thread(target=self._run_thread, args=(write,), daemon=True)
         self._thread.start()
@@ -131,6 +135,17 @@ class Saver:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no checkpoint: {', '.join(missing)} did not come within {COLLECTIVE_TIMEOUT_S} s")
             time.sleep(POLL_S)
+
+
+def _warn_if_long(seconds: float) -> None:
+    """Say so where a save might not be done between a time limit's signal and the limit: a step and a save come before it."""
+    limit = float(os.environ.get("NEGPOOL_SAVE_SECONDS", "inf"))  # as `negpool submit` was told
+    if seconds > limit / 2:
+        log.warning(
+            "a save takes %.1f s, more than half of the %g s before the time limit that it has there; "
+            "submit with --save-seconds %d or more",
+            seconds, limit, math.ceil(3 * seconds),
+        )  # fmt: skip
 
 
 def clean_parts(run: Path) -> None:

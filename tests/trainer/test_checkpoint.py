@@ -109,6 +109,17 @@ def save_then_go_on(rank, num_ranks, backend, dropout, run):
     return weights(state, plain)
 
 
+@pytest.mark.parametrize("seconds", [1e-9, 1e9])
+def test_a_save_that_a_time_limit_might_not_await_is_said(seconds, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("NEGPOOL_SAVE_SECONDS", str(seconds))
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "0")  # and forgotten afterwards
+    save_then_go_on(0, 1, "ddp", 0.0, tmp_path)
+    said = [message for message in caplog.messages if "a save takes" in message]
+    assert len(said) == (seconds < 1), said
+    assert not said or "s, more than half of the 1e-09 s before the time limit that it has there; submit with --save-s" in said[0]
+
+
 def fail_on_one_rank(rank, num_ranks, error, run):
     """Save where the last rank's part cannot be written; return what each rank's wait raises."""
     world = world_of(rank, num_ranks)
