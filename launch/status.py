@@ -19,7 +19,7 @@ from trainer.metrics import heartbeat_age_s, read_status
 
 SILENT_AFTER_S = 60.0  # a side that has not written for so long is said to be silent
 LOOK_EVERY_S = 1.0
-ENDED = ("finished", "stopped", "refused")
+ENDED = ("finished", "stopped", "refused", "must not go on")
 
 
 def run_status(run: Path) -> dict[str, Any]:
@@ -55,7 +55,8 @@ def describe_run(status: dict[str, Any]) -> str:
         silent_s = said["heartbeat_age_s"] or 0.0
         note = f"   [red]silent for {clock(silent_s)}[/red]" if silent_s > SILENT_AFTER_S and not has_ended(said) else ""
         lines.append(f"{side:<8} {text}   {counts}{note}")
-        lines += [f"{'':<8} {line}" for line in FIGURES[side](said)]
+        why = [f"[red]{escape(said['error'])}[/red]"] if has_ended(said) and said.get("error") else []
+        lines += [f"{'':<8} {line}" for line in (*why, *FIGURES[side](said))]
     if results := status["results"]:
         rows = (name for name in ("bm25", "untrained", "trained") if name in results)
         lines.append("MRR@10   " + "   ".join(f"{name} {results[name]['mrr@10']:.3f}" for name in rows))

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from launch.restarts import CUT, Ended, Past, Start, verdict
+from launch.status import describe_run, run_status
 from launch.submit import BATCH_FILES
 from trainer.handoff.manifest import write_latest
 
@@ -143,6 +144,7 @@ def test_batch_scripts_remember_over_their_starts(tmp_path):
     )
     assert ask(tmp_path, "ended", "137") == ("over 78", f"negpool: {sentence}")
     told = json.loads((tmp_path / "status" / "trainer.json").read_text())
+    assert sentence in describe_run(run_status(tmp_path)), "negpool status says why"
     del told["heartbeat"]
     assert told == {"phase": "must not go on", "step": 47, "error": sentence}
     assert ask(tmp_path, "begun", job=2) == ("begun", ""), "a person has submitted it again"
