@@ -1,5 +1,6 @@
 """What follows the end of a start: the rule, and what batch scripts see of it, where each start is a process of its own."""
 
+import functools
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from launch.restarts import CUT, Ended, Past, Start, verdict
 from launch.status import describe_run, run_status
 from launch.submit import BATCH_FILES
+from tests.launch.test_submit import put_in_path
 from trainer.handoff.manifest import write_latest
 
 HOW = {"side": "trainer", "limit": 3, "setting": "--max-restarts", "log": "LOG"}
@@ -144,6 +146,7 @@ def test_batch_scripts_remember_over_their_starts(tmp_path):
     )
     assert ask(tmp_path, "ended", "137") == ("over 78", f"negpool: {sentence}")
     told = json.loads((tmp_path / "status" / "trainer.json").read_text())
+    (tmp_path / "job.toml").touch()
     assert sentence in describe_run(run_status(tmp_path)), "negpool status says why"
     del told["heartbeat"]
     assert told == {"phase": "must not go on", "step": 47, "error": sentence}
@@ -160,3 +163,40 @@ def test_starts_that_slurm_ends_are_counted_when_the_next_begins(tmp_path):
     (tmp_path / "status").write_text("a file")
     answer, said = ask(tmp_path, "begun")
     assert answer == "" and said.startswith("negpool: starts are not counted: cannot write")
+
+
+SRUN = """
+for word; do last=$word; done; run=$(dirname "$last")
+cat >"$run/status/trainer.json" <<<'{"phase": "PHASE", "step": 70, "num_steps": 90, "heartbeat": 1}'
+echo NEWEST >"$run/checkpoints/LATEST"
+exit CODE
+"""
+
+
+@pytest.mark.parametrize("file", ["train.sbatch", "train_and_mine.sbatch"])
+@pytest.mark.parametrize(
+    ("phase", "newest", "srun", "code", "is_requeued"),
+    [
+        ("stopped", 70, 75, 75, True),  # a time limit, not the first
+        ("training", 70, 1, 1, True),
+        ("must not go on", 60, 1, 78, False),
+        ("refused", 60, 1, 2, False),
+        ("finished", 90, 143, 0, False),
+        ("training", 60, 1, 1, False),  # no checkpoint, and none may be missing
+    ],
+)
+def test_a_batch_script_ends_as_the_status_file_says(file, phase, newest, srun, code, is_requeued, tmp_path, monkeypatch):
+    run = tmp_path / "a run"
+    write_run(run, newest=60)
+    answers = (("PHASE", phase), ("NEWEST", f"step-{newest:08d}"), ("CODE", str(srun)))
+    script = functools.reduce(lambda text, pair: text.replace(*pair), answers, SRUN)
+    miner = 'case "$*" in *"launch mine"*) exit 0;; esac\n'
+    programs = {"srun": f"{miner}{script}", "scontrol": f"echo $* >>{tmp_path}/told", "sleep": "exit 0", "scancel": "exit 0"}
+    put_in_path(tmp_path, monkeypatch, shell="bash", **programs)
+    for name, value in {"JOB_ID": "5", "RESTART_COUNT": "30", "JOB_ID_HET_GROUP_1": "6"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    environment = os.environ | {"NEGPOOL_PYTHON": sys.executable, "NEGPOOL_MAX_RESTARTS": "0"}
+    command = ["bash", BATCH_FILES / file, run / "job.toml"]
+    ended = subprocess.run(list(map(str, command)), env=environment, cwd=BATCH_FILES.parent, capture_output=True, text=True)
+    assert ended.returncode == code, ended.stderr
+    assert (tmp_path / "told").exists() == is_requeued, ended.stderr

@@ -145,11 +145,11 @@ def test_a_machine_without_slurm_is_refused(jobs, monkeypatch):
         submit(jobs, size(), dry_run=True)
 
 
-def put_in_path(folder: Path, monkeypatch, **programs: str) -> None:
+def put_in_path(folder: Path, monkeypatch, shell: str = "sh", **programs: str) -> None:
     """Stand in for a cluster's commands."""
     (folder / "bin").mkdir()
     for name, script in programs.items():
-        (folder / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / "bin" / name).write_text(f"#!/bin/{shell}\n{script}\n")
         (folder / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}/bin:/usr/bin:/bin")
 
