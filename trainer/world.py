@@ -1,11 +1,16 @@
-"""Who this process is among the trainers, and what its launcher asks for. Only this module looks at the environment for it."""
+"""Who this process is among the trainers, and what its launcher asks for. Only this module looks at the environment for it.
+
+A launcher says where processes run. What they compute the job alone decides: what the environment says of it is taken out
+before any library reads it, and said where the job says otherwise.
+"""
 
 import contextlib
 import ctypes
 import datetime
+import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,9 +21,16 @@ from accelerate.utils import KwargsHandler
 
 from trainer.errors import InputError
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FSDP, DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"  # how accelerate tells its processes
+# Of accelerate's variables, those that say where processes run; all others say what they compute, or share the model out.
+PLACES = {  # of accelerate's variables, those that say where processes run; the others say what they compute
+    "ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE",
+    "ACCELERATE_DEBUG_RDV_FILE", "ACCELERATE_ENABLE_RICH",
+}  # fmt: skip
+TF32 = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")  # read by NVIDIA's libraries and by torch
 COLLECTIVE_TIMEOUT_S = 600  # a lost rank is noticed after this long by those who wait for it
 
 
@@ -105,10 +117,35 @@ def launched_backend(environment: Mapping[str, str]) -> str | None:
     return None
 
 
-def join_world() -> World:
-    """Join the process group that the launcher's environment describes (accelerate, torchrun, deepspeed), or stay alone."""
-    for name in (FSDP, DEEPSPEED):
-        os.environ.pop(name, None)  # or accelerate would share the model out by itself
+def take_arithmetic(environment: MutableMapping[str, str], encode: str, tf32: bool, compiles: bool) -> list[str]:
+    """Take out of the environment all that would change a step's numbers; return a clause for each that the job does not ask for.
+
+    encode, tf32, compiles: the job's precision.encode, precision.tf32 and model.compile.
+    """
+    found = {name: environment[name] for name in environment if _is_arithmetic(name)}
+    for name in found:
+        del environment[name]
+    clauses = []
+    if (narrow := found.get("ACCELERATE_MIXED_PRECISION", "no")) not in ("no", encode):
+        clauses.append(f'ACCELERATE_MIXED_PRECISION={narrow} and the job precision.encode="{encode}"')
+    if (compiler := found.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower() != "no" and not compiles:
+        clauses.append(f"ACCELERATE_DYNAMO_BACKEND={compiler} and the job model.compile=false")
+    for name in TF32:
+        if name in found and (found[name] == "1") != tf32:
+            clauses.append(f"{name}={found[name]} and the job precision.tf32={str(tf32).lower()}")
+    return clauses
+
+
+def _is_arithmetic(name: str) -> bool:
+    return name in TF32 or (name.startswith(("ACCELERATE_", "FP8_")) and name not in PLACES)
+
+
+def join_world(encode: str = "fp32", tf32: bool = False, compiles: bool = False) -> World:
+    """Join the process group that the launcher's environment describes (accelerate, torchrun, deepspeed), or stay alone.
+
+    encode, tf32, compiles: as `take_arithmetic` takes them.
+    """
+    clauses = take_arithmetic(os.environ, encode, tf32, compiles)
     timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     keep_freed_memory()
     use_cpu = not torch.cuda.is_available()
@@ -117,7 +154,9 @@ def join_world() -> World:
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
     if num_launched > 1:  # naming a backend makes accelerate expect a group
         handlers.append(InitProcessGroupKwargs(backend="gloo" if use_cpu else "nccl", timeout=timeout))
-    accelerator = Accelerator(cpu=use_cpu, kwargs_handlers=handlers)
+    accelerator = Accelerator(cpu=use_cpu, mixed_precision="no", kwargs_handlers=handlers)
+    if clauses and accelerator.process_index == 0:
+        log.warning("the environment says %s; the job decides", ", ".join(clauses))
     if use_cpu and num_launched > 1:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     several = accelerator.num_processes > 1
