@@ -53,7 +53,11 @@ class _FSDP2(Parallel):
     """Every rank holds some rows of every parameter."""
 
     is_sharded = True
-    is_replicated = False
+
+    @property
+    def num_shards(self) -> int:
+        """All ranks hold one copy between them."""
+        return self._world.num_ranks
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by their names, sharded: a forward without backward leaves some gathered."""

@@ -1,7 +1,7 @@
 """Checkpoints: `encoder/` for the miner and for people, `state/` for resume, one manifest, one rename.
 
-The loop stops only while a copy is made; a thread writes it. Every rank writes its own part of the state, rank 0 waits for
-all parts, adds the encoder and publishes. The price is a copy of what a rank holds in the host's memory.
+The loop stops only while a copy is made; a thread writes it. Ranks write what they hold of the state, rank 0 waits for
+all parts, adds the encoder and publishes. The price is a copy of what a rank writes in the host's memory.
 """
 
 import copy
@@ -13,10 +13,12 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from trainer.errors import InputError
 from trainer.handoff.claim import Claim
@@ -54,17 +56,20 @@ class Saver:
         """
         self.wait()
         begun = time.perf_counter()
-        fragments = [self._copy(fragment) for fragment in state.kept_fragments()]
+        kept, writers = state.kept_fragments()
+        fragments = [self._copy(fragment) for fragment in kept]
         values = copy.deepcopy(state.values())  # lists among them grow while the thread writes
         # A rank that outlived its run's last start leaves its part where nobody looks.
         parts = checkpoints_folder(self._run) / f"{PARTS}{self._claim.number}-{checkpoint_name(state.step)}"
 
         def write() -> None:
             started = time.perf_counter()
-            parts.mkdir(parents=True, exist_ok=True)
-            write_part(parts / part_name(self._world.rank, self._world.num_ranks), fragments)
+            names = [part_name(rank, self._world.num_ranks) for rank in sorted(writers)]
+            if self._world.rank in writers:
+                parts.mkdir(parents=True, exist_ok=True)
+                write_part(parts / part_name(self._world.rank, self._world.num_ranks), fragments)
             if write_encoder is not None:
-                folder = self._publish(parts, values, write_encoder)
+                folder = self._publish(parts, names, values, write_encoder)
                 on_published()
                 log.info("step %d: saved %s, in %.1f s behind the loop", values["step"], folder, time.perf_counter() - started)
                 _warn_if_long(time.perf_counter() - begun)
@@ -111,14 +116,16 @@ class Saver:
         held.copy_(fragment.values)
         return Fragment(fragment.name, fragment.start, fragment.numel, held)
 
-    def _publish(self, parts: Path, values: dict[str, Any], write_encoder: Callable[[Path], dict[str, Any]]) -> Path:
+    def _publish(
+        self, parts: Path, names: list[str], values: dict[str, Any], write_encoder: Callable[[Path], dict[str, Any]]
+    ) -> Path:
         """Put all together, publish it and point LATEST at it; return the folder. Rank 0 only."""
         fields = {"step": values["step"]}
 
         def write(folder: Path) -> None:
             (folder / "encoder").mkdir()
             fields.update(write_encoder(folder / "encoder"))
-            self._wait_for_parts(parts)
+            self._wait_for_parts(parts, names)
             shutil.move(parts, folder / "state")
             (folder / "state" / "trainer.json").write_text(json.dumps(values))
 
@@ -128,9 +135,8 @@ class Saver:
         write_latest(folder.parent, folder.name)
         return folder
 
-    def _wait_for_parts(self, parts: Path) -> None:
+    def _wait_for_parts(self, parts: Path, names: list[str]) -> None:
         deadline = time.monotonic() + COLLECTIVE_TIMEOUT_S
-        names = [part_name(rank, self._world.num_ranks) for rank in range(self._world.num_ranks)]
         while missing := [name for name in names if not (parts / name).exists()]:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no checkpoint: {', '.join(missing)} did not come within {COLLECTIVE_TIMEOUT_S} s")
@@ -154,22 +160,44 @@ def clean_parts(run: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def load_weights(checkpoint: Checkpoint, encoder: torch.nn.Module) -> None:
-    """Take over the trained weights of a verified checkpoint into a bare encoder. Raises TornVersion."""
-    parts = Parts(checkpoint.folder / "state")
+def load_weights(checkpoint: Checkpoint, encoder: torch.nn.Module, world: World) -> None:
+    """Take over the trained weights of a verified checkpoint into a bare encoder. Raises TornVersion. Collective."""
+    parts = _open_parts(checkpoint, world)
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():
             if parameter.requires_grad:
-                parameter.copy_(parts.read(f"parameter.{name}", 0, parameter.numel()).view_as(parameter))
+                _read_for_all(parts, Fragment(f"parameter.{name}", 0, parameter.numel(), parameter.view(-1)), world)
 
 
-def load_state(checkpoint: Checkpoint, state: TrainState) -> None:
-    """Take over counters, moments and temperature of a verified checkpoint, on every rank."""
-    parts = Parts(checkpoint.folder / "state")
+def load_state(checkpoint: Checkpoint, state: TrainState, world: World) -> None:
+    """Take over counters, moments and temperature of a verified checkpoint, on every rank. Raises TornVersion. Collective."""
+    parts = _open_parts(checkpoint, world)
     state.load(json.loads((checkpoint.folder / "state" / "trainer.json").read_text()))
     for fragment in state.fragments():
         kind, _, name = fragment.name.partition(".")
+        if kind == "parameter":
+            continue
         if kind == "average" and not parts.numel(fragment.name):  # ema.decay was set later: it begins at the weights
-            fragment.values.copy_(parts.read(f"parameter.{name}", fragment.start, len(fragment.values)))
-        elif kind != "parameter":
+            fragment = replace(fragment, name=f"parameter.{name}")
+        if state.is_whole(kind):
+            _read_for_all(parts, fragment, world)
+        else:
             fragment.values.copy_(parts.read(fragment.name, fragment.start, len(fragment.values)))
+
+
+def _open_parts(checkpoint: Checkpoint, world: World) -> Parts:
+    """Return the parts of a checkpoint; only rank 0 opens those of which it reads nothing. Collective."""
+    folder = checkpoint.folder / "state"
+    parts = Parts(folder) if world.speaks else None
+    index = world.broadcast(None if parts is None else parts.index)
+    return Parts(folder, index) if parts is None else parts
+
+
+def _read_for_all(parts: Parts, fragment: Fragment, world: World) -> None:
+    """Fill what all ranks hold alike: rank 0 reads, the others hear it from there. Collective."""
+    values = fragment.values
+    parts.check(fragment.name, fragment.start, len(values))  # all ranks look, so that all of them raise
+    if world.speaks:
+        values.copy_(parts.read(fragment.name, fragment.start, len(values)))
+    if world.group is not None:
+        dist.broadcast(values, 0, group=world.control if values.device.type == "cpu" else world.group)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from gradcache import GradientSync
 from trainer.job import OptimSettings
 from trainer.optim import build_optimizer, moments_of
-from trainer.parts import Fragment
+from trainer.parts import Fragment, writing_share
 from trainer.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
@@ -23,7 +23,6 @@ class Parallel:
     """A model that is ready for steps: in one process, or whole on every rank under DDP."""
 
     is_sharded = False  # True: no rank can use the encoder by itself
-    is_replicated = True  # False: what a rank holds of weights and moments, no other does
 
     def __init__(self, encoder: nn.Module, module: nn.Module, sync: GradientSync, optim: OptimSettings, world: World):
         self.encoder = encoder  # the bare encoder, for its names and parameters
@@ -68,14 +67,22 @@ class Parallel:
             for kind, tensor in (("parameter", parameter), *((kind, moments[kind]) for kind in MOMENTS)):
                 yield self.fragment(f"{kind}.{name}", tensor.detach())
 
-    def kept_fragments(self) -> Iterator[Fragment]:
-        """Yield what this rank is to keep, so that all ranks together keep everything once."""
-        return self.kept(self.fragments(), self.is_replicated)
+    @property
+    def num_shards(self) -> int:
+        """How many ranks, one after the other, hold one copy of weights and moments between them."""
+        return 1
 
-    def kept(self, fragments: Iterable[Fragment], is_replicated: bool) -> Iterator[Fragment]:
-        """Yield this rank's share of fragments that every rank holds, or all that no other holds."""
-        for fragment in fragments:
-            yield fragment.share(self._world.rank, self._world.num_ranks) if is_replicated else fragment
+    def kept(self, fragments: Iterable[Fragment], num_shards: int) -> tuple[list[Fragment], set[int]]:
+        """Return what this rank is to keep, so that all ranks together keep everything once, and which ranks keep something.
+
+        fragments: what this rank holds. num_shards: ranks that hold a copy of it between them.
+        """
+        held, world = list(fragments), self._world
+        num_bytes = sum(4 * fragment.numel for fragment in held) // num_shards
+        shares = [writing_share(rank // num_shards, world.num_ranks // num_shards, num_bytes) for rank in range(world.num_ranks)]
+        own = shares[world.rank]
+        writers = {rank for rank, share in enumerate(shares) if share is not None}
+        return ([] if own is None else [fragment.share(*own) for fragment in held]), writers
 
     def fragment(self, name: str, tensor: Tensor) -> Fragment:
         """Return what this rank holds of a tensor that is laid out as a parameter is, as a view."""

@@ -1,14 +1,17 @@
-"""The format of a run's tensors on disk: each rank writes what it holds, and any number of ranks reads it back.
+"""The format of a run's tensors on disk: each rank writes what it alone holds, and any number of ranks reads it back.
 
 A tensor is a row of elements, whatever its shape; a part holds runs of elements, each with its place in its tensor. Every
 backend shards into such runs, so what one has written another can read, on more ranks or on fewer. Files are safetensors.
+Of what several ranks hold, as many write as there are PART_BYTES; a reader opens a file once, if it needs something of it.
 """
 
 import json
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -16,6 +19,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from trainer.handoff.manifest import TornVersion
+
+PART_BYTES = 64 * 2**20  # of a file at least, where several ranks could write it: hundreds of tiny ones burden a file server
+
+Index = dict[str, tuple[int, list[tuple[int, int, str]]]]  # of a tensor: its elements, and (start, stop, file) of its runs
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,14 @@ class Fragment:
         """Return a rank's part of a run that all ranks hold; sizes differ by one at most."""
         first, last = (len(self.values) * r // num_ranks for r in (rank, rank + 1))
         return Fragment(self.name, self.start + first, self.numel, self.values[first:last])
+
+
+def writing_share(copy: int, num_copies: int, num_bytes: int) -> tuple[int, int] | None:
+    """Return which share of how many the holder of a copy writes, None where others write all; writers are spread evenly."""
+    num_shares = min(num_copies, max(1, math.ceil(num_bytes / PART_BYTES)))
+    share = copy * num_shares // num_copies
+    is_first_of_share = copy == 0 or (copy - 1) * num_shares // num_copies != share
+    return (share, num_shares) if is_first_of_share else None
 
 
 def part_name(rank: int, num_ranks: int) -> str:
@@ -54,35 +69,51 @@ def write_part(path: Path, fragments: Iterable[Fragment]) -> None:
 class Parts:
     """All parts in a folder, read where they are needed."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, index: Index | None = None):
+        """index: `index` of another reader of the folder; None: opens every part."""
         self._folder = folder
-        self._runs: dict[str, list[tuple[int, int, Path]]] = {}  # (start, stop, file) of each tensor
-        self._numel: dict[str, int] = {}
-        for file in sorted(folder.glob("part-*.safetensors")):
-            with safe_open(file, framework="pt") as part:
-                places = json.loads(part.metadata()["places"])
-                for name, (start, numel) in places.items():
-                    stop = start + part.get_slice(name).get_shape()[0]
-                    self._runs.setdefault(name, []).append((start, stop, file))
-                    self._numel[name] = numel
+        self._opened: dict[str, Any] = {}
+        self.index = self._read_index() if index is None else index
 
     def names(self) -> list[str]:
         """Return the names of all tensors."""
-        return list(self._runs)
+        return list(self.index)
 
     def numel(self, name: str) -> int:
         """Return the elements of a whole tensor, 0 for one that is not there."""
-        return self._numel.get(name, 0)
+        return self.index.get(name, (0, []))[0]
+
+    def check(self, name: str, start: int, count: int) -> None:
+        """Raise TornVersion unless every one of `count` elements from `start` on is there; opens nothing."""
+        known = sum(stop - first for _, first, stop, _ in self._pieces(name, start, count))
+        if known != count:
+            raise TornVersion(f"{self._folder} holds {known} of the {count} elements of {name} from {start} on")
 
     def read(self, name: str, start: int, count: int) -> Tensor:
         """Return `count` elements from `start` on, float32; raises TornVersion where one is missing."""
-        found, known = torch.empty(count), 0
-        for first, last, file in self._runs.get(name, []):
-            low, high = max(first, start), min(last, start + count)
-            if low < high:
-                with safe_open(file, framework="pt") as part:
-                    found[low - start : high - start] = part.get_slice(name)[low - first : high - first]
-                known += high - low
-        if known != count:
-            raise TornVersion(f"{self._folder} holds {known} of the {count} elements of {name} from {start} on")
+        self.check(name, start, count)
+        found = torch.empty(count)
+        for run_start, first, stop, file in self._pieces(name, start, count):
+            found[first - start : stop - start] = self._open(file).get_slice(name)[first - run_start : stop - run_start]
         return found
+
+    def _pieces(self, name: str, start: int, count: int) -> Iterator[tuple[int, int, int, str]]:
+        """Yield (start of the run, first and last element wanted of it, file)."""
+        for run_start, run_stop, file in self.index.get(name, (0, []))[1]:
+            first, stop = max(run_start, start), min(run_stop, start + count)
+            if first < stop:
+                yield run_start, first, stop, file
+
+    def _open(self, file: str):
+        if file not in self._opened:  # stays mapped, without a file descriptor
+            self._opened[file] = safe_open(self._folder / file, framework="pt")
+        return self._opened[file]
+
+    def _read_index(self) -> Index:
+        index: Index = {}
+        for path in sorted(self._folder.glob("part-*.safetensors")):
+            part = self._open(path.name)
+            for name, (start, numel) in json.loads(part.metadata()["places"]).items():
+                _, runs = index.setdefault(name, (numel, []))
+                runs.append((start, start + part.get_slice(name).get_shape()[0], path.name))
+        return index

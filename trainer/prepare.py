@@ -93,7 +93,7 @@ def prepare(job: TrainJob, world: World) -> Training:
     set_tf32(job.precision)
     encoder, tokenizer, traits = load_encoder(job.model)
     if checkpoint is not None:
-        load_weights(checkpoint, encoder)
+        load_weights(checkpoint, encoder, world)
     job.loss.check_model(encoder.width)
     dataset = tokenized(job, data, tokenizer, traits)
     order = order_of(job, data, dataset)
@@ -101,7 +101,7 @@ def prepare(job: TrainJob, world: World) -> Training:
     plain = copy.deepcopy(encoder) if world.speaks or is_sharded(job.parallel, world) else None
     state = first_state(job, world, encoder)
     if checkpoint is not None:
-        load_state(checkpoint, state)
+        load_state(checkpoint, state, world)
         num_steps = state.step if state.early_stop.is_over else num_steps
         log.info("resumed from step %d of %d", state.step, num_steps)
     interrupt, saver = Interrupt(), Saver(run, world, claim)

@@ -38,11 +38,17 @@ class TrainState:
         """Yield what this rank holds of weights, moments and averages, as views."""
         return itertools.chain(self.parallel.fragments(), self.average.fragments())
 
-    def kept_fragments(self) -> Iterator[Fragment]:
-        """Yield what this rank is to keep of them."""
+    def is_whole(self, kind: str) -> bool:
+        """Return whether every rank holds all of a kind of fragments."""
+        return self.parallel.num_shards == 1 or (kind == "average" and not self.parallel.is_sharded)
+
+    def kept_fragments(self) -> tuple[list[Fragment], set[int]]:
+        """Return what this rank is to keep of them, and which ranks keep something."""
+        parallel = self.parallel
+        own, writers = parallel.kept(parallel.fragments(), parallel.num_shards)
         # Averages are laid out as parameters are, whoever shards the moments.
-        averages = self.parallel.kept(self.average.fragments(), not self.parallel.is_sharded)
-        return itertools.chain(self.parallel.kept_fragments(), averages)
+        averages, of_averages = parallel.kept(self.average.fragments(), parallel.num_shards if parallel.is_sharded else 1)
+        return own + averages, writers | of_averages
 
     def values(self) -> dict[str, Any]:
         """Return what JSON can hold: all but the tensors of the encoder."""

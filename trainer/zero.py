@@ -59,10 +59,15 @@ class _Zero(Parallel):
         super().__init__(encoder, encoder, NoSync(), optim, world)
         self._engine, *_ = deepspeed.initialize(model=encoder, optimizer=self.optimizer, config=engine_config(settings, optim))
         self._stage = int(settings.backend.removeprefix("zero"))
-        self.is_sharded, self.is_replicated = self._stage == 3, self._stage == 0
+        self.is_sharded = self._stage == 3
         self.module = self._engine
         self.sync = DeepSpeedSync(self._engine, reduce_every_chunk=settings.reduce == "chunk")
         self._make_moments()
+
+    @property
+    def num_shards(self) -> int:
+        """All ranks hold one copy of the moments between them, but in stage 0."""
+        return 1 if self._stage == 0 else self._world.num_ranks
 
     def update(self, scaler: torch.amp.GradScaler) -> float:
         """Let the engine clip and step. The scaler is one that does nothing."""

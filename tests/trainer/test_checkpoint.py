@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import trainer.checkpoint
+import trainer.parts
 from gradcache import Temperature, cached_step
 from tests.gradcache.test_backends import SETTINGS
 from tests.gradcache.test_step import TinyEncoder, make_batch
@@ -29,10 +30,12 @@ from trainer.world import COLLECTIVE_TIMEOUT_S, World
 
 OPTIM = OptimSettings(lr=1e-2, max_grad_norm=0.5)
 ROWS = {1: (8,), 2: (5, 3), 3: (4, 3, 1)}
+PART_BYTES = 64 * 2**10  # so small that several ranks write
 SHARDED = ["fsdp2", "zero1", "zero2", "zero3"]
 
 
 def world_of(rank, num_ranks):
+    trainer.parts.PART_BYTES = PART_BYTES  # type: ignore[attr-defined]
     os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(num_ranks))
     group = dist.group.WORLD if num_ranks > 1 else None
     prepare = SimpleNamespace(prepare_model=lambda model: DistributedDataParallel(model, broadcast_buffers=False))
@@ -46,14 +49,14 @@ def prepared(world, backend, dropout, folder=None):
     encoder, plain = (TinyEncoder(0, dropout).train() for _ in range(2))
     temperature = Temperature(0.1, learnable=True)
     if folder is not None:
-        load_weights(open_checkpoint(folder), encoder)
+        load_weights(open_checkpoint(folder), encoder, world)
     parallel = parallelize(encoder, world, ParallelSettings(backend=backend), OPTIM)
     of_temperature = torch.optim.AdamW(temperature.parameters(), lr=1e-2, weight_decay=0.0)
     average = build_average(parallel, EmaSettings(decay=None if backend == "zero3" else 0.5))
     decisions = EarlyStop(StopSettings()), RollBack(StopSettings())
     state = TrainState(parallel, temperature, of_temperature, torch.amp.GradScaler(enabled=False), average, *decisions)
     if folder is not None:
-        load_state(open_checkpoint(folder), state)
+        load_state(open_checkpoint(folder), state, world)
     return state, plain
 
 
@@ -161,6 +164,23 @@ def resume(rank, num_ranks, backend, dropout, run):
     assert state.step == 2 and state.parallel.num_updates == 2
     take_steps(world, state, 2)
     return weights(state, plain)
+
+
+def count_opens(rank, num_ranks, backend, run):
+    """Resume; return the names of the parts that this rank opened, one entry a time."""
+    opened, original = [], trainer.parts.safe_open
+    trainer.parts.safe_open = lambda path, **how: opened.append(path.name) or original(path, **how)  # type: ignore[attr-defined]
+    prepared(world_of(rank, num_ranks), backend, 0.0, run / "checkpoints" / "step-00000002")
+    return opened
+
+
+def test_rank_0_reads_for_all_under_ddp(tmp_path):
+    run_ranks(save_then_go_on, 3, 3, "ddp", 0.0, tmp_path)
+    names = [path.name for path in sorted((tmp_path / "checkpoints" / "step-00000002" / "state").glob("part-*"))]
+    assert len(names) == 3
+    first, *others = run_ranks(count_opens, 3, 3, "ddp", tmp_path)
+    assert sorted(first) == sorted(2 * names), "once for the weights, and once for the state"
+    assert others == [[], []]
 
 
 def assert_close(actual, expected, exactly=False):
