@@ -36,7 +36,7 @@ from trainer.job import TrainJob
 from trainer.metrics import Metrics, NoMetrics, NoStatus, Status, TrainerMetrics, check_trackers
 from trainer.mined_clusters import MinedClusters
 from trainer.optim import build_schedule
-from trainer.precision import encode_in, loss_scaler, set_tf32
+from trainer.precision import DTYPES, encode_in, loss_scaler, set_tf32
 from trainer.state import TrainState
 from trainer.tasks import Task, build_tasks
 from trainer.world import World
@@ -174,7 +174,7 @@ def open_feed(
 
 def first_state(job: TrainJob, world: World, encoder: Encoder) -> TrainState:
     """Return the state before the first step, the encoder under its backend. Collective."""
-    parallel = parallelize(encoder, world, job.parallel, job.optim)
+    parallel = parallelize(encoder, world, job.parallel, job.optim, DTYPES[job.precision.encode])
     temperature = Temperature(job.loss.temperature, job.loss.learn_temperature).to(world.device)
     return TrainState(
         parallel,

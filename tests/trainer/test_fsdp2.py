@@ -1,0 +1,102 @@
+"""FSDP2 as the trainer uses it: what its ranks gather, and that half precision is that of one process."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
+
+from gradcache import Temperature, cached_step, reference_step
+from tests.gradcache.test_backends import SETTINGS, full_gradients
+from tests.gradcache.test_step import TinyEncoder, make_batch
+from tests.ranks import run_ranks
+from tests.trainer.worlds import world_of
+from trainer.backends import parallelize
+from trainer.job import OptimSettings, ParallelSettings, PrecisionSettings
+from trainer.precision import DTYPES, encode_in
+
+ROWS = (5, 3)
+LAYER_BYTES = 4 * sum(p.numel() for p in TinyEncoder(0, 0.0).bert.encoder.layer.parameters())
+
+
+def build():
+    """Return an encoder whose layers matter beside the residuals, and whose norms' weights are none that bfloat16 has."""
+    encoder, temperature = TinyEncoder(0, 0.2).train(), Temperature(0.1, learnable=True)
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            if "LayerNorm" in name:
+                parameter.add_(torch.randn(parameter.shape) / 10)
+            elif "layer" in name:
+                parameter.mul_(8)
+    return encoder, temperature
+
+
+def count_gathers():
+    """Count from now on what FSDP gathers: a list of (dtype, bytes of the whole)."""
+    gathered, original = [], collectives.DefaultAllGather.__call__
+
+    def counted(self, output_tensor, *args, **kwargs):
+        gathered.append((output_tensor.dtype, output_tensor.nbytes))
+        return original(self, output_tensor, *args, **kwargs)
+
+    collectives.DefaultAllGather.__call__ = counted
+    return gathered
+
+
+def one_step(rank, encode, settings=None, keep_graphs=1):
+    """Take a step; return the loss, whole gradients, what was gathered, and the bytes of weights' copies in graphs."""
+    encoder, temperature = build()
+    world = world_of(rank)
+    parallel = parallelize(encoder, world, settings or ParallelSettings(backend="fsdp2"), OptimSettings(), DTYPES[encode])
+    called = encode_in(parallel.module, PrecisionSettings(encode=encode), world.device)
+    shapes = {shape for p in encoder.bert.encoder.layer.parameters() if p.ndim == 2 for shape in (p.shape, p.shape[::-1])}
+    gathered, saved = count_gathers(), []
+
+    def pack(tensor):
+        if tensor.dtype == torch.bfloat16 and tensor.shape in shapes and tensor.untyped_storage().nbytes() == tensor.nbytes:
+            saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        called(make_batch(rank, 3, [called]).towers[0].load(torch.arange(2)))
+    list(parallel.trained())  # gathered weights are freed
+    copied = sum(tensor.untyped_storage().nbytes() for tensor in saved)
+    saved.clear()
+    gathered.clear()
+    result = cached_step(
+        make_batch(rank, ROWS[rank], [called]),
+        temperature=temperature,
+        sync=parallel.sync,
+        group=dist.group.WORLD,
+        keep_graphs=keep_graphs,
+        **SETTINGS,
+    )
+    return result.loss, full_gradients([encoder], temperature), gathered, copied
+
+
+def reference(encode):
+    encoder, temperature = build()
+    called = encode_in(encoder, PrecisionSettings(encode=encode), torch.device("cpu"))
+    batches = [make_batch(rank, rows, [called]) for rank, rows in enumerate(ROWS)]
+    loss = reference_step(batches, temperature=temperature, equal_chunks=True, **SETTINGS)
+    return loss, full_gradients([encoder], temperature)
+
+
+def off(found, wanted):
+    """Return how far off gradients are: the norm of the difference over the norm, of all the encoder's parameters together."""
+    named = [name for name in wanted if name.startswith("tower")]
+    a, b = (torch.cat([gradients[name].double().flatten() for name in named]) for gradients in (found, wanted))
+    assert float(b.norm()) > 0
+    return float((a - b).norm() / b.norm())
+
+
+def test_bfloat16_under_fsdp2_is_bfloat16_in_one_process():
+    """Norms see weights of 8 bits, which is one more rounding next to that of both factors of every product."""
+    exact, narrow = reference("fp32"), reference("bf16")
+    rounding = off(narrow[1], exact[1])
+    assert 1e-3 < rounding < 5e-2, "autocast is at work"
+    for loss, gradients, gathered, copied in run_ranks(one_step, 2, "bf16"):
+        assert loss == pytest.approx(narrow[0], rel=2e-3)
+        assert off(gradients, narrow[1]) < 2 * rounding and off(gradients, exact[1]) < 2 * rounding
+        layers = [nbytes for dtype, nbytes in gathered if dtype == torch.bfloat16]
+        assert set(layers) == {LAYER_BYTES // 4}, "a layer at a time, in half the bytes"
+        assert copied == 0, "no copy of a weight in bfloat16 waits for the backward"
