@@ -158,18 +158,26 @@ class FSDP2Sync:
 
     reduce_every_chunk: reduce-scatter behind each chunk instead of once a step. The gradients that wait for the one
     reduction are not sharded: a copy of all parameters. Reducing every chunk keeps only a shard, for the traffic.
+    reshard_every_backward: False keeps parameters whole until a step's last backward; for modules that `fully_shard` made with
+    `reshard_after_forward=False`, which then gather once a step instead of once a chunk.
     """
 
     communicates_in_forward = True
 
-    def __init__(self, *modules: FSDPModule, reduce_every_chunk: bool = False):
+    def __init__(self, *modules: FSDPModule, reduce_every_chunk: bool = False, reshard_every_backward: bool = True):
         self._modules = modules
         self._reduce_every_chunk = reduce_every_chunk
+        self._reshard_every_backward = reshard_every_backward
+        # Looked up now: in a step all parameters may be whole, and tell nothing of their mesh.
+        parameters = [p for module in modules for p in cast(nn.Module, module).parameters()]
+        (mesh,) = {p.device_mesh for p in parameters if isinstance(p, DTensor)}
+        self._num_ranks = float(mesh.size())
 
     def hold(self) -> None:
         """Let backwards accumulate without reducing."""
         for module in self._modules:
             module.set_requires_gradient_sync(self._reduce_every_chunk)
+            module.set_reshard_after_backward(self._reshard_every_backward)
 
     def backward(self, surrogate: Tensor) -> None:
         """Run it; it gathers parameters."""
@@ -178,6 +186,8 @@ class FSDP2Sync:
 
     def last_backward(self, surrogate: Tensor) -> None:
         """Run the last backward; FSDP reduces what has accumulated, of one module while it runs, of several behind it."""
+        for module in self._modules:
+            module.set_reshard_after_backward(True)
         if len(self._modules) == 1:
             self._modules[0].set_requires_gradient_sync(True)
             self.backward(surrogate)
@@ -190,10 +200,7 @@ class FSDP2Sync:
 
     def gradient_scale(self) -> float:
         """Return W: FSDP divides the sum by it."""
-        (mesh,) = {
-            p.device_mesh for module in self._modules for p in cast(nn.Module, module).parameters() if isinstance(p, DTensor)
-        }
-        return float(mesh.size())
+        return self._num_ranks
 
     def can_forget_gradients(self) -> bool:
         """Return False: other ranks would not run the backwards again."""

@@ -32,9 +32,9 @@ def with_fsdp2(
     for layer in encoder.layers() if isinstance(encoder, Encoder) else layers_of(encoder):
         if dtype != torch.float32:
             _widen_norms(layer)
-        fully_shard(layer, mp_policy=policy)
+        fully_shard(layer, mp_policy=policy, reshard_after_forward=settings.reshard_after_forward)
     module: FSDPModule = fully_shard(encoder)
-    sync = FSDP2Sync(module, reduce_every_chunk=settings.reduce == "chunk")
+    sync = FSDP2Sync(module, reduce_every_chunk=settings.reduce == "chunk", reshard_every_backward=settings.reshard_after_forward)
     return _FSDP2(encoder, encoder, sync, optim, world)
 
 

@@ -69,6 +69,9 @@ class ParallelSettings:
     """What keeps the ranks' weights alike, and shards them: DDP, FSDP2, or a stage of DeepSpeed's ZeRO."""
     reduce: Literal["step", "chunk"] = "step"
     """With "chunk" fsdp2, zero2 and zero3 keep shards of gradients, for more traffic."""
+    reshard_after_forward: bool = True
+    """With fsdp2: free a layer's weights behind each forward, and gather them three times a chunk. false: layers stay whole from a
+    step's first forward to its last backward; gathered once a step, for the memory of a copy in what precision.encode says."""
     deepspeed: Path | None = None
     """With zero0 to zero3: a JSON file of DeepSpeed's own settings; launch/deepspeed/ has some."""
     offload: bool = False
@@ -80,6 +83,8 @@ class ParallelSettings:
                 f'parallel.reduce="chunk" saves nothing with parallel.backend="{self.backend}", which keeps whole gradients; '
                 'set parallel.reduce="step", or parallel.backend to fsdp2, zero2 or zero3'
             )
+        if not self.reshard_after_forward and self.backend != "fsdp2":
+            raise InputError(f'parallel.reshard_after_forward=false needs parallel.backend="fsdp2", found "{self.backend}"')
         if self.deepspeed is not None and not self.backend.startswith("zero"):
             raise InputError(f'parallel.deepspeed is for parallel.backend zero0 to zero3, found "{self.backend}"')
         if self.deepspeed is not None:

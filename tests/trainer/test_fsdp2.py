@@ -8,9 +8,11 @@ from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
 from gradcache import Temperature, cached_step, reference_step
 from tests.gradcache.test_backends import SETTINGS, full_gradients
 from tests.gradcache.test_step import TinyEncoder, make_batch
+from tests.gradients import assert_same_gradients
 from tests.ranks import run_ranks
 from tests.trainer.worlds import world_of
 from trainer.backends import parallelize
+from trainer.errors import InputError
 from trainer.job import OptimSettings, ParallelSettings, PrecisionSettings
 from trainer.precision import DTYPES, encode_in
 
@@ -100,3 +102,25 @@ def test_bfloat16_under_fsdp2_is_bfloat16_in_one_process():
         layers = [nbytes for dtype, nbytes in gathered if dtype == torch.bfloat16]
         assert set(layers) == {LAYER_BYTES // 4}, "a layer at a time, in half the bytes"
         assert copied == 0, "no copy of a weight in bfloat16 waits for the backward"
+
+
+def gathers_of_layers(rank, resharding):
+    """Return how often a step gathered layers, and whether any weight is left whole behind it."""
+    settings = ParallelSettings(backend="fsdp2", reshard_after_forward=resharding)
+    loss, gradients, gathered, _ = one_step(rank, "fp32", settings, keep_graphs=0)
+    return loss, gradients, sum(nbytes == LAYER_BYTES // 2 for _, nbytes in gathered)
+
+
+def test_layers_are_gathered_three_times_a_chunk_or_once_a_step():
+    wanted_loss, wanted = reference("fp32")
+    for resharding in (True, False):
+        for loss, gradients, times in run_ranks(gathers_of_layers, 2, resharding):
+            assert loss == pytest.approx(wanted_loss, rel=1e-5)
+            assert_same_gradients(gradients, wanted)
+            # two layers; a chunk is encoded without graph, with graph, and goes backward
+            assert times == 2 if not resharding else (times % 6 == 0 and times > 6)
+
+
+def test_what_only_fsdp2_can_do_is_refused_elsewhere():
+    with pytest.raises(InputError, match=r'reshard_after_forward=false needs parallel\.backend="fsdp2", found "ddp"'):
+        ParallelSettings(reshard_after_forward=False)
