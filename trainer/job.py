@@ -72,6 +72,8 @@ class ParallelSettings:
     reshard_after_forward: bool = True
     """With fsdp2: free a layer's weights behind each forward, and gather them three times a chunk. false: layers stay whole from a
     step's first forward to its last backward; gathered once a step, for the memory of a copy in what precision.encode says."""
+    shard_group: Literal["all", "node"] = "all"
+    """With fsdp2: the ranks that hold one copy between them; those of a node take more memory, and less traffic between nodes."""
     deepspeed: Path | None = None
     """With zero0 to zero3: a JSON file of DeepSpeed's own settings; launch/deepspeed/ has some."""
     offload: bool = False
@@ -85,6 +87,8 @@ class ParallelSettings:
             )
         if not self.reshard_after_forward and self.backend != "fsdp2":
             raise InputError(f'parallel.reshard_after_forward=false needs parallel.backend="fsdp2", found "{self.backend}"')
+        if self.shard_group == "node" and self.backend != "fsdp2":
+            raise InputError(f'parallel.shard_group="node" needs parallel.backend="fsdp2", found "{self.backend}"')
         if self.deepspeed is not None and not self.backend.startswith("zero"):
             raise InputError(f'parallel.deepspeed is for parallel.backend zero0 to zero3, found "{self.backend}"')
         if self.deepspeed is not None:

@@ -44,6 +44,7 @@ class World:
     group: dist.ProcessGroup | None  # for tensors on the device; None: alone
     control: dist.ProcessGroup | None  # for small messages on the CPU, between steps; None: alone
     accelerator: Accelerator
+    ranks_per_node: int = 1  # of this rank's node
 
     @property
     def speaks(self) -> bool:
@@ -167,6 +168,7 @@ def join_world(encode: str = "fp32", tf32: bool = False, compiles: bool = False)
         group=dist.group.WORLD if several else None,
         control=dist.new_group(backend="gloo", timeout=timeout) if several else None,
         accelerator=accelerator,
+        ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)),
     )
 
 

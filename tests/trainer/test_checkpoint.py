@@ -24,12 +24,14 @@ from trainer.handoff.manifest import versions
 from trainer.handoff.weights import open_checkpoint
 from trainer.job import EmaSettings, OptimSettings, ParallelSettings, PrecisionSettings, TrainJob
 from trainer.parallel import copy_weights
-from trainer.parts import write_part
+from trainer.parts import Parts, write_part
 from trainer.state import TrainState
 from trainer.world import COLLECTIVE_TIMEOUT_S, World
 
 OPTIM = OptimSettings(lr=1e-2, max_grad_norm=0.5)
-ROWS = {1: (8,), 2: (5, 3), 3: (4, 3, 1)}
+ROWS = {1: (8,), 2: (5, 3), 3: (4, 3, 1), 4: (4, 0, 3, 1)}
+HYBRID = "fsdp2 on two nodes"
+SETTINGS_OF = {HYBRID: ParallelSettings(backend="fsdp2", shard_group="node")}
 PART_BYTES = 64 * 2**10  # so small that several ranks write
 SHARDED = ["fsdp2", "zero1", "zero2", "zero3"]
 
@@ -39,7 +41,7 @@ def world_of(rank, num_ranks):
     os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(num_ranks))
     group = dist.group.WORLD if num_ranks > 1 else None
     prepare = SimpleNamespace(prepare_model=lambda model: DistributedDataParallel(model, broadcast_buffers=False))
-    return World(rank, num_ranks, torch.device("cpu"), group, group, prepare)  # type: ignore[arg-type]
+    return World(rank, num_ranks, torch.device("cpu"), group, group, prepare, ranks_per_node=2)  # type: ignore[arg-type]
 
 
 def prepared(world, backend, dropout, folder=None):
@@ -50,7 +52,7 @@ def prepared(world, backend, dropout, folder=None):
     temperature = Temperature(0.1, learnable=True)
     if folder is not None:
         load_weights(open_checkpoint(folder), encoder, world)
-    parallel = parallelize(encoder, world, ParallelSettings(backend=backend), OPTIM)
+    parallel = parallelize(encoder, world, SETTINGS_OF.get(backend) or ParallelSettings(backend=backend), OPTIM)
     of_temperature = torch.optim.AdamW(temperature.parameters(), lr=1e-2, weight_decay=0.0)
     average = build_average(parallel, EmaSettings(decay=None if backend == "zero3" else 0.5))
     decisions = EarlyStop(StopSettings()), RollBack(StopSettings())
@@ -215,6 +217,31 @@ def test_a_checkpoint_of_one_backend_opens_under_another(tmp_path, other):
         assert_close(found, wanted)
     for found in run_ranks(resume, 2, 2, "ddp", 0.0, tmp_path / other):
         assert_close(found, wanted)
+
+
+def test_a_checkpoint_of_two_nodes_with_a_copy_each_holds_everything_once_and_opens_anywhere(tmp_path):
+    wanted = run_ranks(save_then_go_on, 4, 4, "ddp", 0.0, tmp_path / "ddp")[0]
+    for found in run_ranks(save_then_go_on, 4, 4, HYBRID, 0.0, tmp_path / "hybrid"):
+        assert_close(found, wanted)
+    parts, of_ddp = (Parts(tmp_path / name / "checkpoints" / "step-00000002" / "state") for name in ("hybrid", "ddp"))
+    assert sorted(parts.names()) == sorted(of_ddp.names())
+    for name, (numel, runs) in parts.index.items():
+        assert sum(stop - start for start, stop, _ in runs) == numel == of_ddp.numel(name), "everything once"
+        torch.testing.assert_close(parts.read(name, 0, numel), of_ddp.read(name, 0, numel), atol=1e-5, rtol=1e-4)
+    assert len({file for _, runs in parts.index.values() for _, _, file in runs}) == 4, "copies share the writing"
+    for found in run_ranks(resume, 4, 4, HYBRID, 0.0, tmp_path / "ddp"):
+        assert_close(found, wanted)
+    # Two ranks take other rows of the same batches, so only the state is compared.
+    for found in run_ranks(state_of, 2, 2, "ddp", 0.0, tmp_path / "hybrid"):
+        assert found.keys() == {name for name in parts.names() if not name.startswith("parameter")}
+        for name, values in found.items():
+            assert torch.equal(values, parts.read(name, 0, len(values))), name
+
+
+def state_of(rank, num_ranks, backend, dropout, run):
+    """Return moments and averages as a rank holds them after a resume."""
+    state, _ = prepared(world_of(rank, num_ranks), backend, dropout, run / "checkpoints" / "step-00000002")
+    return {f.name: f.values.clone() for f in state.fragments() if not f.name.startswith("parameter")}
 
 
 def test_float16_is_refused_where_nothing_scales_it():

@@ -17,6 +17,7 @@ from trainer.job import OptimSettings, ParallelSettings, PrecisionSettings
 from trainer.precision import DTYPES, encode_in
 
 ROWS = (5, 3)
+NODE_ROWS = (4, 0, 3, 1)  # of two nodes with two ranks each
 LAYER_BYTES = 4 * sum(p.numel() for p in TinyEncoder(0, 0.0).bert.encoder.layer.parameters())
 
 
@@ -121,6 +122,40 @@ def test_layers_are_gathered_three_times_a_chunk_or_once_a_step():
             assert times == 2 if not resharding else (times % 6 == 0 and times > 6)
 
 
+def steps_on_two_nodes(rank):
+    """Take a step with a copy on each of two nodes; return it, and what another number of ranks on a node is told."""
+    settings = ParallelSettings(backend="fsdp2", shard_group="node")
+    encoder, temperature = build()
+    parallel = parallelize(encoder, world_of(rank, 2), settings, OptimSettings())
+    assert parallel.num_shards == 2
+    batch = make_batch(rank, NODE_ROWS[rank], [parallel.module])
+    result = cached_step(batch, temperature=temperature, sync=parallel.sync, group=dist.group.WORLD, keep_graphs=1, **SETTINGS)
+    held = sum(p.to_local().numel() for p in parallel.trained().values())
+    refused = []
+    for ranks_of_a_node in (3, 1 if rank == 0 else 3):
+        try:
+            parallelize(encoder, world_of(rank, ranks_of_a_node), settings, OptimSettings())
+        except InputError as error:
+            refused.append(str(error))
+    return result.loss, full_gradients([encoder], temperature), held, refused
+
+
+def test_a_copy_on_each_node_gives_the_references_gradient_and_uneven_nodes_are_refused():
+    encoder, temperature = build()
+    batches = [make_batch(rank, rows, [encoder]) for rank, rows in enumerate(NODE_ROWS)]
+    wanted_loss = reference_step(batches, temperature=temperature, equal_chunks=True, **SETTINGS)
+    wanted = full_gradients([encoder], temperature)
+    numel = sum(p.numel() for p in encoder.parameters())
+    for loss, gradients, held, refused in run_ranks(steps_on_two_nodes, 4):
+        assert loss == pytest.approx(wanted_loss, rel=1e-5)
+        assert_same_gradients(gradients, wanted)
+        assert abs(held - numel / 2) < numel / 50, "half of it, not a quarter"
+        assert [len(refused), *("found 4 in all and" in said for said in refused)] == [2, True, True]
+        assert "1 to 3 on a node (LOCAL_WORLD_SIZE)" in refused[1]
+
+
 def test_what_only_fsdp2_can_do_is_refused_elsewhere():
     with pytest.raises(InputError, match=r'reshard_after_forward=false needs parallel\.backend="fsdp2", found "ddp"'):
         ParallelSettings(reshard_after_forward=False)
+    with pytest.raises(InputError, match=r'shard_group="node" needs parallel\.backend="fsdp2", found "zero3"'):
+        ParallelSettings(backend="zero3", shard_group="node")
