@@ -25,10 +25,12 @@ def parallelize(
 ) -> Parallel:
     """Return the encoder, on its device, under the backend. Collective. One rank needs none, but for DeepSpeed.
 
+    An encoder on the meta device is left with weights that `take_weights` has to fill; only FSDP2 takes one.
     encode_dtype: what a step encodes in; of use to backends that gather weights.
     Raises InputError where a backend is not installed.
     """
-    encoder = encoder.to(world.device)
+    if not any(parameter.is_meta for parameter in encoder.parameters()):
+        encoder = encoder.to(world.device)
     if settings.backend.startswith("zero"):
         from trainer.zero import with_deepspeed
 

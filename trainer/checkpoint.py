@@ -170,12 +170,15 @@ def load_weights(checkpoint: Checkpoint, encoder: torch.nn.Module, world: World)
 
 
 def load_state(checkpoint: Checkpoint, state: TrainState, world: World) -> None:
-    """Take over counters, moments and temperature of a verified checkpoint, on every rank. Raises TornVersion. Collective."""
+    """Take over counters, moments and temperature of a verified checkpoint, on every rank. Raises TornVersion. Collective.
+
+    Under FSDP2 also the trained weights: each rank reads its own rows.
+    """
     parts = _open_parts(checkpoint, world)
     state.load(json.loads((checkpoint.folder / "state" / "trainer.json").read_text()))
     for fragment in state.fragments():
         kind, _, name = fragment.name.partition(".")
-        if kind == "parameter":
+        if kind == "parameter" and not state.parallel.takes_weights:
             continue
         if kind == "average" and not parts.numel(fragment.name):  # ema.decay was set later: it begins at the weights
             fragment = replace(fragment, name=f"parameter.{name}")

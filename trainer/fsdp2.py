@@ -40,6 +40,8 @@ def with_fsdp2(
             _widen_norms(layer)
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=settings.reshard_after_forward)
     module: FSDPModule = fully_shard(encoder, mesh=mesh)
+    if any(parameter.is_meta for parameter in encoder.parameters()):
+        encoder.to_empty(device=world.device)  # only shards
     sync = FSDP2Sync(module, reduce_every_chunk=settings.reduce == "chunk", reshard_every_backward=settings.reshard_after_forward)
     return _FSDP2(encoder, sync, optim, world, mesh)
 
@@ -63,6 +65,7 @@ class _FSDP2(Parallel):
     """Every rank holds some rows of every parameter; with a copy on each node, the same rank of other nodes holds the same."""
 
     is_sharded = True
+    takes_weights = True
 
     def __init__(self, encoder: nn.Module, sync: FSDP2Sync, optim: OptimSettings, world: World, mesh: DeviceMesh):
         super().__init__(encoder, encoder, sync, optim, world)

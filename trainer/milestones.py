@@ -15,7 +15,7 @@ from trainer.evaluate import evaluate
 from trainer.handoff.manifest import prune, write_atomically
 from trainer.handoff.weights import checkpoints_folder
 from trainer.job import TrainJob
-from trainer.parallel import copy_weights
+from trainer.parallel import copy_weights, fill_copy
 from trainer.prepare import Training
 
 log = logging.getLogger(__name__)
@@ -113,10 +113,13 @@ def evaluable(run: Training) -> Iterator[Encoder]:
         return
     assert run.plain is not None
     run.saver.wait()
+    plain, home = run.plain, next(run.plain.parameters()).device  # meta: this rank has no copy between evaluations
+    has_frozen_copy = run.job.model.quantize is not None  # 4-bit weights are on every rank, and cannot be sent
+    plain.to(run.world.device) if has_frozen_copy else plain.to_empty(device=run.world.device)
     with average.swapped_in():
-        copy_weights(parallel, run.plain)
-    yield run.plain.to(run.world.device)
-    run.plain.to("cpu")
+        copy_weights(parallel, plain) if has_frozen_copy else fill_copy(parallel, plain)
+    yield plain
+    plain.to(home)
 
 
 def _evaluated(run: Training, split: str, phase: str) -> dict[str, float]:

@@ -17,12 +17,14 @@ from trainer.parts import Fragment, writing_share
 from trainer.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
+PIECE_NUMEL = 2**24  # of a weight, sent to all ranks at once: 64 MiB of float32
 
 
 class Parallel:
     """A model that is ready for steps: in one process, or whole on every rank under DDP."""
 
     is_sharded = False  # True: no rank can use the encoder by itself
+    takes_weights = False  # True: what is copied into fragments of parameters takes effect on shards
 
     def __init__(self, encoder: nn.Module, module: nn.Module, sync: GradientSync, optim: OptimSettings, world: World):
         self.encoder = encoder  # the bare encoder, for its names and parameters
@@ -52,10 +54,12 @@ class Parallel:
         """Return whole copies of all trained parameters' gradients, on every rank. Collective."""
         return {name: None if p.grad is None else _whole(p.grad).clone() for name, p in self.trained().items()}
 
-    def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the trained parameters, whole, one after the other, on every rank. Collective if sharded."""
-        for name, parameter in self.trained().items():
-            yield name, _whole(parameter.detach())
+    def whole_parameters(self, with_frozen: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Yield the trained parameters, or all, whole, one after the other, on every rank. Collective if sharded."""
+        trained = self.trained()
+        for name, parameter in self.encoder.named_parameters():
+            if with_frozen or name in trained:
+                yield name, _whole(parameter.detach())
 
     def fragments(self) -> Iterator[Fragment]:
         """Yield what this rank holds of weights and moments, as views: what is copied into them takes effect.
@@ -110,6 +114,36 @@ def copy_weights(parallel: Parallel, encoder: nn.Module | None) -> None:
         for name, values in parallel.whole_parameters():
             if name in own:
                 own[name].copy_(values)
+
+
+def fill_copy(parallel: Parallel, encoder: nn.Module) -> None:
+    """Copy all weights and buffers into a plain encoder that has its own memory and no values yet. Collective if sharded."""
+    own = dict(encoder.named_parameters())
+    with torch.no_grad():
+        for name, values in parallel.whole_parameters(with_frozen=True):
+            own[name].copy_(values)
+        for name, buffer in parallel.encoder.named_buffers():
+            encoder.get_buffer(name).copy_(buffer)
+
+
+@torch.no_grad()
+def take_weights(parallel: Parallel, plain: nn.Module | None, world: World) -> None:
+    """Fill what this rank holds of all weights, and its buffers, from rank 0's plain encoder, a piece at a time. Collective."""
+    assert world.group is not None
+    parallel.trained()  # all are sharded now
+    own = {} if plain is None else {**dict(plain.named_parameters()), **dict(plain.named_buffers())}
+    places = [parallel.fragment(name, parameter.detach()) for name, parameter in parallel.encoder.named_parameters()]
+    places += [Fragment(name, 0, buffer.numel(), buffer.view(-1)) for name, buffer in parallel.encoder.named_buffers()]
+    for place in places:
+        for start in range(0, place.numel, PIECE_NUMEL):
+            count = min(PIECE_NUMEL, place.numel - start)
+            piece = place.values.new_empty(count)
+            if world.speaks:
+                piece.copy_(own[place.name].view(-1)[start : start + count])
+            torch.distributed.broadcast(piece, 0, group=world.group)
+            first, stop = max(start, place.start), min(start + count, place.start + len(place.values))
+            if first < stop:
+                place.values[first - place.start : stop - place.start] = piece[first - start : stop - start]
 
 
 def _whole(tensor: Tensor) -> Tensor:

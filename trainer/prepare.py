@@ -3,7 +3,6 @@
 A run folder that holds a whole checkpoint is resumed from it, an empty one is started.
 """
 
-import copy
 import logging
 import math
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from torch.optim import AdamW
 from transformers import PreTrainedTokenizerBase
 
 from gradcache import Budget, Temperature
-from trainer.backends import is_sharded, parallelize
+from trainer.backends import parallelize
 from trainer.checkpoint import Saver, clean_parts, load_state, load_weights
 from trainer.data.collate import TrainingSet, given_negatives, training_set
 from trainer.data.datasets import RetrievalData, open_data
@@ -23,7 +22,7 @@ from trainer.data.order import build_order
 from trainer.data.sampler import Order
 from trainer.early_stop import EarlyStop, RollBack
 from trainer.ema import build_average
-from trainer.encoder.model import Encoder, Traits, load_encoder
+from trainer.encoder.model import Encoder, Traits
 from trainer.encoder.tokens import tokenize_side
 from trainer.errors import InputError
 from trainer.evaluate import judged_queries
@@ -33,9 +32,11 @@ from trainer.handoff.manifest import clean_staging
 from trainer.handoff.weights import Checkpoint, checkpoints_folder, newest_checkpoint
 from trainer.interrupt import Interrupt
 from trainer.job import TrainJob
+from trainer.loading import Loaded, is_empty, load
 from trainer.metrics import Metrics, NoMetrics, NoStatus, Status, TrainerMetrics, check_trackers
 from trainer.mined_clusters import MinedClusters
 from trainer.optim import build_schedule
+from trainer.parallel import take_weights
 from trainer.precision import DTYPES, encode_in, loss_scaler, set_tf32
 from trainer.state import TrainState
 from trainer.tasks import Task, build_tasks
@@ -91,15 +92,15 @@ def prepare(job: TrainJob, world: World) -> Training:
             "or set run.folder to a new folder"
         )
     set_tf32(job.precision)
-    encoder, tokenizer, traits = load_encoder(job.model)
-    if checkpoint is not None:
+    loaded = load(job, world)
+    encoder, tokenizer, traits = loaded.encoder, loaded.tokenizer, loaded.traits
+    if checkpoint is not None and not is_empty(encoder):
         load_weights(checkpoint, encoder, world)
     job.loss.check_model(encoder.width)
     dataset = tokenized(job, data, tokenizer, traits)
     order = order_of(job, data, dataset)
     num_steps = job.optim.steps or max(1, math.ceil(job.optim.epochs * order.steps_per_epoch))
-    plain = copy.deepcopy(encoder) if world.speaks or is_sharded(job.parallel, world) else None
-    state = first_state(job, world, encoder)
+    state = first_state(job, world, loaded)
     if checkpoint is not None:
         load_state(checkpoint, state, world)
         num_steps = state.step if state.early_stop.is_over else num_steps
@@ -116,7 +117,7 @@ def prepare(job: TrainJob, world: World) -> Training:
         dataset,
         encode_in(state.parallel.module, job.precision, world.device),
         state,
-        plain,
+        loaded.plain,
         build_schedule(job.optim, num_steps),
         saver,
         tokenizer,
@@ -172,9 +173,12 @@ def open_feed(
     return feed
 
 
-def first_state(job: TrainJob, world: World, encoder: Encoder) -> TrainState:
+def first_state(job: TrainJob, world: World, loaded: Loaded) -> TrainState:
     """Return the state before the first step, the encoder under its backend. Collective."""
-    parallel = parallelize(encoder, world, job.parallel, job.optim, DTYPES[job.precision.encode])
+    must_take_weights = is_empty(loaded.encoder)
+    parallel = parallelize(loaded.encoder, world, job.parallel, job.optim, DTYPES[job.precision.encode])
+    if must_take_weights:
+        take_weights(parallel, loaded.plain, world)
     temperature = Temperature(job.loss.temperature, job.loss.learn_temperature).to(world.device)
     return TrainState(
         parallel,

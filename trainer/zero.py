@@ -95,14 +95,14 @@ class _Zero(Parallel):
 
         return {name: safe_get_full_grad(parameter).float().clone() for name, parameter in self.trained().items()}
 
-    def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the trained parameters, whole, one after the other. Collective in stage 3."""
+    def whole_parameters(self, with_frozen: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Yield the trained parameters, or all, whole, one after the other. Collective in stage 3."""
         if self._stage < 3:
-            yield from super().whole_parameters()
+            yield from super().whole_parameters(with_frozen)
             return
         from deepspeed.runtime.zero import GatheredParameters
 
-        for name, parameter in self.trained().items():
+        for name, parameter in self.encoder.named_parameters() if with_frozen else self.trained().items():
             with GatheredParameters([parameter]):
                 yield name, parameter.detach()
 

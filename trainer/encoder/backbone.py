@@ -8,6 +8,7 @@ import inspect
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
@@ -20,12 +21,19 @@ DROPOUT_NAMES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "hidden_
                  "embedding_dropout", "mlp_dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop")  # fmt: skip
 
 
-def load_backbone(source: str, settings: ModelSettings) -> PreTrainedModel:
-    """Return the model in a folder or of a hub name, float32 or quantised; raises InputError and what transformers raises."""
+def load_backbone(source: str, settings: ModelSettings, is_empty: bool = False) -> PreTrainedModel:
+    """Return the model in a folder or of a hub name, float32 or quantised; raises InputError and what transformers raises.
+
+    is_empty: its parameters are on the meta device, and only its configuration is read.
+    """
     config = _with_dropout(load_config(source), settings.dropout)
-    model = AutoModel.from_pretrained(
-        source, config=config, dtype=torch.float32, **_without_pooler(config), **quantization(settings)
-    )
+    if is_empty:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModel.from_config(config, dtype=torch.float32, **_without_pooler(config))
+    else:
+        model = AutoModel.from_pretrained(
+            source, config=config, dtype=torch.float32, **_without_pooler(config), **quantization(settings)
+        )
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # keys and values of a text that nobody goes on writing
     if settings.quantize is not None:
@@ -92,6 +100,8 @@ def set_attention(model: PreTrainedModel, attention: str) -> None:
     """
     if is_decoder(model):
         model.config.is_causal = attention == "causal"
+    if next(model.parameters()).is_meta:
+        return  # whoever has the weights looks
     if _looks_ahead(model) != (attention == "bidirectional"):
         raise InputError(
             f'model.attention="{attention}" cannot be had from a model of type {model.config.model_type}; '

@@ -14,7 +14,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -47,9 +47,10 @@ TRAITS_FILE = "negpool.json"
 NEW_WEIGHTS_SEED = 0
 
 
-def load_encoder(settings: ModelSettings) -> tuple[Encoder, PreTrainedTokenizerBase, Traits]:
+def load_encoder(settings: ModelSettings, is_empty: bool = False) -> tuple[Encoder, PreTrainedTokenizerBase, Traits]:
     """Return the encoder (float32, in training mode), its tokenizer and its traits; raises InputError.
 
+    is_empty: all parameters are on the meta device, and the files of the transformer are not read.
     Weights that the folder does not have (adapters, latent pooling, projection) are the same on every rank and at every start.
     """
     transformers_logging.set_verbosity_error()
@@ -59,14 +60,14 @@ def load_encoder(settings: ModelSettings) -> tuple[Encoder, PreTrainedTokenizerB
     if folders and settings.towers == "one":
         raise InputError(f'{settings.name} has two towers; leave model.towers out, or set it to "two"')
     if not folders and settings.towers != "two":
-        return _load_tower(source, settings)
-    query, passage = (_load_tower(folder, settings) for folder in folders or (source, source))
+        return _load_tower(source, settings, is_empty)
+    query, passage = (_load_tower(folder, settings, is_empty) for folder in folders or (source, source))
     return TwoTowers(query[0], passage[0]).train(), *query[1:]
 
 
-def _load_tower(source: str, settings: ModelSettings) -> tuple[Encoder, PreTrainedTokenizerBase, Traits]:
+def _load_tower(source: str, settings: ModelSettings, is_empty: bool) -> tuple[Encoder, PreTrainedTokenizerBase, Traits]:
     try:
-        model, tokenizer = load_backbone(source, settings), load_tokenizer(source)
+        model, tokenizer = load_backbone(source, settings, is_empty), load_tokenizer(source)
     except InputError:
         raise
     except LOADING_ERRORS as error:
@@ -78,7 +79,16 @@ def _load_tower(source: str, settings: ModelSettings) -> tuple[Encoder, PreTrain
             add_adapters(model, settings)
         pool = _latent(source, settings, model) if traits.pooling == "latent" else POOLINGS[traits.pooling]
         dense = _dense(source, settings, model)
-    return Encoder(model, pool, dense, traits.normalize, settings.compile).train(), tokenizer, traits
+    encoder = Encoder(model, pool, dense, traits.normalize, settings.compile).train()
+    return _emptied(encoder) if is_empty else encoder, tokenizer, traits
+
+
+def _emptied(encoder: Encoder) -> Encoder:
+    """Put what was made beside the transformer on the meta device, too; buffers stay."""
+    for module in encoder.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            module.register_parameter(name, nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad))
+    return encoder
 
 
 def _settle_texts(source: str, settings: ModelSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Traits:
