@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from gradcache import Batch, Budget, probe_budget
 from gradcache.tiles import TILE_BYTES
@@ -29,11 +30,11 @@ def step_budget(settings: ChunkSettings, batch: Batch, encoder: nn.Module, world
 
 def _probed(settings: ChunkSettings, batch: Batch, encoder: nn.Module, world: World) -> Budget:
     """Return what fits into every rank's memory, behind all that a step holds besides graphs."""
-    parameters = sum(p.nbytes for p in encoder.parameters())
+    weights, rest = held_bytes(encoder)
     if settings.memory_gib is not None:
-        limit, held = settings.memory_gib * 2**30, 4 * parameters  # weights, gradients, AdamW's two moments
+        limit, held = settings.memory_gib * 2**30, weights + rest
     else:
-        limit, held = torch.cuda.mem_get_info(world.device)[0] * FREE_SHARE, 3 * parameters
+        limit, held = torch.cuda.mem_get_info(world.device)[0] * FREE_SHARE, rest
     width = getattr(encoder, "width", 1024)
     pool = world.num_ranks * len(batch.keys) * width * 4 * 4  # embeddings and gradients, gathered and in transit
     limit -= held + pool + 2 * TILE_BYTES[world.device.type]
@@ -48,3 +49,13 @@ def _probed(settings: ChunkSettings, batch: Batch, encoder: nn.Module, world: Wo
     if is_refused:
         raise InputError(refusal or "another rank has too little memory for one text; set chunk.memory_gib higher")
     return Budget(-tokens, "all" if -kept == 2**31 else -kept)
+
+
+def held_bytes(encoder: nn.Module) -> tuple[int, int]:
+    """Return what a rank holds of the weights, and what it will hold of AdamW's moments and of gradients."""
+    weights = rest = 0
+    for parameter in encoder.parameters():
+        local = parameter.to_local().nbytes if isinstance(parameter, DTensor) else parameter.nbytes
+        weights += local
+        rest += 2 * local + parameter.numel() * parameter.element_size()  # FSDP2's gradients wait whole for their one reduction
+    return weights, rest

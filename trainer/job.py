@@ -70,8 +70,8 @@ class ParallelSettings:
     reduce: Literal["step", "chunk"] = "step"
     """With "chunk" fsdp2, zero2 and zero3 keep shards of gradients, for more traffic."""
     reshard_after_forward: bool = True
-    """With fsdp2: free a layer's weights behind each forward, and gather them three times a chunk. false: layers stay whole from a
-    step's first forward to its last backward; gathered once a step, for the memory of a copy in what precision.encode says."""
+    """With fsdp2: free a layer's weights behind each forward, and gather them three times a chunk. false: layers stay whole from
+    a step's first forward to its last backward, gathered once, for the memory of a copy in what precision.encode says."""
     shard_group: Literal["all", "node"] = "all"
     """With fsdp2: the ranks that hold one copy between them; those of a node take more memory, and less traffic between nodes."""
     deepspeed: Path | None = None

@@ -76,6 +76,11 @@ class Parallel:
         """How many ranks, one after the other, hold one copy of weights and moments between them."""
         return 1
 
+    @property
+    def is_replicated(self) -> bool:
+        """Whether every rank holds all weights and moments."""
+        return self.num_shards == 1
+
     def kept(self, fragments: Iterable[Fragment], num_shards: int) -> tuple[list[Fragment], set[int]]:
         """Return what this rank is to keep, so that all ranks together keep everything once, and which ranks keep something.
 

@@ -40,7 +40,7 @@ class TrainState:
 
     def is_whole(self, kind: str) -> bool:
         """Return whether every rank holds all of a kind of fragments."""
-        return self.parallel.num_shards == 1 or (kind == "average" and not self.parallel.is_sharded)
+        return self.parallel.is_replicated or (kind == "average" and not self.parallel.is_sharded)
 
     def kept_fragments(self) -> tuple[list[Fragment], set[int]]:
         """Return what this rank is to keep of them, and which ranks keep something."""

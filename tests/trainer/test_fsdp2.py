@@ -12,6 +12,7 @@ from tests.gradients import assert_same_gradients
 from tests.ranks import run_ranks
 from tests.trainer.worlds import world_of
 from trainer.backends import parallelize
+from trainer.budget import held_bytes
 from trainer.errors import InputError
 from trainer.job import OptimSettings, ParallelSettings, PrecisionSettings
 from trainer.precision import DTYPES, encode_in
@@ -130,7 +131,8 @@ def steps_on_two_nodes(rank):
     assert parallel.num_shards == 2
     batch = make_batch(rank, NODE_ROWS[rank], [parallel.module])
     result = cached_step(batch, temperature=temperature, sync=parallel.sync, group=dist.group.WORLD, keep_graphs=1, **SETTINGS)
-    held = sum(p.to_local().numel() for p in parallel.trained().values())
+    parallel.trained()  # all sharded
+    held = held_bytes(encoder)
     refused = []
     for ranks_of_a_node in (3, 1 if rank == 0 else 3):
         try:
@@ -149,7 +151,8 @@ def test_a_copy_on_each_node_gives_the_references_gradient_and_uneven_nodes_are_
     for loss, gradients, held, refused in run_ranks(steps_on_two_nodes, 4):
         assert loss == pytest.approx(wanted_loss, rel=1e-5)
         assert_same_gradients(gradients, wanted)
-        assert abs(held - numel / 2) < numel / 50, "half of it, not a quarter"
+        assert held[0] == pytest.approx(4 * numel / 2, rel=0.02), "half of it, not a quarter"
+        assert held[1] == 2 * held[0] + 4 * numel, "two moments, and gradients that wait whole"
         assert [len(refused), *("found 4 in all and" in said for said in refused)] == [2, True, True]
         assert "1 to 3 on a node (LOCAL_WORLD_SIZE)" in refused[1]
 
