@@ -6,7 +6,7 @@ miner knows them or was asked for them: scores of the positives, a teacher's sco
 opened memory-mapped and never unpickled.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from pydantic import NonNegativeInt
 
 from trainer.handoff.manifest import TornVersion, open_version, publish_version, write_latest
 from trainer.ranges import job_section
+
+BLOCK = 1 << 16  # numbers of a table that are looked at together: half a megabyte
 
 TYPES = {
     **{name: np.int64 for name in ("indptr", "ids", "clusters")},
@@ -126,6 +128,15 @@ def _fits(negatives: Negatives, num_queries: int, num_passages: int) -> bool:
     indptr, ids = negatives.indptr, negatives.ids
     if len(indptr) != num_queries + 1 or indptr[0] != 0 or indptr[-1] != len(ids) or len(ids) != len(negatives.scores):
         return False
-    is_table = not (np.any(np.diff(indptr) < 0) or np.any(ids < 0) or np.any(ids >= num_passages))
     lengths = ("teacher_scores", len(ids)), ("first_scores", len(ids)), ("clusters", num_queries)
-    return is_table and all(len(array) == n for name, n in lengths if (array := getattr(negatives, name)) is not None)
+    if any(len(array) != n for name, n in lengths if (array := getattr(negatives, name)) is not None):
+        return False
+    are_rows = (block.min() >= 0 and block.max() < num_passages for block in _blocks(ids))
+    are_ascending = (not np.any(np.diff(block) < 0) for block in _blocks(indptr, overlap=1))
+    return all(are_rows) and all(are_ascending)
+
+
+def _blocks(array: np.ndarray, overlap: int = 0) -> Iterator[np.ndarray]:
+    """Yield an array piece by piece: a table may be larger than the memory, and so would be what is computed of all of it."""
+    for start in range(0, len(array), BLOCK):
+        yield array[start : start + BLOCK + overlap]

@@ -1,11 +1,13 @@
 """The table of negatives: what the miner writes is what the trainer maps, or it is refused."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from trainer.errors import InputError
 from trainer.handoff.manifest import TornVersion, read_latest
-from trainer.handoff.negatives import ScheduleEntry, negatives_folder, open_negatives, publish_negatives
+from trainer.handoff.negatives import BLOCK, ScheduleEntry, negatives_folder, open_negatives, publish_negatives
 from trainer.handoff.settings import NegativesSettings
 
 INDPTR, IDS, SCORES = np.array([0, 2, 2, 3]), np.array([5, 1, 0]), np.array([0.5, 0.25, -0.125], np.float32)
@@ -45,6 +47,40 @@ def test_a_table_for_other_data_is_refused(tmp_path, num_queries, num_passages):
     publish_negatives(tmp_path, 0, INDPTR, IDS, SCORES, {})
     with pytest.raises(TornVersion, match="does not fit"):
         open_negatives(tmp_path, "v000000", num_queries, num_passages)
+
+
+def wrong_id(ids, indptr):
+    ids[-1] = 5
+
+
+def negative_id(ids, indptr):
+    ids[len(ids) // 2] = -1
+
+
+def falling_indptr(ids, indptr):
+    at = BLOCK  # the last of one block with the first of the next
+    indptr[at], indptr[at + 1] = indptr[at + 1], indptr[at]
+
+
+@pytest.mark.parametrize("damage", [None, wrong_id, negative_id, falling_indptr])
+def test_a_table_is_looked_through_in_blocks(tmp_path, damage):
+    num_queries = 16 * BLOCK + 10
+    indptr, ids = np.arange(num_queries + 1) * 4, np.zeros(4 * num_queries, np.int64)
+    if damage is not None:
+        damage(ids, indptr)
+    publish_negatives(tmp_path, 0, indptr, ids, np.zeros(len(ids), np.float32), {})
+    tracemalloc.start()
+    try:
+        if damage is None:
+            open_negatives(tmp_path, "v000000", num_queries, 5)
+        else:
+            with pytest.raises(TornVersion, match="does not fit"):
+                open_negatives(tmp_path, "v000000", num_queries, 5)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # One answer for each of the ids would be 4 MB, the differences of indptr 8 MB.
+    assert peak_bytes < 4 * 8 * BLOCK < len(ids) / 2
 
 
 def test_a_pickled_table_is_never_loaded(tmp_path):
