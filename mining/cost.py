@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mining.index import EXACT, num_gpus_of_faiss
+from mining.index import AUTO, EXACT, load_faiss, num_gpus_of
 from trainer.encoder.topk import BestOf
 from trainer.handoff.manifest import write_atomically
 
@@ -91,8 +91,7 @@ def num_cells(shard_rows: int) -> int:
 
 def measure_rates(load: Load, device: torch.device) -> Rates:
     """Return this machine's rates for vectors of a width, on random ones."""
-    import faiss
-
+    faiss = load_faiss(AUTO)
     passage_ND, query_QD = (_unit(n, load.width) for n in (SAMPLE_PASSAGES, SAMPLE_QUERIES))
 
     def exact() -> None:
@@ -102,8 +101,8 @@ def measure_rates(load: Load, device: torch.device) -> Rates:
 
     cells = num_cells(SAMPLE_PASSAGES)
     index = faiss.index_factory(load.width, f"IVF{cells},Flat", faiss.METRIC_INNER_PRODUCT)
-    index.nprobe = load.nprobe  # type: ignore[attr-defined]
-    if num_gpus_of_faiss() and device.type == "cuda":
+    index.nprobe = load.nprobe
+    if num_gpus_of(faiss) and device.type == "cuda":
         index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device.index or 0, index)
 
     def build() -> None:

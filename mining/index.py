@@ -1,5 +1,7 @@
 """One index over each shard: exact search in torch, or any FAISS index by its factory string, on a GPU where there is one.
 
+FAISS is an extra of the installation: exact search, the default, does without.
+
 An index per shard, not per rank, makes the result independent of the number of ranks; the price is that IVF trains its
 centroids on one shard. Passages that must not be found are left out of the index, not filtered afterwards.
 """
@@ -8,7 +10,7 @@ import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -92,16 +94,17 @@ def build_indexes(
     device: of exact search, and of FAISS if it sees any GPU.
     k: how many will be asked for; FAISS on a GPU finds at most GPU_MAX_K, and beyond that it works on the CPU.
     centroids: of IVF indexes; where there are some of a shard its index starts from them.
-    Raises InputError if the factory string is none. A shard with fewer passages than the index needs to be trained is
-    searched exactly, and that is said.
+    Raises InputError if the factory string is none, or needs a FAISS that is not there. A shard with fewer passages than
+    the index needs to be trained is searched exactly, and that is said.
     """
     exact = [_exact(passages, shard, allowed_N, device) for shard in shards]
     if settings.factory == EXACT:
         return [*exact]
-    gpu = _gpu_resources() if k <= GPU_MAX_K else None
+    faiss = load_faiss(settings.factory)
+    gpu = faiss.StandardGpuResources() if k <= GPU_MAX_K and num_gpus_of(faiss) else None
     why = f"search.top_k={k} is more than {GPU_MAX_K}" if k > GPU_MAX_K else "this FAISS sees no GPU"
     log.info("index %s on %s", settings.factory, "the GPU" if gpu else f"the CPU: {why}")
-    built = [_faiss(settings, index, gpu, centroids) for index in exact]
+    built = [_faiss(faiss, settings, index, gpu, centroids) for index in exact]
     num_small = sum(isinstance(index, ExactIndex) for index in built)
     if num_small:
         log.warning(
@@ -117,9 +120,19 @@ def _exact(passages: Embeddings, shard: int, allowed_N: np.ndarray, device: torc
     return ExactIndex(passages, shard, np.flatnonzero(allowed_N[passages.shards.rows(shard)]), device)
 
 
-def _faiss(settings: IndexSettings, exact: ExactIndex, gpu, centroids: Centroids) -> ShardIndex:
-    import faiss  # here: an exact search does without it, and it brings an OpenMP of its own
+def load_faiss(factory: str) -> Any:
+    """Return FAISS for an index that is not exact search; raises InputError where it is not installed."""
+    try:
+        import faiss  # here: exact search does without it, and it brings an OpenMP of its own
+    except ImportError as error:
+        raise InputError(
+            f"index.factory={factory!r} needs FAISS, which cannot be imported ({error}); run pip install 'negpool[faiss]', "
+            "or 'negpool[faiss-gpu]' for one that uses CUDA, or set index.factory to \"exact\""
+        ) from error
+    return faiss
 
+
+def _faiss(faiss, settings: IndexSettings, exact: ExactIndex, gpu, centroids: Centroids) -> ShardIndex:
     passages, shard = exact.passages, exact.shard
     passage_ND = np.ascontiguousarray(passages.shard(shard)[exact.allowed_n], np.float32)
     passages.let_go(shard)
@@ -170,17 +183,8 @@ def _set_nprobe(faiss, index, nprobe: int) -> None:
         inner.nprobe = min(nprobe, inner.nlist)
 
 
-def _gpu_resources():
-    """Return FAISS's memory on the GPU, one for all shards of a rank; None: no GPU, or a FAISS without."""
-    import faiss
-
-    return faiss.StandardGpuResources() if num_gpus_of_faiss() else None
-
-
-def num_gpus_of_faiss() -> int:
-    """Return how many GPUs the installed FAISS sees."""
-    import faiss
-
+def num_gpus_of(faiss) -> int:
+    """Return how many GPUs a FAISS sees."""
     return getattr(faiss, "get_num_gpus", lambda: 0)()
 
 
@@ -188,8 +192,7 @@ def bytes_of_passage(factory: str, width: int) -> int:
     """Return how many bytes a passage takes in an index; 0: exact search, which maps files. Raises InputError."""
     if factory == EXACT:
         return 0
-    import faiss
-
+    faiss = load_faiss(factory)
     index = _empty(faiss, factory, width)
     inner = _inner(faiss, index)
     links = 5 * inner.hnsw.nb_neighbors(0) if hasattr(inner, "hnsw") else 0  # 4 bytes each, and those of higher levels

@@ -132,7 +132,7 @@ def _plan(sizes: Sizes, process_bytes: int, limit: int, query_tile: int) -> Memo
     }
     phases = {"encoding": encoding, "searching": searching}
     if sizes.num_clustered:
-        phases["clustering"] = sizes.num_clustered * sizes.width * 4 * 2  # as read, and FAISS's copy
+        phases["clustering"] = sizes.num_clustered * sizes.width * 4 * 2  # the table, and a shard's part of it on its way
     if sizes.index_bytes:
         phases["indexing"] = shard_bytes * (4 + sizes.stored_bytes)
     return MemoryPlan(held, phases, query_tile, limit)

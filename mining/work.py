@@ -13,6 +13,7 @@ from mining.clusters import check_clusters
 from mining.encode import TokenCache
 from mining.figures import ages, version_figures
 from mining.heartbeat import BEAT_S, beating
+from mining.index import EXACT, load_faiss
 from mining.job import MineJob
 from mining.judgements import Judgements, read_judgements
 from mining.publish import claim_negatives, last_version
@@ -154,6 +155,8 @@ def open_work(job: MineJob, ranks: Ranks, claim: Claim) -> Work:
         data = ranks.together(lambda: open_data(job.data, job.sources))
         files = ranks.decide(lambda: claim_data(job, data))
         judgements = ranks.together(lambda: read_judgements(data, job.data.train_split))
+    if job.index.factory != EXACT:
+        ranks.together(lambda: load_faiss(job.index.factory))  # now, and not when the corpus is encoded
     sizes = judgements.num_queries, len(data.corpus)
     ranks.decide(lambda: check_clusters(job.clusters, judgements.num_queries))
     ranks.decide(lambda: claim_negatives(run, *sizes))

@@ -41,6 +41,48 @@ def test_a_missing_library_has_the_command_that_installs_it(monkeypatch):
     assert (found["peft"].verdict, found["peft"].remedy) == ("absent", "pip install 'negpool[lora]'")
 
 
+CPU_AND_GPU = {"faiss-cpu": "1.15.1", "faiss-gpu": "1.15.0"}
+
+
+class Build:
+    """A FAISS as Python imports it."""
+
+    __version__ = "1.15.1"
+
+    def get_compile_options(self):
+        return "AVX2 "
+
+
+class GpuBuild(Build):
+    StandardGpuResources = object
+
+    def get_num_gpus(self):
+        return 0
+
+
+@pytest.mark.parametrize(
+    "installed, imported, verdict, said",
+    [
+        ({}, None, "absent", "exact search does without"),
+        ({"faiss-cpu": "1.15.1"}, Build(), "ok", "1.15.1, AVX2, sees 0 GPUs"),
+        ({"faiss-gpu": "1.15.1.post1"}, GpuBuild(), "ok", "1.15.1, AVX2, sees 0 GPUs"),
+        (CPU_AND_GPU, Build(), "wrong", "faiss-cpu 1.15.1 and faiss-gpu 1.15.0 are installed and own the same files"),
+        ({"faiss-gpu": "1.15.1"}, Build(), "wrong", "faiss-gpu 1.15.1 is installed, and what is imported has no GPU code"),
+        ({"faiss-cpu": "1.14.0"}, Build(), "wrong", "faiss-cpu 1.14.0 is installed, and what is imported is 1.15.1"),
+        ({"faiss-cpu": "1.15.1"}, None, "wrong", "faiss-cpu 1.15.1 is installed and cannot be used"),
+        ({"faiss-cpu": "1.15.1"}, object(), "wrong", "faiss-cpu 1.15.1 is installed and cannot be used"),
+    ],
+)
+def test_a_faiss_that_is_half_of_another_is_wrong(monkeypatch, installed, imported, verdict, said):
+    monkeypatch.setattr(doctor, "_version", installed.get)
+    monkeypatch.setitem(sys.modules, "faiss", imported)
+    finding = doctor._faiss()
+    assert finding.verdict == verdict and said in finding.found, finding
+    if verdict == "wrong":
+        extra = "faiss-gpu" if "faiss-gpu" in installed else "faiss"
+        assert finding.remedy == f"pip uninstall -y faiss-cpu faiss-gpu faiss-gpu-cuvs; pip install 'negpool[{extra}]'"
+
+
 def test_a_slurm_without_a_controller_is_not_taken_for_one(monkeypatch, tmp_path):
     for name in ("sbatch", "sinfo", "srun"):
         (tmp_path / name).write_text("#!/bin/sh\necho error: no controller >&2\nexit 1\n")
