@@ -7,6 +7,7 @@ from typing import Any
 
 from launch.jobfile import Jobs
 from trainer.data.cache import Table, clear_stale, tables_asked_for
+from trainer.data.collate import training_set
 from trainer.data.datasets import open_data
 from trainer.encoder.model import load_text_rules
 from trainer.encoder.tokens import tokenize_side
@@ -26,8 +27,9 @@ def make_tables(jobs: Jobs, verify: bool = False) -> dict[str, Any]:
     with tables_asked_for() as tables:
         data = open_data(job.data, job.sources)
         tokenizer, traits = load_text_rules(job.model)
-        for side in SIDES:
-            tokenize_side(data, side, tokenizer, traits)
+        queries, passages = (tokenize_side(data, side, tokenizer, traits) for side in SIDES)
+        split = job.data.train_split
+        training_set(data, split, queries.select(data.training_queries(split)), passages)  # keys, where sources need some
     clear_stale(data.cache)
     if verify:
         _verify(tables)

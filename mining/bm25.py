@@ -8,9 +8,7 @@ import logging
 import re
 
 import bm25s
-import datasets
 import numpy as np
-import xxhash
 
 from trainer.data.datasets import RetrievalData
 
@@ -69,11 +67,6 @@ def score_bm25(index: bm25s.BM25, data: RetrievalData, query_rows: np.ndarray, i
 def split_words(text: str) -> list[str]:
     """Return the words of a text in lower case, identifiers split at underscores and changes of case."""
     return _WORD.findall(_CAMEL.sub(" ", text).lower())
-
-
-def text_keys(texts: datasets.Dataset) -> np.ndarray:
-    """Return 64-bit keys of the texts as they are, (n,) int64: what keys of tokens are once there is a tokenizer."""
-    return np.array([xxhash.xxh3_64_intdigest(text.encode()) for text in texts["text"]], np.uint64).view(np.int64)
 
 
 def _best(score_N: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from mining.bm25 import text_keys
 from mining.clusters import num_clustered
 from mining.cost import Load, choose_index
 from mining.encode import Embeddings, Side, encode_missing
+from mining.filters import Keys
 from mining.index import AUTO, IndexSettings, bytes_of_passage
 from mining.passages import Base, drift_sample, earlier_base, keep_base, mean_drift
 from mining.plan import MemoryPlan, Sizes, held_now, memory_limit, plan_memory
@@ -32,8 +32,7 @@ class Encoded:
 
     queries: Embeddings
     passages: Embeddings
-    query_keys: np.ndarray  # (Q,) int64 content keys
-    passage_keys: np.ndarray  # (N,) int64
+    keys: tuple[Keys, ...]  # of the tokens; none where vectors were supplied
     index: IndexSettings  # "auto" resolved
     plan: MemoryPlan
     about_passages: dict[str, Any]  # for the manifest
@@ -80,19 +79,18 @@ def encode_checkpoint(work: Work, task: Task, checkpoint: Checkpoint) -> Encoded
     ranks.decide(lambda: keep_base(job.run.folder, base))
     about = {"mode": job.mine.passages, "weights_digest": base.weights_digest, "checkpoint_step": base.checkpoint_step}
     about["drift"] = None if drift is None else round(drift, 6)
-    keys = tables[0].key_of_row, tables[1].key_of_row
-    return Encoded(Embeddings(queries.shards), Embeddings(passages.shards), *keys, index, plan, about)
+    keys = (Keys(tables[0].key_of_row, tables[1].key_of_row),)
+    return Encoded(Embeddings(queries.shards), Embeddings(passages.shards), keys, index, plan, about)
 
 
 def _read_vectors(work: Work, checkpoint: Checkpoint) -> Encoded:
     """Return what a person supplied in the place of an encoder. Collective."""
-    data, judgements, digest = work.data, work.judgements, checkpoint.manifest["weights_digest"]
+    digest = checkpoint.manifest["weights_digest"]
     with work.phase("reading vectors"):
         queries, passages = copy_vectors(work, Path(checkpoint.manifest[VECTORS]), digest)
         index, plan = _plan(work, passages.width, token_width=0)
-        keys = text_keys(data.queries.select(judgements.query_rows)), text_keys(data.corpus)
     about = {"mode": "supplied", "weights_digest": digest, "checkpoint_step": checkpoint.step, "drift": None}
-    return Encoded(queries, passages, *keys, index, plan, about)
+    return Encoded(queries, passages, (), index, plan, about)
 
 
 def _read_encoder(work: Work, checkpoint: Checkpoint) -> tuple[Encoder, str, list[TokenTable]]:

@@ -56,13 +56,21 @@ class FilterSettings:
 
 
 @dataclass(frozen=True)
-class OwnTexts:
-    """What belongs to each of Q queries, so it is no negative of theirs: two tables in CSR form."""
+class Keys:
+    """One way in which texts are equal: as they are, or as the tokens that the encoder reads. Equal keys, equal texts."""
 
-    judged_indptr: np.ndarray  # (Q + 1,) int64
-    judged_rows: np.ndarray  # corpus rows judged relevant in any split
-    key_indptr: np.ndarray  # (Q + 1,) int64
-    keys: np.ndarray  # content keys of those texts and of the query
+    query_Q: np.ndarray  # (Q,) int64
+    passage_N: np.ndarray  # (N,) int64, of the whole corpus
+
+
+@dataclass(frozen=True)
+class OwnTexts:
+    """What belongs to each of Q queries, so it is no negative of theirs. Queries of one text have one list, L in all."""
+
+    list_of_Q: np.ndarray  # (Q,) int64
+    indptr: np.ndarray  # (L + 1,) int64
+    rows: np.ndarray  # corpus rows judged relevant, in any split, to any query of the text
+    keys: tuple[Keys, ...]  # of these queries; every way counts
 
 
 class Kept:
@@ -82,16 +90,15 @@ class Kept:
         return np.logical_not(self.mask_QK.any(axis=1))
 
 
-def drop_known(settings: FilterSettings, kept: Kept, ids_QK: np.ndarray, key_QK: np.ndarray, own: OwnTexts) -> None:
-    """Drop what is known to be no negative of its query: judged, with the text of the query or a positive, or a repeat.
-
-    key_QK: content key of each candidate; anything where the id is -1.
-    """
-    kept.narrow("judged", ~is_listed(ids_QK, own.judged_indptr, own.judged_rows))
-    if settings.equal_texts:
-        kept.narrow("equal_texts", ~is_listed(key_QK, own.key_indptr, own.keys))
-    if settings.duplicates:
-        kept.narrow("duplicates", is_first_of_its_key(key_QK, kept.mask_QK))
+def drop_known(settings: FilterSettings, kept: Kept, ids_QK: np.ndarray, own: OwnTexts) -> None:
+    """Drop what is known to be no negative of its query: judged, with the text of the query or a positive, or a repeat."""
+    kept.narrow("judged", ~is_listed(ids_QK, own.indptr, own.rows, own.list_of_Q))
+    for keys in own.keys if settings.equal_texts else ():
+        key_QK = keys.passage_N[ids_QK]
+        is_own_QK = is_listed(key_QK, own.indptr, keys.passage_N[own.rows], own.list_of_Q)
+        kept.narrow("equal_texts", ~is_own_QK & (key_QK != keys.query_Q[:, None]))
+    for keys in own.keys if settings.duplicates else ():
+        kept.narrow("duplicates", is_first_of_its_key(keys.passage_N[ids_QK], kept.mask_QK))
 
 
 def drop_suspected(settings: FilterSettings, kept: Kept, scores_QK: np.ndarray, positive_score_Q: np.ndarray | None) -> None:
@@ -128,8 +135,11 @@ def ceiling(positive_score_Q: np.ndarray, absolute: float, relative: float) -> n
     return positive_score_Q - (np.float32(absolute) + np.abs(positive_score_Q) * np.float32(relative))
 
 
-def is_listed(value_QK: np.ndarray, indptr: np.ndarray, listed: np.ndarray) -> np.ndarray:
-    """Tell for each value, (Q, K), whether its row's list in the CSR table (indptr, listed) has it."""
+def is_listed(value_QK: np.ndarray, indptr: np.ndarray, listed: np.ndarray, list_of_Q: np.ndarray | None = None) -> np.ndarray:
+    """Tell for each value, (Q, K), whether its row's list in the CSR table (indptr, listed) has it.
+
+    list_of_Q: which list each row has; None: its own, in order.
+    """
     distinct = np.unique(listed)
     if len(distinct) == 0:
         return np.zeros(value_QK.shape, bool)
@@ -137,7 +147,8 @@ def is_listed(value_QK: np.ndarray, indptr: np.ndarray, listed: np.ndarray) -> n
     # A pair (row, value) is one number, so that one sorted search answers for all rows.
     row_of_listed = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
     pairs = row_of_listed * len(distinct) + np.searchsorted(distinct, listed)
-    pair_QK = np.arange(len(value_QK))[:, None] * len(distinct) + place_QK
+    list_of_Q = np.arange(len(value_QK)) if list_of_Q is None else list_of_Q
+    pair_QK = list_of_Q[:, None] * len(distinct) + place_QK
     return (distinct[place_QK] == value_QK) & np.isin(pair_QK, pairs)
 
 

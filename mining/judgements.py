@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mining.filters import OwnTexts
+from mining.filters import Keys, OwnTexts
 from trainer.data.datasets import RetrievalData
+from trainer.data.texts import first_of_equal
 
 
 @dataclass(frozen=True)
@@ -15,8 +16,9 @@ class Judgements:
     query_rows: np.ndarray  # (Q,) int64 rows of queries.jsonl
     positive_indptr: np.ndarray  # (Q + 1,) int64
     positive_rows: np.ndarray  # corpus rows relevant in the training split
-    judged_indptr: np.ndarray  # (Q + 1,) int64
-    judged_rows: np.ndarray  # corpus rows relevant in any split
+    text_of_query: np.ndarray  # (Q,) int64: queries of one text have one number, of T
+    judged_indptr: np.ndarray  # (T + 1,) int64
+    judged_rows: np.ndarray  # corpus rows relevant, in any split, to any query of a text
     allowed_N: np.ndarray  # (N,) bool: corpus rows that may be candidates
 
     @property
@@ -43,27 +45,25 @@ def read_judgements(data: RetrievalData, train_split: str) -> Judgements:
     allowed_N[np.concatenate(relevant)] = False
     train = data.qrels[train_split]
     allowed_N[train.corpus_rows[train.scores > 0]] = True
-    return Judgements(query_rows, *positives, *_judged_in_any_split(data, query_rows), allowed_N)
+    return Judgements(query_rows, *positives, *_judged_by_text(data, query_rows), allowed_N)
 
 
-def own_texts(judgements: Judgements, places: slice, passage_key_N: np.ndarray, query_key_Q: np.ndarray) -> OwnTexts:
-    """Return what belongs to some of the training queries.
-
-    passage_key_N, query_key_Q: content keys of all passages, and of all training queries.
-    """
-    start, stop = judgements.judged_indptr[places.start], judgements.judged_indptr[places.stop]
-    rows = judgements.judged_rows[start:stop]
-    indptr = judgements.judged_indptr[places.start : places.stop + 1] - start
-    # Each query's own key stands behind those of its texts.
-    keys = np.insert(passage_key_N[rows], indptr[1:], query_key_Q[places])
-    return OwnTexts(indptr, rows, indptr + np.arange(len(indptr)), keys)
+def own_texts(judgements: Judgements, places: slice, keys: tuple[Keys, ...]) -> OwnTexts:
+    """Return what belongs to some of the training queries; keys: of all of them."""
+    texts, list_of_query = np.unique(judgements.text_of_query[places], return_inverse=True)
+    start, count = judgements.judged_indptr[texts], np.diff(judgements.judged_indptr)[texts]
+    indptr = np.concatenate([[0], np.cumsum(count)])
+    at = np.repeat(start - indptr[:-1], count) + np.arange(indptr[-1])
+    own_keys = tuple(Keys(each.query_Q[places], each.passage_N) for each in keys)
+    return OwnTexts(list_of_query, indptr, judgements.judged_rows[at], own_keys)
 
 
-def _judged_in_any_split(data: RetrievalData, query_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (indptr, corpus rows) of what is relevant to each query in any split."""
-    tables = [data.positives(query_rows, split) for split in data.qrels]
-    places = np.concatenate([np.repeat(np.arange(len(query_rows)), np.diff(indptr)) for indptr, _ in tables])
-    rows = np.concatenate([rows for _, rows in tables])
-    pairs = np.unique(places * len(data.corpus) + rows)
-    indptr = np.searchsorted(pairs, np.arange(len(query_rows) + 1) * len(data.corpus))
-    return indptr, pairs % len(data.corpus)
+def _judged_by_text(data: RetrievalData, query_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the text of each of the queries, and (indptr, corpus rows) of what is relevant to each text in any split."""
+    first, num_passages = first_of_equal(data.text_keys["queries"]), len(data.corpus)
+    texts, text_of_query = np.unique(first[query_rows], return_inverse=True)
+    relevant = [(first[qrels.query_rows], qrels.corpus_rows, qrels.scores > 0) for qrels in data.qrels.values()]
+    pairs = np.unique(np.concatenate([(text * num_passages + row)[is_relevant] for text, row, is_relevant in relevant]))
+    pairs = pairs[np.isin(pairs // num_passages, texts)]
+    indptr = np.append(np.searchsorted(pairs, texts * num_passages), len(pairs))
+    return text_of_query, indptr, pairs % num_passages

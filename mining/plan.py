@@ -127,7 +127,7 @@ def _plan(sizes: Sizes, process_bytes: int, limit: int, query_tile: int) -> Memo
     held = {
         "process": process_bytes,
         "libraries": LIBRARIES,
-        "keys of texts": 16 * (sizes.num_passages + sizes.num_queries),  # lengths and content keys, memory-mapped
+        "keys of texts": 24 * (sizes.num_passages + sizes.num_queries),  # lengths, keys of tokens and texts, memory-mapped
         "index": per_rank * sizes.index_bytes,
     }
     phases = {"encoding": encoding, "searching": searching}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mining.candidates import Retriever, last_negatives, with_others
-from mining.filters import FilterSettings, Kept, OwnTexts, drop_known, drop_suspected, is_first_of_its_key, is_listed
+from mining.filters import FilterSettings, Kept, Keys, OwnTexts, drop_known, drop_suspected, is_first_of_its_key, is_listed
 from mining.judgements import Judgements, own_texts
 from mining.ranks import Ranks
 from mining.rerank import Reranker, RerankSettings, drop_by_cross_encoder
@@ -35,8 +35,7 @@ class Draw:
     seed: int
     version: int
     judgements: Judgements
-    passage_key_N: np.ndarray  # content keys of all passages
-    query_key_Q: np.ndarray  # and of all training queries
+    keys: tuple[Keys, ...]  # of all training queries and passages
     reranker: Reranker | None = None
     last: Negatives | None = None  # whose negatives stay until they are easy; None: none do
 
@@ -149,7 +148,7 @@ def _find(draw: Draw, ranks: Ranks, retriever: Retriever, tile: slice, go_on: Go
     return Share(
         places=places,
         rows=draw.judgements.query_rows[places],
-        own=own_texts(draw.judgements, places, draw.passage_key_N, draw.query_key_Q),
+        own=own_texts(draw.judgements, places, draw.keys),
         ids_QK=ids_QK,
         scores_QK=scores_QK,
         first_QK=first_QK,
@@ -163,7 +162,7 @@ def _filter(draw: Draw, ranks: Ranks, share: Share, go_on: GoOn) -> tuple[Kept, 
     """Return which candidates passed all filters, and the mask of those of which nothing is known, (Q, K)."""
     kept = Kept(share.ids_QK)
     share.counts["candidates"] = int(kept.mask_QK.sum())
-    drop_known(draw.filter, kept, share.ids_QK, draw.passage_key_N[share.ids_QK], share.own)
+    drop_known(draw.filter, kept, share.ids_QK, share.own)
     unknown_QK = kept.mask_QK
     drop_suspected(draw.filter, kept, share.scores_QK, share.best.get("positive_scores"))
     if draw.reranker is not None:
@@ -213,7 +212,7 @@ def _with_random(draw: Draw, retriever: Retriever, share: Share, table: Table, i
     drawn_indptr = np.searchsorted(table["query"], np.arange(len(share.rows) + 1))
     kept.narrow("drawn", ~is_listed(ids_QR, drawn_indptr, table["ids"]))
     kept.narrow("repeated", is_first_of_its_key(ids_QR, kept.mask_QK))
-    drop_known(draw.filter, kept, ids_QR, draw.passage_key_N[ids_QR], share.own)
+    drop_known(draw.filter, kept, ids_QR, share.own)
     taken_QR = kept.mask_QK & (kept.mask_QK.cumsum(1) <= num_Q[:, None])
     share.counts["random"] = int(taken_QR.sum())
     scores = retriever.score(share.places, np.where(taken_QR, ids_QR, -1))[taken_QR]

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from mining.audit import reasons_against
-from mining.bm25 import text_keys
 from mining.candidates import BM25Retriever, BothRetrievers, DenseRetriever, Retriever
 from mining.clusters import cluster_queries
 from mining.encoded import encode_checkpoint
 from mining.figures import version_figures
+from mining.filters import Keys
 from mining.indexed import index_passages
 from mining.publish import audit_drawn, publish, stays
 from mining.ranks import Refused
@@ -32,8 +32,7 @@ def mine_bm25(work: Work, task: Task) -> None:
     """Publish a version from BM25, before there is any model. Collective; raises Stopped on all."""
     judgements = work.judgements
     with work.phase("searching with BM25", queries=judgements.num_queries):
-        keys = text_keys(work.data.corpus), text_keys(work.data.queries.select(judgements.query_rows))
-        drawn = draw(work, task, keys, BM25Retriever(work.ranks, judgements, work.data, work.job.mine.bm25_top_k))
+        drawn = draw(work, task, (), BM25Retriever(work.ranks, judgements, work.data, work.job.mine.bm25_top_k))
     publish_drawn(work, task, drawn)
 
 
@@ -48,7 +47,7 @@ def mine_checkpoint(work: Work, task: Task, checkpoint: Checkpoint) -> None:
     words = BM25Retriever(ranks, judgements, work.data, job.search.bm25_top_k)
     retriever = BothRetrievers(dense, words) if job.search.bm25_top_k else dense
     with work.phase("searching", queries=judgements.num_queries):
-        drawn = draw(work, task, (encoded.passage_keys, encoded.query_keys), retriever, encoded.plan.query_tile)
+        drawn = draw(work, task, encoded.keys, retriever, encoded.plan.query_tile)
     clusters = None
     if job.clusters.num:
         with work.phase("clustering"):
@@ -61,15 +60,19 @@ def mine_checkpoint(work: Work, task: Task, checkpoint: Checkpoint) -> None:
 
 
 def draw(
-    work: Work, task: Task, keys: tuple[np.ndarray, np.ndarray], retriever: Retriever, query_tile: int = QUERY_TILE
+    work: Work, task: Task, token_keys: tuple[Keys, ...], retriever: Retriever, query_tile: int = QUERY_TILE
 ) -> Drawn | None:
-    """Return the negatives of all queries on rank 0: search, filter, sample. Collective."""
-    job, judgements = work.job, work.judgements
+    """Return the negatives of all queries on rank 0: search, filter, sample. Collective.
+
+    token_keys: of what the encoder reads, where there is one: texts that it cannot tell apart are equal, too.
+    """
+    job, judgements, text_keys = work.job, work.judgements, work.data.text_keys
+    keys = Keys(text_keys["queries"][judgements.query_rows], text_keys["corpus"]), *token_keys
     sizes = judgements.num_queries, len(work.data.corpus)
     source = "bm25" if task.checkpoint is None else "model"
     last = work.ranks.together(lambda: stays(job, task.version, source, *sizes))
     settings = job.filter, job.sample, job.rerank, job.run.seed, task.version
-    how = Draw(*settings, judgements, *keys, work.reranker, last)
+    how = Draw(*settings, judgements, keys, work.reranker, last)
     return draw_negatives(how, work.ranks, retriever, kept_tiles(work, task), work.progress, query_tile)
 
 

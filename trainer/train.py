@@ -207,10 +207,10 @@ def record(run: Training, result: StepResult, grad_norm: float, seconds: float) 
 
 def _name_text(run: Training, error: NotFinite) -> str:
     """Return a broken embedding's error with the text's id in the place of its key."""
-    data, keys = run.data, run.dataset
+    data, dataset = run.data, run.dataset
     queries = data.training_queries(run.job.data.train_split)
-    table, names = (keys.queries, data.queries.select(queries)) if error.is_query else (keys.passages, data.corpus)
-    found = np.flatnonzero(table.keys(np.arange(len(names))) == error.key)
+    keys, names = (dataset.query_keys, data.queries.select(queries)) if error.is_query else (dataset.passage_keys, data.corpus)
+    found = np.flatnonzero(keys == error.key)
     return str(error).replace(f"key {error.key}", f"id {names[int(found[0])]['_id']!r}") if len(found) else str(error)
 
 

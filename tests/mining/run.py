@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from launch.srun import outside_slurm
 from mining.job import MineJob
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
-from trainer.data.datasets import open_dataset
+from trainer.data.datasets import open_data
 from trainer.encoder.model import ModelSettings, load_encoder, save_encoder, weights_digest
 from trainer.errors import InputError
 from trainer.handoff.manifest import publish_version, write_latest
@@ -47,15 +47,19 @@ def as_job(job: dict) -> MineJob:
     return TypeAdapter(MineJob).validate_json(json.dumps(job))
 
 
-def publish_checkpoint(job: dict, step: int, towers: Literal["one", "two"] = "one", source: Path | None = None) -> Path:
-    """Publish an encoder, a random one by default, as the checkpoint of a step and return its folder. Two towers differ."""
+def publish_checkpoint(job: dict, step: int, towers: Literal["one", "two"] = "one", source: Path | None = None, **model) -> Path:
+    """Publish an encoder, a random one by default, as the checkpoint of a step and return its folder. Two towers differ.
+
+    model: more of the section `model`.
+    """
     run, data = Path(job["run"]["folder"]), Path(job["data"]["path"])
     source = source or write_tiny_encoder(data.parent / f"encoder-{step}", seed=step)
-    encoder, tokenizer, traits = load_encoder(ModelSettings(name=str(source), towers=towers))
+    encoder, tokenizer, traits = load_encoder(ModelSettings(name=str(source), towers=towers, **model))
     if towers == "two":
         other, *_ = load_encoder(ModelSettings(name=str(write_tiny_encoder(data.parent / f"other-{step}", seed=step + 1))))
         encoder.side("passage").load_state_dict(other.state_dict())
-    digest = open_dataset(data, Path(job["data"]["cache"])).digest
+    settings = as_job(job)
+    digest = open_data(settings.data, settings.sources).digest
 
     def write(folder: Path) -> None:
         (folder / "encoder").mkdir()

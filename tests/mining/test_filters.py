@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mining.filters import FilterSettings, Kept, OwnTexts, drop_known, drop_suspected, is_first_of_its_key, is_listed
+from mining.filters import FilterSettings, Kept, Keys, OwnTexts, drop_known, drop_suspected, is_first_of_its_key, is_listed
 from trainer.errors import InputError
 
 
@@ -85,20 +85,21 @@ def test_no_margin_lets_a_score_as_high_as_the_positives_pass(positive, margin):
 def test_every_filter_counts_what_the_earlier_ones_left():
     ids = np.array([[0, 1, 2, 3, 4, 5, 6, -1]])
     scores = np.array([[0.99, 0.98, 0.97, 0.95, 0.94, 0.7, 0.5, -np.inf]], np.float32)
-    keys = np.array([[10, 11, 12, 13, 13, 15, 16, 16]])
+    keys = np.array([10, 11, 12, 13, 13, 15, 16, 16, -1, 12])
     # 0 is judged, 1 has the query's text, 2 that of the positive, 4 that of 3; the positive scores 0.98
-    own = OwnTexts(np.array([0, 2]), np.array([0, 9]), np.array([0, 3]), np.array([10, 12, 11]))
+    own = OwnTexts(np.array([0]), np.array([0, 2]), np.array([0, 9]), (Keys(np.array([11]), keys),))
     settings, kept = FilterSettings(relative_margin=0.05, absolute_margin=0.3), Kept(ids)
-    drop_known(settings, kept, ids, keys, own)
+    drop_known(settings, kept, ids, own)
     drop_suspected(settings, kept, scores, np.array([0.98], np.float32))
     assert kept.dropped == {"judged": 1, "equal_texts": 2, "duplicates": 1, "relative_margin": 1, "absolute_margin": 1}
     np.testing.assert_array_equal(np.flatnonzero(kept.mask_QK), [6])
 
 
 def test_filters_can_be_turned_off_but_for_the_judged():
-    ids, own = np.array([[0, 1, 1]]), OwnTexts(np.array([0, 1]), np.array([0]), np.array([0, 1]), np.array([5]))
+    keys = (Keys(np.array([5]), np.array([5, 5])),)
+    ids, own = np.array([[0, 1, 1]]), OwnTexts(np.array([0]), np.array([0, 1]), np.array([0]), keys)
     off, kept = FilterSettings(equal_texts=False, duplicates=False, relative_margin="off"), Kept(ids)
-    drop_known(off, kept, ids, ids * 0 + 5, own)
+    drop_known(off, kept, ids, own)
     drop_suspected(off, kept, np.ones((1, 3), np.float32), np.zeros(1, np.float32))
     assert kept.mask_QK.tolist() == [[False, True, True]] and kept.dropped == {"judged": 1}
 

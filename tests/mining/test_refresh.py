@@ -9,7 +9,7 @@ import pytest
 from mpi4py import MPI
 
 from mining.candidates import with_others
-from mining.filters import FilterSettings
+from mining.filters import FilterSettings, Keys
 from mining.judgements import Judgements
 from mining.ranks import Ranks
 from mining.refresh import Draw, draw_negatives
@@ -63,14 +63,14 @@ def judgements():
     rows = np.stack([np.arange(NUM_QUERIES) % 7, np.arange(NUM_QUERIES) % 7 + 20], 1).ravel()
     indptr = np.arange(NUM_QUERIES + 1) * 2
     allowed = np.arange(NUM_PASSAGES) != 39
-    return Judgements(np.arange(NUM_QUERIES) * 3, indptr, rows, indptr, rows, allowed)
+    return Judgements(np.arange(NUM_QUERIES) * 3, indptr, rows, np.arange(NUM_QUERIES), indptr, rows, allowed)
 
 
 JUDGED = judgements()
 SCORES = matrix(0)
 POSITIVE = np.stack([[q % 7, q % 7 + 20] for q in range(NUM_QUERIES)])
 BEST = np.take_along_axis(SCORES, POSITIVE, 1).max(1)
-KEYS = np.arange(NUM_PASSAGES), np.arange(NUM_QUERIES) + 1000
+KEYS = (Keys(np.arange(NUM_QUERIES) + 1000, np.arange(NUM_PASSAGES)),)
 
 
 TOLD: list[tuple[int, int]] = []
@@ -84,7 +84,7 @@ def draw(filter=(), sample=(), rerank=(), version=1, scores=SCORES, **how):
     )
     with tempfile.TemporaryDirectory() as run:
         found = draw_negatives(
-            Draw(*settings, 0, version, JUDGED, *KEYS, **how),
+            Draw(*settings, 0, version, JUDGED, KEYS, **how),
             RANKS,
             Matrix(scores, JUDGED),
             KeptTiles(Path(run), {}),
@@ -214,7 +214,7 @@ def test_a_corpus_with_nothing_to_offer_leaves_rows_empty(tmp_path):
     nothing = replace(JUDGED, allowed_N=np.zeros(NUM_PASSAGES, bool))
     settings = FilterSettings(), SampleSettings(), RerankSettings()
     tiles = KeptTiles(tmp_path, {})
-    found = draw_negatives(Draw(*settings, 0, 1, nothing, *KEYS), RANKS, Matrix(SCORES, nothing), tiles, lambda *_: None)
+    found = draw_negatives(Draw(*settings, 0, 1, nothing, KEYS), RANKS, Matrix(SCORES, nothing), tiles, lambda *_: None)
     assert found is not None and len(found.ids) == 0 and found.counts["queries_without"] == NUM_QUERIES
 
 

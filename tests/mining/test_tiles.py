@@ -13,7 +13,7 @@ from mining.sampling import SampleSettings
 from mining.tiles import KeptTiles, Part
 from tests.mining.test_refresh import JUDGED, KEYS, RANKS, SCORES, Matrix
 
-DRAW = Draw(FilterSettings(), SampleSettings(num_negatives=4), RerankSettings(), 0, 1, JUDGED, *KEYS)
+DRAW = Draw(FilterSettings(), SampleSettings(num_negatives=4), RerankSettings(), 0, 1, JUDGED, KEYS)
 
 
 class Counting(Matrix):

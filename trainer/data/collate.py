@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from gradcache import Batch, Tower
+from trainer.data.cache import build_once
 from trainer.data.datasets import RetrievalData
 from trainer.data.sampler import choice
+from trainer.data.texts import join_keys
 from trainer.encoder.tokens import TokenTable
 from trainer.handoff.negatives import Negatives
 
@@ -29,6 +31,8 @@ class TrainingSet:
 
     queries: TokenTable  # of the training queries alone, row q
     passages: TokenTable  # of the whole corpus
+    query_keys: np.ndarray  # (num_queries,) int64 content keys: equal texts have equal ones, whatever prefix stands before them
+    passage_keys: np.ndarray  # of the whole corpus
     positive_indptr: np.ndarray  # (num_queries + 1,) int64
     positive_rows: np.ndarray  # corpus rows, int64
     positive_grades: np.ndarray  # float32, of relevance
@@ -43,7 +47,27 @@ def training_set(data: RetrievalData, split: str, queries: TokenTable, passages:
     """Return the training set of a split; `queries` holds the tokens of data.training_queries(split), in order."""
     indptr, at = data.positive_judgements(data.training_queries(split), split)
     qrels = data.qrels[split]
-    return TrainingSet(queries, passages, indptr, qrels.corpus_rows[at], qrels.scores[at], qrels.teacher[at])
+    keys = _content_keys(data, "queries", queries, data.training_queries(split)), _content_keys(data, "corpus", passages)
+    return TrainingSet(queries, passages, *keys, indptr, qrels.corpus_rows[at], qrels.scores[at], qrels.teacher[at])
+
+
+def _content_keys(data: RetrievalData, side: str, tokens: TokenTable, rows: np.ndarray | None = None) -> np.ndarray:
+    """Return a key for each text of a side, or of some rows of it: equal where the texts are equal, or their tokens.
+
+    Under one rule for all texts the keys of tokens are that. Sources with prefixes or limits of their own make two inputs of
+    one text: then keys of texts and of tokens are joined, once for all processes of a machine.
+    """
+    word = "query" if side == "queries" else "passage"
+    names = f"{word}_prefix", f"max_{word}_tokens"
+    if len({tuple(getattr(source.settings, name) for name in names) for source in data.sources}) == 1:
+        return tokens.key_of_row
+    raw = data.text_keys[side] if rows is None else data.text_keys[side][rows]
+    folder = build_once(
+        data.cache / f"keys-{tokens.digest[:24]}",
+        f"keys of {side}",
+        lambda staging: np.save(staging / "keys.npy", join_keys(tokens.key_of_row, raw), allow_pickle=False),
+    )
+    return np.load(folder / "keys.npy", mmap_mode="r", allow_pickle=False)
 
 
 def given_negatives(data: RetrievalData, split: str) -> Negatives | None:
@@ -76,7 +100,8 @@ def collate(
     """Return what this rank encodes and contrasts in a step; query_n: numbers of its queries, (n,) int64, n may be 0."""
     chosen = choose_passages(dataset, negatives, query_n, per_query, seed, step)
     positive_n, passage_p = chosen.rows[: len(query_n)], chosen.rows
-    keys = np.concatenate([dataset.queries.keys(query_n), dataset.passages.keys(passage_p)])
+    keys = np.concatenate([dataset.query_keys[query_n], dataset.passage_keys[passage_p]])
+    input_keys = np.concatenate([dataset.queries.keys(query_n), dataset.passages.keys(passage_p)])
     lengths = np.concatenate([dataset.queries.lengths[query_n], dataset.passages.lengths[passage_p]])
 
     def load(rows: Tensor) -> dict[str, Tensor]:
@@ -97,8 +122,8 @@ def collate(
             encode_kept=functools.partial(encode, keep_activations=True),
             lengths=torch.from_numpy(lengths[first:stop].astype(np.int64)),
             load=lambda rows: load(rows + first),
-            # The key is of the token ids, prefix included, so equal keys are equal inputs of a tower.
-            encode_keys=torch.from_numpy(keys[first:stop]),
+            # Of the token ids, prefix included: equal ones are equal inputs of a tower.
+            encode_keys=torch.from_numpy(input_keys[first:stop]),
         )
 
     cuts = [("query", 0, len(query_n)), ("passage", len(query_n), len(keys))]
@@ -175,7 +200,7 @@ def _positive_keys(dataset: TrainingSet, query_n: np.ndarray, positive_n: np.nda
     at_nM = start[:, None] + np.arange(most)
     is_there_nM = at_nM < stop[:, None]
     rows_nM = np.where(is_there_nM, dataset.positive_rows[np.where(is_there_nM, at_nM, 0)], positive_n[:, None])
-    return dataset.passages.keys(rows_nM.ravel()).reshape(rows_nM.shape)
+    return dataset.passage_keys[rows_nM]
 
 
 def _stack(first_aL: Tensor, second_bL: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ class RetrievalData:
     qrels: dict[str, Qrels]  # by split: train, dev, test as there are
     digest: str  # SHA-256 of the files
     content: dict[str, str]  # of "corpus" and "queries": SHA-256 over the keys of all texts
+    text_keys: dict[str, np.ndarray]  # of both: 64-bit keys of the texts as they are, int64, memory-mapped
     sources: tuple[SourceRows, ...]
     given: Given | None = None
     num_proc: int | None = None  # processes that tokenise
@@ -159,7 +160,8 @@ def _open_tables(path: Path, cache: Path, folder: Path, digest: str) -> Retrieva
         given = Given(*(np.load(folder / f"given-{name}.npy", mmap_mode="r") for name in ("indptr", "ids", "scores")))
     about = json.loads((folder / "about.json").read_text())
     whole = SourceRows("data", 0, 0, SourceSettings(path=path))
-    return RetrievalData(path, cache, corpus, queries, qrels, digest, about["content"], (whole,), given, form=about["form"])
+    keys = {side: np.load(folder / f"{side}-keys.npy", mmap_mode="r")[1].view(np.int64) for side in SIDES}
+    return RetrievalData(path, cache, corpus, queries, qrels, digest, about["content"], keys, (whole,), given, form=about["form"])
 
 
 def _named(part: RetrievalData, name: str, settings: SourceSettings) -> RetrievalData:

@@ -39,7 +39,7 @@ def build_order(
         SourceOrder(first, size, source.settings.batch or batch, source.settings.weight)
         for first, size, source in zip(firsts, counts, data.sources, strict=True)
     )
-    keys = dataset.queries.key_of_row, dataset.positive_indptr, dataset.positive_rows, dataset.passages.key_of_row
+    keys = dataset.query_keys, dataset.positive_indptr, dataset.positive_rows, dataset.passage_keys
     conflicts = Conflicts(*keys) if avoid_duplicates else None
     found = None if clusters is None else read_clusters(clusters, dataset.num_queries)
     return Order(seed, batch, sources, mode, found, conflicts)

@@ -126,6 +126,19 @@ def first_of_equal(keys: np.ndarray) -> np.ndarray:
     return first
 
 
+def join_keys(keys: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return keys of n things that are equal where either of their two keys is, and along chains of such, (n,) int64."""
+    groups = [np.unique(each, return_inverse=True)[1] for each in (keys, others)]
+    first, before = np.arange(len(keys)), None
+    while before is None or (first != before).any():
+        before = first
+        for group in groups:
+            first_of_group = np.full(group.max(initial=-1) + 1, len(keys))
+            np.minimum.at(first_of_group, group, first)
+            first = first_of_group[group]
+    return keys[first]
+
+
 class RowLookup:
     """From keys of ids to rows, by a sorted array."""
 

@@ -5,14 +5,16 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from trainer.data.clusters import Clusters, write_clusters
-from trainer.data.collate import GIVEN, choose_passages, given_negatives, training_set
+from trainer.data.collate import GIVEN, choose_passages, collate, given_negatives, training_set
 from trainer.data.datasets import open_data, open_dataset
 from trainer.data.order import build_order
 from trainer.data.sampler import step_parts
+from trainer.data.texts import join_keys
 from trainer.encoder import tokens as tokens_module
 from trainer.encoder.model import Traits
 from trainer.encoder.tokens import tokenize_side
@@ -113,6 +115,38 @@ def test_each_source_is_tokenised_by_its_own_rule_in_one_table(folder, monkeypat
     other = opened(folder, beir=source(folder, "beir"), pairs=source(folder, "pairs.jsonl", **own | {"passage_prefix": "or "}))
     with pytest.raises(pytest.fail.Exception, match="tokenised again"):
         tokenize_side(other, "corpus", tokenizer, TRAITS)
+
+
+def test_equal_texts_behind_different_prefixes_are_known_to_be_equal(folder):
+    own = {"id_prefix": "b/", "query_prefix": "of each ", "passage_prefix": "not "}
+    data = opened(folder, a=source(folder, "beir"), b=source(folder, "beir", **own))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "encoder")
+    queries, passages = (tokenize_side(data, side, tokenizer, TRAITS) for side in ("queries", "corpus"))
+    dataset = training_set(data, "train", queries.select(data.training_queries()), passages)
+    half = dataset.num_queries // 2
+    query_n = np.array([0, half, 1])  # one text twice, and another
+    batch = collate(dataset, None, query_n, encode=print, device=torch.device("cpu"), per_query=0, seed=0, step=0)
+    keys, inputs = batch.keys.tolist(), batch.towers[0].encode_keys.tolist()
+    assert keys[0] == keys[1] != keys[2] and len(set(inputs[:3])) == 3, "they are encoded apart"
+    first, again = (set(batch.positive_keys[row].tolist()) for row in (0, 1))
+    assert first == again and set(keys[3:5]) <= first, "either's positive is known to the other"
+    assert inputs[3] != inputs[4]
+    conflicts = build_order(data, dataset, "train", seed=0, batch=8, avoid_duplicates=True).conflicts
+    place, _ = conflicts.shared(np.array([0, half]))
+    assert np.bincount(place).tolist() == [1 + len(first)] * 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_joined_keys_are_equal_along_chains_of_equal_ones(seed):
+    random = np.random.default_rng(seed)
+    keys, others = random.integers(0, 40, 60), random.integers(100, 140, 60)
+    plain = np.arange(60)
+    for _ in range(60):
+        for i, j in zip(*np.nonzero((keys[:, None] == keys) | (others[:, None] == others)), strict=True):
+            plain[i] = plain[j] = min(plain[i], plain[j])
+    found = join_keys(keys, others)
+    np.testing.assert_array_equal(found[:, None] == found, plain[:, None] == plain)
+    assert 1 < len(set(found.tolist())) < 40 and len(join_keys(keys[:0], others[:0])) == 0
 
 
 def test_an_id_for_two_texts_is_refused_and_a_prefix_mends_it(folder):
