@@ -101,6 +101,8 @@ def written_parts(found: dict[str, Any]) -> Group:
     counts, audit = found["counts"], found["audit"]
     drawn = [("negatives", found["num_negatives"]), ("of them random passages", counts.get("random", 0))]
     drawn += [
+        ("random passages drawn again: a rule dropped the first", counts.get("redrawn", 0)),
+        ("places that stay empty: rules dropped all that were drawn", counts.get("unfilled", 0)),
         ("queries without any that passed", counts["queries_without"]),
         ("queries without negatives", found["num_empty_rows"]),
     ]

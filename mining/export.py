@@ -1,6 +1,7 @@
 """A version of the negatives as one file for people and other tools: by ids, or with texts in the forms that trainers read.
 
-Written beside and renamed into place, so a file is whole or absent. One batch of queries is in memory at a time.
+Written beside and renamed into place, so a file is whole or absent. One batch of queries is in memory at a time. Whoever reads
+it may put any negative of a record beside any positive; with filter.positive="each" a query has a record for each positive.
 """
 
 import contextlib
@@ -131,8 +132,11 @@ FORMS: dict[str, Callable[[Iterator[Row]], Iterator[Record]]] = {
 }
 
 
-def read_rows(data: RetrievalData, judgements: Judgements, negatives: Negatives, places: slice) -> list[Row]:
-    """Return some training queries with their texts."""
+def read_rows(data: RetrievalData, judgements: Judgements, negatives: Negatives, places: slice, apart: bool = False) -> list[Row]:
+    """Return some training queries with their texts.
+
+    apart: where negatives keep margins to each positive by itself, a row for each positive, with what it admits.
+    """
     indptr, positive_rows = judgements.positives(places)
     start, stop = negatives.indptr[places.start], negatives.indptr[places.stop]
     starts, negative_rows = np.asarray(negatives.indptr[places.start : places.stop + 1]) - start, negatives.ids[start:stop]
@@ -140,32 +144,43 @@ def read_rows(data: RetrievalData, judgements: Judgements, negatives: Negatives,
     needed = np.union1d(positive_rows, negative_rows)
     table = data.corpus.select(needed)
     texts = [Texts(*pair) for pair in zip(table["_id"], table["text"], strict=True)]
-    teacher, positive_teacher = negatives.teacher_scores, negatives.positive_teacher_scores
-    first = judgements.positive_indptr[places.start]
-    rows = []
+    rows, first = [], judgements.positive_indptr[places.start]
     for place, (query_id, query) in enumerate(zip(queries["_id"], queries["text"], strict=True)):
-        own, drawn = slice(indptr[place], indptr[place + 1]), slice(starts[place], starts[place + 1])
-        at, at_positive = slice(drawn.start + start, drawn.stop + start), slice(own.start + first, own.stop + first)
-        rows.append(
-            Row(
-                Texts(query_id, query),
-                [texts[i] for i in np.searchsorted(needed, positive_rows[own])],
-                [texts[i] for i in np.searchsorted(needed, negative_rows[drawn])],
-                _numbers(negatives.scores[at]),
-                None if positive_teacher is None else _numbers(positive_teacher[at_positive]),
-                None if teacher is None else _numbers(teacher[at]),
+        own, drawn = np.arange(*indptr[place : place + 2]), np.arange(*starts[place : place + 2])
+        pairs = _pairs(negatives, own + first, drawn + start) if apart else [(own + first, drawn + start)]
+        for at_positive, at in pairs:
+            rows.append(
+                Row(
+                    Texts(query_id, query),
+                    [texts[i] for i in np.searchsorted(needed, positive_rows[at_positive - first])],
+                    [texts[i] for i in np.searchsorted(needed, negative_rows[at - start])],
+                    _numbers(negatives.scores[at]),
+                    _known_numbers(negatives.positive_teacher_scores, at_positive),
+                    _known_numbers(negatives.teacher_scores, at),
+                )
             )
-        )
     return rows
+
+
+def _pairs(negatives: Negatives, at_positive: np.ndarray, at: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return which positives of a query stand together, with which negatives, by where they stand in the tables."""
+    if negatives.margins is None:
+        return [(at_positive, at)]
+    return [(one, at[negatives.admit(at, one)]) for one in at_positive[:, None]]
 
 
 def _rows(data: RetrievalData, judgements: Judgements, negatives: Negatives) -> Iterator[Row]:
     for start in range(0, judgements.num_queries, BATCH):
-        yield from read_rows(data, judgements, negatives, slice(start, min(start + BATCH, judgements.num_queries)))
+        places = slice(start, min(start + BATCH, judgements.num_queries))
+        yield from read_rows(data, judgements, negatives, places, apart=True)
 
 
 def _numbers(scores: np.ndarray) -> list[float]:
     return [round(float(score), 6) for score in scores]
+
+
+def _known_numbers(scores: np.ndarray | None, at: np.ndarray) -> list[float] | None:
+    return None if scores is None else _numbers(scores[at])
 
 
 def _write_json_lines(path: Path, records: Iterator[Record]) -> int:

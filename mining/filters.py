@@ -5,7 +5,6 @@ ones kept, so the counters add up to what was dropped. What is known of a candid
 comes first; the rules on ranks and scores follow, and guess which of the rest are positives that nobody has judged.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +12,7 @@ import numpy as np
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from trainer.errors import InputError
+from trainer.handoff.margins import Margin, Margins, Which
 from trainer.ranges import job_section
 
 KNOWN = ("judged", "equal_texts", "duplicates")  # dropped for what is known of them, not for a guess
@@ -36,8 +36,13 @@ class FilterSettings:
     """Keep s < max_score (NV-Retriever's TopK-Abs, 0.7)."""
     min_score: float | Literal["off"] = "off"
     """Keep s >= min_score."""
+    positive: Which = "lowest"
+    """Which of several positives decides, of which training draws one; s_pos below is its score, c_pos of rerank.margin the
+    cross-encoder's: the lowest; the best, which lets negatives pass that score above another positive; or each: a candidate
+    stays that keeps all margins to one of them, and the trainer leaves it out where it draws another (samplers go by the best).
+    """
     relative_margin: NonNegativeFloat | Literal["off"] = 0.05
-    """Keep s < s_pos - |s_pos| * margin, s_pos the query's best positive (NV-Retriever's TopK-PercPos, sign-safe)."""
+    """Keep s < s_pos - |s_pos| * margin (NV-Retriever's TopK-PercPos, sign-safe)."""
     absolute_margin: float | Literal["off"] = "off"
     """Keep s < s_pos - margin (NV-Retriever's TopK-MarginPos); a negative one lets scores up to so much above pass (UniME, -0.1).
     """
@@ -45,7 +50,8 @@ class FilterSettings:
     """With [m, n] keep s < s_pos - (m + n * |s_pos|), a margin that follows the positive's score (the idea of LG-ANNA)."""
     when_empty: Literal["random", "lowest", "none"] = "random"
     """What a query gets of which nothing passed: passages drawn from the whole corpus, its candidates of the lowest scores
-    (none that is known to be wrong), or nothing, and the trainer has in-batch negatives only.
+    whatever their rank, or nothing, and the trainer has in-batch negatives only. The rules on scores hold for all of them: a
+    place stays empty rather than break one.
     """
 
     def __post_init__(self) -> None:
@@ -53,6 +59,16 @@ class FilterSettings:
             raise InputError(f"filter.range_max={self.range_max} must be more than filter.range_min={self.range_min}")
         if self.max_score != "off" and self.min_score != "off" and not self.min_score < self.max_score:
             raise InputError(f"filter.min_score={self.min_score} must be less than filter.max_score={self.max_score}")
+
+    def margins(self, teacher_margin: Margin = "off") -> Margins:
+        """Return the margins that hold; teacher_margin: rerank.margin."""
+        return Margins(
+            positive=self.positive,
+            relative_margin=self.relative_margin,
+            absolute_margin=self.absolute_margin,
+            adaptive_margin=self.adaptive_margin,
+            teacher_margin=teacher_margin,
+        )
 
 
 @dataclass(frozen=True)
@@ -71,6 +87,33 @@ class OwnTexts:
     indptr: np.ndarray  # (L + 1,) int64
     rows: np.ndarray  # corpus rows judged relevant, in any split, to any query of the text
     keys: tuple[Keys, ...]  # of these queries; every way counts
+
+
+@dataclass(frozen=True)
+class Positives:
+    """What the positives of Q queries score, in CSR form, each query with one at least; None: nobody knows (BM25)."""
+
+    indptr: np.ndarray  # (Q + 1,) int64
+    scores: np.ndarray | None  # (p,) float32
+    teacher_scores: np.ndarray | None = None  # (p,) float32, a cross-encoder's
+
+    def deciding(self, scores: np.ndarray | None, which: Which) -> np.ndarray | None:
+        """Return the score of the positive that decides for each query, (Q,): of several the lowest, or else the best."""
+        if scores is None:
+            return None
+        return (np.minimum if which == "lowest" else np.maximum).reduceat(scores, self.indptr[:-1])
+
+    def any_admits(self, margins: Margins, scores_QK: np.ndarray, teacher_QK: np.ndarray) -> np.ndarray:
+        """Tell which candidates are below all margins of at least one positive of their query, (Q, K) bool."""
+        assert self.scores is not None
+        admitted_QK = np.zeros(scores_QK.shape, bool)
+        count_Q = np.diff(self.indptr)
+        for place in range(count_Q.max(initial=0)):
+            rows = np.flatnonzero(count_Q > place)  # so the work follows the number of positives
+            at = self.indptr[rows] + place
+            teacher = (None, None) if self.teacher_scores is None else (teacher_QK[rows], self.teacher_scores[at][:, None])
+            admitted_QK[rows] |= margins.admit(scores_QK[rows], self.scores[at][:, None], *teacher)
+        return admitted_QK
 
 
 class Kept:
@@ -101,38 +144,29 @@ def drop_known(settings: FilterSettings, kept: Kept, ids_QK: np.ndarray, own: Ow
         kept.narrow("duplicates", is_first_of_its_key(keys.passage_N[ids_QK], kept.mask_QK))
 
 
-def drop_suspected(settings: FilterSettings, kept: Kept, scores_QK: np.ndarray, positive_score_Q: np.ndarray | None) -> None:
-    """Drop by rank and score what may well be a positive, or is too far away to teach anything.
-
-    positive_score_Q: score of each query's best positive; None: no scores to compare with (BM25), and only ranks count.
-    """
+def drop_by_rank(settings: FilterSettings, kept: Kept) -> None:
+    """Drop what is too early among the candidates left, and may well be a positive, or too far away to teach anything."""
     if settings.range_min or settings.range_max != "off":
         place_QK = kept.mask_QK.cumsum(1) - 1
         last = place_QK.shape[1] if settings.range_max == "off" else settings.range_max
         kept.narrow("range", (place_QK >= settings.range_min) & (place_QK < last))
+
+
+def drop_by_score(
+    settings: FilterSettings, margins: Margins, kept: Kept, scores_QK: np.ndarray, positive_score_Q: np.ndarray | None
+) -> None:
+    """Drop what scores as a positive may, or too low.
+
+    positive_score_Q: score of the positive that decides for each query; None: no scores to compare with (BM25), and no rules.
+    """
     if positive_score_Q is None:
         return
     if settings.max_score != "off":
         kept.narrow("max_score", scores_QK < np.float32(settings.max_score))
     if settings.min_score != "off":
         kept.narrow("min_score", scores_QK >= np.float32(settings.min_score))
-    for name, ceiling_Q in score_ceilings(settings, positive_score_Q):
+    for name, ceiling_Q in margins.ceilings(positive_score_Q):
         kept.narrow(name, scores_QK < ceiling_Q[:, None])
-
-
-def score_ceilings(settings: FilterSettings, positive_score_Q: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield each margin's name and the score that a query's negatives must stay below, (Q,) float32."""
-    if settings.relative_margin != "off":
-        yield "relative_margin", ceiling(positive_score_Q, 0, settings.relative_margin)
-    if settings.absolute_margin != "off":
-        yield "absolute_margin", ceiling(positive_score_Q, settings.absolute_margin, 0)
-    if settings.adaptive_margin != "off":
-        yield "adaptive_margin", ceiling(positive_score_Q, *settings.adaptive_margin)
-
-
-def ceiling(positive_score_Q: np.ndarray, absolute: float, relative: float) -> np.ndarray:
-    """Return s_pos - (absolute + relative * |s_pos|): below s_pos for margins above 0, whatever the sign of s_pos."""
-    return positive_score_Q - (np.float32(absolute) + np.abs(positive_score_Q) * np.float32(relative))
 
 
 def is_listed(value_QK: np.ndarray, indptr: np.ndarray, listed: np.ndarray, list_of_Q: np.ndarray | None = None) -> np.ndarray:

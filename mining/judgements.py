@@ -1,6 +1,7 @@
 """What the judgements say about the training queries: their positives, and what must never be a candidate."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -28,7 +29,18 @@ class Judgements:
     @property
     def num_held_out(self) -> int:
         """Passages that are relevant in other splits only, so nothing of an evaluation enters the training."""
-        return int((~self.allowed_N).sum())
+        return len(self._allowed_before)
+
+    @cached_property
+    def _allowed_before(self) -> np.ndarray:
+        """How many rows below each one that is held out are allowed, ascending: a few numbers in the place of N."""
+        held_out = np.flatnonzero(~self.allowed_N)
+        return held_out - np.arange(len(held_out))
+
+    def allowed_rows(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the corpus rows of the numbers-th allowed passages, counted from 0; -1 where the number is -1."""
+        rows = numbers + np.searchsorted(self._allowed_before, numbers, side="right")
+        return np.where(numbers < 0, -1, rows)
 
     def positives(self, places: slice) -> tuple[np.ndarray, np.ndarray]:
         """Return (indptr, corpus rows) of the positives of some queries; each has one."""

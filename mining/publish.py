@@ -9,9 +9,9 @@ import numpy as np
 
 from mining.audit import overlap_with, reasons_against, score_quantiles, suspected_share
 from mining.clusters import describe_clusters
+from mining.draw import Drawn
 from mining.job import MineJob
 from mining.judgements import Judgements
-from mining.refresh import Drawn
 from trainer.encoder.shards import prune_shards
 from trainer.handoff.claim import Claim
 from trainer.handoff.manifest import TornVersion, clean_staging, prune, read_latest, versions, write_latest
@@ -90,6 +90,7 @@ def publish(
         "search": {"top_k": job.mine.bm25_top_k} if checkpoint is None else asdict(job.search),
         "filter": {**asdict(job.filter), "dropped": drawn.dropped},
         "rerank": asdict(job.rerank) if job.rerank.model else None,
+        "margins": None if checkpoint is None else asdict(job.filter.margins(job.rerank.margin)),
         "sample": {**asdict(job.sample), "seed": job.run.seed},
         "clusters": describe_clusters(job.clusters, clusters),
         "counts": drawn.counts,

@@ -6,66 +6,18 @@ puts the rows together.
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from mining.candidates import Retriever, last_negatives, with_others
-from mining.filters import FilterSettings, Kept, Keys, OwnTexts, drop_known, drop_suspected, is_first_of_its_key, is_listed
-from mining.judgements import Judgements, own_texts
+from mining.draw import Draw, Drawn, GoOn, Share, ask_teacher, hold_to_scores, hold_to_teacher
+from mining.fill import add_random
+from mining.filters import Kept, Positives, drop_by_rank, drop_known
+from mining.judgements import own_texts
 from mining.ranks import Ranks
-from mining.rerank import Reranker, RerankSettings, drop_by_cross_encoder
-from mining.sampling import SampleSettings, choose_candidates, is_easy, lowest_candidates, random_rows
+from mining.sampling import choose_candidates, is_easy, lowest_candidates
 from mining.search import QUERY_TILE, share_of
 from mining.tiles import KeptTiles, Part, Table
-from trainer.handoff.negatives import Negatives
-
-SPARE = 16  # rows drawn from the corpus beyond those needed, in place of those that are no negatives
-
-GoOn = Callable[[float], None]  # told which share of a tile's pairs is done
-
-
-@dataclass(frozen=True)
-class Draw:
-    """What negatives are drawn by, and for whom."""
-
-    filter: FilterSettings
-    sample: SampleSettings
-    rerank: RerankSettings
-    seed: int
-    version: int
-    judgements: Judgements
-    keys: tuple[Keys, ...]  # of all training queries and passages
-    reranker: Reranker | None = None
-    last: Negatives | None = None  # whose negatives stay until they are easy; None: none do
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """The negatives of all queries, in CSR form, and what was counted on the way."""
-
-    indptr: np.ndarray
-    ids: np.ndarray
-    scores: np.ndarray
-    more: dict[str, np.ndarray]  # the optional arrays of a version, by their names there
-    counts: dict[str, int]  # candidates; queries_without, of whose candidates none passed; random and stayed negatives
-    dropped: dict[str, int]  # by filter
-
-
-@dataclass
-class Share:
-    """One rank's queries of a tile, with their candidates, best first."""
-
-    places: slice
-    rows: np.ndarray  # (Q,) of queries.jsonl
-    own: OwnTexts
-    ids_QK: np.ndarray
-    scores_QK: np.ndarray
-    first_QK: np.ndarray  # score when first drawn, of those that the last version has; NaN, and inf for random ones
-    teacher_QK: np.ndarray  # NaN where the cross-encoder was not asked
-    positives: Table  # of every positive
-    best: dict[str, np.ndarray]  # of each query's best positive, (Q,); as positives
-    counts: dict[str, int] = field(default_factory=dict)
 
 
 def draw_negatives(
@@ -112,22 +64,20 @@ def _go_on(ranks: Ranks, on_progress: Callable[[int, int], None], tile: slice, n
 def _draw_tile(draw: Draw, ranks: Ranks, retriever: Retriever, tile: slice, go_on: GoOn) -> Part:
     """Return this rank's part of a tile; column "query" of the table on the way: place within the share."""
     share = _find(draw, ranks, retriever, tile, go_on)
-    kept, unknown_QK = _filter(draw, ranks, share, go_on)
-    drawn_QK = _choose(draw, share, kept, unknown_QK)
-    table = _columns(share, drawn_QK)
-    if draw.sample.num_random or draw.filter.when_empty == "random":  # alike on every rank: BM25's scores are collective
-        table = _with_random(draw, retriever, share, table, kept.empty())
+    kept, fallback_QK = _filter(draw, ranks, share, go_on)
+    table = _columns(share, _choose(draw, share, kept) | fallback_QK)
+    if draw.sample.num_random or draw.filter.when_empty == "random":  # alike on every rank
+        table = add_random(draw, ranks, retriever, share, table, kept.empty(), go_on)
     order = np.lexsort((table["ids"], -table["scores"], table["query"]))
     table = {name: column[order] for name, column in table.items()}
     if draw.reranker is None:
         del table["teacher_scores"]
-    else:
-        new = np.isnan(table["teacher_scores"])
-        table["teacher_scores"][new] = _ask_teacher(draw, ranks, share.places, table["query"][new], table["ids"][new], go_on)
     if draw.sample.replace == "all":
         del table["first_scores"]
     lengths = np.bincount(table.pop("query"), minlength=len(share.rows))
-    return Part(share.places.start, lengths, table | share.positives, share.counts, kept.dropped)
+    positives = {"positive_scores": share.positives.scores, "positive_teacher_scores": share.positives.teacher_scores}
+    table |= {name: scores for name, scores in positives.items() if scores is not None}
+    return Part(share.places.start, lengths, table, share.counts, kept.dropped)
 
 
 def _find(draw: Draw, ranks: Ranks, retriever: Retriever, tile: slice, go_on: GoOn) -> Share:
@@ -140,11 +90,11 @@ def _find(draw: Draw, ranks: Ranks, retriever: Retriever, tile: slice, go_on: Go
         scores_QK, ids_QK = with_others(retriever, places, scores_QK, ids_QK, last_ids_QL)
         first_QK = _scores_at_first(ids_QK, last_ids_QL, last_scores_QL)
     indptr, positive_rows = draw.judgements.positives(places)
-    positives: dict[str, np.ndarray | None] = {"positive_scores": retriever.score_positives(places)}
+    teacher_scores = None
     if draw.reranker is not None:
         query_n = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
-        positives["positive_teacher_scores"] = _ask_teacher(draw, ranks, places, query_n, positive_rows, go_on)
-    known = {name: scores for name, scores in positives.items() if scores is not None}
+        teacher_scores = ask_teacher(draw, ranks, places, query_n, positive_rows, go_on)
+    positives = Positives(indptr, retriever.score_positives(places), teacher_scores)
     return Share(
         places=places,
         rows=draw.judgements.query_rows[places],
@@ -153,39 +103,49 @@ def _find(draw: Draw, ranks: Ranks, retriever: Retriever, tile: slice, go_on: Go
         scores_QK=scores_QK,
         first_QK=first_QK,
         teacher_QK=np.full(ids_QK.shape, np.nan, np.float32),
-        positives=known,
-        best={name: np.maximum.reduceat(scores, indptr[:-1]) for name, scores in known.items()},
+        positives=positives,
+        positive_score_Q=positives.deciding(positives.scores, draw.filter.positive),
+        early_QK=np.zeros(ids_QK.shape, bool),
     )
 
 
 def _filter(draw: Draw, ranks: Ranks, share: Share, go_on: GoOn) -> tuple[Kept, np.ndarray]:
-    """Return which candidates passed all filters, and the mask of those of which nothing is known, (Q, K)."""
+    """Return which candidates passed all filters, and which others queries get of which none has, (Q, K) bool."""
     kept = Kept(share.ids_QK)
     share.counts["candidates"] = int(kept.mask_QK.sum())
     drop_known(draw.filter, kept, share.ids_QK, share.own)
     unknown_QK = kept.mask_QK
-    drop_suspected(draw.filter, kept, share.scores_QK, share.best.get("positive_scores"))
+    share.early_QK = unknown_QK & (unknown_QK.cumsum(1) <= draw.filter.range_min)
+    drop_by_rank(draw.filter, kept)
+    hold_to_scores(draw, share, kept, share.scores_QK)
     if draw.reranker is not None:
         kept.narrow("rerank_top_k", kept.mask_QK.cumsum(1) <= draw.rerank.top_k)
-        query_n, at_n = np.nonzero(kept.mask_QK)
-        ids = share.ids_QK[query_n, at_n]
-        share.teacher_QK[query_n, at_n] = _ask_teacher(draw, ranks, share.places, query_n, ids, go_on)
-        drop_by_cross_encoder(draw.rerank, kept, share.teacher_QK, share.best["positive_teacher_scores"])
+    share.teacher_QK = hold_to_teacher(draw, ranks, share, kept, share.ids_QK, share.scores_QK, go_on)
     share.counts["queries_without"] = int(kept.empty().sum())
-    return kept, unknown_QK
+    if draw.filter.when_empty == "lowest":
+        return kept, _lowest(draw, ranks, share, unknown_QK & kept.empty()[:, None], go_on)
+    return kept, np.zeros(share.ids_QK.shape, bool)
 
 
-def _choose(draw: Draw, share: Share, kept: Kept, unknown_QK: np.ndarray) -> np.ndarray:
-    """Return which candidates become negatives, (Q, K) bool."""
+def _lowest(draw: Draw, ranks: Ranks, share: Share, unknown_QK: np.ndarray, go_on: GoOn) -> np.ndarray:
+    """Return which candidates of the lowest scores the rules on scores admit, (Q, K) bool. Collective, as hold_to_teacher."""
+    kept = Kept(np.where(unknown_QK, share.ids_QK, -1))
+    hold_to_scores(draw, share, kept, share.scores_QK)
+    kept.narrow("higher", lowest_candidates(draw.sample.num_negatives - draw.sample.num_random, kept.mask_QK))
+    teacher_QK = hold_to_teacher(draw, ranks, share, kept, share.ids_QK, share.scores_QK, go_on)
+    share.teacher_QK = np.where(kept.mask_QK, teacher_QK, share.teacher_QK)
+    return kept.mask_QK
+
+
+def _choose(draw: Draw, share: Share, kept: Kept) -> np.ndarray:
+    """Return which of the candidates that passed become negatives, (Q, K) bool."""
     stays_QK = np.isfinite(share.first_QK) & ~is_easy(draw.sample, share.scores_QK, share.first_QK)
     drawn_QK = choose_candidates(
         draw.sample, draw.seed, draw.version, share.rows, share.ids_QK, share.scores_QK, kept.mask_QK,
-        share.best.get("positive_scores"), stays_QK,
+        share.positive_score_Q, stays_QK,
     )  # fmt: skip
     share.counts["stayed"] = int((drawn_QK & stays_QK).sum())
     share.first_QK = np.where(stays_QK, share.first_QK, share.scores_QK)
-    if draw.filter.when_empty == "lowest":
-        drawn_QK |= kept.empty()[:, None] & lowest_candidates(draw.sample.num_negatives, unknown_QK)
     return drawn_QK
 
 
@@ -197,38 +157,6 @@ def _columns(share: Share, drawn_QK: np.ndarray) -> Table:
         "first_scores": share.first_QK[drawn_QK],
         "teacher_scores": share.teacher_QK[drawn_QK],
     }
-
-
-def _with_random(draw: Draw, retriever: Retriever, share: Share, table: Table, is_empty_Q: np.ndarray) -> Table:
-    """Return the table with passages from the whole corpus: a share of all negatives, and all of a query that has none.
-
-    They pass the filters of what is known; that one is a positive which nobody judged is as likely as in a batch.
-    """
-    falls_back_Q = is_empty_Q & (draw.filter.when_empty == "random")
-    num_Q = np.where(falls_back_Q, draw.sample.num_negatives, draw.sample.num_random)
-    allowed_rows = np.flatnonzero(draw.judgements.allowed_N)
-    ids_QR = random_rows(draw.seed, draw.version, share.rows, int(num_Q.max(initial=0)) + SPARE, allowed_rows)
-    kept = Kept(ids_QR)
-    drawn_indptr = np.searchsorted(table["query"], np.arange(len(share.rows) + 1))
-    kept.narrow("drawn", ~is_listed(ids_QR, drawn_indptr, table["ids"]))
-    kept.narrow("repeated", is_first_of_its_key(ids_QR, kept.mask_QK))
-    drop_known(draw.filter, kept, ids_QR, share.own)
-    taken_QR = kept.mask_QK & (kept.mask_QK.cumsum(1) <= num_Q[:, None])
-    share.counts["random"] = int(taken_QR.sum())
-    scores = retriever.score(share.places, np.where(taken_QR, ids_QR, -1))[taken_QR]
-    more = {"query": np.nonzero(taken_QR)[0], "ids": ids_QR[taken_QR], "scores": scores}
-    # Infinite: the next version draws others.
-    more |= {"first_scores": np.full_like(scores, np.inf), "teacher_scores": np.full_like(scores, np.nan)}
-    return {name: np.concatenate([column, more[name]]) for name, column in table.items()}
-
-
-def _ask_teacher(
-    draw: Draw, ranks: Ranks, places: slice, query_n: np.ndarray, passage_rows: np.ndarray, go_on: GoOn
-) -> np.ndarray:
-    """Return the cross-encoder's score of some pairs, queries ascending. Collective: one's request to stop is everyone's."""
-    reranker = draw.reranker
-    assert reranker is not None
-    return ranks.together(lambda: reranker.score(query_n + places.start, passage_rows, go_on))
 
 
 def _scores_at_first(ids_QK: np.ndarray, last_ids_QL: np.ndarray, last_scores_QL: np.ndarray) -> np.ndarray:

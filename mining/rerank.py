@@ -17,7 +17,7 @@ from pydantic import PositiveInt
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from mining.filters import Kept, ceiling
+from mining.filters import Kept
 from mining.search import SHARE_ROWS
 from trainer.data.datasets import RetrievalData
 from trainer.encoder.backbone import max_positions
@@ -25,6 +25,7 @@ from trainer.encoder.model import hash_tensors
 from trainer.encoder.source import LOADING_ERRORS
 from trainer.encoder.tokenizer import load_tokenizer
 from trainer.errors import InputError
+from trainer.handoff.margins import ceiling
 from trainer.ranges import job_section
 
 BATCH_TOKENS = 4096  # padded tokens in one forward, on a CPU core or a GPU
@@ -41,7 +42,7 @@ class RerankSettings:
     max_tokens: Annotated[int, Ge(8)] = 512
     """Tokens of query and passage together; the longer of both is cut."""
     margin: float | Literal["off"] = "off"
-    """Keep c < c_pos - margin, c_pos the cross-encoder's score of the query's best positive (in logits)."""
+    """Keep c < c_pos - margin, c_pos the cross-encoder's score of the positive that filter.positive names (in logits)."""
     max_score: float | Literal["off"] = "off"
     """Keep c < max_score (in logits)."""
 
@@ -140,7 +141,7 @@ def open_reranker(settings: RerankSettings, data: RetrievalData, query_rows: np.
 def drop_by_cross_encoder(settings: RerankSettings, kept: Kept, teacher_QK: np.ndarray, positive_Q: np.ndarray) -> None:
     """Drop the candidates that a cross-encoder takes for positives. Source: RocketQA, arXiv 2010.08191; AR2, arXiv 2110.03611.
 
-    positive_Q: its score of each query's best positive.
+    positive_Q: its score of the positive that decides for each query.
     """
     if settings.max_score != "off":
         kept.narrow("rerank_max_score", teacher_QK < np.float32(settings.max_score))

@@ -30,8 +30,9 @@ class SampleSettings:
     pool: PositiveInt | Literal["all"] = "all"
     """The best so many that passed are drawn from."""
     simans_a: NonNegativeFloat = 200.0
-    """SimANS: p ~ exp(-a (s - s_pos - b)^2). The paper's a = 0.5 is for raw dot products of some tens; on unit vectors, whose
-    loss divides scores by 0.05, the same curve has a = 0.5 / 0.05^2.
+    """SimANS: p ~ exp(-a (s - s_pos - b)^2), s_pos of the positive that filter.positive names, of "each" the best. The paper's
+    a = 0.5 is for raw dot products of some tens; on unit vectors, whose loss divides scores by 0.05, the same curve has
+    a = 0.5 / 0.05^2.
     """
     simans_b: float = 0.0
     """The b of both forms of SimANS."""
@@ -71,7 +72,8 @@ def choose_candidates(
 
     query_rows: (Q,) rows of queries.jsonl.
     ids_QK, scores_QK: candidates, best first; keep_QK: those that may be drawn.
-    positive_score_Q: score of each query's best positive; None (BM25): what needs scores of embeddings draws uniformly.
+    positive_score_Q: score of the positive that decides for each query; None (BM25): what needs scores of embeddings draws
+    uniformly.
     stays_QK: those that are drawn before all others.
     """
     method = "uniform" if positive_score_Q is None and settings.method in DENSE_ONLY else settings.method
@@ -96,13 +98,13 @@ def lowest_candidates(num: int, keep_QK: np.ndarray) -> np.ndarray:
     return keep_QK & (after_QK <= num)
 
 
-def random_rows(seed: int, version: int, query_rows: np.ndarray, num: int, allowed_rows: np.ndarray) -> np.ndarray:
-    """Return `num` corpus rows for each query, (Q, num) int64, uniform among the allowed ones; rows may repeat."""
-    if len(allowed_rows) == 0:
-        return np.full((len(query_rows), num), -1, np.int64)
+def random_numbers(seed: int, version: int, query_rows: np.ndarray, draws: range, below: int) -> np.ndarray:
+    """Return what each query draws in some of its draws, (Q, draws) int64, uniform from 0 up to `below`; they may repeat."""
+    if below == 0:
+        return np.full((len(query_rows), len(draws)), -1, np.int64)
     per_query = mix(stream(seed, version) + query_rows.astype(np.uint64))
-    bits_QR = mix(mix(per_query ^ RANDOM_STREAM)[:, None] + np.arange(num, dtype=np.uint64))
-    return allowed_rows[(bits_QR % np.uint64(len(allowed_rows))).astype(np.int64)]
+    bits_QR = mix(mix(per_query ^ RANDOM_STREAM)[:, None] + np.arange(draws.start, draws.stop, dtype=np.uint64))
+    return (bits_QR % np.uint64(below)).astype(np.int64)
 
 
 def is_easy(settings: SampleSettings, now: np.ndarray, at_first: np.ndarray) -> np.ndarray:

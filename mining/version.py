@@ -12,13 +12,14 @@ import numpy as np
 from mining.audit import reasons_against
 from mining.candidates import BM25Retriever, BothRetrievers, DenseRetriever, Retriever
 from mining.clusters import cluster_queries
+from mining.draw import Draw, Drawn
 from mining.encoded import encode_checkpoint
 from mining.figures import version_figures
 from mining.filters import Keys
 from mining.indexed import index_passages
 from mining.publish import audit_drawn, publish, stays
 from mining.ranks import Refused
-from mining.refresh import Draw, Drawn, draw_negatives
+from mining.refresh import draw_negatives
 from mining.search import QUERY_TILE
 from mining.tiles import KeptTiles
 from mining.watch import Task

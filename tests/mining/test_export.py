@@ -1,6 +1,7 @@
 """Every form of file is read back by our own reader as what the table held."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -132,3 +133,34 @@ def test_an_unknown_query_is_refused_with_near_ids_and_one_of_another_split_with
     other = next(row["_id"] for i, row in enumerate(data.queries) if i not in judgements.query_rows)
     with pytest.raises(InputError, match=f"query '{other}' has no positive in the training split"):
         show_query(*mined, other)
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_with_margins_to_each_positive_a_record_has_one_and_what_it_admits(mined, tmp_path, form):
+    data, judgements, negatives = mined
+    margins = {"relative_margin": 0.2, "absolute_margin": "off", "adaptive_margin": "off", "teacher_margin": 0.1}
+    each = replace(negatives, manifest={**negatives.manifest, "margins": {"positive": "each", **margins}})
+    num_records = write_negatives(tmp_path / "train.jsonl", form, data, judgements, each)
+    assert num_records == len(judgements.positive_rows) > judgements.num_queries
+    texts = data.corpus["_id" if form == "ids" else "text"][:]
+    wanted, dropped = [], 0
+    for place in range(judgements.num_queries):
+        for at in range(*judgements.positive_indptr[place : place + 2]):
+            own = slice(negatives.indptr[place], negatives.indptr[place + 1])
+            is_below = negatives.scores[own] < np.float32(0.8) * negatives.positive_scores[at]
+            is_below &= negatives.teacher_scores[own] < negatives.positive_teacher_scores[at] - np.float32(0.1)
+            wanted.append((texts[judgements.positive_rows[at]], [texts[row] for row in negatives.ids[own][is_below]]))
+            dropped += (~is_below).sum()
+    records = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert [of_record(form, record) for record in records] == wanted and 0 < dropped < len(negatives.ids)
+
+
+def of_record(form, record):
+    """Return the positive of a record and its negatives."""
+    if form == "ids":
+        return *record["positive_ids"], record["negative_ids"]
+    if form == "sentence-transformers":
+        return record["positive"], [record[f"negative_{n}"] for n in range(1, 9) if f"negative_{n}" in record]
+    if form == "tevatron":
+        return record["positive_passages"][0]["text"], [passage["text"] for passage in record["negative_passages"]]
+    return *record["pos"], record["neg"]

@@ -3,8 +3,25 @@
 import numpy as np
 import pytest
 
-from mining.filters import FilterSettings, Kept, Keys, OwnTexts, drop_known, drop_suspected, is_first_of_its_key, is_listed
+from mining.filters import (
+    FilterSettings,
+    Kept,
+    Keys,
+    OwnTexts,
+    Positives,
+    drop_by_rank,
+    drop_by_score,
+    drop_known,
+    is_first_of_its_key,
+    is_listed,
+)
 from trainer.errors import InputError
+
+
+def drop(settings, kept, scores, positive):
+    """What the miner does with what is not known to be wrong."""
+    drop_by_rank(settings, kept)
+    drop_by_score(settings, settings.margins(), kept, scores, positive)
 
 
 def table(seed, high, shape=(30, 12)):
@@ -65,7 +82,7 @@ def test_each_rule_keeps_what_its_formula_says_for_scores_of_any_sign(rule):
     positive = (random.integers(-40, 40, 50) / 40).astype(np.float32)
     kept = Kept(np.where(random.random(scores.shape) < 0.8, 1, -1))
     known = kept.mask_QK
-    drop_suspected(FilterSettings(**{"relative_margin": "off", **settings}), kept, scores, positive)
+    drop(FilterSettings(**{"relative_margin": "off", **settings}), kept, scores, positive)
     expected = np.zeros(known.shape, bool)
     for q, j in zip(*np.nonzero(known), strict=True):
         expected[q, j] = plain(known[q, :j].sum(), scores[q, j], positive[q])
@@ -78,8 +95,44 @@ def test_each_rule_keeps_what_its_formula_says_for_scores_of_any_sign(rule):
 def test_no_margin_lets_a_score_as_high_as_the_positives_pass(positive, margin):
     kept = Kept(np.zeros((1, 3), int))
     scores = np.array([[positive + 0.01, positive, positive - 0.5]], np.float32)
-    drop_suspected(FilterSettings(**{"relative_margin": "off", **margin}), kept, scores, np.array([positive], np.float32))
+    drop(FilterSettings(**{"relative_margin": "off", **margin}), kept, scores, np.array([positive], np.float32))
     assert kept.mask_QK.tolist() == [[False, False, True]]
+
+
+def test_the_positive_that_decides_is_the_lowest_unless_the_settings_say_otherwise():
+    # The example of the margins' doc: positives of .9 and .5, a candidate of .8.
+    positives = Positives(np.array([0, 2, 3]), np.array([0.9, 0.5, 0.7], np.float32))
+    scores = np.array([[0.8, 0.4], [0.68, 0.6]], np.float32)
+    kept_by = {}
+    for which in ("lowest", "best", "each"):
+        settings, kept = FilterSettings(positive=which), Kept(np.zeros((2, 2), int))
+        drop(settings, kept, scores, positives.deciding(positives.scores, which))
+        kept_by[which] = kept.mask_QK.tolist()
+    assert FilterSettings().positive == "lowest" and kept_by["lowest"] == [[False, True], [False, True]]
+    assert kept_by["best"] == kept_by["each"] == [[True, True], [False, True]]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_each_keeps_what_one_positive_admits_by_all_margins_at_once(seed):
+    random = np.random.default_rng(seed)
+    counts = random.integers(1, 5, 20)
+    indptr = np.concatenate([[0], np.cumsum(counts)])
+    positive, teacher = random.normal(size=(2, indptr[-1])).astype(np.float32)
+    scores, asked = random.normal(size=(2, 20, 6)).astype(np.float32)
+    margins = FilterSettings(relative_margin=0.1, absolute_margin=0.2).margins(teacher_margin=0.3)
+    found = Positives(indptr, positive, teacher).any_admits(margins, scores, asked)
+    plain = [
+        [
+            any(
+                s < p - 0.1 * abs(p) and s < p - 0.2 and c < t - 0.3
+                for p, t in zip(positive[indptr[q] : indptr[q + 1]], teacher[indptr[q] : indptr[q + 1]], strict=True)
+            )
+            for s, c in zip(scores[q], asked[q], strict=True)
+        ]
+        for q in range(20)
+    ]
+    np.testing.assert_array_equal(found, plain)
+    assert 10 < np.sum(plain) < 110
 
 
 def test_every_filter_counts_what_the_earlier_ones_left():
@@ -90,7 +143,7 @@ def test_every_filter_counts_what_the_earlier_ones_left():
     own = OwnTexts(np.array([0]), np.array([0, 2]), np.array([0, 9]), (Keys(np.array([11]), keys),))
     settings, kept = FilterSettings(relative_margin=0.05, absolute_margin=0.3), Kept(ids)
     drop_known(settings, kept, ids, own)
-    drop_suspected(settings, kept, scores, np.array([0.98], np.float32))
+    drop(settings, kept, scores, np.array([0.98], np.float32))
     assert kept.dropped == {"judged": 1, "equal_texts": 2, "duplicates": 1, "relative_margin": 1, "absolute_margin": 1}
     np.testing.assert_array_equal(np.flatnonzero(kept.mask_QK), [6])
 
@@ -100,13 +153,13 @@ def test_filters_can_be_turned_off_but_for_the_judged():
     ids, own = np.array([[0, 1, 1]]), OwnTexts(np.array([0]), np.array([0, 1]), np.array([0]), keys)
     off, kept = FilterSettings(equal_texts=False, duplicates=False, relative_margin="off"), Kept(ids)
     drop_known(off, kept, ids, own)
-    drop_suspected(off, kept, np.ones((1, 3), np.float32), np.zeros(1, np.float32))
+    drop(off, kept, np.ones((1, 3), np.float32), np.zeros(1, np.float32))
     assert kept.mask_QK.tolist() == [[False, True, True]] and kept.dropped == {"judged": 1}
 
 
 def test_without_scores_of_positives_only_ranks_count():
     kept = Kept(np.zeros((1, 4), int))
-    drop_suspected(FilterSettings(range_max=2, max_score=0.0), kept, np.ones((1, 4), np.float32), None)
+    drop(FilterSettings(range_max=2, max_score=0.0), kept, np.ones((1, 4), np.float32), None)
     assert kept.mask_QK.tolist() == [[True, True, False, False]] and kept.dropped == {"range": 2}
 
 

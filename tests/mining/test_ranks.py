@@ -11,6 +11,7 @@ from tests.tiny import write_tiny_cross_encoder, write_tiny_dataset
 KINDS = {
     "ivf": {
         "index": {"factory": "IVF8,Flat", "nprobe": 4},
+        "filter": {"relative_margin": 0.01, "positive": "each"},
         "sample": {"num_negatives": 5, "method": "simans"},
         "audit": {"min_recall": 0.2},
         "encode": {"stored": "fp16"},

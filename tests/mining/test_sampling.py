@@ -1,5 +1,7 @@
 """Draws against their distributions, and against themselves in other tiles."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,8 +11,9 @@ from mining.sampling import (
     gumbel_noise,
     is_easy,
     lowest_candidates,
-    random_rows,
+    random_numbers,
 )
+from tests.mining.test_refresh import JUDGED
 
 NUM_QUERIES, NUM_CANDIDATES = 20_000, 6
 ROWS = np.arange(NUM_QUERIES)
@@ -111,13 +114,16 @@ def test_the_lowest_candidates_are_the_last_that_are_left():
         assert np.flatnonzero(found).tolist() == np.flatnonzero(kept)[-2:].tolist()
 
 
-def test_random_rows_are_uniform_over_the_allowed_ones():
-    allowed = np.array([3, 4, 9, 100])
-    found = random_rows(0, 1, ROWS, 5, allowed)
+def test_random_numbers_are_uniform_and_rows_are_the_allowed_ones():
+    allowed = np.array([3, 4, 9, 11])
+    judgements = replace(JUDGED, allowed_N=np.isin(np.arange(13), allowed))
+    assert judgements.allowed_rows(np.array([0, 1, 2, 3, -1])).tolist() == [*allowed, -1] and judgements.num_held_out == 9
+    found = judgements.allowed_rows(random_numbers(0, 1, ROWS, range(5), 4))
     shares = [(found == row).mean() for row in allowed]
     np.testing.assert_allclose(shares, 0.25, atol=0.01)
     columns = np.corrcoef(np.searchsorted(allowed, found).T)
     assert np.abs(columns - np.eye(5)).max() < 0.03, "places of a row are independent"
-    np.testing.assert_array_equal(found[7:9], random_rows(0, 1, ROWS[7:9], 5, allowed))
-    assert (found != random_rows(0, 2, ROWS, 5, allowed)).mean() > 0.7
-    assert (random_rows(0, 1, ROWS[:2], 3, allowed[:0]) == -1).all()
+    np.testing.assert_array_equal(found[7:9], judgements.allowed_rows(random_numbers(0, 1, ROWS[7:9], range(5), 4)))
+    np.testing.assert_array_equal(random_numbers(0, 1, ROWS, range(2, 5), 4), random_numbers(0, 1, ROWS, range(5), 4)[:, 2:])
+    assert (random_numbers(0, 1, ROWS, range(5), 4) != random_numbers(0, 2, ROWS, range(5), 4)).mean() > 0.7
+    assert (random_numbers(0, 1, ROWS[:2], range(3), 0) == -1).all()

@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mining.draw import Draw
 from mining.filters import FilterSettings
 from mining.ranks import Stopped
-from mining.refresh import Draw, draw_negatives
+from mining.refresh import draw_negatives
 from mining.rerank import RerankSettings
 from mining.sampling import SampleSettings
 from mining.tiles import KeptTiles, Part

@@ -158,6 +158,16 @@ def test_negatives_under_which_dev_fell_are_taken_back(job, monkeypatch):
     assert used[-1] == 0 and 1 in used
 
 
+def test_a_query_whose_places_stay_empty_is_trained_with_what_there_is(job):
+    count = np.arange(36) % 4  # none for every fourth
+    indptr = np.concatenate([[0], np.cumsum(count)])
+    publish_negatives(job.run.folder, 0, indptr, np.arange(indptr[-1]) % 60, np.zeros(indptr[-1]), {"checkpoint_step": None})
+    job = replace(job, negatives=NegativesSettings(per_query=2), batch=BatchSettings(queries=6))
+    assert train(job, world_of()).step == 6
+    losses = [line["loss"] for line in lines(job) if "loss" in line]
+    assert len(losses) == 6 and np.isfinite(losses).all() and min(losses) > 0
+
+
 def test_batches_are_made_of_the_clusters_in_force_where_an_epoch_begins(job, tmp_path):
     """36 queries, 9 a batch: 4 steps an epoch. Version 0 has no clusters, version 1 does, from step 2."""
     of_query = np.random.default_rng(0).permutation(np.repeat(np.arange(12), 3))

@@ -1,6 +1,7 @@
 """From query numbers to what one rank encodes in a step.
 
-A query brings one of its positives and some of its hard negatives; which ones is a pure function of (seed, step, query).
+A query brings one of its positives and some of its hard negatives, fewer where there are fewer; which ones is a
+pure function of (seed, step, query).
 Passages are ordered positives first, so query i's target is passage i.
 """
 
@@ -19,6 +20,7 @@ from trainer.data.datasets import RetrievalData
 from trainer.data.sampler import choice
 from trainer.data.texts import join_keys
 from trainer.encoder.tokens import TokenTable
+from trainer.errors import InputError
 from trainer.handoff.negatives import Negatives
 
 GIVEN = -1  # version of the negatives that come with the data
@@ -154,9 +156,12 @@ def choose_passages(
     seed: int,
     step: int,
 ) -> Chosen:
-    """Return the passages of some queries in a step: one positive of each, and up to `per_query` of its negatives."""
+    """Return the passages of some queries in a step: one positive of each, and up to `per_query` of its negatives.
+
+    Raises InputError if the negatives were mined for other positives than the data set has.
+    """
     at_n = _choose_positives(dataset, query_n, seed, step)
-    at_m, query_m = _choose_negatives(negatives, query_n, per_query, seed, step)
+    at_m, query_m = _choose_negatives(dataset, negatives, query_n, at_n, per_query, seed, step)
     ids = np.zeros(0, np.int64) if negatives is None else negatives.ids
     teacher = None if negatives is None else negatives.teacher_scores
     teacher_m = np.full(len(at_m), np.nan, np.float32) if teacher is None else teacher[at_m]
@@ -175,9 +180,18 @@ def _choose_positives(dataset: TrainingSet, query_n: np.ndarray, seed: int, step
 
 
 def _choose_negatives(
-    negatives: Negatives | None, query_n: np.ndarray, per_query: int | Literal["all"], seed: int, step: int
+    dataset: TrainingSet,
+    negatives: Negatives | None,
+    query_n: np.ndarray,
+    positive_at_n: np.ndarray,
+    per_query: int | Literal["all"],
+    seed: int,
+    step: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return where up to `per_query` distinct ones of each query's list stand, uniform, and whose they are."""
+    """Return where up to `per_query` distinct ones of each query's list stand, uniform, and whose they are.
+
+    positive_at_n: where the positive stands that each query has in this step, which its negatives may have to stay below.
+    """
     nothing = np.empty(0, np.int64), np.empty(0, np.int64)
     if negatives is None or per_query == 0 or len(query_n) == 0:
         return nothing
@@ -185,12 +199,25 @@ def _choose_negatives(
     longest = int((stop - start).max(initial=0))
     if longest == 0:
         return nothing
-    # (n, longest): a random number for every candidate, 2 where the list is shorter; the smallest are taken
+    # (n, longest): a random number for every candidate, 2 where none may be taken; the smallest are
     draw_nm = np.stack([choice(seed, step, query_n, NEGATIVE_DRAW + j) for j in range(longest)], axis=1)
-    draw_nm[np.arange(longest) >= (stop - start)[:, None]] = 2
+    is_there_nm = np.arange(longest) < (stop - start)[:, None]
+    if negatives.margins is not None:
+        _check_positives(dataset, negatives)
+        is_there_nm &= negatives.admit(np.where(is_there_nm, start[:, None] + np.arange(longest), 0), positive_at_n[:, None])
+    draw_nm[~is_there_nm] = 2
     taken_nk = np.argsort(draw_nm, axis=1, kind="stable")[:, : None if per_query == "all" else per_query]
     is_there_nk = np.take_along_axis(draw_nm, taken_nk, 1) < 2
     return (start[:, None] + taken_nk)[is_there_nk], np.nonzero(is_there_nk)[0]
+
+
+def _check_positives(dataset: TrainingSet, negatives: Negatives) -> None:
+    num_scored = 0 if negatives.positive_scores is None else len(negatives.positive_scores)
+    if num_scored != len(dataset.positive_rows):
+        raise InputError(
+            f"negatives v{negatives.version} have scores of {num_scored} positives, and the training split has "
+            f"{len(dataset.positive_rows)}; let the miner and the trainer have the same data.train_split"
+        )
 
 
 def _positive_keys(dataset: TrainingSet, query_n: np.ndarray, positive_n: np.ndarray) -> np.ndarray:

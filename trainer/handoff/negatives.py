@@ -8,6 +8,7 @@ opened memory-mapped and never unpickled.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from pydantic import NonNegativeInt
 
 from trainer.handoff.manifest import TornVersion, open_version, publish_version, write_latest
+from trainer.handoff.margins import Margins
 from trainer.ranges import job_section
 
 BLOCK = 1 << 16  # numbers of a table that are looked at together: half a megabyte
@@ -44,6 +46,20 @@ class Negatives:
     @property
     def num_queries(self) -> int:
         return len(self.indptr) - 1
+
+    @cached_property
+    def margins(self) -> Margins | None:
+        """The margins that a negative must keep to the positive drawn beside it; None: it may stand beside any."""
+        return Margins.of_each(self.manifest)
+
+    def admit(self, at: np.ndarray, positive_at: np.ndarray) -> np.ndarray:
+        """Tell which negatives may stand beside which positives, by where they stand in the tables; shapes broadcast."""
+        if self.margins is None:
+            return np.ones(np.broadcast_shapes(at.shape, positive_at.shape), bool)
+        assert self.positive_scores is not None
+        teacher, positive_teacher = self.teacher_scores, self.positive_teacher_scores
+        teachers = (None, None) if teacher is None or positive_teacher is None else (teacher[at], positive_teacher[positive_at])
+        return self.margins.admit(self.scores[at], self.positive_scores[positive_at], *teachers)
 
     @property
     def checkpoint_step(self) -> int | None:
@@ -117,9 +133,10 @@ def open_negatives(run: Path, name: str, num_queries: int, num_passages: int, da
             if f"{part}.npy" in manifest["files"]
         }
         negatives = Negatives(**arrays, version=int(manifest["version"]), manifest=manifest)
+        fits = _fits(negatives, num_queries, num_passages)
     except (OSError, ValueError, TypeError) as error:
         raise TornVersion(f"{folder} cannot be read: {error}") from error
-    if not _fits(negatives, num_queries, num_passages):
+    if not fits:
         raise TornVersion(f"{folder} does not fit {num_queries} queries and {num_passages} passages")
     return negatives
 
@@ -131,6 +148,10 @@ def _fits(negatives: Negatives, num_queries: int, num_passages: int) -> bool:
     lengths = ("teacher_scores", len(ids)), ("first_scores", len(ids)), ("clusters", num_queries)
     if any(len(array) != n for name, n in lengths if (array := getattr(negatives, name)) is not None):
         return False
+    if (margins := negatives.margins) is not None:
+        needed = ["positive_scores", *(["teacher_scores", "positive_teacher_scores"] if margins.teacher_margin != "off" else [])]
+        if any(getattr(negatives, name) is None for name in needed):
+            return False
     are_rows = (block.min() >= 0 and block.max() < num_passages for block in _blocks(ids))
     are_ascending = (not np.any(np.diff(block) < 0) for block in _blocks(indptr, overlap=1))
     return all(are_rows) and all(are_ascending)

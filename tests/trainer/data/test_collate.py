@@ -1,15 +1,18 @@
 """What a rank encodes in a step: positives first, hard negatives of the query, the same on any number of ranks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
 
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
-from trainer.data.collate import collate, training_set
+from trainer.data.collate import choose_passages, collate, training_set
 from trainer.data.datasets import open_dataset
 from trainer.data.sampler import rank_slice
 from trainer.encoder.tokens import tokenize
+from trainer.errors import InputError
 from trainer.handoff.negatives import Negatives
 
 CPU = torch.device("cpu")
@@ -108,6 +111,44 @@ def test_all_judged_positives_are_known_by_key(dataset, negatives):
     for q in query_n:
         keys = set(dataset.passages.keys(positives(dataset, q)).tolist())
         assert set(batch.positive_keys[q].tolist()) == keys
+
+
+EACH = {"positive": "each", "relative_margin": 0.1, "absolute_margin": "off", "adaptive_margin": "off", "teacher_margin": 0.5}
+
+
+@pytest.fixture(scope="module")
+def held(dataset):
+    """Six passages a query that keep the margins to some of its positives only, by their scores and a teacher's."""
+    draw, num_queries = np.random.default_rng(1), dataset.num_queries
+    rows = [draw.choice(np.setdiff1d(np.arange(64), positives(dataset, q)), 6, replace=False) for q in range(num_queries)]
+    scores, teacher = draw.random((2, 6 * num_queries)).astype(np.float32)
+    of_positives = 0.5 + 1.5 * draw.random((2, len(dataset.positive_rows))).astype(np.float32)
+    table = np.arange(num_queries + 1) * 6, np.concatenate(rows), scores, 3, {"margins": EACH}
+    return Negatives(*table, teacher_scores=teacher, positive_scores=of_positives[0], positive_teacher_scores=of_positives[1])
+
+
+def test_negatives_keep_the_margins_to_the_positive_that_is_drawn(dataset, held):
+    query_n, used, fewer = np.arange(dataset.num_queries), set(), 0
+    for step in range(12):
+        chosen = choose_passages(dataset, held, query_n, 4, seed=1, step=step)
+        for q in query_n:
+            at = dataset.positive_indptr[q] + positives(dataset, q).tolist().index(chosen.rows[q])
+            own = slice(6 * q, 6 * q + 6)
+            most = held.positive_scores[at] * np.float32(0.9), held.positive_teacher_scores[at] - np.float32(0.5)
+            allowed = held.ids[own][(held.scores[own] < most[0]) & (held.teacher_scores[own] < most[1])]
+            drawn = chosen.rows[len(query_n) :][chosen.query[len(query_n) :] == q]
+            assert set(drawn) <= set(allowed) and len(set(drawn)) == len(drawn) == min(4, len(allowed))
+            used |= {(q, row) for row in drawn}
+            fewer += len(drawn) < 4
+    assert len(used) > dataset.num_queries and fewer > 50, "places stay empty where too few are admitted"
+    apart = [choose_passages(dataset, held, query_n[part], 4, 1, 11) for part in (slice(0, 9), slice(9, None))]
+    assert chosen.rows[len(query_n) :].tolist() == [row for part, n in zip(apart, (9, 27), strict=True) for row in part.rows[n:]]
+
+
+def test_scores_of_other_positives_are_refused(dataset, held):
+    other = replace(held, positive_scores=held.positive_scores[1:])
+    with pytest.raises(InputError, match=r"have scores of \d+ positives, .* the same data\.train_split"):
+        make(dataset, other, np.arange(3))
 
 
 @pytest.mark.parametrize("query_n", [np.array([], np.int64), np.array([0])])

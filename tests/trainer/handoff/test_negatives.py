@@ -1,12 +1,14 @@
 """The table of negatives: what the miner writes is what the trainer maps, or it is refused."""
 
 import tracemalloc
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
 from trainer.errors import InputError
 from trainer.handoff.manifest import TornVersion, read_latest
+from trainer.handoff.margins import Margins
 from trainer.handoff.negatives import BLOCK, ScheduleEntry, negatives_folder, open_negatives, publish_negatives
 from trainer.handoff.settings import NegativesSettings
 
@@ -33,6 +35,28 @@ def test_teacher_scores_and_clusters_are_kept_where_there_are_any(tmp_path):
     publish_negatives(tmp_path, 2, INDPTR, IDS, SCORES, {}, clusters=clusters[:2])
     with pytest.raises(TornVersion, match="does not fit"):
         open_negatives(tmp_path, "v000002", 3, 6)
+
+
+def test_margins_to_each_positive_need_the_scores_of_the_positives(tmp_path):
+    margins = Margins(
+        positive="each", relative_margin=0.05, absolute_margin="off", adaptive_margin=(0.1, 0.2), teacher_margin="off"
+    )
+    fields = {"margins": asdict(margins)}
+    publish_negatives(tmp_path, 1, INDPTR, IDS, SCORES, fields, positive_scores=np.array([0.9, 0.5, 0.2]))
+    negatives = open_negatives(tmp_path, "v000001", 3, 6)
+    assert negatives.margins is not None and negatives.margins.teacher_margin == "off"
+    # .5 is below .9 - (.1 + .2 * .9), and not below .5's margins
+    assert negatives.admit(np.array([0, 1]), np.array([[0], [1], [2]])).tolist() == [[True, True], [False, True], [False, False]]
+    publish_negatives(tmp_path, 2, INDPTR, IDS, SCORES, fields)
+    publish_negatives(
+        tmp_path, 3, INDPTR, IDS, SCORES, {"margins": {**asdict(margins), "teacher_margin": 0.1}}, positive_scores=IDS
+    )
+    publish_negatives(tmp_path, 4, INDPTR, IDS, SCORES, {"margins": {"positive": "each", "of": 1}}, positive_scores=IDS)
+    for name in ("v000002", "v000003", "v000004"):
+        with pytest.raises(TornVersion):
+            open_negatives(tmp_path, name, 3, 6)
+    publish_negatives(tmp_path, 5, INDPTR, IDS, SCORES, {"margins": {**asdict(margins), "positive": "best"}})
+    assert open_negatives(tmp_path, "v000005", 3, 6).margins is None
 
 
 def test_a_table_of_other_data_with_as_many_rows_is_refused(tmp_path):
