@@ -24,6 +24,8 @@ MANIFEST = "manifest.json"
 LATEST = "LATEST"
 PINS = ".pins"
 STAGING = ".staging-"
+DELETED = "-deleted"  # how the name of a folder ends that is being deleted
+IS_THERE = (errno.ENOTEMPTY, errno.EEXIST)  # what a rename says where a folder with files is
 SHORT_WRITE = re.compile(r"^\d+ requested and \d+ written$")  # numpy's words for a disk that took half an array
 REFUSALS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 
@@ -36,6 +38,9 @@ def publish_version(
     folder: Path, write: Callable[[Path], None], fields: dict[str, Any], may_publish: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """Write a version into `folder` so that it appears whole or not at all, and return its manifest.
+
+    What is there already and whole stays, and its manifest is returned: of several that publish one version at once the first
+    wins. A torn one is replaced.
 
     write: called with an empty staging folder; fills it.
     fields: JSON values kept in the manifest beside the list of files; `write` may add some.
@@ -55,13 +60,9 @@ def publish_version(
         for path in [*staging.rglob("*"), staging]:
             _fsync(path)
         may_publish()
-        if folder.exists():
-            with contextlib.suppress(TornVersion):
-                whole = open_version(folder)  # versions never change: the first one stays
-                shutil.rmtree(staging)
-                return whole
-            shutil.rmtree(folder)
-        os.rename(staging, folder)
+        if (whole := _rename_unless_there(staging, folder)) is not None:
+            shutil.rmtree(staging)
+            return whole
         _fsync(folder.parent)
     except Exception as error:
         shutil.rmtree(staging, ignore_errors=True)
@@ -69,6 +70,32 @@ def publish_version(
             raise disk_error(error, folder) from error
         raise
     return manifest
+
+
+def remove_torn(folder: Path) -> bool:
+    """Delete what is in a version's place unless it is whole; return whether it was deleted.
+
+    Several may do so at once, while others publish anew: what is moved aside is looked at again, and put back if it is whole.
+    """
+    aside = folder.parent / f"{STAGING}{folder.name}-{socket.gethostname()}-{os.getpid()}-torn"
+    try:
+        torn = folder.stat().st_ino
+        with contextlib.suppress(TornVersion):
+            open_version(folder)
+            return False
+        shutil.rmtree(aside, ignore_errors=True)
+        if folder.stat().st_ino != torn:  # replaced while this one read
+            return False
+        os.rename(folder, aside)
+    except FileNotFoundError:  # another one has deleted it
+        return False
+    with contextlib.suppress(TornVersion):
+        open_version(aside)  # it was replaced between the look and the rename
+        with contextlib.suppress(OSError):  # or has come a third time, which is as good
+            os.rename(aside, folder)
+            return False
+    shutil.rmtree(aside, ignore_errors=True)
+    return True
 
 
 def clean_staging(parent: Path) -> None:
@@ -188,23 +215,43 @@ def is_pinned(folder: Path) -> bool:
 
 def prune(parent: Path, keep: int, needed: Callable[[Path], bool] = lambda _: False) -> list[Path]:
     """Delete all versions but the newest `keep`, the pinned ones and those still needed; return what was deleted."""
-    deleted = []
-    for folder in versions(parent)[:-keep]:
-        if is_pinned(folder) or needed(folder) or folder.name == read_latest(parent):
-            continue
-        # One rename, as it came: from here on nobody opens it, and what a killed process leaves is cleared as staging is.
-        gone = parent / f"{STAGING}{folder.name}-deleted"
-        shutil.rmtree(gone, ignore_errors=True)
-        try:
-            os.rename(folder, gone)
-            if is_pinned(folder):  # by someone who found it just before; who finds it now sees that it is there
-                os.rename(gone, folder)
-                continue
-        except OSError as error:
+    old = [f for f in versions(parent)[:-keep] if not needed(f) and f.name != read_latest(parent)]
+    return [folder for folder in old if delete_unpinned(folder)]
+
+
+def delete_unpinned(folder: Path) -> bool:
+    """Delete a folder unless it is pinned; return whether it is gone. Several may do so at once. Raises InputError."""
+    if is_pinned(folder):
+        return False
+    # One rename, as it came: from here on nobody opens it, and what a killed process leaves is cleared as staging is.
+    gone = folder.parent / f"{STAGING}{folder.name}-{socket.gethostname()}-{os.getpid()}{DELETED}"
+    shutil.rmtree(gone, ignore_errors=True)
+    try:
+        os.rename(folder, gone)
+        if is_pinned(folder):  # by someone who found it just before; who finds it now sees that it is there
+            os.rename(gone, folder)
+            return False
+    except FileNotFoundError:  # another one has deleted it
+        return False
+    except OSError as error:
+        if error.errno not in IS_THERE:  # else whoever pinned it has begun anew
             raise disk_error(error, folder) from error
-        shutil.rmtree(gone, ignore_errors=True)
-        deleted.append(folder)
-    return deleted
+    shutil.rmtree(gone, ignore_errors=True)
+    return True
+
+
+def _rename_unless_there(staging: Path, folder: Path) -> dict[str, Any] | None:
+    """Rename a staged version into its place, or return the manifest of a whole one that is there."""
+    while True:
+        try:
+            os.rename(staging, folder)
+            return None
+        except OSError as error:
+            if error.errno not in IS_THERE:
+                raise
+        with contextlib.suppress(TornVersion):
+            return open_version(folder)  # versions never change: the first one stays
+        remove_torn(folder)
 
 
 def _size_and_hash(path: Path) -> dict[str, Any]:

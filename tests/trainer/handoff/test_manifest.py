@@ -3,10 +3,13 @@
 import errno
 import json
 import os
+import shutil
 import time
 
 import pytest
 
+from tests.ranks import run_ranks
+from tests.trainer.handoff.races import publish_in_lockstep, replace_torn_in_lockstep
 from trainer.errors import InputError
 from trainer.handoff import manifest
 from trainer.handoff.manifest import (
@@ -89,6 +92,34 @@ def test_a_whole_version_is_not_replaced_but_a_torn_one_is(tmp_path):
     (tmp_path / "v1" / "a.bin").write_bytes(b"torn")
     publish_version(tmp_path / "v1", write_two_files, {"by": "third"})
     assert open_version(tmp_path / "v1")["by"] == "third"
+
+
+def test_two_that_publish_one_version_at_once_both_have_the_first(tmp_path):
+    """Of 300 versions some fifty lost their second publisher before, to "Directory not empty"."""
+    won = run_ranks(publish_in_lockstep, 2, tmp_path, 300)
+    assert sum(won) == 300 and len(list(tmp_path.iterdir())) == 300, "nothing is left beside the versions"
+
+
+def test_two_that_replace_one_torn_version_do_not_lose_each_others(tmp_path):
+    assert run_ranks(replace_torn_in_lockstep, 3, tmp_path, 100) == [0, 0, 0]
+    assert len(list(tmp_path.iterdir())) == 100
+
+
+def test_who_took_a_torn_version_for_what_has_replaced_it_puts_that_back(tmp_path, monkeypatch):
+    (tmp_path / "v1").mkdir()
+    (tmp_path / "v1" / "a.bin").write_bytes(b"torn")
+    plain = os.rename
+
+    def rename_as_another_replaces_it(source, target):
+        if source == tmp_path / "v1" and str(target).endswith("-torn"):
+            shutil.rmtree(source)
+            plain(tmp_path / "whole", source)
+        plain(source, target)
+
+    publish_version(tmp_path / "whole", write_two_files, {"by": "another"})
+    monkeypatch.setattr(os, "rename", rename_as_another_replaces_it)
+    assert publish_version(tmp_path / "v1", write_two_files, {"by": "this one"})["by"] == "another"
+    assert [p.name for p in tmp_path.iterdir()] == ["v1"]
 
 
 def test_retention_keeps_the_newest_the_pinned_the_needed_and_the_latest(tmp_path):
