@@ -60,7 +60,7 @@ def check_here(job: str, overrides: list[str], queries: int) -> dict[str, Any] |
     """Return what was found on rank 0, None elsewhere. Collective."""
     train = read_job(Path(job), overrides).train
     set_tf32(train.precision)
-    world = join_world(tf32=train.precision.tf32, compiles=train.model.compile)
+    world = join_world(tf32=train.precision.tf32, compiles=train.model.compile, timeout_s=train.parallel.timeout_s)
     try:
         return _check(train, world, min(queries, train.batch.queries))
     finally:

@@ -18,7 +18,7 @@ from launch.output import messages, start_logging
 from launch.sides import stop_without_parent
 from launch.tables import Sheet, as_text
 from launch.view import clock
-from mining.heartbeat import beating
+from trainer.handoff.heartbeat import beating
 from trainer.metrics import read_status
 
 if TYPE_CHECKING:

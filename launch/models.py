@@ -12,16 +12,19 @@ from launch.srun import world_of_trainers
 from trainer.data.datasets import RetrievalData, open_dataset
 from trainer.data.filter import find_consistent, refuse_full, write_filtered
 from trainer.encoder.encode import encode_rows
+from trainer.encoder.missing import Texts, encode_missing
 from trainer.encoder.model import ModelSettings, load_encoder, weights_digest
-from trainer.encoder.shards import drop_torn, open_shards
+from trainer.encoder.shards import open_shards, prune_shards
 from trainer.encoder.tokens import tokenize, tokenize_side
 from trainer.encoder.topk import merge_top_k, top_k
 from trainer.errors import InputError
 from trainer.evaluate import DEPTH, evaluate, judged_queries, measure
 from trainer.handoff.manifest import TornVersion
+from trainer.handoff.pins import Pins
 from trainer.handoff.weights import newest_checkpoint, open_checkpoint
 
 EXCERPT_LINES = 3
+KEEP_CACHED = 16  # sets of embeddings that stay, youngest first: those of eight models that are evaluated in turn
 
 
 def evaluate_model(model: str, data_path: Path, split: str) -> dict[str, float] | None:
@@ -39,6 +42,8 @@ def evaluate_model(model: str, data_path: Path, split: str) -> dict[str, float] 
     encoder, tokenizer, traits = load_encoder(ModelSettings(name=folder))
     measures = evaluate(world, data, split, encoder.to(world.device), tokenizer, traits, shards_root)
     world.leave()
+    if world.speaks:
+        prune_shards(shards_root, KEEP_CACHED)
     return measures if world.speaks else None
 
 
@@ -61,15 +66,15 @@ def search_corpus(model: str, data_path: Path, question: str, top: int) -> list[
     data = open_dataset(data_path)
     folder, shards_root = locate_model(model, data)
     encoder, tokenizer, traits = load_encoder(ModelSettings(name=folder))
-    tokens = tokenize_side(data, "corpus", tokenizer, traits)
-    shards = open_shards(shards_root, weights_digest(encoder), traits.pooling, tokens, encoder.part("passage"))
-    drop_torn(shards)
-    for shard in shards.missing():
-        shards.encode(shard, encoder.side("passage"), tokens, lambda n: None)
+    encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+    tokens, digest, k = tokenize_side(data, "corpus", tokenizer, traits), weights_digest(encoder), min(top, len(data.corpus))
     query_1D = encode_question(encoder.side("query"), tokenizer, traits, question)
-    k = min(top, len(data.corpus))
-    found = [top_k(query_1D, shards.read(s), k, first_id=int(shards.rows(s)[0])) for s in range(shards.num_shards)]
-    scores, ids = merge_top_k(found, k)
+    with Pins() as pins:
+        shards = open_shards(shards_root, digest, traits.pooling, tokens, encoder, "passage", pins=pins)
+        encode_missing([Texts(shards, encoder.side("passage"), tokens)])
+        found = [top_k(query_1D, shards.read(s), k, first_id=int(shards.rows(s)[0])) for s in range(shards.num_shards)]
+        scores, ids = merge_top_k(found, k)
+    prune_shards(shards_root, KEEP_CACHED)
     return [
         {
             "id": data.corpus[int(row)]["_id"],
@@ -101,6 +106,7 @@ def filter_data(model: str, data_path: Path, out: Path, *, split: str, top_k: in
     encoder, tokenizer, traits = load_encoder(ModelSettings(name=folder))
     encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     found = find_consistent(data, split, encoder, tokenizer, traits, shards_root, k=top_k, pool=pool, seed=seed)
+    prune_shards(shards_root, KEEP_CACHED)
     write_filtered(data, found, out)
     num_kept = int(found.is_kept.sum())
     num_queries = len(np.unique(data.qrels[split].query_rows[found.places[found.is_kept]]))

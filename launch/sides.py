@@ -29,7 +29,8 @@ def train_side(job_file: Path, overrides: list[str], allow_change: bool = False)
     from trainer.world import join_world, launched_backend
 
     jobs = read_job(job_file, overrides, launched_backend(os.environ))
-    world = join_world(jobs.train.precision.encode, jobs.train.precision.tf32, jobs.train.model.compile)
+    precision, parallel = jobs.train.precision, jobs.train.parallel
+    world = join_world(precision.encode, precision.tf32, jobs.train.model.compile, parallel.timeout_s)
     world.decide(lambda: keep_job(jobs, allow_change))  # after joining: the others would wait there for one that refuses
     try:
         with _telling(jobs, "trainer"):

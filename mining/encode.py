@@ -1,4 +1,4 @@
-"""Embeddings of queries and passages, shard by shard, leased to the ranks: who is faster takes more.
+"""Embeddings of queries and passages: encoded by all ranks together, and read as one table.
 
 A shard that is there already, from the trainer's evaluation, an earlier service or another number of ranks, is not
 encoded again; a crash costs the shards that were being encoded.
@@ -6,28 +6,19 @@ encoded again; a crash costs the shards that were being encoded.
 
 import mmap
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from mining.ranks import Ranks
 from trainer.data.datasets import RetrievalData
+from trainer.encoder.missing import Texts, encode_missing
 from trainer.encoder.model import Encoder, ModelSettings, load_encoder
-from trainer.encoder.shards import Shards, drop_torn
+from trainer.encoder.shards import Shards
 from trainer.encoder.tokens import TokenTable, tokenize_side
-from trainer.encoder.towers import Side as Tower
 from trainer.handoff.weights import Checkpoint
 
-
-@dataclass(frozen=True)
-class Side:
-    """Texts that one of the towers encodes."""
-
-    tower: Tower
-    shards: Shards
-    tokens: TokenTable
+BLOCK_ROWS = 65536  # of a block, at most
 
 
 class TokenCache:
@@ -53,51 +44,18 @@ class TokenCache:
         return encoder, traits.pooling, self._tables
 
 
-def encode_missing(ranks: Ranks, encoder: Encoder, sides: list[Side], on_progress: Callable[[int, int], None]) -> int:
-    """Encode the shards that are not there; return how many texts were missing over all ranks.
+def encode_together(ranks: Ranks, texts: list[Texts], on_progress: Callable[[int, int], None]) -> None:
+    """Encode what is missing, by all ranks.
 
-    on_progress: called with the number of texts known to be encoded or taken, and of all that were missing.
-    A shard is written while the next one is encoded. Raises NotFiniteEmbedding for a text whose embedding is not finite, and
-    Stopped on every rank if one is asked to stop; what is encoded stays. Collective.
+    on_progress: as `encode_missing` has it. Raises NotFiniteEmbedding for a text whose embedding is not finite, and Stopped on
+    every rank if one is asked to stop; what is encoded stays. Collective.
     """
-    # Rank 0's list: others, the trainer's evaluation among them, may add shards at any moment.
-    missing = ranks.decide(lambda: _missing(sides))
-    sizes = [len(sides[side].shards.rows(shard)) for side, shard in missing]
 
-    def encode_mine() -> None:
-        written: Future[None] | None = None
-        with ThreadPoolExecutor(1) as writer:
-            for number, (place, shard) in enumerate(missing):
-                side = sides[place]
-                if not side.shards.lease(shard):
-                    continue
-                done = sum(sizes[:number])
+    def go_on(done: int, total: int) -> None:
+        on_progress(done, total)
+        ranks.check_stop()
 
-                def count(num_rows: int) -> None:
-                    nonlocal done
-                    done += num_rows
-                    on_progress(done, sum(sizes))
-                    ranks.check_stop()
-
-                embedding_nD = side.shards.embed(shard, encoder.side(side.tower), side.tokens, count)
-                if written is not None:
-                    written.result()  # one at a time: a full disk is heard of here
-                written = writer.submit(side.shards.publish, shard, embedding_nD)
-            if written is not None:
-                written.result()
-
-    ranks.together(encode_mine)
-    if ranks.speaks:
-        for side in sides:
-            side.shards.end_leases()
-    return sum(sizes)
-
-
-def _missing(sides: list[Side]) -> list[tuple[int, int]]:
-    for side in sides:
-        drop_torn(side.shards)
-        side.shards.end_leases()
-    return [(place, shard) for place, side in enumerate(sides) for shard in side.shards.missing()]
+    ranks.together(lambda: encode_missing(texts, go_on, ranks.rank, ranks.num_ranks))
 
 
 class Embeddings:
@@ -127,8 +85,30 @@ class Embeddings:
         """Return the embeddings of any rows, (len(rows), D) float32, in their order."""
         embedding_nD = np.empty((len(rows), self.width), np.float32)
         shard_of_row = rows // self.shards.shard_rows
-        for shard in np.unique(shard_of_row):
-            here = shard_of_row == shard
-            embedding_nD[here] = self.shard(int(shard))[rows[here] - shard * self.shards.shard_rows]
-            self.let_go(int(shard))
+        order = np.argsort(shard_of_row, kind="stable")
+        found, starts = np.unique(shard_of_row[order], return_index=True)
+        for shard, here in zip(found.tolist(), np.split(order, starts[1:]), strict=True):
+            embedding_nD[here] = self.shard(shard)[rows[here] - shard * self.shards.shard_rows]
+            self.let_go(shard)
         return embedding_nD
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.shards.num_shards // self._shards_of_block)
+
+    def block(self, block: int) -> range:
+        """Return the shards of a block."""
+        first = block * self._shards_of_block
+        return range(first, min(first + self._shards_of_block, self.shards.num_shards))
+
+    @property
+    def _shards_of_block(self) -> int:
+        return max(1, rows_of_block(self.shards.num_rows) // self.shards.shard_rows)
+
+
+def rows_of_block(num_rows: int) -> int:
+    """Return how many passages have an index of their own: some 32 to 64 blocks of whole shards, of up to 65,536 rows each.
+
+    As the size of a shard, it depends on the number of texts alone.
+    """
+    return min(BLOCK_ROWS, max(128, 1 << (max(1, num_rows // 32).bit_length() - 1)))

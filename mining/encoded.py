@@ -1,6 +1,7 @@
 """The embeddings that a version is mined with: planned, encoded where they are missing, opened."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import numpy as np
 
 from mining.clusters import num_clustered
 from mining.cost import Load, choose_index
-from mining.encode import Embeddings, Side, encode_missing
+from mining.disk import plan_disk
+from mining.encode import Embeddings, encode_together, rows_of_block
 from mining.filters import Keys
 from mining.index import AUTO, IndexSettings, bytes_of_passage
 from mining.passages import Base, drift_sample, earlier_base, keep_base, mean_drift
@@ -17,13 +19,16 @@ from mining.plan import MemoryPlan, Sizes, held_now, memory_limit, plan_memory
 from mining.vectors import VECTORS, copy_vectors
 from mining.watch import Task
 from mining.work import ENCODING, Work
-from trainer.encoder.shards import Shards, drop_torn, open_shards, rows_of_shard
+from trainer.encoder.missing import Texts
+from trainer.encoder.shards import open_shards, rows_of_shard
 from trainer.encoder.tokens import TokenTable
 from trainer.encoder.towers import Encoder
 from trainer.encoder.towers import Side as Tower
 from trainer.handoff.weights import ENCODER, Checkpoint, open_checkpoint
 
 log = logging.getLogger(__name__)
+
+OpenSide = Callable[[Tower, str, TokenTable], Texts]  # tower, digest of its weights, tokens
 
 
 @dataclass(frozen=True)
@@ -49,38 +54,61 @@ def encode_checkpoint(work: Work, task: Task, checkpoint: Checkpoint) -> Encoded
         held_by_token = 8 * config.hidden_size + 3 * getattr(config, "intermediate_size", 4 * config.hidden_size)
         index, plan = _plan(work, encoder.width, held_by_token)
         encoder.to(work.device)
+    queries_table, passages_table = tables
 
-    def open_side(tower: Tower, digest: str, tokens: TokenTable) -> Shards:
-        return open_shards(job.run.folder / "shards", digest, pooling, tokens, encoder.part(tower), job.encode)
+    def open_side(tower: Tower, digest: str, tokens: TokenTable) -> Texts:
+        pins = work.pins if ranks.speaks else None
+        shards = open_shards(job.run.folder / "shards", digest, pooling, tokens, encoder, tower, job.encode, pins)
+        return Texts(shards, encoder.side(tower), tokens)
 
-    def side(tower: Tower, digest: str, rows: np.ndarray | None = None) -> Side:
-        tokens = tables[0 if tower == "query" else 1]
-        tokens = tokens if rows is None else tokens.select(rows)
-        return Side(tower, open_side(tower, digest, tokens), tokens)
-
-    digest, step = checkpoint.manifest["weights_digest"], checkpoint.step
-    queries, new = side("query", digest), Base(task.version, digest, step)
-    base, drift = new, None
-    earlier = ranks.decide(lambda: _usable_base(work, task, open_side, tables[1]))
-    if earlier is not None and earlier.weights_digest != digest and job.mine.passages == "drift":
-        rows = drift_sample(len(work.data.corpus), job.run.seed)
-        sample, old = side("passage", digest, rows), Embeddings(open_side("passage", earlier.weights_digest, tables[1]))
-        with work.phase("measuring drift"):
-            encode_missing(ranks, encoder, [sample], work.progress)
-            drift = ranks.decide(lambda: mean_drift(old.read(rows), Embeddings(sample.shards).read(np.arange(len(rows)))))
-        log.info("drift of %d passages since step %d: %.5f", len(rows), earlier.checkpoint_step, drift)
-        base = new if drift > job.mine.max_drift else replace(earlier, version=task.version)
-    elif earlier is not None:
-        base = replace(earlier, version=task.version)
-    passages = side("passage", base.weights_digest)
-    sides = [queries, passages] if base is new else [queries]  # passages of an earlier checkpoint are all there
-    with work.phase(ENCODING, tokens=sum(_num_missing_tokens(side) for side in sides)):
-        encode_missing(ranks, encoder, sides, work.progress)
-    ranks.decide(lambda: keep_base(job.run.folder, base))
+    digest = checkpoint.manifest["weights_digest"]
+    queries = open_side("query", digest, queries_table)
+    base, drift = _choose_base(work, task, checkpoint, open_side, passages_table)
+    passages = open_side("passage", base.weights_digest, passages_table)
+    # Passages of an earlier checkpoint are all there.
+    _encode(work, checkpoint, [queries, passages] if base.weights_digest == digest else [queries], encoder.width)
+    stays = None if job.mine.passages == "fresh" else passages.shards.folder.name
+    ranks.decide(lambda: keep_base(job.run.folder, replace(base, folder=stays)))
     about = {"mode": job.mine.passages, "weights_digest": base.weights_digest, "checkpoint_step": base.checkpoint_step}
     about["drift"] = None if drift is None else round(drift, 6)
-    keys = (Keys(tables[0].key_of_row, tables[1].key_of_row),)
+    keys = (Keys(queries_table.key_of_row, passages_table.key_of_row),)
     return Encoded(Embeddings(queries.shards), Embeddings(passages.shards), keys, index, plan, about)
+
+
+def _choose_base(
+    work: Work, task: Task, checkpoint: Checkpoint, open_side: OpenSide, tokens: TokenTable
+) -> tuple[Base, float | None]:
+    """Return whose embeddings of passages to take, and how far the new ones are from the earlier, if measured. Collective."""
+    job, ranks = work.job, work.ranks
+    digest = checkpoint.manifest["weights_digest"]
+    new = Base(task.version, digest, checkpoint.step)
+    earlier = ranks.decide(lambda: _usable_base(work, task, open_side, tokens))
+    if earlier is None:
+        return new, None
+    same = replace(earlier, version=task.version)
+    if earlier.weights_digest == digest or job.mine.passages != "drift":
+        return same, None
+    rows = drift_sample(len(work.data.corpus), job.run.seed)
+    sample = open_side("passage", digest, tokens.select(rows))
+    old = Embeddings(open_side("passage", earlier.weights_digest, tokens).shards)
+    with work.phase("measuring drift"):
+        encode_together(ranks, [sample], work.progress)
+        drift = ranks.decide(lambda: mean_drift(old.read(rows), Embeddings(sample.shards).read(np.arange(len(rows)))))
+    log.info("drift of %d passages since step %d: %.5f", len(rows), earlier.checkpoint_step, drift)
+    return (new if drift > job.mine.max_drift else same), drift
+
+
+def _encode(work: Work, checkpoint: Checkpoint, texts: list[Texts], width: int) -> None:
+    """Encode what is missing, after the room that it takes was told. Collective."""
+    num_tokens = 0
+    if work.ranks.speaks:
+        rows = [(each.tokens, each.shards.rows(shard)) for each in texts for shard in each.shards.missing()]
+        num_tokens = sum(int(tokens.lengths[of_shard].sum()) for tokens, of_shard in rows)
+        num_missing = sum(len(of_shard) for _, of_shard in rows)
+        disk = plan_disk(work.job, work.judgements.num_queries, len(work.data.corpus), width, num_missing)
+        work.metrics.record(checkpoint.step, {"event": "planned disk", **disk.as_json()})
+    with work.phase(ENCODING, tokens=num_tokens):
+        encode_together(work.ranks, texts, work.progress)
 
 
 def _read_vectors(work: Work, checkpoint: Checkpoint) -> Encoded:
@@ -107,19 +135,16 @@ def _read_encoder(work: Work, checkpoint: Checkpoint) -> tuple[Encoder, str, lis
     return found
 
 
-def _num_missing_tokens(side: Side) -> int:
-    return sum(int(side.tokens.lengths[side.shards.rows(shard)].sum()) for shard in side.shards.missing())
-
-
-def _usable_base(work: Work, task: Task, open_side, tokens: TokenTable) -> Base | None:
-    """Return the earlier embeddings to go on with, or None; those that were lost cannot be made again."""
+def _usable_base(work: Work, task: Task, open_side: OpenSide, tokens: TokenTable) -> Base | None:
+    """Return the earlier embeddings to go on with, or None; those that were lost cannot be made again. Rank 0 only."""
     if work.job.mine.passages == "fresh":
         return None
     earlier = earlier_base(work.job.run.folder, task.version)
     if earlier is None:
         return None
-    shards = open_side("passage", earlier.weights_digest, tokens)
-    drop_torn(shards)
+    shards = open_side("passage", earlier.weights_digest, tokens).shards
+    for shard in set(range(shards.num_shards)) - set(shards.missing()):
+        shards.drop_torn(shard)
     if missing := shards.missing():
         log.warning("%d shards of the passages of step %d are lost: all are encoded anew", len(missing), earlier.checkpoint_step)
         return None
@@ -134,11 +159,11 @@ def _plan(work: Work, width: int, token_width: int) -> tuple[IndexSettings, Memo
     """
     job, ranks = work.job, work.ranks
     num_queries, num_passages = work.judgements.num_queries, len(work.data.corpus)
-    shard_rows, device = rows_of_shard(num_passages), work.device
+    block_rows, device = rows_of_block(num_passages), work.device
     index = job.index
     if index.factory == AUTO:
         audited = min(job.audit.num_queries, num_queries)
-        load = Load(num_queries, num_passages, shard_rows, width, job.search.top_k, index.nprobe, audited)
+        load = Load(num_queries, num_passages, block_rows, width, job.search.top_k, index.nprobe, audited)
         index = replace(index, factory=ranks.decide(lambda: choose_index(job.run.folder, load, device)))
     limit = memory_limit(ranks, job.mine.memory_gib)
 
@@ -146,7 +171,8 @@ def _plan(work: Work, width: int, token_width: int) -> tuple[IndexSettings, Memo
         sizes = Sizes(
             num_queries=num_queries,
             num_passages=num_passages,
-            shard_rows=shard_rows,
+            shard_rows=rows_of_shard(num_passages),
+            block_rows=block_rows,
             width=width,
             stored_bytes=np.dtype(job.encode.stored_type).itemsize,
             token_width=token_width,

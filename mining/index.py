@@ -1,9 +1,9 @@
-"""One index over each shard: exact search in torch, or any FAISS index by its factory string, on a GPU where there is one.
+"""One index over each block of shards: exact search in torch, or any FAISS index by its factory string, on a GPU if there is one.
 
 FAISS is an extra of the installation: exact search, the default, does without.
 
-An index per shard, not per rank, makes the result independent of the number of ranks; the price is that IVF trains its
-centroids on one shard. Passages that must not be found are left out of the index, not filtered afterwards.
+An index per block of shards, not per rank, makes the result independent of the number of ranks; the price is that IVF trains
+its centroids on one block. Passages that must not be found are left out of the index, not filtered afterwards.
 """
 
 import logging
@@ -33,7 +33,7 @@ class IndexSettings:
     """Section `index`: what finds the nearest passages."""
 
     factory: str = EXACT
-    """Either "exact", "auto", or a FAISS factory string for each shard: "Flat", "IVF64,Flat", "IVF64,SQ8", …"""
+    """Either "exact", "auto", or a FAISS factory string for each block of shards: "Flat", "IVF64,Flat", "IVF64,SQ8", …"""
     nprobe: PositiveInt = 16
     """Cells of an IVF index that a query looks into; more: slower, better recall."""
 
@@ -67,7 +67,7 @@ class ExactIndex:
 
 @dataclass(frozen=True)
 class FaissIndex:
-    """A FAISS index of the shard's allowed passages."""
+    """A FAISS index of the allowed passages of a block."""
 
     index: object  # faiss.Index
     id_of_place: np.ndarray  # (allowed passages,) int64
@@ -82,35 +82,38 @@ class FaissIndex:
 def build_indexes(
     settings: IndexSettings,
     passages: Embeddings,
-    shards: Iterable[int],
+    blocks: Iterable[int],
     allowed_N: np.ndarray,
     device: torch.device,
     k: int,
     centroids: Centroids,
 ) -> list[ShardIndex]:
-    """Return an index over each of the given shards.
+    """Return what searches the given blocks: an index over each, or the shards themselves.
 
     allowed_N: passages that may be found, over the whole corpus.
     device: of exact search, and of FAISS if it sees any GPU.
     k: how many will be asked for; FAISS on a GPU finds at most GPU_MAX_K, and beyond that it works on the CPU.
-    centroids: of IVF indexes; where there are some of a shard its index starts from them.
-    Raises InputError if the factory string is none, or needs a FAISS that is not there. A shard with fewer passages than
+    centroids: of IVF indexes; where there are some of a block its index starts from them.
+    Raises InputError if the factory string is none, or needs a FAISS that is not there. A block with fewer passages than
     the index needs to be trained is searched exactly, and that is said.
     """
-    exact = [_exact(passages, shard, allowed_N, device) for shard in shards]
+    exact = {block: [_exact(passages, shard, allowed_N, device) for shard in passages.block(block)] for block in blocks}
     if settings.factory == EXACT:
-        return [*exact]
+        return [index for block in exact.values() for index in block]
     faiss = load_faiss(settings.factory)
     gpu = faiss.StandardGpuResources() if k <= GPU_MAX_K and num_gpus_of(faiss) else None
     why = f"search.top_k={k} is more than {GPU_MAX_K}" if k > GPU_MAX_K else "this FAISS sees no GPU"
     log.info("index %s on %s", settings.factory, "the GPU" if gpu else f"the CPU: {why}")
-    built = [_faiss(faiss, settings, index, gpu, centroids) for index in exact]
-    num_small = sum(isinstance(index, ExactIndex) for index in built)
+    found = {block: _faiss(faiss, settings, block, indexes, gpu, centroids) for block, indexes in exact.items()}
+    built: list[ShardIndex] = []
+    for block, index in found.items():
+        built += exact[block] if index is None else [index]
+    num_small = sum(index is None for index in found.values())
     if num_small:
         log.warning(
-            "%d of %d shards are too small to train %s and are searched exactly",
+            "%d of %d blocks are too small to train %s and are searched exactly",
             num_small,
-            len(built),
+            len(found),
             settings.factory,
         )
     return built
@@ -132,27 +135,28 @@ def load_faiss(factory: str) -> Any:
     return faiss
 
 
-def _faiss(faiss, settings: IndexSettings, exact: ExactIndex, gpu, centroids: Centroids) -> ShardIndex:
-    passages, shard = exact.passages, exact.shard
-    passage_ND = np.ascontiguousarray(passages.shard(shard)[exact.allowed_n], np.float32)
-    passages.let_go(shard)
-    width = passage_ND.shape[1]
-    index = _empty(faiss, settings.factory, width)
+def _faiss(faiss, settings: IndexSettings, block: int, exact: list[ExactIndex], gpu, centroids: Centroids) -> FaissIndex | None:
+    """Return an index over what the shards of a block have, or None if that is too little to train it."""
+    passages = exact[0].passages
+    passage_ND = np.concatenate([np.asarray(passages.shard(part.shard)[part.allowed_n], np.float32) for part in exact])
+    for part in exact:
+        passages.let_go(part.shard)
+    index = _empty(faiss, settings.factory, passage_ND.shape[1])
     if len(passage_ND) < max(1, _num_centroids(faiss, index)):
-        return exact
+        return None
     _set_nprobe(faiss, index, settings.nprobe)
     quantizer = _flat_quantizer(faiss, index)
-    if quantizer is not None and (kept_KD := centroids.of_shard(shard)) is not None:
+    if quantizer is not None and (kept_KD := centroids.of_shard(block)) is not None:
         quantizer.train(kept_KD)
         quantizer.add(kept_KD)  # training is then left to what compresses
     if not index.is_trained:
         index.train(passage_ND)
     if quantizer is not None:
-        centroids.keep(shard, quantizer.reconstruct_n(0, quantizer.ntotal))
+        centroids.keep(block, quantizer.reconstruct_n(0, quantizer.ntotal))
     index.add(passage_ND)
     if gpu is not None:
-        index = faiss.index_cpu_to_gpu(gpu, (exact.device.index or 0) % faiss.get_num_gpus(), index)
-    return FaissIndex(index, exact.allowed_n + int(passages.shards.rows(shard)[0]))
+        index = faiss.index_cpu_to_gpu(gpu, (exact[0].device.index or 0) % faiss.get_num_gpus(), index)
+    return FaissIndex(index, np.concatenate([part.allowed_n + int(passages.shards.rows(part.shard)[0]) for part in exact]))
 
 
 def _flat_quantizer(faiss, index):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from mining.audit import audit_recall, audit_sample
 from mining.centroids import Centroids
-from mining.encode import Embeddings
+from mining.encode import Embeddings, rows_of_block
 from mining.encoded import Encoded
 from mining.index import AUTO, EXACT, IndexSettings, ShardIndex, build_indexes
 from mining.watch import Task
@@ -38,9 +38,9 @@ def index_passages(work: Work, task: Task, encoded: Encoded) -> Indexed:
     job, tables = work.job, (encoded.queries, encoded.passages)
     # Verified on all ranks, where a torn one is everyone's: positives may be in any shard.
     work.ranks.together(lambda: [table.shard(i) for table in tables for i in range(table.shards.num_shards)])
-    shard_rows = encoded.passages.shards.shard_rows
+    block_rows = rows_of_block(encoded.passages.shards.num_rows)
     for starts_anew in (False, True):
-        centroids = Centroids(job.run.folder, task.version, encoded.index.factory, shard_rows, starts_anew)
+        centroids = Centroids(job.run.folder, task.version, encoded.index.factory, block_rows, starts_anew)
         found = _index(work, task, encoded, encoded.index, centroids)
         if found.recall >= job.audit.min_recall:
             return found
@@ -74,6 +74,6 @@ def _index(work: Work, task: Task, encoded: Encoded, settings: IndexSettings, ce
 
 def build(work: Work, settings: IndexSettings, passages: Embeddings, centroids: Centroids) -> list[ShardIndex]:
     """Return the indexes of this rank's shards. Collective: an error of one is an error of all."""
-    shards = range(work.ranks.rank, passages.shards.num_shards, work.ranks.num_ranks)
+    blocks = range(work.ranks.rank, passages.num_blocks, work.ranks.num_ranks)
     allowed_N, k = work.judgements.allowed_N, work.job.search.top_k
-    return work.ranks.together(lambda: build_indexes(settings, passages, shards, allowed_N, work.device, k, centroids))
+    return work.ranks.together(lambda: build_indexes(settings, passages, blocks, allowed_N, work.device, k, centroids))

@@ -14,7 +14,7 @@ from mining.passages import Mode
 from mining.rerank import RerankSettings
 from mining.sampling import SampleSettings
 from mining.search import SearchSettings
-from trainer.encoder.shards import EncodeSettings
+from trainer.encoder.shards import KEEP_ENCODINGS, EncodeSettings
 from trainer.errors import InputError
 from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings, Sources
 from trainer.ranges import job_section
@@ -36,7 +36,7 @@ class MineSettings:
     """Whose embeddings of passages: each checkpoint's, the first one's, or earlier ones till they drift."""
     max_drift: Annotated[float, Interval(ge=0, le=2)] = 0.01
     """With passages = "drift": 1 - mean cosine to the earlier embeddings up to which they are kept."""
-    keep_encodings: Annotated[int, Ge(2)] = 4
+    keep_encodings: Annotated[int, Ge(2)] = KEEP_ENCODINGS
     """Sets of embeddings kept in shards/, youngest first; a refresh makes two, of queries and of passages."""
 
 

@@ -15,11 +15,12 @@ import numpy as np
 
 from mining.sampling import stream
 from trainer.data.shuffle import mix
-from trainer.handoff.manifest import write_atomically
+from trainer.handoff.manifest import PINS, pin, write_atomically
 
 log = logging.getLogger(__name__)
 
 Mode = Literal["fresh", "frozen", "drift"]
+HOLDER, PIN_S = "base", 30 * 24 * 3600.0  # renewed by every refresh; a service may be away for that long
 SAMPLE_SHARE, MIN_SAMPLE = 0.01, 128  # of the passages, for the drift
 
 
@@ -30,6 +31,7 @@ class Base:
     version: int  # that took them
     weights_digest: str
     checkpoint_step: int
+    folder: str | None = None  # below shards/, where they must stay; None: no later version takes them
 
 
 def earlier_base(run: Path, version: int) -> Base | None:
@@ -39,10 +41,16 @@ def earlier_base(run: Path, version: int) -> Base | None:
 
 
 def keep_base(run: Path, base: Base) -> None:
-    """Write the base of a version that will be published. Rank 0 only."""
+    """Write the base of a version that will be published, and pin what later ones may take. Rank 0 only."""
     # Those of later versions were written by a run that has been taken back.
     earlier = sorted((b for b in _read(run) if b.version < base.version), key=lambda b: b.version)[-1:]
     write_atomically(_path(run), json.dumps([asdict(b) for b in (*earlier, base)]))
+    needed = {b.folder for b in (*earlier, base) if b.folder is not None}
+    for name in needed:
+        pin(run / "shards" / name, HOLDER, PIN_S)
+    for pinned in (run / "shards" / PINS).glob(f"*.{HOLDER}"):
+        if pinned.name.removesuffix(f".{HOLDER}") not in needed:
+            pinned.unlink(missing_ok=True)
 
 
 def drift_sample(num_passages: int, seed: int) -> np.ndarray:

@@ -37,6 +37,7 @@ class Sizes:
     num_queries: int
     num_passages: int
     shard_rows: int
+    block_rows: int  # that have an index of their own
     width: int  # of an embedding
     stored_bytes: int  # of one number on disk
     token_width: int  # numbers that the encoder holds at once for each token of a batch
@@ -134,5 +135,6 @@ def _plan(sizes: Sizes, process_bytes: int, limit: int, query_tile: int) -> Memo
     if sizes.num_clustered:
         phases["clustering"] = sizes.num_clustered * sizes.width * 4 * 2  # the table, and a shard's part of it on its way
     if sizes.index_bytes:
-        phases["indexing"] = shard_bytes * (4 + sizes.stored_bytes)
+        block_bytes = min(sizes.block_rows, sizes.num_passages) * sizes.width
+        phases["indexing"] = block_bytes * 8 + shard_bytes * sizes.stored_bytes  # joined, and what FAISS trains from
     return MemoryPlan(held, phases, query_tile, limit)

@@ -12,7 +12,6 @@ from mining.clusters import describe_clusters
 from mining.draw import Drawn
 from mining.job import MineJob
 from mining.judgements import Judgements
-from trainer.encoder.shards import prune_shards
 from trainer.handoff.claim import Claim
 from trainer.handoff.manifest import TornVersion, clean_staging, prune, read_latest, versions, write_latest
 from trainer.handoff.negatives import Negatives, negatives_folder, open_negatives, publish_negatives, version_name
@@ -101,7 +100,8 @@ def publish(
     manifest = publish_negatives(
         run, version, drawn.indptr, drawn.ids, drawn.scores, fields, claim.check, clusters=clusters, **drawn.more
     )
-    _prune(job)
+    if not job.negatives.schedule:  # with a schedule a trainer that starts again may need any of them
+        prune(negatives_folder(run), job.mine.keep_versions)
     return manifest
 
 
@@ -124,11 +124,3 @@ def audit_drawn(job: MineJob, judgements: Judgements, drawn: Drawn, recall: floa
         "gate": {name: getattr(job.audit, name) for name in ("min_recall", "max_suspected", "max_without")},
         "reasons": reasons_against(job.audit, job.index.factory, recall, suspected, without),
     }
-
-
-def _prune(job: MineJob) -> None:
-    run = job.run.folder
-    if not job.negatives.schedule:  # with a schedule a trainer that starts again may need any of them
-        prune(negatives_folder(run), job.mine.keep_versions)
-    if (run / "shards").is_dir():
-        prune_shards(run / "shards", job.mine.keep_encodings)

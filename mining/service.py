@@ -19,6 +19,7 @@ from mining.state import forget_refresh, read_refresh
 from mining.version import mine_bm25, mine_checkpoint
 from mining.watch import Task
 from mining.work import Work, claim_run, open_work
+from trainer.encoder.shards import prune_shards
 from trainer.errors import InputError
 from trainer.handoff.manifest import TornVersion, disk_error, is_disk_error
 from trainer.handoff.weights import Checkpoint
@@ -83,6 +84,8 @@ def _serve(job: MineJob, ranks: Ranks, once: bool, checkpoint: str | None, metri
                     break
         except Stopped:
             how = "stopped"
+        finally:
+            work.pins.let_go()
         work.status.update(phase=how, done=None, total=None)
         work.metrics.close()
         return how
@@ -100,6 +103,8 @@ def make_version(work: Work, task: Task) -> bool:
     except GivenUp as given_up:
         is_done = work.ranks.decide(partial(give_up, work, task, given_up.cause))
     work.finish(is_done)
+    # Whether it was published or refused: of either a corpus of embeddings would stay.
+    work.ranks.decide(lambda: prune_shards(work.job.run.folder / "shards", work.job.mine.keep_encodings))
     return is_done
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from mining.encode import Embeddings
 from mining.work import Work
 from trainer.data.datasets import RetrievalData
-from trainer.encoder.shards import Shards, drop_torn, rows_of_shard
+from trainer.encoder.shards import Shards, rows_of_shard
 from trainer.errors import InputError
 
 QUERIES, PASSAGES = "queries.npy", "passages.npy"
@@ -55,7 +55,9 @@ def _copy(work: Work, path: Path, digest: str, rows: np.ndarray, texts: datasets
     shards = Shards(work.job.run.folder / "shards" / fingerprint, len(rows), rows_of_shard(len(rows)), settings)
 
     def missing_ones() -> list[int]:
-        drop_torn(shards)
+        work.pins.hold(shards.folder)
+        for shard in set(range(shards.num_shards)) - set(shards.missing()):
+            shards.drop_torn(shard)
         return shards.missing()
 
     missing = ranks.decide(missing_ones)

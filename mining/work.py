@@ -12,7 +12,6 @@ import torch
 from mining.clusters import check_clusters
 from mining.encode import TokenCache
 from mining.figures import ages, version_figures
-from mining.heartbeat import BEAT_S, beating
 from mining.index import EXACT, load_faiss
 from mining.job import MineJob
 from mining.judgements import Judgements, read_judgements
@@ -24,7 +23,9 @@ from mining.state import Refresh, write_refresh
 from mining.watch import HOLDER, PIN_S, Task, Watch
 from trainer.data.datasets import RetrievalData, open_data
 from trainer.handoff.claim import Claim, claim_side
+from trainer.handoff.heartbeat import BEAT_S, beating
 from trainer.handoff.manifest import pin, unpin
+from trainer.handoff.pins import Pins
 from trainer.metrics import Metrics, MetricsFile, NoMetrics, NoStatus, Status
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class Work:
     task: Task | None = None  # what is being made
     settled_version: int | None = None  # one that gives way to no newer checkpoint: it has done so before, or was resumed
     num_refused: int = 0
+    pins: Pins = field(default_factory=Pins)  # on the embeddings of the version at work; rank 0 holds them for all
     seconds: dict[str, float] = field(default_factory=dict)  # its phases so far
     _phase: tuple[str, float, dict[str, int]] = ("", 0.0, {})  # name, beginning, amounts of work
     _pinning: threading.Lock = field(default_factory=threading.Lock)
@@ -102,6 +104,8 @@ class Work:
             if self.ranks.speaks and checkpoint and time.monotonic() - self._pinned_at > PIN_S / 4:
                 self._pinned_at = time.monotonic()
                 pin(checkpoint.folder, HOLDER, PIN_S)
+        if self.ranks.speaks:
+            self.pins.renew()
 
     def finish(self, is_done: bool = True) -> None:
         """Let go of the checkpoint; is_done: it was mined or refused, and needs no other look."""
@@ -111,6 +115,7 @@ class Work:
             else:
                 self.watch.look_again()
             unpin(self.task.checkpoint.folder, HOLDER)
+        self.pins.let_go()
         self.task = None
 
     def ages(self) -> dict[str, int]:

@@ -26,7 +26,7 @@ from trainer.handoff.manifest import disk_error, is_disk_error, publish_version,
 from trainer.handoff.weights import Checkpoint, checkpoint_name, checkpoints_folder
 from trainer.parts import Fragment, Parts, part_name, write_part
 from trainer.state import TrainState
-from trainer.world import COLLECTIVE_TIMEOUT_S, World
+from trainer.world import World
 
 log = logging.getLogger(__name__)
 
@@ -136,10 +136,10 @@ class Saver:
         return folder
 
     def _wait_for_parts(self, parts: Path, names: list[str]) -> None:
-        deadline = time.monotonic() + COLLECTIVE_TIMEOUT_S
+        deadline = time.monotonic() + self._world.timeout_s
         while missing := [name for name in names if not (parts / name).exists()]:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"no checkpoint: {', '.join(missing)} did not come within {COLLECTIVE_TIMEOUT_S} s")
+                raise TimeoutError(f"no checkpoint: {', '.join(missing)} did not come within {self._world.timeout_s:g} s")
             time.sleep(POLL_S)
 
 

@@ -1,10 +1,12 @@
 """nDCG@10, MRR@10 and recall of an encoder on one split, with the corpus sharded over the ranks.
 
-Embeddings go through the run's shards, so what the miner or an interrupted evaluation has encoded is not encoded again.
+Embeddings go through the run's shards, so what the miner or an interrupted evaluation has encoded is not encoded again, nor
+what one of them encodes at the same time. Ranks take shards one by one, and whoever is through waits with patience.
 Figures are those of `ir-measures` on the whole matrix of scores: equal scores stand in the order that trec_eval gives them,
 by id, descending, also where the last place of a list is shared.
 """
 
+import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -18,18 +20,24 @@ from ir_measures import RR, R, nDCG
 from transformers import PreTrainedTokenizerBase
 
 from trainer.data.datasets import RetrievalData
+from trainer.encoder.missing import Texts, encode_missing
 from trainer.encoder.model import Encoder, Traits, weights_digest
-from trainer.encoder.shards import Shards, drop_torn, open_shards
+from trainer.encoder.shards import Shards, open_shards
 from trainer.encoder.tokens import tokenize_side
 from trainer.encoder.topk import merge_top_k, top_k
 from trainer.encoder.towers import SIDES
-from trainer.errors import InputError
+from trainer.errors import InputError, MachineFailed
+from trainer.handoff.manifest import TornVersion
+from trainer.handoff.pins import Pins
 from trainer.health import SAMPLE_ROWS, evaluation_health
+from trainer.patience import Patience
 from trainer.world import World
 
 MEASURES = {"ndcg@10": nDCG @ 10, "mrr@10": RR @ 10, "recall@10": R @ 10, "recall@100": R @ 100}
 DEPTH = 100  # the deepest cut-off above
-SAMPLE_SHARDS = 8  # of the corpus, for its health
+SAMPLE_SHARDS = 32  # of the corpus, for its health
+SEARCHED_ROWS = 65536  # of the corpus, searched and put in the order of their ids at once
+MERGED = 8  # lists of the best, each Q x DEPTH, that are kept before they become one
 
 
 class Stopped(Exception):
@@ -52,24 +60,39 @@ def evaluate(
     """Return the measures of a split; the same on every rank up to the last bits of a product.
 
     encoder: the bare encoder, not its DDP wrapper.
-    on_progress: called with texts done and to do, of this rank.
+    on_progress: called with texts done and to do, of all ranks.
     on_health: called on rank 0 with what `split_health` finds.
-    Raises Stopped on every rank if one is asked to stop. Collective.
+    Raises Stopped on every rank if one is asked to stop, MachineFailed for a shard that is altered while it is in use.
+    Collective.
     """
-    query_rows = judged_queries(data, split)
-    passages = tokenize_side(data, "corpus", tokenizer, traits)
-    queries = tokenize_side(data, "queries", tokenizer, traits).select(query_rows)
+    query_rows, patience = judged_queries(data, split), Patience(world)
+    tokens = {"query": tokenize_side(data, "queries", tokenizer, traits).select(query_rows)}
+    tokens["passage"] = tokenize_side(data, "corpus", tokenizer, traits)
     digest = weights_digest(encoder)
-    sides = [
-        (open_shards(shards_root, digest, traits.pooling, tokens, encoder.part(side)), tokens)
-        for side, tokens in zip(SIDES, (queries, passages), strict=True)
-    ]
-    _encode_missing(world, encoder, sides, on_progress, should_stop)
-    query_QD = sides[0][0].read_rows(np.arange(len(query_rows)))
-    scores, ids = _search(world, query_QD, sides[1][0], data.corpus)
-    if on_health is not None and world.speaks:
-        on_health(split_health(data, split, query_rows, query_QD, sides[1][0], scores, ids))
-    return world.broadcast(measure(data, split, query_rows, scores, ids) if world.speaks else None)
+    with Pins() if world.speaks else contextlib.nullcontext() as pins:
+        texts = [
+            Texts(
+                open_shards(shards_root, digest, traits.pooling, tokens[side], encoder, side, pins=pins),
+                encoder.side(side),
+                tokens[side],
+            )
+            for side in SIDES
+        ]
+        _encode(world, patience, texts, on_progress, should_stop)
+        query_shards, passage_shards = (each.shards for each in texts)
+        try:
+            query_QD = query_shards.read_rows(np.arange(len(query_rows)))
+            scores, ids = _search(world, patience, query_QD, passage_shards, data.corpus)
+            found = None
+            if world.speaks:
+                with patience.at_work():
+                    if on_health is not None:
+                        on_health(split_health(data, split, query_rows, query_QD, passage_shards, scores, ids))
+                    found = measure(data, split, query_rows, scores, ids)
+        except TornVersion as torn:
+            raise MachineFailed(f"a shard was altered or deleted while it was evaluated: {torn}") from torn
+        patience.wait()
+        return world.broadcast(found)
 
 
 def judged_queries(data: RetrievalData, split: str) -> np.ndarray:
@@ -136,40 +159,47 @@ def _some(num_rows: int, draw: np.random.Generator) -> np.ndarray:
     return np.sort(draw.choice(num_rows, min(SAMPLE_ROWS, num_rows), replace=False))
 
 
-def _encode_missing(
+def _encode(
     world: World,
-    encoder: Encoder,
-    sides: list[tuple[Shards, Any]],
+    patience: Patience,
+    texts: list[Texts],
     on_progress: Callable[[int, int], None],
     should_stop: Callable[[], bool],
 ) -> None:
-    """Encode what no one has encoded yet, shards dealt out over the ranks; raise Stopped on all if one must stop."""
-    if world.speaks:
-        for shards, _ in sides:
-            drop_torn(shards)
-    # Rank 0's list, for the miner may add shards at any moment.
-    missing = world.broadcast([(side, shard) for side, (shards, _) in enumerate(sides) for shard in shards.missing()])
-    mine = missing[world.rank :: world.num_ranks]
-    total, done = sum(len(sides[side][0].rows(shard)) for side, shard in mine), 0
-    for side, shard in mine:
-        if should_stop():
-            break
-        shards, tokens = sides[side]
-        shards.encode(shard, encoder.side(SIDES[side]), tokens, lambda n: None)
-        done += len(shards.rows(shard))
+    """Return when all is encoded, by this rank, the others or the miner; raise Stopped on all if one must stop."""
+
+    def go_on(done: int, total: int) -> None:
+        if patience.is_stopping(should_stop()):
+            raise Stopped
         on_progress(done, total)
-    if world.all_max([int(should_stop())])[0]:
+
+    is_stopped = False
+    try:
+        encode_missing(texts, go_on, world.rank, world.num_ranks)
+    except Stopped:
+        is_stopped = True
+    patience.wait()
+    if world.all_max([int(is_stopped or should_stop())])[0]:
         raise Stopped
 
 
-def _search(world: World, query_QD: np.ndarray, shards: Shards, corpus: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
+def _search(
+    world: World, patience: Patience, query_QD: np.ndarray, shards: Shards, corpus: datasets.Dataset
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the merged best of all shards on rank 0, empty arrays elsewhere. Collective."""
     found = [(np.full((len(query_QD), DEPTH), -np.inf, np.float32), np.full((len(query_QD), DEPTH), -1, np.int64))]
-    for shard in range(world.rank, shards.num_shards, world.num_ranks):
-        by_name = _by_name(corpus, shards.rows(shard))
-        scores, places = top_k(query_QD, shards.read(shard)[by_name - by_name.min()], DEPTH)
+    at_once = max(1, min(SEARCHED_ROWS // shards.shard_rows, -(-shards.num_shards // world.num_ranks)))
+    for first in range(world.rank * at_once, shards.num_shards, world.num_ranks * at_once):
+        group = range(first, min(first + at_once, shards.num_shards))
+        by_name = _by_name(corpus, np.concatenate([shards.rows(shard) for shard in group]))
+        passage_ND = np.concatenate([shards.read(shard) for shard in group])[by_name - by_name.min()]
+        scores, places = top_k(query_QD, passage_ND, DEPTH, device=world.device)
         found.append((scores, np.where(places < 0, -1, by_name[places])))
-    parts = world.gather_objects(_merge(found, corpus))
+        found = [_merge(found, corpus)] if len(found) == MERGED else found
+        patience.is_stopping(False)
+    merged = _merge(found, corpus)
+    patience.wait()
+    parts = world.gather_objects(merged)
     return _merge(parts, corpus) if parts else found[0]
 
 

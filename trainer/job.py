@@ -78,6 +78,8 @@ class ParallelSettings:
     """With zero0 to zero3: a JSON file of DeepSpeed's own settings; launch/deepspeed/ has some."""
     offload: bool = False
     """With zero1 to zero3: the optimizer, and with zero3 the parameters, in the host's memory."""
+    timeout_s: PositiveFloat = 600.0
+    """Seconds that ranks wait for one that gives no sign of life; then they end, to be started again."""
 
     def __post_init__(self) -> None:
         if self.reduce == "chunk" and self.backend not in ("fsdp2", "zero2", "zero3"):

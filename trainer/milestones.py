@@ -3,14 +3,16 @@
 import contextlib
 import json
 import logging
-import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 from trainer.encoder.model import save_encoder, weights_digest
+from trainer.encoder.shards import KEEP_ENCODINGS, prune_shards
 from trainer.encoder.towers import Encoder
+from trainer.errors import InputError, MachineFailed
 from trainer.evaluate import evaluate
 from trainer.handoff.manifest import prune, write_atomically
 from trainer.handoff.weights import checkpoints_folder
@@ -146,9 +148,17 @@ def _evaluated(run: Training, split: str, phase: str) -> dict[str, float]:
             on_health=on_health,
         )
     run.status.update(last_evaluation={"step": step, "split": split, **measures})
-    if run.world.speaks and not has_checkpoint:
-        shutil.rmtree(shards, ignore_errors=True)
+    if run.world.speaks:
+        # Behind the loop's back: the others are about to take a step together.
+        threading.Thread(target=_prune, args=(shards, KEEP_ENCODINGS if has_checkpoint else 0), daemon=True).start()
     return measures
+
+
+def _prune(shards: Path, keep: int) -> None:
+    try:
+        prune_shards(shards, keep)
+    except (OSError, InputError, MachineFailed) as error:
+        log.warning("old embeddings stay in %s: %s", shards, error)
 
 
 def _in_words(measures: dict[str, float]) -> str:

@@ -31,7 +31,7 @@ PLACES = {  # of accelerate's variables, those that say where processes run; the
     "ACCELERATE_DEBUG_RDV_FILE", "ACCELERATE_ENABLE_RICH",
 }  # fmt: skip
 TF32 = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")  # read by NVIDIA's libraries and by torch
-COLLECTIVE_TIMEOUT_S = 600  # a lost rank is noticed after this long by those who wait for it
+COLLECTIVE_TIMEOUT_S = 600.0  # where no job says how long those who wait for a rank take it for alive
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class World:
     control: dist.ProcessGroup | None  # for small messages on the CPU, between steps; None: alone
     accelerator: Accelerator
     ranks_per_node: int = 1  # of this rank's node
+    timeout_s: float = COLLECTIVE_TIMEOUT_S  # after which those who wait for a lost rank give up
 
     @property
     def speaks(self) -> bool:
@@ -141,13 +142,16 @@ def _is_arithmetic(name: str) -> bool:
     return name in TF32 or (name.startswith(("ACCELERATE_", "FP8_")) and name not in PLACES)
 
 
-def join_world(encode: str = "fp32", tf32: bool = False, compiles: bool = False) -> World:
+def join_world(
+    encode: str = "fp32", tf32: bool = False, compiles: bool = False, timeout_s: float = COLLECTIVE_TIMEOUT_S
+) -> World:
     """Join the process group that the launcher's environment describes (accelerate, torchrun, deepspeed), or stay alone.
 
     encode, tf32, compiles: as `take_arithmetic` takes them.
+    timeout_s: how long a collective waits for a rank that does not come.
     """
     clauses = take_arithmetic(os.environ, encode, tf32, compiles)
-    timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    timeout = datetime.timedelta(seconds=timeout_s)
     keep_freed_memory()
     use_cpu = not torch.cuda.is_available()
     num_launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -169,6 +173,7 @@ def join_world(encode: str = "fp32", tf32: bool = False, compiles: bool = False)
         control=dist.new_group(backend="gloo", timeout=timeout) if several else None,
         accelerator=accelerator,
         ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)),
+        timeout_s=timeout_s,
     )
 
 

@@ -14,7 +14,7 @@ import torch
 
 from launch.bench.machine import peak_resident_bytes, tiled_product
 from launch.ranks import answer
-from mining.encode import Embeddings, Side, encode_missing
+from mining.encode import Embeddings, encode_together
 from mining.index import ExactIndex, ShardIndex
 from mining.job import MineJob, MineSettings
 from mining.plan import GIB
@@ -22,6 +22,7 @@ from mining.ranks import Ranks
 from mining.search import search_shards
 from mining.service import run_service
 from trainer.data.datasets import open_dataset
+from trainer.encoder.missing import Texts
 from trainer.encoder.model import ModelSettings, load_encoder, save_encoder, weights_digest
 from trainer.encoder.shards import Shards, open_shards
 from trainer.encoder.tokens import tokenize, tokenize_side
@@ -64,8 +65,7 @@ def _ranks(
     def encode(ranks: Ranks, turn: str) -> None:
         shards = Shards(folder / turn, num_texts, TEXT_SHARD)
         ranks.decide(lambda: shards.folder.mkdir(exist_ok=True))
-        side = Side("passage", shards, tokens)
-        encode_missing(ranks, encoder, [side], lambda done, total: None)
+        encode_together(ranks, [Texts(shards, encoder, tokens)], lambda done, total: None)
 
     def search(ranks: Ranks, turn: str) -> None:
         mine = range(ranks.rank, passages.num_shards, ranks.num_ranks)
@@ -123,9 +123,7 @@ def prepare_service(folder: Path, model: str, passages: int) -> None:
     write_latest(checkpoint.parent, checkpoint.name)
     loaded, tokenizer, traits = load_encoder(ModelSettings(name=str(checkpoint / "encoder")))
     table = tokenize_side(texts, "corpus", tokenizer, traits)
-    _write_random(
-        open_shards(run / "shards", digest, traits.pooling, table, loaded.part("passage")), loaded.width, ENCODED_SHARDS
-    )
+    _write_random(open_shards(run / "shards", digest, traits.pooling, table, loaded, "passage"), loaded.width, ENCODED_SHARDS)
 
 
 def _memory(comm, folder: str) -> dict[str, Any]:

@@ -195,6 +195,9 @@ class OneShard:
     def rows(self, number):
         return np.arange(len(self.passage_ND))
 
+    def block(self, number):
+        return [number]
+
 
 def search_on_gpu(factory, passage_ND, query_QD, k):
     """Return the indexes of one shard and the (scores, ids) they find."""

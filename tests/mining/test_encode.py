@@ -1,4 +1,4 @@
-"""Leases of shards, settings of the encoder, and embeddings that are not finite."""
+"""Settings of the encoder, and embeddings that are not finite."""
 
 import json
 import re
@@ -8,13 +8,14 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from mining.encode import Embeddings, Side, encode_missing
+from mining.encode import Embeddings, encode_together
 from mining.ranks import GivenUp, Ranks
 from tests.mining.run import make_job, publish_checkpoint
 from tests.mining.test_service import manifest, mine
 from tests.tiny import TOPICS, VOCABULARY, write_tiny_dataset, write_tiny_encoder
 from trainer.data.datasets import open_dataset
 from trainer.encoder.encode import encode_rows
+from trainer.encoder.missing import Texts
 from trainer.encoder.model import ModelSettings, load_encoder
 from trainer.encoder.shards import EncodeSettings, open_shards
 from trainer.encoder.tokens import tokenize
@@ -29,33 +30,7 @@ def passages(tmp_path_factory):
 
 
 def encode(shards, encoder, tokens):
-    side = Side("passage", shards, tokens)
-    return encode_missing(Ranks(MPI.COMM_SELF, lambda: False), encoder, [side], lambda done, total: None)
-
-
-def test_a_leased_shard_is_left_to_its_holder_and_a_dead_holders_is_taken(tmp_path, passages):
-    encoder, tokens = passages
-    shards = open_shards(tmp_path, "weights", "mean", tokens)
-    assert shards.num_shards >= 3 and shards.lease(0) and not shards.lease(0) and shards.lease(1)
-    # Leases end where a service begins to encode: whoever held them is gone.
-    assert encode(shards, encoder, tokens) == len(tokens.lengths)
-    assert shards.missing() == [] and not list(shards.folder.glob(".lease-*"))
-
-
-def test_two_that_encode_at_once_share_the_shards_and_none_is_encoded_twice(tmp_path, passages, monkeypatch):
-    encoder, tokens = passages
-    shards = open_shards(tmp_path, "weights", "mean", tokens)
-    embedded, embed = [], type(shards).embed
-
-    def while_another_takes_the_last(self, shard, *rest):
-        embedded.append(shard)
-        shards.lease(shards.num_shards - 1)
-        return embed(self, shard, *rest)
-
-    monkeypatch.setattr(type(shards), "embed", while_another_takes_the_last)
-    encode(shards, encoder, tokens)
-    assert embedded == list(range(shards.num_shards - 1)) == sorted(set(embedded))
-    assert shards.missing() == [shards.num_shards - 1]
+    encode_together(Ranks(MPI.COMM_SELF, lambda: False), [Texts(shards, encoder, tokens)], lambda done, total: None)
 
 
 def test_stored_halves_and_bfloat16_are_near_and_kept_apart(tmp_path, passages):
@@ -64,7 +39,7 @@ def test_stored_halves_and_bfloat16_are_near_and_kept_apart(tmp_path, passages):
     folders = set()
     # Unit vectors: half a unit in the last place of 11 and of 8 bits, the second once in every layer.
     for settings, tolerance in (({}, 0), ({"stored": "fp16"}, 2**-11), ({"dtype": "bf16"}, 0.05)):
-        shards = open_shards(tmp_path, "weights", "mean", tokens, None, EncodeSettings(**settings))
+        shards = open_shards(tmp_path, "weights", "mean", tokens, encoder, "passage", EncodeSettings(**settings))
         encode(shards, encoder, tokens)
         found = Embeddings(shards).read(np.arange(len(exact)))
         assert found.dtype == np.float32 and shards.read(0).dtype == (np.float16 if "stored" in settings else np.float32)
@@ -77,7 +52,7 @@ def test_stored_halves_and_bfloat16_are_near_and_kept_apart(tmp_path, passages):
 
 def test_a_text_without_an_embedding_is_named(tmp_path, passages):
     encoder, tokens = passages
-    shards = open_shards(tmp_path, "weights", "mean", tokens)
+    shards = open_shards(tmp_path, "weights", "mean", tokens, encoder, "passage")
     sort = VOCABULARY.index("sort")
     first = next(row for row in range(len(tokens.lengths)) if sort in tokens.ids.read(np.array([row])))
     weights = encoder.model.embeddings.word_embeddings.weight

@@ -247,10 +247,10 @@ def test_torn_embeddings_are_encoded_again(tmp_path, monkeypatch):
     for one in (undisturbed, job):
         publish_checkpoint(one, 10)
     mine(undisturbed)
-    plain, num_torn = encoded.encode_missing, []
+    plain, num_torn = encoded.encode_together, []
 
-    def encode_and_tear(ranks, encoder, sides, on_progress):
-        plain(ranks, encoder, sides, on_progress)
+    def encode_and_tear(ranks, sides, on_progress):
+        plain(ranks, sides, on_progress)
         if not num_torn:
             torn = next(sides[1].shards.folder.glob("shard-*/embeddings.npy"))
             flip(torn)
@@ -258,7 +258,7 @@ def test_torn_embeddings_are_encoded_again(tmp_path, monkeypatch):
             with pytest.raises(TornVersion):
                 open_version(torn.parent)
 
-    monkeypatch.setattr(encoded, "encode_missing", encode_and_tear)
+    monkeypatch.setattr(encoded, "encode_together", encode_and_tear)
     mine(job)
     assert num_torn and published(job) == published(undisturbed)
 

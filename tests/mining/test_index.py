@@ -1,4 +1,4 @@
-"""Indexes of one shard against exact search over all passages."""
+"""Indexes of one block of shards against exact search over all passages."""
 
 import numpy as np
 import pytest
@@ -28,6 +28,9 @@ class Table:
 
     def let_go(self, shard):
         pass
+
+    def block(self, block):
+        return [block]
 
 
 def normal(num_rows, seed=0):
@@ -76,9 +79,9 @@ def test_nprobe_decides_how_much_an_ivf_index_finds():
     assert recalls[0] < 0.9 and recalls[0] < recalls[1] < recalls[2] == 1
 
 
-def test_a_shard_too_small_to_train_is_searched_exactly_and_that_is_said(caplog):
+def test_a_block_too_small_to_train_is_searched_exactly_and_that_is_said(caplog):
     search(Table(), np.ones(NUM_PASSAGES, bool), 5, factory="IVF64,Flat")
-    assert "1 of 5 shards are too small to train IVF64,Flat" in caplog.text
+    assert "1 of 5 blocks are too small to train IVF64,Flat" in caplog.text
 
 
 def test_what_is_no_factory_string_is_refused():

@@ -13,7 +13,8 @@ from trainer.errors import InputError
 SIZES = Sizes(
     num_queries=100_000,
     num_passages=2_000_000,
-    shard_rows=32768,
+    shard_rows=4096,
+    block_rows=65536,
     width=384,
     stored_bytes=4,
     token_width=8000,

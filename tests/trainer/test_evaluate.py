@@ -118,8 +118,8 @@ def test_rank_0_hears_of_the_health_of_what_was_evaluated(root, tmp_path):
 def test_what_is_encoded_is_not_encoded_again_and_torn_shards_are(root, tmp_path, monkeypatch):
     first = run_evaluation(0, root, tmp_path)
     encoded = []
-    original = Shards.encode
-    monkeypatch.setattr(Shards, "encode", lambda self, shard, *rest: encoded.append(shard) or original(self, shard, *rest))
+    original = Shards.embed
+    monkeypatch.setattr(Shards, "embed", lambda self, shard, *rest: encoded.append(shard) or original(self, shard, *rest))
     assert run_evaluation(0, root, tmp_path) == first and encoded == []
     victim = next(tmp_path.glob("*/shard-000001/embeddings.npy"))
     victim.write_bytes(victim.read_bytes()[:-1])
@@ -130,7 +130,8 @@ def test_an_evaluation_can_be_stopped_and_keeps_what_it_encoded(root, tmp_path):
     calls = []
     with pytest.raises(Stopped):
         run_evaluation(0, root, tmp_path, should_stop=lambda: len(calls) >= 2, on_progress=lambda *_: calls.append(1))
-    assert len(list(tmp_path.glob("*/shard-*"))) == 2
+    assert len(list(tmp_path.glob("*/shard-*"))) == 1, "the second was begun"
+    assert not list(tmp_path.glob("*/.lease-*"))
 
 
 def test_an_absent_split_is_one_sentence(root, tmp_path):

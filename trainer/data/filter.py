@@ -13,16 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from trainer.data.datasets import RetrievalData
+from trainer.encoder.missing import Texts, encode_missing
 from trainer.encoder.model import Encoder, Traits, weights_digest
-from trainer.encoder.shards import Shards, drop_torn, open_shards
-from trainer.encoder.tokens import TokenTable, tokenize_side
+from trainer.encoder.shards import Shards, open_shards
+from trainer.encoder.tokens import tokenize_side
 from trainer.encoder.topk import merge_top_k, top_k
 from trainer.encoder.towers import SIDES
 from trainer.errors import InputError
+from trainer.handoff.pins import Pins
 
 log = logging.getLogger(__name__)
 
@@ -58,17 +59,17 @@ def find_consistent(
     needed = np.union1d(pool_rows, positive_rows)
     queries = tokenize_side(data, "queries", tokenizer, traits).select(query_rows)
     passages = tokenize_side(data, "corpus", tokenizer, traits).select(needed)
-    digest = weights_digest(encoder)
-    query_shards, passage_shards = (
-        open_shards(shards_root, digest, traits.pooling, tokens, encoder.part(side))
-        for side, tokens in zip(SIDES, (queries, passages), strict=True)
-    )
     log.info("%d queries and %d passages, of them %d random ones, to encode", len(query_rows), len(needed), len(pool_rows))
-    _encode_missing(query_shards, encoder.side("query"), queries)
-    _encode_missing(passage_shards, encoder.side("passage"), passages)
+    keys, is_pool = passages.keys(np.arange(len(needed))), np.isin(needed, pool_rows)
     positive_p = np.searchsorted(needed, positive_rows)
-    keys = passages.keys(np.arange(len(needed)))
-    is_kept = _within_top_k(query_shards, passage_shards, indptr, positive_p, np.isin(needed, pool_rows), keys, k)
+    with Pins() as pins:
+        digest = weights_digest(encoder)
+        texts = [
+            Texts(open_shards(shards_root, digest, traits.pooling, tokens, encoder, side, pins=pins), encoder.side(side), tokens)
+            for side, tokens in zip(SIDES, (queries, passages), strict=True)
+        ]
+        encode_missing(texts)
+        is_kept = _within_top_k(texts[0].shards, texts[1].shards, indptr, positive_p, is_pool, keys, k)
     return Consistency(split, places, is_kept, pool_rows)
 
 
@@ -97,12 +98,6 @@ def write_filtered(data: RetrievalData, found: Consistency, out: Path) -> None:
         os.rename(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _encode_missing(shards: Shards, encoder: nn.Module, tokens: TokenTable) -> None:
-    drop_torn(shards)
-    for shard in shards.missing():
-        shards.encode(shard, encoder, tokens, lambda n: None)
 
 
 def _within_top_k(

@@ -29,6 +29,11 @@ class CompiledLayers:
         for layer in self._layers:
             layer.compile(**HOW)
 
+    @property
+    def is_used(self) -> bool:
+        """Whether layers are compiled, and none has failed yet."""
+        return bool(self._layers)
+
     def call(self, run: Callable):
         """Return run(), by compiled layers if they can be had.
 

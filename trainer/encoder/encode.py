@@ -51,10 +51,14 @@ def encode_rows(
     return embedding_nD.numpy()
 
 
+def token_budget(device: torch.device) -> int:
+    """Return the padded tokens of a batch on a device."""
+    return ENCODE_TOKENS_CUDA if device.type == "cuda" else ENCODE_TOKENS
+
+
 def _batches(tokens: TokenTable, rows: np.ndarray, device: torch.device) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Yield (places in rows, inputs on the device) of every batch, one batch ahead."""
-    budget = ENCODE_TOKENS_CUDA if device.type == "cuda" else ENCODE_TOKENS
-    chunks = plan_chunks(torch.as_tensor(tokens.lengths[rows]), budget)
+    chunks = plan_chunks(torch.as_tensor(tokens.lengths[rows]), token_budget(device))
 
     def load(chunk: Tensor) -> dict[str, Tensor]:
         return {name: tensor.to(device) for name, tensor in tokens.pad(rows[chunk.numpy()]).items()}

@@ -1,28 +1,44 @@
 """Embeddings of a corpus in shards of fixed size, kept on disk under a fingerprint of all they depend on.
 
-Shards do not depend on who encodes them or on how many do: the trainer's evaluation, the miner and `negpool search`
-read and add to the same folder. A shard is a version (see handoff/manifest.py): whole or absent. Who encodes it is decided
-by leases, files that the first of several processes can make.
+Shards do not depend on who encodes them or on how many do: the trainer's evaluation, the miner, the filter of data and
+`negpool search` read and add to the same folder, also at once (see missing.py). A shard is a version (see
+handoff/manifest.py): whole or absent. Whoever encodes or reads a fingerprint pins it, and prune_shards leaves it alone.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import nn
 
-from trainer.encoder.encode import DTYPES, ENCODE_TOKENS, encode_rows
+from trainer.encoder.encode import DTYPES, encode_rows, token_budget
 from trainer.encoder.tokens import TokenTable
+from trainer.encoder.towers import Encoder, Side
 from trainer.errors import NotFiniteEmbedding
-from trainer.handoff.manifest import MANIFEST, TornVersion, disk_error, open_version, publish_version
+from trainer.handoff.lease import LEASE, Lease, take_lease
+from trainer.handoff.manifest import (
+    DELETED,
+    MANIFEST,
+    STAGING,
+    delete_unpinned,
+    is_pinned,
+    open_version,
+    publish_version,
+    remove_torn,
+)
+from trainer.handoff.pins import Pins
 from trainer.ranges import job_section
 
-LEASE = ".lease-"
+NAME = "shard-"
+KEEP_ENCODINGS = 4  # fingerprints that stay where nobody says how many: a refresh makes two, and so does an evaluation
 
 
 @job_section
@@ -62,28 +78,30 @@ class Shards:
 
     def missing(self) -> list[int]:
         """Return the shards that are not there yet."""
-        return [i for i in range(self.num_shards) if not (self._path(i) / MANIFEST).is_file()]
+        return sorted(self.missing_and_leased()[0])
 
-    def lease(self, shard: int) -> bool:
-        """Take a shard for this process; False: another one has it. Leases hold until `end_leases`."""
+    def missing_and_leased(self) -> tuple[set[int], set[int]]:
+        """Return the shards that are not there yet, and those that somebody holds or held; lists the folder once."""
         try:
-            (self.folder / f"{LEASE}{shard:06d}").open("x").close()
-            return True
-        except FileExistsError:
-            return False
-        except OSError as error:
-            raise disk_error(error, self.folder) from error
+            names = os.listdir(self.folder)
+        except FileNotFoundError:
+            names = []
+        there, leased = (
+            {int(name[len(start) :].split(".")[0]) for name in names if name.startswith(start)} for start in (NAME, LEASE + NAME)
+        )
+        return set(range(self.num_shards)) - there, leased
 
-    def end_leases(self) -> None:
-        """Forget all leases, also those of processes that died; when nobody is encoding."""
-        for lease in self.folder.glob(f"{LEASE}*"):
-            lease.unlink(missing_ok=True)
+    def is_there(self, shard: int) -> bool:
+        """Tell whether a shard has been published; asks for one file."""
+        return (self._path(shard) / MANIFEST).is_file()
 
-    def encode(
-        self, shard: int, encoder: nn.Module, tokens: TokenTable, on_progress: Callable[[int], None] = lambda n: None
-    ) -> None:
-        """Encode one shard and publish it whole; raises NotFiniteEmbedding."""
-        self.publish(shard, self.embed(shard, encoder, tokens, on_progress))
+    def lease(self, shard: int) -> Lease | None:
+        """Take a shard for this process; None: another one has it. Raises WorkFailed if it has no finite embeddings."""
+        return take_lease(self.folder, _name(shard))
+
+    def drop_torn(self, shard: int) -> bool:
+        """Delete a shard that does not verify, so that it is encoded again; return whether it was deleted."""
+        return remove_torn(self._path(shard))
 
     def embed(
         self, shard: int, encoder: nn.Module, tokens: TokenTable, on_progress: Callable[[int], None] = lambda n: None
@@ -117,7 +135,11 @@ class Shards:
         return np.stack(found).astype(np.float32, copy=False)
 
     def _path(self, shard: int) -> Path:
-        return self.folder / f"shard-{shard:06d}"
+        return self.folder / _name(shard)
+
+
+def _name(shard: int) -> str:
+    return f"{NAME}{shard:06d}"
 
 
 def check_finite(embedding_nD: np.ndarray, tokens: TokenTable, rows: np.ndarray) -> None:
@@ -136,52 +158,79 @@ def open_shards(
     weights_digest: str,
     pooling: str,
     tokens: TokenTable,
-    part: str | None = None,
+    encoder: Encoder,
+    side: Side,
     settings: EncodeSettings = DEFAULTS,
+    pins: Pins | None = None,
 ) -> Shards:
     """Return the shards of a token table under given weights; makes their folder.
 
-    part: which of two towers encodes them.
+    encoder: one that encodes as those of the weights do: on the same device, by the same products.
+    pins: what is to hold the folder. None: another rank does, or nobody deletes from this root.
     """
     shard_rows = rows_of_shard(len(tokens.lengths))
+    part = encoder.part(side)  # of two towers
     depends_on = {
         "weights": weights_digest,
         "pooling": pooling,
         "tokens": tokens.digest,  # texts, tokenizer, prefix, maximum length
         **asdict(settings),
-        "budget": ENCODE_TOKENS,
+        **numerics(encoder),
         "shard_rows": shard_rows,
         **({} if part is None else {"part": part}),
     }
     fingerprint = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:24]
     folder = root / fingerprint
+    if pins is not None:
+        pins.hold(folder)
     folder.mkdir(parents=True, exist_ok=True)
     folder.touch()  # prune_shards keeps the youngest
     return Shards(folder, len(tokens.lengths), shard_rows, settings)
 
 
-def rows_of_shard(num_rows: int) -> int:
-    """Return the size of a shard, what a crash costs: some 32 to 64 shards, within 128 to 65,536 rows each.
+def numerics(encoder: Encoder) -> dict[str, Any]:
+    """Return what decides how an encoder computes, beside its weights: what a job or the kind of machine chooses.
 
-    It depends on the number of texts alone, never on the number of ranks.
+    TensorFloat-32 and 4-bit layers move an embedding by a thousandth; another device or a compiler moves its last bits,
+    and two halves of a table that were made differently would not rank equal texts alike. Left out is what an upgrade of a
+    library may change in the last bits: an embedding is as good as before, and a corpus would be encoded anew for nothing.
     """
-    return min(65536, max(128, 1 << (max(1, num_rows // 32).bit_length() - 1)))
+    device = next(encoder.parameters()).device
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+        "tf32": on_gpu and torch.backends.cuda.matmul.allow_tf32,
+        "compiled": encoder.is_compiled,
+        "quantized": encoder.is_quantized,
+        "budget": token_budget(device),
+    }
 
 
-def drop_torn(shards: Shards) -> list[int]:
-    """Delete the shards that do not verify, so that they are encoded again; return their numbers."""
-    torn = []
-    for shard in sorted(set(range(shards.num_shards)) - set(shards.missing())):
-        try:
-            shards.read(shard)
-        except TornVersion:
-            shutil.rmtree(shards._path(shard), ignore_errors=True)
-            torn.append(shard)
-    return torn
+def rows_of_shard(num_rows: int) -> int:
+    """Return the size of a shard, what a crash costs: 128 to 255 shards, within 128 to 4,096 rows each.
+
+    It depends on the number of texts alone, never on the number of ranks. MS MARCO's 8.8 million passages are 2,159 shards,
+    four for each of 512 ranks, and 100 million are 24,415, of two small and one larger file each: as many as a folder lists
+    in a moment. 4,096 short texts are two or three batches of a GPU, and a tile of the search.
+    """
+    return min(4096, max(128, 1 << (max(1, num_rows // 128).bit_length() - 1)))
 
 
-def prune_shards(root: Path, keep: int) -> None:
-    """Delete all fingerprints but the `keep` youngest."""
-    by_age = sorted((p for p in root.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)
-    for folder in by_age[keep:]:
-        shutil.rmtree(folder, ignore_errors=True)
+def prune_shards(root: Path, keep: int) -> list[Path]:
+    """Delete all fingerprints but the `keep` youngest and the pinned ones; return what was deleted.
+
+    Any process may do so at any time.
+    """
+    for leftover in root.glob(f"{STAGING}*{DELETED}"):  # of a process that was killed while it deleted
+        if not is_pinned(root / leftover.name.removeprefix(STAGING).split("-")[0]):
+            shutil.rmtree(leftover, ignore_errors=True)
+    by_age = sorted(_ages(root), reverse=True)
+    return [folder for _, folder in by_age[keep:] if delete_unpinned(folder)]
+
+
+def _ages(root: Path) -> Iterator[tuple[float, Path]]:
+    """Yield (time of the last use, folder) of every fingerprint."""
+    for folder in root.iterdir() if root.is_dir() else ():
+        with contextlib.suppress(FileNotFoundError):  # another process deletes, too
+            if folder.is_dir() and not folder.name.startswith("."):
+                yield folder.stat().st_mtime, folder

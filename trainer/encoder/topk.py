@@ -54,7 +54,7 @@ class BestOf:
             score_tC[:, len(seen_C) :] = -torch.inf
             self._keys_Qk[rows] = _select(self._keys_Qk[rows], score_tC, ids_C)
 
-        with _side_by_side(len(tiles), device) as map_tiles:
+        with _side_by_side(len(tiles), device) as map_tiles, _whole_products(device):
             for start in range(0, len(rows_n), tile_columns):
                 seen_C = rows_n[start : start + tile_columns]
                 passage_CD = _padded(_rows_of(passage_ND, seen_C), np.float32, device)
@@ -103,6 +103,20 @@ def top_k(
     rows = np.arange(len(passage_ND)) if allowed_N is None else np.flatnonzero(allowed_N)
     best.look_at(passage_ND, rows, first_id)
     return best_of_keys([best.keys()], k)
+
+
+@contextlib.contextmanager
+def _whole_products(device: torch.device) -> Iterator[None]:
+    """Multiply all bits of float32 meanwhile, also where training goes by TensorFloat-32: near scores would change places."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @contextlib.contextmanager

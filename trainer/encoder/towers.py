@@ -71,6 +71,16 @@ class Encoder(nn.Module):
         return self.dense[-1].out_width if self.dense else self.state_width  # type: ignore[union-attr, return-value]
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether its layers are run by torch.compile."""
+        return self._compiled is not None and self._compiled.is_used
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether its layers multiply by weights of a few bits."""
+        return getattr(self.model, "hf_quantizer", None) is not None
+
+    @property
     def state_width(self) -> int:
         """Width of a token's state."""
         return self.model.config.hidden_size
@@ -125,3 +135,11 @@ class TwoTowers(Encoder):
     @property
     def width(self) -> int:
         return self.query.width
+
+    @property
+    def is_compiled(self) -> bool:
+        return self.query.is_compiled
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.query.is_quantized

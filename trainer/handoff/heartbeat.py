@@ -4,7 +4,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 
-from trainer.errors import InputError
+from trainer.errors import InputError, MachineFailed
 
 BEAT_S = 10.0  # between two beats: a sixth of the silence after which `negpool status` says so
 
@@ -16,7 +16,9 @@ def beating(beat: Callable[[], None], every_s: float) -> Iterator[None]:
 
     def keep_beating() -> None:
         while not done.wait(every_s):
-            with contextlib.suppress(InputError):  # a full disk, a place that another took: for the block to find out
+            with contextlib.suppress(
+                InputError, MachineFailed
+            ):  # a full disk, a place that another took: for the block to find out
                 beat()
 
     thread = threading.Thread(target=keep_beating, daemon=True)
