@@ -94,18 +94,25 @@ def _serve(job: MineJob, ranks: Ranks, once: bool, checkpoint: str | None, metri
 def make_version(work: Work, task: Task) -> bool:
     """Make a version and return whether its weights need no other look: published, or refused for good. Collective."""
     work.begin(task)
-    is_done = True
+    cause: Exception | None = None
     try:
         if task.checkpoint is None:
             mine_bm25(work, task)
         else:
             mine_checkpoint(work, task, task.checkpoint)
     except GivenUp as given_up:
-        is_done = work.ranks.decide(partial(give_up, work, task, given_up.cause))
-    work.finish(is_done)
+        cause = given_up.cause
     # Whether it was published or refused: of either a corpus of embeddings would stay.
-    work.ranks.decide(lambda: prune_shards(work.job.run.folder / "shards", work.job.mine.keep_encodings))
+    work.ranks.decide(partial(prune_embeddings, work))
+    is_done = cause is None or work.ranks.decide(partial(give_up, work, task, cause))
+    work.finish(is_done)
     return is_done
+
+
+def prune_embeddings(work: Work) -> None:
+    """Let go of the embeddings of a version, and delete those that are too old. Rank 0 only."""
+    work.pins.let_go()
+    prune_shards(work.job.run.folder / "shards", work.job.mine.keep_encodings)
 
 
 def next_task(work: Work, once: bool, given: str | None) -> Task | None:

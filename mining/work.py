@@ -115,7 +115,6 @@ class Work:
             else:
                 self.watch.look_again()
             unpin(self.task.checkpoint.folder, HOLDER)
-        self.pins.let_go()
         self.task = None
 
     def ages(self) -> dict[str, int]:

@@ -186,6 +186,18 @@ def test_old_versions_go_and_their_embeddings_with_them(tmp_path):
     assert len(list((folder(job) / "shards").glob("[!.]*"))) == 2
 
 
+def test_refused_versions_leave_no_embeddings_behind_either(tmp_path):
+    job = make_job(
+        tmp_path, mine={"bm25_top_k": 0, "keep_encodings": 2}, audit={"max_suspected": 0.0}, filter={"relative_margin": 0}
+    )
+    for step in (10, 20, 30):
+        publish_checkpoint(job, step)
+        with pytest.raises(InputError, match="nothing was published"):
+            mine(job)
+    assert len(list((folder(job) / "shards").glob("[!.]*"))) == 2
+    assert not list((folder(job) / "shards" / ".pins").iterdir())
+
+
 def test_negatives_that_are_not_easy_stay_from_one_model_to_the_next(tmp_path):
     job = make_job(tmp_path, sample={"num_negatives": 5, "replace": "easy", "easy_below": 1.0, "easy_ratio": 1.001})
     for step in (10, 20):

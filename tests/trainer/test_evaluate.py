@@ -1,12 +1,16 @@
 """The sharded evaluation equals ir-measures on the full score matrix, on any number of ranks, and encodes nothing twice."""
 
 import dataclasses
+import time
+from datetime import timedelta
 
 import ir_measures
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
+import trainer.evaluate
 from tests.ranks import run_ranks
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from tests.trainer.worlds import world_of
@@ -132,6 +136,42 @@ def test_an_evaluation_can_be_stopped_and_keeps_what_it_encoded(root, tmp_path):
         run_evaluation(0, root, tmp_path, should_stop=lambda: len(calls) >= 2, on_progress=lambda *_: calls.append(1))
     assert len(list(tmp_path.glob("*/shard-*"))) == 1, "the second was begun"
     assert not list(tmp_path.glob("*/.lease-*"))
+
+
+def evaluate_slowly(rank, root, shards):
+    """Take longer for one shard, for one group of them, and for the measures than a collective waits."""
+    limit_s, original = 1.5, Shards.embed
+    world = dataclasses.replace(world_of(rank), control=dist.new_group(timeout=timedelta(seconds=limit_s)), timeout_s=limit_s)
+
+    def embed(self, shard, encoder, tokens, on_progress):
+        for _ in range(5 if rank == 1 and self.num_rows > 128 and shard == 1 else 0):
+            time.sleep(0.6)
+            on_progress(0)
+        return original(self, shard, encoder, tokens, on_progress)
+
+    def lease(self, shard):
+        return plain_lease(self, shard) if (self.num_rows > 128 and shard == 1) == (rank == 1) else None
+
+    plain_lease, Shards.lease, Shards.embed = Shards.lease, lease, embed
+
+    def slow_health(found):
+        time.sleep(3)
+
+    data = open_dataset(root / "data", root / "cache")
+    encoder, tokenizer, traits = load_encoder(ModelSettings(name=str(root / "encoder")))
+    return evaluate(world, data, "test", encoder, tokenizer, traits, shards, on_health=slow_health)
+
+
+def test_a_rank_may_take_longer_than_a_collective_waits(root, tmp_path):
+    first, second = run_ranks(evaluate_slowly, 2, root, tmp_path)
+    assert first == second
+
+
+def test_the_corpus_is_searched_on_the_jobs_device(root, tmp_path, monkeypatch):
+    devices, plain = [], trainer.evaluate.top_k
+    monkeypatch.setattr(trainer.evaluate, "top_k", lambda *args, device: devices.append(device) or plain(*args, device=device))
+    run_evaluation(0, root, tmp_path)
+    assert set(devices) == {world_of().device}
 
 
 def test_an_absent_split_is_one_sentence(root, tmp_path):

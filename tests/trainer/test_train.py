@@ -19,6 +19,7 @@ from trainer.data.sampler import Order, SourceOrder, step_parts
 from trainer.early_stop import StopSettings
 from trainer.encoder.model import load_encoder
 from trainer.encoder.settings import ModelSettings
+from trainer.encoder.shards import KEEP_ENCODINGS
 from trainer.handoff.manifest import versions
 from trainer.handoff.negatives import ScheduleEntry, publish_negatives
 from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings, SourceSettings
@@ -88,6 +89,15 @@ def test_several_sources_share_batches_or_take_turns(job, root, mode):
     job = replace(job, sources=sources, batch=BatchSettings(queries=7, mode=mode), optim=OptimSettings(epochs=1))
     outcome = train(job, world_of())
     assert sum(line["num_queries"] for line in lines(job) if "loss" in line) == 32 + 16 or outcome.step >= 7
+
+
+def test_evaluations_without_a_miner_leave_no_more_than_a_few_sets_of_embeddings(job):
+    job = replace(job, eval=EvalSettings(every_steps=1), checkpoint=CheckpointSettings(every_steps=1))
+    train(job, world_of())
+    deadline = time.monotonic() + 30  # deleted behind the loop's back
+    while len(left := list((job.run.folder / "shards").glob("[!.]*"))) > KEEP_ENCODINGS and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(left) == KEEP_ENCODINGS
 
 
 def test_averaged_weights_are_published_and_the_others_resumed(job):
