@@ -20,9 +20,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer.errors import InputError
+from trainer.errors import MachineFailed, exit_code
 from trainer.handoff.claim import Claim
-from trainer.handoff.manifest import disk_error, is_disk_error, publish_version, write_latest
+from trainer.handoff.manifest import is_disk_error, publish_version, write_latest
+from trainer.handoff.patience import patiently
 from trainer.handoff.weights import Checkpoint, checkpoint_name, checkpoints_folder
 from trainer.parts import Fragment, Parts, part_name, write_part
 from trainer.state import TrainState
@@ -64,34 +65,33 @@ class Saver:
 
         def write() -> None:
             started = time.perf_counter()
+            folder = checkpoints_folder(self._run) / checkpoint_name(values["step"])
             names = [part_name(rank, self._world.num_ranks) for rank in sorted(writers)]
             if self._world.rank in writers:
-                parts.mkdir(parents=True, exist_ok=True)
-                write_part(parts / part_name(self._world.rank, self._world.num_ranks), fragments)
+                patiently(lambda: self._write_part(parts, fragments), f"{folder}")
             if write_encoder is not None:
-                folder = self._publish(parts, names, values, write_encoder)
-                on_published()
+                patiently(lambda: self._publish(folder, parts, names, values, write_encoder), f"{folder}")
+                self._tidy(parts, on_published)
                 log.info("step %d: saved %s, in %.1f s behind the loop", values["step"], folder, time.perf_counter() - started)
                 _warn_if_long(time.perf_counter() - begun)
 
-        self._thread = threading.Thread(target=self._run_thread, args=(write,), daemon=True)
+        self._thread = threading.Thread(target=self._run_thread, args=(write, state.step), daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
         """Return when the last checkpoint is published. Collective.
 
-        If it could not be written, raises what that rank's thread raised, InputError for a full disk; the others leave.
+        If it could not be written, raises what that rank's thread raised, MachineFailed for a disk that refuses; the others
+        leave with the same code.
         """
         while True:
             is_alive = self._thread is not None and self._thread.is_alive()
             error = self._error  # read after: a thread that has ended has left it
-            is_refused = isinstance(error, InputError)
-            found = self._world.all_max([int(is_refused), int(error is not None and not is_refused), int(is_alive)])
-            was_refused, is_broken, is_writing = map(bool, found)
+            code, is_writing = self._world.all_max([0 if error is None else exit_code(error), int(is_alive)])
             if error is not None:
                 raise error
-            if was_refused or is_broken:  # nobody waits for parts that never come
-                raise SystemExit(1 if is_broken else 2)
+            if code:  # nobody waits for parts that never come
+                raise SystemExit(code)
             if not is_writing:
                 return
             time.sleep(POLL_S)
@@ -100,12 +100,14 @@ class Saver:
         """Tell whether this rank could not write the last checkpoint: `wait` is to be called soon, by all."""
         return self._error is not None
 
-    def _run_thread(self, write: Callable[[], None]) -> None:
+    def _run_thread(self, write: Callable[[], None], step: int) -> None:
         try:
             write()
+        except MachineFailed as error:
+            error.step = step  # the loop has gone on meanwhile
+            self._error = error
         except BaseException as error:
-            is_disk = is_disk_error(error) and not isinstance(error, InputError)
-            self._error = disk_error(error, checkpoints_folder(self._run)) if is_disk else error
+            self._error = error
 
     def _copy(self, fragment: Fragment) -> Fragment:
         """Return the fragment with its values in this saver's own memory."""
@@ -116,30 +118,52 @@ class Saver:
         held.copy_(fragment.values)
         return Fragment(fragment.name, fragment.start, fragment.numel, held)
 
+    def _write_part(self, parts: Path, fragments: list[Fragment]) -> None:
+        parts.mkdir(parents=True, exist_ok=True)
+        write_part(parts / part_name(self._world.rank, self._world.num_ranks), fragments)
+
     def _publish(
-        self, parts: Path, names: list[str], values: dict[str, Any], write_encoder: Callable[[Path], dict[str, Any]]
-    ) -> Path:
-        """Put all together, publish it and point LATEST at it; return the folder. Rank 0 only."""
+        self,
+        folder: Path,
+        parts: Path,
+        names: list[str],
+        values: dict[str, Any],
+        write_encoder: Callable[[Path], dict[str, Any]],
+    ) -> None:
+        """Put all together, publish it and point LATEST at it; may be called again where that failed. Rank 0 only.
+
+        names: of the parts.
+        """
         fields = {"step": values["step"]}
 
-        def write(folder: Path) -> None:
-            (folder / "encoder").mkdir()
-            fields.update(write_encoder(folder / "encoder"))
+        def write(staging: Path) -> None:
+            (staging / "encoder").mkdir()
+            fields.update(write_encoder(staging / "encoder"))
             self._wait_for_parts(parts, names)
-            shutil.move(parts, folder / "state")
-            (folder / "state" / "trainer.json").write_text(json.dumps(values))
+            (staging / "state").mkdir()
+            for name in names:
+                _link(parts / name, staging / "state" / name)
+            (staging / "state" / "trainer.json").write_text(json.dumps(values))
 
-        folder = checkpoints_folder(self._run) / checkpoint_name(values["step"])
         publish_version(folder, write, fields, self._claim.check)
         self._claim.check()
         write_latest(folder.parent, folder.name)
-        return folder
+
+    def _tidy(self, parts: Path, on_published: Callable[[], None]) -> None:
+        """Do what follows a checkpoint that is safe; a disk that refuses it ends no run."""
+        shutil.rmtree(parts, ignore_errors=True)
+        try:
+            on_published()
+        except Exception as error:
+            if not is_disk_error(error):
+                raise
+            log.warning("old checkpoints stay until the next is published: %s", error)
 
     def _wait_for_parts(self, parts: Path, names: list[str]) -> None:
         deadline = time.monotonic() + self._world.timeout_s
         while missing := [name for name in names if not (parts / name).exists()]:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"no checkpoint: {', '.join(missing)} did not come within {self._world.timeout_s:g} s")
+                raise MachineFailed(f"no checkpoint: {', '.join(missing)} did not come within {self._world.timeout_s:g} s")
             time.sleep(POLL_S)
 
 
@@ -152,6 +176,14 @@ def _warn_if_long(seconds: float) -> None:
             "submit with --save-seconds %d or more",
             seconds, limit, math.ceil(3 * seconds),
         )  # fmt: skip
+
+
+def _link(file: Path, place: Path) -> None:
+    """Give a file a second name, so that it stays where it is until the checkpoint is published."""
+    try:
+        os.link(file, place)
+    except OSError:  # a file system without links: the price is a second copy for a moment
+        shutil.copy2(file, place)
 
 
 def clean_parts(run: Path) -> None:

@@ -5,9 +5,13 @@
     MachineFailed   1   a disk, a network or a rank failed; supervisors start it again, within their limit
 
 The command line prints the sentence without a traceback. Anything else that is raised is a bug of ours: a traceback, and 1.
+Launchers change or hide codes, so a side of a run also leaves a phase in its status file, and supervisors read that first.
 """
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, EXIT_MUST_NOT_GO_ON = 1, 2, 75, 78
+
+FINISHED, STOPPED, REFUSED, MUST_NOT_GO_ON, FAILED = "finished", "stopped", "refused", "must not go on", "failed"
+ENDED = (FINISHED, STOPPED, REFUSED, MUST_NOT_GO_ON, FAILED)  # phases after which a side says nothing more
 
 
 class InputError(Exception):
@@ -31,3 +35,20 @@ class MustNotGoOn(Exception):
 
 class MachineFailed(Exception):
     """A disk, a network or another rank failed, and another start may well succeed; the message says which, and how."""
+
+    step: int | None = None  # which the run cannot pass, where that is not the step that it was at
+
+
+TOLD = (InputError, MustNotGoOn, MachineFailed)  # in one sentence, without a traceback
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the code with which a command ends."""
+    if isinstance(error, InputError):
+        return EXIT_REFUSED
+    return EXIT_MUST_NOT_GO_ON if isinstance(error, MustNotGoOn) else EXIT_FAILED
+
+
+def phase_of(error: BaseException) -> str:
+    """Return the phase that a side leaves in its status file."""
+    return {EXIT_REFUSED: REFUSED, EXIT_MUST_NOT_GO_ON: MUST_NOT_GO_ON}.get(exit_code(error), FAILED)

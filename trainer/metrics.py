@@ -1,15 +1,15 @@
 """What a run tells the outside: JSON lines, trackers such as TensorBoard, and a status file that is replaced by rename.
 
-Ranks that do not record get the null objects, so that no loop asks whether recording is on.
+A disk that fails here ends no run: it is warned of once, and again when it is over; lines are kept until they can be
+written. Ranks that do not record get the null objects, so that no loop asks whether recording is on.
 """
 
+import collections
 import contextlib
 import errno
-import importlib.util
 import json
 import logging
 import os
-import re
 import socket
 import threading
 import time
@@ -18,14 +18,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from trainer.errors import InputError
+from trainer.errors import MUST_NOT_GO_ON, REFUSED, InputError, MachineFailed, RunInUse, phase_of
 from trainer.handoff.clock import seconds_since_written
-from trainer.handoff.manifest import disk_error, write_atomically
+from trainer.handoff.manifest import disk_error, is_disk_full, write_atomically
+from trainer.trackers import Trackers
 
 log = logging.getLogger(__name__)
 
-TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}  # by the package that each one needs
-PROJECT = "negpool"  # what W&B calls a project and MLflow an experiment
+MOST_KEPT_LINES = 10_000  # while the disk refuses them: some ten megabytes
+KEPT_ON_A_FULL_DISK = ("pid", "host", "phase", "error", "step", "num_steps")  # of a status
 
 
 class Metrics(Protocol):
@@ -37,94 +38,77 @@ class Metrics(Protocol):
 
 
 class MetricsFile:
-    """One JSON object a line, units in the keys, each appended by one write. Raises InputError when the disk refuses."""
+    """One JSON object a line, units in the keys, each appended by one write."""
 
     def __init__(self, path: Path):
-        self._path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "ab+", buffering=0)  # noqa: SIM115 - lives as long as the run
-            size = os.fstat(self._file.fileno()).st_size
-            if size and os.pread(self._file.fileno(), 1, size - 1) != b"\n":
-                self._file.write(b"\n")  # a full disk took half a line: it must not spoil the next
-        except OSError as error:
-            raise disk_error(error, path) from error
+        """Raise InputError for a place where nothing can be written."""
+        self._path, self._handle = path, -1
+        self._kept: collections.deque[bytes] = collections.deque(maxlen=MOST_KEPT_LINES)  # not written yet
+        self._failure: InputError | MachineFailed | None = None
+        self._write_kept()
+        if isinstance(self._failure, InputError):
+            raise self._failure
 
     def record(self, step: int, values: dict[str, Any]) -> None:
-        """Append one line; numbers, strings and lists of them."""
-        line = json.dumps({"step": step, "time": round(time.time(), 3), **values}).encode() + b"\n"
-        try:
-            if self._file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            raise disk_error(error, self._path) from error
+        """Append one line; numbers, strings and lists of them. What the disk refuses is written with a later one."""
+        self._kept.append(json.dumps({"step": step, "time": round(time.time(), 3), **values}).encode() + b"\n")
+        self._write_kept()
 
     def close(self) -> None:
-        self._file.close()
+        self._write_kept()
+        self._close()
+
+    def _write_kept(self) -> None:
+        try:
+            if self._handle < 0:
+                self._open()
+            while self._kept:
+                if os.write(self._handle, self._kept[0]) < len(self._kept[0]):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._kept.popleft()
+        except OSError as error:
+            self._close()  # a stale handle stays stale
+            failure = disk_error(error, self._path)
+            if self._failure is None:
+                log.warning("metrics wait until they can be written: %s", failure)
+            self._failure = failure
+        else:
+            if self._failure is not None:
+                log.info("%s is written again", self._path)
+            self._failure = None
+
+    def _open(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._handle = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        size = os.fstat(self._handle).st_size
+        if size and os.pread(self._handle, 1, size - 1) != b"\n":
+            os.write(self._handle, b"\n")  # a full disk took half a line: it must not spoil the next
+
+    def _close(self) -> None:
+        if self._handle >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self._handle)
+        self._handle = -1
 
 
 class TrainerMetrics:
     """JSON lines in `logs/metrics.jsonl`, and every number among them in the trackers."""
 
     def __init__(self, run: Path, trackers: tuple[str, ...] = ("tensorboard",)):
-        """trackers: names in TRACKERS, installed. W&B and MLflow take their servers from their own environment variables."""
+        """trackers: see `Trackers`."""
         self._lines = MetricsFile(run / "logs" / "metrics.jsonl")
-        self._trackers = [_start_tracker(name, run) for name in trackers]
+        self._trackers = Trackers(trackers, run)
 
     def record(self, step: int, values: dict[str, Any]) -> None:
-        """Record one step or event. A tracker that fails is dropped with a warning; the run and its JSON lines go on."""
+        """Record one step or event."""
         self._lines.record(step, values)
         numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
-        for tracker in list(self._trackers) if numbers else []:
-            try:
-                tracker.log(numbers, step=step)
-            except Exception as error:  # whatever a client raises when its server is gone
-                self._trackers.remove(tracker)
-                log.warning("%s is dropped, the run goes on without it: %s", tracker.name, error)
+        if numbers:
+            self._trackers.record(step, numbers)
 
     def close(self) -> None:
         self._lines.close()
-        for tracker in self._trackers:
-            tracker.finish()
-
-
-def check_trackers(names: tuple[str, ...]) -> None:
-    """Raise InputError if a tracker is not installed; the miner, who needs none, does not ask."""
-    for name in names:
-        if importlib.util.find_spec(TRACKERS[name]) is None:
-            raise InputError(f"run.trackers names {name!r}, which is not installed; run: pip install {TRACKERS[name]}")
-
-
-def _start_tracker(name: str, run: Path) -> Any:
-    """Return a tracker of accelerate's that has begun; raises InputError for one that cannot."""
-    from accelerate import PartialState, tracking  # two seconds, which the miner should not pay
-
-    PartialState()  # the trackers' own messages ask for it; in a trainer it is there already
-    logs = run / "logs"
-    if name == "wandb":
-        tracker = tracking.WandBTracker(PROJECT, name=run.name, dir=str(logs))
-    elif name == "mlflow":
-        tracker = _MLflow(tracking.MLflowTracker(PROJECT, run_name=run.name))
-    else:
-        tracker = tracking.TensorBoardTracker("tensorboard", logs)  # the folder's name below logs/
-    try:
-        tracker.start()
-    except Exception as error:  # of the client's own making: not logged in, no such server, …
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise InputError(f"run.trackers names {name!r}, which does not start ({reason}); set it up, or leave it out") from error
-    return tracker
-
-
-class _MLflow:
-    """MLflow's tracker, with names that it takes: `eval/ndcg@10` is `eval/ndcg_10` there."""
-
-    name = "mlflow"
-
-    def __init__(self, tracker: Any):
-        self.start, self.finish, self._log = tracker.start, tracker.finish, tracker.log
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        self._log({re.sub(r"[^\w\-. :/]", "_", key): value for key, value in values.items()}, step=step)
+        self._trackers.close()
 
 
 class NoMetrics:
@@ -147,6 +131,7 @@ class Status:
         self._written = 0.0
         self._may_write, self._min_interval_s = may_write, min_interval_s
         self._writing = threading.Lock()
+        self._is_failing = False
 
     def update(self, **values: Any) -> None:
         """Merge values in and write the file, at most every `min_interval_s` unless the phase changed. From any thread."""
@@ -154,9 +139,26 @@ class Status:
             changed_phase = values.get("phase", self.values.get("phase")) != self.values.get("phase")
             self.values |= values
             if changed_phase or time.monotonic() - self._written >= self._min_interval_s:
-                self._written = time.monotonic()
-                self._may_write()
-                write_atomically(self._path, json.dumps({**self.values, "heartbeat": time.time()}))
+                self._write()
+
+    def close(self) -> None:
+        """Write the last values, which `update` may have kept for later."""
+        with self._writing, contextlib.suppress(RunInUse):
+            self._write()
+
+    def _write(self) -> None:
+        self._written = time.monotonic()
+        self._may_write()
+        try:
+            _replace(self._path, {**self.values, "heartbeat": time.time()})
+        except (InputError, MachineFailed) as failure:
+            if not self._is_failing:
+                log.warning("the status is not told, and the run goes on: %s", failure)
+            self._is_failing = True
+        else:
+            if self._is_failing:
+                log.info("%s is written again", self._path)
+            self._is_failing = False
 
 
 class NoStatus:
@@ -167,25 +169,28 @@ class NoStatus:
     def update(self, **values: Any) -> None:
         """Do nothing."""
 
+    def close(self) -> None:
+        """Do nothing."""
+
 
 def read_status(run: Path, side: str) -> dict[str, Any]:
     """Return what one side last wrote, or an empty dictionary."""
     try:
-        return json.loads(_status_file(run, side).read_text())
+        said = json.loads(_status_file(run, side).read_text())
     except (OSError, ValueError):
         return {}
+    return said if isinstance(said, dict) else {}
 
 
-def write_refusal(run: Path, side: str, sentence: str) -> None:
-    """Say in a side's status file that it cannot go on, and why. A disk that is full takes it in place of what was there."""
-    path, refusal = _status_file(run, side), {"phase": "refused", "error": sentence}
-    try:
-        write_atomically(path, json.dumps({**read_status(run, side), **refusal}))
-    except InputError:
-        # In the room that the file has; cut afterwards, or others would take what that frees.
-        with contextlib.suppress(OSError), open(path, "r+b") as file:
-            file.write(json.dumps(refusal).encode())
-            file.truncate()
+def write_end(run: Path, side: str, error: Exception) -> None:
+    """Say in a side's status file that it cannot go on, and why. A refusal stays: other ranks only tell of its effects."""
+    said = read_status(run, side)
+    if phase_of(error) not in (REFUSED, MUST_NOT_GO_ON) and said.get("phase") in (REFUSED, MUST_NOT_GO_ON):
+        return
+    step = getattr(error, "step", None)
+    more = {"phase": phase_of(error), "error": str(error), **({} if step is None else {"step": step})}
+    with contextlib.suppress(InputError, MachineFailed):
+        _replace(_status_file(run, side), {**said, **more})
 
 
 def heartbeat_age_s(run: Path, side: str) -> float | None:
@@ -193,11 +198,26 @@ def heartbeat_age_s(run: Path, side: str) -> float | None:
     return seconds_since_written(_status_file(run, side))
 
 
-def forget_status(run: Path) -> None:
-    """Delete what both sides last wrote, so that the words of an earlier start are not taken for those of the next."""
-    for side in ("trainer", "miner"):
-        _status_file(run, side).unlink(missing_ok=True)
+def forget_status(run: Path, *sides: str) -> None:
+    """Delete what sides last wrote, so that the words of an earlier start are not taken for those of the next."""
+    for side in sides:
+        with contextlib.suppress(OSError):
+            _status_file(run, side).unlink(missing_ok=True)
 
 
 def _status_file(run: Path, side: str) -> Path:
     return run / "status" / f"{side}.json"
+
+
+def _replace(path: Path, values: dict[str, Any]) -> None:
+    """Write a status by rename; on a full disk the least of it, in place of what was there. Raises as `write_atomically`."""
+    try:
+        write_atomically(path, json.dumps(values))
+    except MachineFailed as failed:
+        if failed.__cause__ is not None and is_disk_full(failed.__cause__):
+            # In the room that the file has; cut afterwards, or others would take what that frees.
+            least = {key: values[key] for key in KEPT_ON_A_FULL_DISK if key in values}
+            with contextlib.suppress(OSError), open(path, "r+b") as file:
+                file.write(json.dumps(least).encode())
+                file.truncate()
+        raise

@@ -33,13 +33,14 @@ from trainer.handoff.weights import Checkpoint, checkpoints_folder, newest_check
 from trainer.interrupt import Interrupt
 from trainer.job import TrainJob
 from trainer.loading import Loaded, is_empty, load
-from trainer.metrics import Metrics, NoMetrics, NoStatus, Status, TrainerMetrics, check_trackers
+from trainer.metrics import Metrics, NoMetrics, NoStatus, Status, TrainerMetrics
 from trainer.mined_clusters import MinedClusters
 from trainer.optim import build_schedule
 from trainer.parallel import take_weights
 from trainer.precision import DTYPES, encode_in, loss_scaler, set_tf32
 from trainer.state import TrainState
 from trainer.tasks import Task, build_tasks
+from trainer.trackers import check_trackers
 from trainer.world import World
 
 log = logging.getLogger(__name__)

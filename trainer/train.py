@@ -61,6 +61,7 @@ def train(job: TrainJob, world: World) -> Outcome:
     finally:
         run.feed.close()
         run.metrics.close()
+        run.status.close()  # the step at which it ended, for whoever starts it again
         run.claim.release()
     return Outcome(finished=True, step=state.step, evaluations=evaluations(job))
 

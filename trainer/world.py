@@ -19,7 +19,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import KwargsHandler
 
-from trainer.errors import InputError
+from trainer.errors import TOLD, InputError, exit_code
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -77,19 +77,22 @@ class World:
         return holder[0]
 
     def decide(self, choose: Callable[[], T]) -> T:
-        """Return on every rank what `choose` returns on rank 0; its InputError ends all, and rank 0 says it. Collective."""
+        """Return on every rank what `choose` returns on rank 0. Collective.
+
+        If it raises one of TOLD, rank 0 raises it, and the others leave with its code.
+        """
         value: T | None = None
-        refusal: InputError | None = None
+        told: Exception | None = None
         if self.speaks:
             try:
                 value = choose()
-            except InputError as error:
-                refusal = error
-        value, is_refused = self.broadcast((value, refusal is not None))
-        if refusal is not None:
-            raise refusal
-        if is_refused:
-            raise SystemExit(2)  # one sentence is enough
+            except TOLD as error:
+                told = error
+        value, code = self.broadcast((value, 0 if told is None else exit_code(told)))
+        if told is not None:
+            raise told
+        if code:
+            raise SystemExit(code)  # one sentence is enough
         return value  # type: ignore[return-value]
 
     def leave(self) -> None:

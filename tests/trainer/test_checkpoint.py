@@ -1,6 +1,8 @@
 """A checkpoint of any backend opens under every other one, and training goes on as if nothing had happened."""
 
+import errno
 import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -18,9 +20,10 @@ from trainer.backends import parallelize
 from trainer.checkpoint import Saver, load_state, load_weights
 from trainer.early_stop import EarlyStop, RollBack, StopSettings
 from trainer.ema import build_average
-from trainer.errors import InputError
+from trainer.errors import InputError, MustNotGoOn
+from trainer.handoff import manifest, patience
 from trainer.handoff.claim import Claim
-from trainer.handoff.manifest import versions
+from trainer.handoff.manifest import read_latest, versions
 from trainer.handoff.weights import open_checkpoint
 from trainer.job import EmaSettings, OptimSettings, ParallelSettings, PrecisionSettings, TrainJob
 from trainer.parallel import copy_weights
@@ -130,6 +133,7 @@ def fail_on_one_rank(rank, num_ranks, error, run):
     world = world_of(rank, num_ranks)
     state, _ = prepared(world, "ddp", 0.0)
     saver = Saver(run, world, Claim(run, "trainer", 1))
+    patience.DELAYS_S = (0.01, 0.01)  # type: ignore[assignment]
 
     def write_part_or_fail(path, fragments):
         if rank == num_ranks - 1:
@@ -141,23 +145,66 @@ def fail_on_one_rank(rank, num_ranks, error, run):
     try:
         saver.wait()
     except BaseException as raised:
-        return type(raised).__name__, str(raised), saver.has_failed()
+        return type(raised).__name__, str(raised), getattr(raised, "step", None), saver.has_failed()
     return "nothing"
 
 
+# safetensors has an error of its own, which is no OSError.
+FULL = RuntimeError("I/O error: No space left on device (os error 28)")
+
+
 @pytest.mark.parametrize(
-    ("error", "code", "name", "sentence"),
+    ("error", "code", "name", "sentence", "step"),
     [
-        # safetensors has an error of its own, which is no OSError
-        (RuntimeError("I/O error: No space left on device (os error 28)"), "2", "InputError", "no room left on the disk for"),
-        (ValueError("a bug"), "1", "ValueError", "a bug"),
+        (FULL, "1", "MachineFailed", "no room left on the disk for", 0),
+        (OSError(errno.ESTALE, "Stale file handle"), "1", "MachineFailed", "step-00000000 failed: Stale file handle", 0),
+        (MustNotGoOn("not finite"), "78", "MustNotGoOn", "not finite", None),
+        (ValueError("a bug"), "1", "ValueError", "a bug", None),
     ],
 )
-def test_a_part_that_cannot_be_written_ends_all_ranks_and_one_says_it(tmp_path, error, code, name, sentence):
+def test_a_part_that_cannot_be_written_ends_all_ranks_and_one_says_it(tmp_path, error, code, name, sentence, step):
     *others, last = run_ranks(fail_on_one_rank, 3, 3, error, tmp_path, timeout_s=COLLECTIVE_TIMEOUT_S / 10)
-    assert others == [("SystemExit", code, False)] * 2, "nobody waits for a part that never comes"
-    assert last[0] == name and sentence in last[1] and last[2]
+    assert others == [("SystemExit", code, None, False)] * 2, "nobody waits for a part that never comes"
+    assert last[0] == name and sentence in last[1] and last[2:] == (step, True)
     assert not versions(tmp_path / "checkpoints")
+
+
+def stale_for_a_while(function, times):
+    """Return a function that raises so many times before it does its work."""
+    left = [times]
+
+    def call(*args):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return function(*args)
+
+    return call
+
+
+@pytest.mark.parametrize("place", ["parts", "links", "manifest", "latest", "prune"])
+def test_a_checkpoint_is_written_when_the_disk_is_well_again(tmp_path, monkeypatch, place):
+    world = world_of(0, 1)
+    state, plain = prepared(world, "ddp", 0.0)
+    saver, prune = Saver(tmp_path, world, Claim(tmp_path, "trainer", 1)), lambda: None
+    monkeypatch.setattr(patience, "DELAYS_S", (0.01, 0.01))
+    if place == "parts":
+        monkeypatch.setattr(trainer.checkpoint, "write_part", stale_for_a_while(write_part, 2))
+    elif place == "links":  # every way to take the part over
+        monkeypatch.setattr(os, "link", stale_for_a_while(os.link, 2))
+        monkeypatch.setattr(trainer.checkpoint.shutil, "copy2", stale_for_a_while(shutil.copy2, 1))
+    elif place == "manifest":  # the parts are there for the second try
+        monkeypatch.setattr(manifest, "_fsync", stale_for_a_while(manifest._fsync, 2))
+    elif place == "latest":
+        monkeypatch.setattr(trainer.checkpoint, "write_latest", stale_for_a_while(trainer.checkpoint.write_latest, 2))
+    else:  # once, and nobody waits: the next checkpoint prunes again
+        prune = stale_for_a_while(prune, 1)
+    saver.save(state, lambda folder: {"weights_digest": "0123"}, prune)
+    saver.wait()
+    found = open_checkpoint(tmp_path / "checkpoints" / "step-00000000")
+    assert found.manifest["weights_digest"] == "0123" and read_latest(tmp_path / "checkpoints") == "step-00000000"
+    load_weights(found, plain)
+    assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
 def resume(rank, num_ranks, backend, dropout, run):

@@ -1,7 +1,10 @@
 """JSON lines always; trackers by name, real ones where they are installed; one that fails takes nothing with it."""
 
+import errno
 import json
+import os
 import sys
+import time
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +13,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.disk import fill, small_disk
-from trainer.errors import InputError
+from trainer.errors import InputError, MachineFailed, MustNotGoOn
 from trainer.handoff.settings import RunSettings
-from trainer.metrics import TRACKERS, MetricsFile, NoMetrics, Status, TrainerMetrics, check_trackers, read_status, write_refusal
+from trainer.metrics import MetricsFile, NoMetrics, Status, TrainerMetrics, read_status, write_end
+from trainer.trackers import PAUSE_S, TRACKERS, check_trackers
 
 RECORDS = [
     (1, {"loss": 2.5, "event": "saved", "health/counts": [1, 2], "chunk_tokens": None}),
@@ -107,24 +111,38 @@ def test_wandb_is_told_the_project_the_run_and_every_number(tmp_path, wandb):
     assert logged == [(1, {"loss": 2.5}), (2, {"loss": 1.5, "eval/ndcg@10": 0.25})] and last == "finish"
 
 
-def test_a_tracker_that_fails_is_dropped_and_the_others_go_on(tmp_path, wandb, caplog):
+def test_a_tracker_that_fails_is_left_alone_for_a_while_and_the_others_go_on(tmp_path, wandb, caplog, monkeypatch):
+    caplog.set_level("INFO")
     metrics = TrainerMetrics(tmp_path, ("wandb", "tensorboard"))
     wandb.is_gone = True
-    record_all(metrics)
-    assert caplog.text.count("wandb is dropped, the run goes on without it: no route to host") == 1
-    assert len(lines_of(tmp_path)) == 2
+    metrics.record(*RECORDS[0])
+    wandb.is_gone = False
+    metrics.record(*RECORDS[1])
+    assert len(wandb.calls) == 1, "a server that is gone may hold every call for minutes"
+    now = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: now() + PAUSE_S)
+    metrics.record(3, {"loss": 0.5})
+    metrics.close()
+    assert caplog.text.count("wandb fails, the run goes on without it: no route to host") == 1
+    assert caplog.text.count("wandb answers again") == 1
+    assert wandb.calls[1:] == [(3, {"loss": 0.5}), ("finish", None)]
+    assert len(lines_of(tmp_path)) == 3
     events = EventAccumulator(str(tmp_path / "logs" / "tensorboard"))
     events.Reload()
-    assert len(events.Scalars("loss")) == 2
+    assert len(events.Scalars("loss")) == 3
 
 
-def test_a_tracker_that_does_not_start_is_one_sentence(tmp_path, wandb):
+def test_a_tracker_that_does_not_start_or_end_is_left_out(tmp_path, wandb, caplog):
     def refuse(**_):
         raise ConnectionError("No API key configured. Use `wandb login`.\nMore lines")
 
     wandb.init = refuse
-    with pytest.raises(InputError, match=r"'wandb', which does not start \(No API key configured. Use `wandb login`\);"):
-        TrainerMetrics(tmp_path, ("wandb",))
+    record_all(TrainerMetrics(tmp_path, ("wandb",)))
+    assert "run.trackers: wandb does not start (No API key configured. Use `wandb login`); the run goes on" in caplog.text
+    assert len(lines_of(tmp_path)) == 2
+    wandb.init = lambda **_: SimpleNamespace(log=wandb.log, finish=refuse)
+    record_all(TrainerMetrics(tmp_path, ("wandb",)))
+    assert len(lines_of(tmp_path)) == 4
 
 
 def test_a_tracker_that_is_not_installed_is_one_sentence(monkeypatch):
@@ -147,27 +165,86 @@ def test_half_a_line_of_a_full_disk_does_not_spoil_the_next(tmp_path):
         metrics.close()
     first, half, second, third = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert half == '{"st' and [json.loads(line)["step"] for line in (first, second, third)] == [1, 2, 3]
-    full = MetricsFile(Path("/dev/full"))
-    with pytest.raises(InputError, match=r"no room left on the disk for /dev/full; free some space or set run\.folder"):
-        full.record(4, {})
 
 
-def test_a_refusal_is_told_even_where_the_disk_is_full(tmp_path):
+def test_lines_that_a_full_disk_refuses_are_written_when_it_has_room(tmp_path, caplog):
+    caplog.set_level("INFO")
     disk = tmp_path / "disk"
     with small_disk(disk, "1m"):
-        write_refusal(disk, "miner", "no MPI")  # nothing was told before
+        metrics = MetricsFile(disk / "metrics.jsonl")
+        metrics.record(1, {})
+        ballast = fill(disk)
+        for step in range(2, 202):  # more than the page that the file has
+            metrics.record(step, {"loss": 1.0})
+        assert caplog.text.count("metrics wait until they can be written: no room left on the disk for") == 1
+        ballast.unlink()
+        metrics.record(202, {})
+        metrics.close()
+        found = {json.loads(line)["step"] for line in (disk / "metrics.jsonl").read_text().splitlines() if line.endswith("}")}
+        assert found == set(range(1, 203)) and caplog.text.count("is written again") == 1
+
+
+def stale(*_, **__):
+    raise OSError(errno.ESTALE, "Stale file handle")
+
+
+def test_a_stale_handle_is_opened_anew_and_no_line_is_lost(tmp_path, monkeypatch, caplog):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", stale)
+        for step in (1, 2):
+            metrics.record(step, {})
+    os.rename(tmp_path / "metrics.jsonl", tmp_path / "gone")
+    metrics.record(3, {})
+    metrics.close()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3] and caplog.text.count("Stale file handle") == 1
+
+
+def test_a_status_that_fails_for_a_while_ends_nothing_and_recovers(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    status = Status(tmp_path, "trainer", min_interval_s=0)
+    status.update(phase="training", step=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", stale)
+        for step in (2, 3):
+            status.update(step=step)
+    assert read_status(tmp_path, "trainer")["step"] == 1 and caplog.text.count("Stale file handle") == 1
+    status.update(step=4)
+    assert read_status(tmp_path, "trainer")["step"] == 4 and caplog.text.count("is written again") == 1
+
+
+def test_a_place_where_nobody_may_write_is_refused_before_anything():
+    with pytest.raises(InputError, match=r"cannot write /proc/metrics\.jsonl"):
+        MetricsFile(Path("/proc/metrics.jsonl"))
+
+
+def test_an_end_is_told_even_where_the_disk_is_full(tmp_path, caplog):
+    disk = tmp_path / "disk"
+    no_room = MachineFailed("no room left")
+    no_room.step = 9
+    with small_disk(disk, "1m"):
+        write_end(disk, "miner", InputError("no MPI"))  # nothing was told before
         assert read_status(disk, "miner") == {"phase": "refused", "error": "no MPI"}
         status = Status(disk, "trainer")
-        status.update(phase="training", step=7, swaps=[[0, 0]] * 100)
-        write_refusal(disk, "trainer", "no room left")
-        told = {**status.values, "phase": "refused", "error": "no room left"}
+        status.update(phase="training", step=7, num_steps=20, swaps=[[0, 0]] * 100)
+        write_end(disk, "trainer", no_room)
+        told = {**status.values, "phase": "failed", "error": "no room left", "step": 9}
         assert told.items() <= read_status(disk, "trainer").items()
         status.update(phase="waiting")
         fill(disk)
-        with pytest.raises(InputError, match="no room left on the disk"):
-            status.update(phase="training")
-        write_refusal(disk, "trainer", "no room left")
-        assert read_status(disk, "trainer") == {"phase": "refused", "error": "no room left"}
+        status.update(phase="training", step=8)
+        assert "no room left on the disk" in caplog.text
+        write_end(disk, "trainer", no_room)
+        told = read_status(disk, "trainer")
+        assert told.pop("pid") and told.pop("host")
+        assert told == {"phase": "failed", "error": "no room left", "step": 9, "num_steps": 20}
+
+
+def test_what_other_ranks_say_of_a_refusal_does_not_hide_it(tmp_path):
+    write_end(tmp_path, "trainer", MustNotGoOn("collapsed"))
+    write_end(tmp_path, "trainer", MachineFailed("rank 0 died"))
+    assert read_status(tmp_path, "trainer") == {"phase": "must not go on", "error": "collapsed"}
 
 
 def test_ranks_that_do_not_speak_record_nothing(tmp_path, monkeypatch):

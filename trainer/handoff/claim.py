@@ -5,6 +5,7 @@ is lost, the job starts again elsewhere while its old processes may still live t
 started again takes the place of its earlier start, and whoever was replaced learns it from the number before it publishes.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -43,13 +44,14 @@ class Claim:
     def release(self) -> None:
         """Let go of the lock, where it is held."""
         if self._lock is not None:
-            self._lock.release()
+            with contextlib.suppress(OSError):  # a file server that has forgotten the lock has let go of it
+                self._lock.release()
 
 
 def claim_side(run: Path, side: str) -> Claim:
     """Take a side's place in a run folder. One rank of a side calls it.
 
-    Raises RunInUse if a live process of another job holds it, InputError if the folder cannot be written.
+    Raises RunInUse if a live process of another job holds it, and what `disk_error` makes of a folder that cannot be written.
     """
     path, lock_file = _path(run, side), run / "status" / f"{side}.lock"
     me = {"host": socket.gethostname(), "pid": os.getpid(), **_slurm_start()}
@@ -75,8 +77,9 @@ def claim_side(run: Path, side: str) -> Claim:
 
 def is_claimed(run: Path, side: str) -> bool:
     """Tell whether a live process holds a side's place."""
+    lock_file = run / "status" / f"{side}.lock"
     try:
-        with filelock.FileLock(run / "status" / f"{side}.lock").acquire(timeout=0):
+        with filelock.FileLock(lock_file).acquire(timeout=0) if lock_file.exists() else contextlib.nullcontext():
             return False
     except filelock.Timeout:
         return True

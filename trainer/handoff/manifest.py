@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import InputError
+from trainer.errors import InputError, MachineFailed
 from trainer.handoff.clock import seconds_since_written
 
 MANIFEST = "manifest.json"
@@ -27,7 +27,11 @@ STAGING = ".staging-"
 DELETED = "-deleted"  # how the name of a folder ends that is being deleted
 IS_THERE = (errno.ENOTEMPTY, errno.EEXIST)  # what a rename says where a folder with files is
 SHORT_WRITE = re.compile(r"^\d+ requested and \d+ written$")  # numpy's words for a disk that took half an array
-REFUSALS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+# A place where this process may not write, or where there is no such place: a person has to change something.
+NO_RIGHT = (errno.EROFS, errno.EACCES, errno.EPERM)
+NO_PLACE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)
+# A disk or a file server that fails; it may be well again in a minute.
+BROKEN = (errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENOLCK, errno.EUCLEAN)
 
 
 class TornVersion(Exception):
@@ -45,7 +49,8 @@ def publish_version(
     write: called with an empty staging folder; fills it.
     fields: JSON values kept in the manifest beside the list of files; `write` may add some.
     may_publish: called last, before the version appears; raises if this process may not write any more.
-    Raises InputError when the disk is full or the folder cannot be written; nothing half-written stays behind.
+    Raises InputError for a folder that cannot be written, MachineFailed for a disk that is full or fails; nothing half-written
+    stays behind.
     """
     # Two processes may encode the same shard: each stages its own.
     staging = folder.parent / f"{STAGING}{folder.name}-{socket.gethostname()}-{os.getpid()}"
@@ -111,16 +116,20 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def is_disk_error(error: BaseException) -> bool:
-    """Tell whether a disk, its quota or its rights refused something: a person can mend it."""
-    return is_disk_full(error) or (isinstance(error, OSError) and error.errno in REFUSALS)
+    """Tell whether a disk, its quota, its server or its rights refused something, or an exception made of that."""
+    if isinstance(error, InputError | MachineFailed):
+        return error.__cause__ is not None and is_disk_error(error.__cause__)
+    return is_disk_full(error) or (isinstance(error, OSError) and error.errno in (*NO_RIGHT, *BROKEN))
 
 
-def disk_error(error: BaseException, path: Path | str) -> InputError:
-    """Return the sentence for a write that the disk refused."""
+def disk_error(error: BaseException, path: Path | str) -> InputError | MachineFailed:
+    """Return the sentence for what the disk refused: InputError where a person has to name another place, else MachineFailed."""
     if is_disk_full(error):
-        return InputError(f"no room left on the disk for {path}; free some space or set run.folder to another disk")
+        return MachineFailed(f"no room left on the disk for {path}; free some space or set run.folder to another disk")
     reason = getattr(error, "strerror", None) or error
-    return InputError(f"cannot write {path}: {reason}; run.folder must be a folder you may write to")
+    if getattr(error, "errno", None) in (*NO_RIGHT, *NO_PLACE):
+        return InputError(f"cannot write {path}: {reason}; run.folder must be a folder you may write to")
+    return MachineFailed(f"the disk or file server of {path} failed: {reason}; when it is well again, the same command goes on")
 
 
 def open_version(folder: Path, only: str = "") -> dict[str, Any]:
@@ -177,7 +186,7 @@ def read_latest(parent: Path) -> str | None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file by one rename; raises InputError when the disk refuses."""
+    """Replace a small file by one rename; raises what `disk_error` makes of a disk that refuses."""
     # Two writers of one file, perhaps on two machines, each write beside it.
     beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:

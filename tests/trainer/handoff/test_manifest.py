@@ -10,7 +10,7 @@ import pytest
 
 from tests.ranks import run_ranks
 from tests.trainer.handoff.races import publish_in_lockstep, replace_torn_in_lockstep
-from trainer.errors import InputError
+from trainer.errors import InputError, MachineFailed
 from trainer.handoff import manifest
 from trainer.handoff.manifest import (
     TornVersion,
@@ -62,7 +62,7 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path):
         (folder / "a.bin").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(InputError, match=r"no room left on the disk .*run\.folder"):
+    with pytest.raises(MachineFailed, match=r"no room left on the disk .*run\.folder"):
         publish_version(tmp_path / "v1", write, {})
     assert list(tmp_path.iterdir()) == []
 
@@ -71,7 +71,7 @@ def test_a_full_disk_is_known_by_its_words_too(tmp_path):
     def write(folder):
         raise RuntimeError("I/O error: No space left on device (os error 28)")
 
-    with pytest.raises(InputError, match="no room left on the disk"):
+    with pytest.raises(MachineFailed, match="no room left on the disk"):
         publish_version(tmp_path / "v1", write, {})
 
 
