@@ -8,14 +8,13 @@ import atexit
 import gc
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import typer
 
 from launch.local import TrainerDied
-from trainer.errors import EXIT_FAILED, EXIT_MUST_NOT_GO_ON, EXIT_REFUSED, EXIT_STOPPED, InputError, MachineFailed, MustNotGoOn
-from trainer.handoff.manifest import disk_error, is_disk_full
+from trainer.errors import EXIT_REFUSED, EXIT_STOPPED, TOLD, exit_code
+from trainer.handoff.manifest import disk_error, is_disk_error
 
 # What typer raises for an unknown command or option; it does not export the class, only one derived from it.
 USAGE_ERROR: type[Any] = typer.BadParameter.__bases__[0]
@@ -38,27 +37,23 @@ def main() -> None:
             from mining.ranks import leave_mpi
 
             leave_mpi(code)
-    except InputError as error:
-        code = _say(error, EXIT_REFUSED)
-    except MustNotGoOn as error:
-        code = _say(error, EXIT_MUST_NOT_GO_ON)
     except USAGE_ERROR as error:
         error.show()
         code = EXIT_REFUSED
     except (typer.Abort, KeyboardInterrupt):
         code = EXIT_STOPPED
-    except (MachineFailed, TrainerDied) as error:
-        code = _say(error, EXIT_FAILED)
-    except OSError as error:
-        if not is_disk_full(error):
+    except (*TOLD, TrainerDied) as error:
+        code = _say(error)
+    except Exception as error:
+        if not is_disk_error(error):
             raise
-        code = _say(disk_error(error, Path(error.filename or "a file")), EXIT_REFUSED)
+        code = _say(disk_error(error, getattr(error, "filename", None) or "a file"))
     sys.exit(code)
 
 
-def _say(error: Exception, code: int) -> int:
+def _say(error: Exception) -> int:
     print(f"negpool: {error}", file=sys.stderr)
-    return code
+    return exit_code(error)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Nodes of a cluster may differ: another checkout, another environment, a folder t
 it has, rank 0 compares and names the first difference; otherwise it would show hours later, as a hang or a wrong gradient.
 """
 
+import contextlib
 import hashlib
 import json
 import platform
@@ -16,7 +17,7 @@ from typing import Any, Literal
 
 from launch.jobfile import Jobs
 from launch.versions import LIBRARIES, library_version
-from trainer.errors import InputError
+from trainer.errors import InputError, MachineFailed, exit_code
 from trainer.handoff.manifest import write_atomically
 
 PACKAGES = ("gradcache", "trainer", "mining", "launch")
@@ -38,13 +39,15 @@ def agree(
     mark, problem = broadcast(_leave_mark(run) if speaks else None)
     if problem is None:
         found = gather({**_of_this_process(jobs, side), "run folder": "seen" if _is_seen(mark) else ""})
-        problem = broadcast(difference(found, run, side) if found else None)
+        told = difference(found, run, side) if found else None
+        problem = broadcast(None if told is None else InputError(told))
         if speaks:
-            mark.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a mark that stays disturbs nobody
+                mark.unlink(missing_ok=True)
     if problem is not None and speaks:
-        raise InputError(problem)
+        raise problem
     if problem is not None:
-        raise SystemExit(2)  # one sentence is enough
+        raise SystemExit(exit_code(problem))  # one sentence is enough
 
 
 def difference(found: list[dict[str, str]], run: Path, side: str) -> str | None:
@@ -120,13 +123,13 @@ def _code_digest() -> str:
     return digest.hexdigest()
 
 
-def _leave_mark(run: Path) -> tuple[Path, str | None]:
+def _leave_mark(run: Path) -> tuple[Path, InputError | MachineFailed | None]:
     """Return a file that the others look for, and what is wrong if it cannot be written."""
     mark = run / "status" / f".seen-{secrets.token_hex(8)}"
     try:
         write_atomically(mark, "")
-    except InputError as error:
-        return mark, str(error)
+    except (InputError, MachineFailed) as error:
+        return mark, error
     return mark, None
 
 

@@ -17,7 +17,7 @@ from launch.imports import lasting_imports
 from launch.looking_commands import looking_app
 from launch.options import AllowChange, Data, JobCommand, JobFile, Json, Model, Overrides
 from launch.output import measures_table, messages, print_json, results, start_logging
-from trainer.errors import EXIT_STOPPED, InputError
+from trainer.errors import EXIT_FAILED, EXIT_STOPPED, InputError
 
 app = typer.Typer(
     help="Train dense retrievers with very large pools of negatives, mined while you train.",
@@ -215,7 +215,7 @@ def check(
         print_json(found)
     else:
         results().print(as_text(check_parts(found)))
-    return 0 if found["ok"] else 1
+    return 0 if found["ok"] else EXIT_FAILED
 
 
 @app.command()

@@ -7,6 +7,7 @@ import typer
 
 from launch.options import Data, JobFile, Json, Overrides
 from launch.output import print_json, results, start_logging
+from trainer.errors import EXIT_REFUSED
 
 data_app = typer.Typer(help="Build and check data sets.", no_args_is_help=True)
 
@@ -44,7 +45,7 @@ def data_check(path: Data, as_json: Json = False) -> int:
         print_json(report.as_json())
     else:
         results().print(report.as_text(), markup=False)
-    return 2 if report.problems else 0
+    return EXIT_REFUSED if report.problems else 0
 
 
 @data_app.command("prepare")

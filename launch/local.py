@@ -17,16 +17,18 @@ from pathlib import Path
 from typing import Literal
 
 import psutil
+from rich.markup import escape
 
+from launch.ending import Ending, ending_of, newest_step, repeated
 from launch.plan import LaunchSettings, Plan
 from launch.srun import outside_slurm
 from launch.view import View
-from trainer.errors import InputError
-from trainer.handoff.weights import steps_on_disk
+from trainer.errors import FINISHED, MUST_NOT_GO_ON, REFUSED, STOPPED, InputError, RunInUse
+from trainer.handoff.claim import is_claimed
+from trainer.handoff.patience import patiently
 from trainer.metrics import forget_status, read_status
 
 POLL_S = 0.5
-EXIT_REFUSED = 2
 STOP_GRACE_S = 60.0  # for a checkpoint to be written, before a side is killed
 
 
@@ -43,12 +45,13 @@ class Side:
     env: dict[str, str]
     log: Path
     restarts: int = 0
+    last: Ending | None = None  # of the start before
     process: subprocess.Popen | None = None
     family: set[psutil.Process] = field(default_factory=set)
 
     def start(self) -> None:
         """Start the command in a session of its own, so that the terminal's Ctrl-C reaches only the supervisor."""
-        with open(self.log, "ab") as log:
+        with patiently(lambda: open(self.log, "ab"), str(self.log)) as log:
             self.process = subprocess.Popen(
                 self.command,
                 stdout=log,
@@ -86,20 +89,27 @@ class Side:
             return
         # The ranks themselves: mpiexec would pass a signal on and then kill without waiting.
         with contextlib.suppress(psutil.NoSuchProcess):
-            leader = psutil.Process(read_status(run, self.name).get("pid", -1)) if self.name == "miner" else self.process
-            if self.name == "trainer" or leader in self.family:
-                leader.send_signal(signal.SIGTERM)
+            if self.name == "trainer":
+                self.process.send_signal(signal.SIGTERM)
+                return
+            pid = read_status(run, self.name).get("pid")
+            if pid in {process.pid for process in self.family}:
+                psutil.Process(pid).send_signal(signal.SIGTERM)
                 return
         self.process.terminate()
 
 
 def supervise(run: Path, job_file: Path, settings: LaunchSettings, plan: Plan, view: View) -> Literal["finished", "stopped"]:
-    """Run both sides until the trainer is done, or until asked to stop; raises InputError when a side refuses the job.
+    """Run both sides until the trainer is done, or until asked to stop.
 
-    Raises TrainerDied if it died more often than it may be started again.
+    Raises InputError or MustNotGoOn when the trainer refuses or must not go on, MustNotGoOn also when two starts in a row end at
+    one step without a checkpoint in between, TrainerDied if it died more often than it may be started again.
     """
     trainer, miner = sides(run, job_file, plan)
-    forget_status(run)
+    for side in (trainer, miner):
+        if is_claimed(run, side.name):
+            raise RunInUse(f"another {side.name} is at work in {run}; wait for it, or set run.folder")
+    forget_status(run, trainer.name, miner.name)
     stop_asked: list[int] = []
     miner_is_needed = True
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -113,16 +123,9 @@ def supervise(run: Path, job_file: Path, settings: LaunchSettings, plan: Plan, v
                 view.say("stopping both sides; this may take some seconds")
                 _stop(run, [trainer, miner])
                 return "stopped"
-            if (code := trainer.exit_code()) is not None:
-                phase = read_status(run, "trainer").get("phase")
-                if phase == "refused":
-                    raise InputError(read_status(run, "trainer")["error"])
-                if phase in ("finished", "stopped"):
-                    _stop(run, [miner])
-                    return phase
-                if trainer.restarts >= settings.max_restarts:
-                    raise TrainerDied(f"the trainer died {trainer.restarts + 1} times; its last words are in {trainer.log}")
-                _start_again(trainer, code, settings, view, _from_step(run))
+            if (code := trainer.exit_code()) is not None and (how := _after_trainer(run, trainer, code, settings, view)):
+                _stop(run, [miner])
+                return how
             if miner_is_needed and read_status(run, "trainer").get("training_done"):
                 miner_is_needed = False  # its cores now serve the last evaluation
                 miner.ask_to_stop(run)
@@ -181,29 +184,42 @@ def mpi_command(num_ranks: int) -> list[str]:
     return words
 
 
+def _after_trainer(
+    run: Path, trainer: Side, code: int, settings: LaunchSettings, view: View
+) -> Literal["finished", "stopped"] | None:
+    """Return how the run ended, or None where the trainer was started again; raises as `supervise`."""
+    end = ending_of(read_status(run, "trainer"), code, trainer.log, newest_step(run))
+    end.raise_refusal()
+    if end.phase in (FINISHED, STOPPED):
+        return end.phase  # type: ignore[return-value]
+    if end.repeats(trainer.last):
+        raise repeated(run, end, trainer.log)
+    if trainer.restarts >= settings.max_restarts:
+        why = "" if str(trainer.log) in end.reason else f" (the last time: {end.reason.rstrip('.')})"
+        raise TrainerDied(f"the trainer died {trainer.restarts + 1} times{why}; its last words are in {trainer.log}")
+    how = "from the beginning" if end.checkpoint is None else f"from the checkpoint of step {end.checkpoint}"
+    _start_again(run, trainer, end, code, settings, view, how)
+    return None
+
+
 def _after_miner(run: Path, miner: Side, code: int, settings: LaunchSettings, view: View) -> None:
     """Decide what follows the end of the miner; the trainer goes on in any case."""
-    if code == 0:
+    end = ending_of(read_status(run, "miner"), code, miner.log, None)
+    if end.phase == FINISHED:
         return
-    status = read_status(run, "miner")
-    if status.get("phase") == "refused" or code == EXIT_REFUSED:
-        reason = status.get("error") or f"its last words are in {miner.log}"
-        view.say(f"the miner cannot go on ({reason}); training goes on without new negatives")
+    if end.phase in (REFUSED, MUST_NOT_GO_ON):
+        view.say(f"the miner cannot go on ({escape(end.reason)}); training goes on without new negatives")
     elif miner.restarts < settings.max_restarts:
-        _start_again(miner, code, settings, view, "training goes on")
+        _start_again(run, miner, end, code, settings, view, "training goes on")
     else:
         view.say(f"the miner ended with code {code} once more; training goes on without, its last words are in {miner.log}")
 
 
-def _start_again(side: Side, code: int, settings: LaunchSettings, view: View, how: str) -> None:
-    side.restarts += 1
+def _start_again(run: Path, side: Side, end: Ending, code: int, settings: LaunchSettings, view: View, how: str) -> None:
+    side.restarts, side.last = side.restarts + 1, end
     view.say(f"the {side.name} ended with code {code}; started again ({side.restarts} of {settings.max_restarts}), {how}")
+    forget_status(run, side.name)
     side.start()
-
-
-def _from_step(run: Path) -> str:
-    steps = steps_on_disk(run)
-    return f"from the checkpoint of step {steps[-1]}" if steps else "from the beginning"
 
 
 def _stop(run: Path, stopped: list[Side]) -> None:

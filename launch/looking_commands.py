@@ -7,6 +7,7 @@ import typer
 
 from launch.options import Json
 from launch.output import messages, print_json, results, start_logging
+from trainer.errors import EXIT_FAILED
 
 looking_app = typer.Typer()
 
@@ -61,7 +62,7 @@ def doctor(
         print_json(found)
     else:
         results().print(as_text(doctor_parts(found)))
-    return 0 if found["ok"] else 1
+    return 0 if found["ok"] else EXIT_FAILED
 
 
 @looking_app.command()

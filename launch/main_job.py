@@ -67,9 +67,8 @@ def collect_results(jobs: Jobs, data, seconds: float) -> dict[str, Any]:
 
 def _add_seconds(run: Path, seconds: float) -> float:
     """Return the seconds of this start and of all earlier ones that ended in order."""
-    path = run / "status" / "launch.json"
-    earlier = json.loads(path.read_text())["seconds"] if path.exists() else 0.0
-    write_atomically(path, json.dumps({"seconds": earlier + seconds}))
+    earlier = float(read_status(run, "launch").get("seconds", 0.0))
+    write_atomically(run / "status" / "launch.json", json.dumps({"seconds": earlier + seconds}))
     return earlier + seconds
 
 

@@ -14,7 +14,7 @@ from launch.jobfile import Jobs, read_job, refuse_other_job, write_job
 from launch.output import start_logging
 from launch.srun import world_of_trainers
 from launch.versions import write_environment
-from trainer.errors import InputError, RunInUse
+from trainer.errors import TOLD, RunInUse
 from trainer.handoff.manifest import disk_error, is_disk_error
 from trainer.state import Outcome
 
@@ -70,20 +70,23 @@ def keep_job(jobs: Jobs, allow_change: bool = False) -> None:
 
 @contextlib.contextmanager
 def _telling(jobs: Jobs, side: str) -> Iterator[None]:
-    """Leave the sentence of a refusal where the supervisor finds it: launchers swallow exit codes."""
-    from trainer.metrics import write_refusal
+    """Leave the phase and the sentence of an end where supervisors find them: launchers hide exit codes."""
+    from trainer.metrics import write_end
 
     run = jobs.train.run.folder
     try:
         yield
     except RunInUse:
         raise  # the status file is the other one's
+    except TOLD as error:
+        write_end(run, side, error)
+        raise
     except Exception as error:
-        if not isinstance(error, InputError) and not is_disk_error(error):
+        if not is_disk_error(error):
             raise
-        refusal = error if isinstance(error, InputError) else disk_error(error, getattr(error, "filename", None) or run)
-        write_refusal(run, side, str(refusal))
-        raise refusal from error
+        told = disk_error(error, getattr(error, "filename", None) or run)
+        write_end(run, side, told)
+        raise told from error
 
 
 def stop_without_parent() -> None:

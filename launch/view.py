@@ -66,7 +66,7 @@ class View:
 def trainer_line(status: dict[str, Any]) -> tuple[str, int, int | None, str]:
     """Return (text, done, total, counts) of the trainer."""
     phase = status.get("phase", "starting")
-    if phase == "training":
+    if phase == "training" and "loss" in status:  # a full disk keeps the least
         text = f"training   loss {status['loss']:.3f}   negatives {_version(status)}"
         left = f"{status['step']}/{status['num_steps']} steps, about {clock(status['eta_s'])} left"
         return text, status["step"], status["num_steps"], left

@@ -199,10 +199,14 @@ def heartbeat_age_s(run: Path, side: str) -> float | None:
 
 
 def forget_status(run: Path, *sides: str) -> None:
-    """Delete what sides last wrote, so that the words of an earlier start are not taken for those of the next."""
+    """Empty what sides last wrote, so that the words of an earlier start are not taken for those of the next.
+
+    The file stays: it is the room in which an end can be told on a full disk.
+    """
     for side in sides:
-        with contextlib.suppress(OSError):
-            _status_file(run, side).unlink(missing_ok=True)
+        with contextlib.suppress(OSError), open(_status_file(run, side), "r+b") as file:
+            file.write(b"{}")
+            file.truncate()
 
 
 def _status_file(run: Path, side: str) -> Path:

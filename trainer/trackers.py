@@ -23,28 +23,34 @@ class Trackers:
 
     def __init__(self, names: tuple[str, ...], run: Path):
         """names: in TRACKERS, installed. W&B and MLflow take their servers from their own environment variables."""
-        self._trackers: list[Any] = []
+        self._run = run
+        self._trackers: dict[str, Any] = {}
         self._asked_again_at: dict[str, float] = {}  # those that have failed
         for name in names:
             try:
-                self._trackers.append(_start(name, run))
+                self._trackers[name] = _start(name, run)
             except Exception as error:  # of the client's own making: not logged in, no such server, …
                 log.warning("run.trackers: %s does not start (%s); the run goes on without it", name, _first_line(error))
 
     def record(self, step: int, numbers: dict[str, float]) -> None:
         """Give the numbers to all; warns once of one that fails, and says when it answers again."""
-        for tracker in self._trackers:
-            name = tracker.name
-            if time.monotonic() < self._asked_again_at.get(name, 0.0):
+        for name in self._trackers:
+            has_failed = name in self._asked_again_at
+            if has_failed and time.monotonic() < self._asked_again_at[name]:
                 continue
-            is_done = self._is_done(name, partial(tracker.log, numbers, step=step))
+            is_done = self._is_done(name, partial(self._log, name, step, numbers, starts_anew=has_failed))
             if is_done and self._asked_again_at.pop(name, None) is not None:
                 log.info("%s answers again, what came in between is only in logs/metrics.jsonl", name)
 
     def close(self) -> None:
         """Let all finish."""
-        for tracker in self._trackers:
-            self._is_done(tracker.name, tracker.finish)
+        for name, tracker in self._trackers.items():
+            self._is_done(name, tracker.finish)
+
+    def _log(self, name: str, step: int, numbers: dict[str, float], starts_anew: bool) -> None:
+        if starts_anew and name == "tensorboard":  # its writer says for ever what it met once
+            self._trackers[name] = _start(name, self._run)
+        self._trackers[name].log(numbers, step=step)
 
     def _is_done(self, name: str, call: Callable[[], None]) -> bool:
         try:

@@ -132,6 +132,19 @@ def test_a_tracker_that_fails_is_left_alone_for_a_while_and_the_others_go_on(tmp
     assert len(events.Scalars("loss")) == 3
 
 
+def test_tensorboard_begins_a_new_file_when_its_disk_is_well_again(tmp_path, monkeypatch):
+    metrics = TrainerMetrics(tmp_path)
+    metrics.record(*RECORDS[0])
+    with monkeypatch.context() as patched:
+        patched.setattr("torch.utils.tensorboard.SummaryWriter.flush", stale)
+        metrics.record(*RECORDS[1])
+    now = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: now() + PAUSE_S)
+    metrics.record(3, {"loss": 0.5})
+    metrics.close()
+    assert len(list((tmp_path / "logs" / "tensorboard").glob("events*"))) == 2
+
+
 def test_a_tracker_that_does_not_start_or_end_is_left_out(tmp_path, wandb, caplog):
     def refuse(**_):
         raise ConnectionError("No API key configured. Use `wandb login`.\nMore lines")

@@ -203,13 +203,14 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def pin(folder: Path, holder: str, seconds: float) -> None:
-    """Keep retention away from a version for some seconds; pinning again extends it. Raises InputError."""
+    """Keep retention away from a version for some seconds; pinning again extends it. Raises as `write_atomically`."""
     write_atomically(folder.parent / PINS / f"{folder.name}.{holder}", str(seconds))
 
 
 def unpin(folder: Path, holder: str) -> None:
-    """Let go of a version."""
-    (folder.parent / PINS / f"{folder.name}.{holder}").unlink(missing_ok=True)
+    """Let go of a version; where the disk refuses that, the pin ends by itself."""
+    with contextlib.suppress(OSError):
+        (folder.parent / PINS / f"{folder.name}.{holder}").unlink(missing_ok=True)
 
 
 def is_pinned(folder: Path) -> bool:

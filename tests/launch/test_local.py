@@ -1,0 +1,150 @@
+"""The supervisor goes by what a side left in its status file first and by its code second; sides are real processes here."""
+
+import io
+import json
+import os
+import signal
+import sys
+
+import filelock
+import pytest
+from rich.console import Console
+
+from launch import local
+from launch.local import Side, TrainerDied, supervise
+from launch.plan import LaunchSettings
+from launch.view import View
+from trainer.errors import InputError, MustNotGoOn, RunInUse
+
+# The n-th start does what the n-th line of its plan says; the last one is repeated.
+SIDE = """
+import json, pathlib, sys
+run, name = pathlib.Path(sys.argv[1]), sys.argv[2]
+plan = [json.loads(line) for line in (run / f"{name}.plan").read_text().splitlines()]
+starts = run / f"{name}.starts"
+number = len(starts.read_text()) if starts.exists() else 0
+starts.write_text("x" * (number + 1))
+code, said, checkpoint = plan[min(number, len(plan) - 1)]
+if checkpoint is not None:
+    folder = run / "checkpoints" / f"step-{checkpoint:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").write_text("{}")
+if said is not None:
+    (run / "status" / f"{name}.json").write_text(json.dumps(said))
+sys.exit(code)
+"""
+# A trainer that ends a moment after the miner's last start.
+WAIT = """
+import time
+miner = run / "miner.starts"
+while name == "trainer" and not (miner.exists() and len(miner.read_text()) == {starts}):
+    time.sleep(0.01)
+time.sleep(0.5 * (name == "trainer"))
+"""
+DONE = 0, {"phase": "finished"}, None
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    (tmp_path / "status").mkdir()
+    monkeypatch.setattr(local, "POLL_S", 0.01)
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield tmp_path
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def supervised(run, monkeypatch, trainer, miner=((0, {"phase": "finished"}, None),), max_restarts=3):
+    """Return how a run with such starts of its sides ended, how often each started, and what was said."""
+
+    def side(name, plan):
+        (run / f"{name}.plan").write_text("\n".join(json.dumps(start) for start in plan))
+        return Side(name, [sys.executable, "-S", "-c", SIDE, str(run), name], dict(os.environ), run / f"{name}.log")
+
+    monkeypatch.setattr(local, "sides", lambda *_: (side("trainer", trainer), side("miner", miner)))
+    said = io.StringIO()
+    with View(Console(file=said, width=500)) as view:
+        try:
+            how = supervise(run, run / "job.toml", LaunchSettings(max_restarts=max_restarts), None, view)
+        except Exception as error:
+            how = error
+    starts = [len(file.read_text()) if (file := run / f"{name}.starts").exists() else 0 for name in ("trainer", "miner")]
+    return how, starts, said.getvalue()
+
+
+def at(step, phase="training", **more):
+    return {"phase": phase, "step": step, "num_steps": 100, **more}
+
+
+@pytest.mark.parametrize(
+    ("start", "ends"),
+    [
+        ((1, at(3, "refused", error="no such data"), None), InputError("no such data")),
+        ((1, at(3, "must not go on", error="collapsed"), None), MustNotGoOn("collapsed")),
+        ((1, at(3, "stopped"), 3), "stopped"),
+        ((1, at(100, "finished"), 100), "finished"),
+        # What no launcher has hidden, where nothing was told.
+        ((2, None, None), InputError("its last words are in {run}/trainer.log")),
+        ((78, at(3), None), MustNotGoOn("its last words are in {run}/trainer.log")),
+        ((75, at(3), None), "stopped"),
+        ((0, at(3), None), "finished"),
+    ],
+)
+def test_the_phase_decides_and_then_the_code(run, monkeypatch, start, ends):
+    how, (starts, _), _ = supervised(run, monkeypatch, [start])
+    assert starts == 1
+    if isinstance(ends, str):
+        assert how == ends
+    else:
+        assert type(how) is type(ends) and str(how) == str(ends).format(run=run)
+
+
+def test_the_same_crash_twice_at_one_step_is_not_repeated_a_third_time(run, monkeypatch):
+    full = (1, at(40, "failed", error="no room left on the disk; free some space"), 20)
+    how, (starts, _), said = supervised(run, monkeypatch, [full])
+    assert starts == 2 and type(how) is MustNotGoOn and said.count("started again (1 of 3), from the checkpoint of step 20") == 1
+    assert str(how).startswith("the trainer ended at step 40 twice in a row (no room left on the disk; free some space)")
+    assert f"its last words are in {run}/trainer.log, the last good checkpoint is {run}/checkpoints/step-00000020;" in str(how)
+
+
+@pytest.mark.parametrize(
+    "starts",
+    [
+        [(1, at(40), 20), (1, at(41), 20), (1, at(40), 20), DONE],  # now here, now there
+        [(1, at(40), 20), (1, at(40), 40), DONE],  # it has got on in between
+        [(1, {"phase": "preparing", "step": 0}, 20)] * 3 + [DONE],  # before its first step: a machine may need a while
+        [(1, at(40), 20), (1, None, None), (1, at(40), 20), DONE],  # what the first start said is forgotten
+        [(-9, at(5), None), DONE],
+    ],
+)
+def test_other_crashes_are_started_again(run, monkeypatch, starts):
+    how, found, _ = supervised(run, monkeypatch, starts)
+    assert how == "finished" and found[0] == len(starts)
+
+
+def test_a_trainer_that_dies_too_often_ends_the_run(run, monkeypatch):
+    how, found, _ = supervised(run, monkeypatch, [(1, at(n), None) for n in range(9)], max_restarts=2)
+    assert type(how) is TrainerDied and found[0] == 3 and f"died 3 times; its last words are in {run}/trainer.log" in str(how)
+
+
+@pytest.mark.parametrize(
+    ("end", "starts", "words"),
+    [
+        ((1, {"phase": "refused", "error": "no [/data] there"}, None), 1, "cannot go on (no [/data] there); training goes on"),
+        ((2, None, None), 1, "the miner cannot go on (its last words are in"),
+        ((78, None, None), 1, "the miner cannot go on (its last words are in"),
+        ((1, {"phase": "failed", "error": "no room left"}, None), 4, "ended with code 1 once more; training goes on without"),
+    ],
+)
+def test_a_miner_that_cannot_go_on_leaves_the_trainer_alone(run, monkeypatch, end, starts, words):
+    monkeypatch.setitem(globals(), "SIDE", SIDE.replace("code, said", f"{WAIT.format(starts=starts)}code, said", 1))
+    how, found, said = supervised(run, monkeypatch, [DONE], [end])
+    assert how == "finished" and found == [1, starts] and words in said
+
+
+def test_the_folder_of_a_run_at_work_is_left_alone(run, monkeypatch):
+    (run / "status" / "trainer.json").write_text('{"phase": "training"}')
+    with filelock.FileLock(run / "status" / "trainer.lock"):
+        how, found, _ = supervised(run, monkeypatch, [DONE])
+    assert type(how) is RunInUse and found == [0, 0]
+    assert (run / "status" / "trainer.json").read_text() == '{"phase": "training"}'
