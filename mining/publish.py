@@ -13,8 +13,9 @@ from mining.draw import Drawn
 from mining.job import MineJob
 from mining.judgements import Judgements
 from trainer.handoff.claim import Claim
-from trainer.handoff.manifest import TornVersion, clean_staging, prune, read_latest, versions, write_latest
+from trainer.handoff.manifest import TornVersion, clean_staging, is_disk_error, prune, read_latest, versions, write_latest
 from trainer.handoff.negatives import Negatives, negatives_folder, open_negatives, publish_negatives, version_name
+from trainer.handoff.patience import patiently
 from trainer.handoff.weights import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -97,11 +98,18 @@ def publish(
         "seconds": seconds,
         **about,
     }
-    manifest = publish_negatives(
-        run, version, drawn.indptr, drawn.ids, drawn.scores, fields, claim.check, clusters=clusters, **drawn.more
+    columns = drawn.indptr, drawn.ids, drawn.scores
+    manifest = patiently(
+        lambda: publish_negatives(run, version, *columns, fields, claim.check, clusters=clusters, **drawn.more),
+        f"negatives v{version}",
     )
-    if not job.negatives.schedule:  # with a schedule a trainer that starts again may need any of them
-        prune(negatives_folder(run), job.mine.keep_versions)
+    try:
+        if not job.negatives.schedule:  # with a schedule a trainer that starts again may need any of them
+            prune(negatives_folder(run), job.mine.keep_versions)
+    except Exception as error:
+        if not is_disk_error(error):
+            raise
+        log.warning("old versions stay until the next is published: %s", error)
     return manifest
 
 

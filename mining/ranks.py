@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from trainer.errors import InputError, NotFiniteEmbedding
+from trainer.errors import EXIT_STOPPED, TOLD, MachineFailed, NotFiniteEmbedding, exit_code
 from trainer.handoff.manifest import TornVersion, disk_error, is_disk_error
 
 if TYPE_CHECKING:  # importing MPI starts it, and readers of a job have no use for that
@@ -27,7 +27,6 @@ NAP_SHARE = 0.02  # of what was waited already: who comes last waits no longer t
 STOP_PATIENCE_S = 60.0  # for the others to come, after a request to stop: a rank that died never does
 FAREWELL_S = 30.0  # for MPI's own end, once all ranks have come to it
 TAG_STOP, TAG_CALL_OFF = 75, 76
-EXIT_STOPPED = 75
 
 
 class Stopped(Exception):
@@ -42,7 +41,7 @@ class Superseded(Exception):
     """A newer checkpoint came before half of the work on this one was done."""
 
 
-CAUSES = (Refused, NotFiniteEmbedding, TornVersion, Superseded)  # to give up a version, and not the service
+CAUSES = (Refused, NotFiniteEmbedding, TornVersion, Superseded, MachineFailed)  # to give up a version, and not the service
 
 
 class GivenUp(Exception):
@@ -117,9 +116,9 @@ class Ranks:
         return self.together(lambda: work() if self.speaks else None)
 
     def together(self, work: Callable[[], T]) -> T:
-        """Return what `work` returns on this rank; if it raises InputError, Stopped or one of CAUSES on any rank, all leave.
+        """Return what `work` returns on this rank; if it raises one of TOLD or CAUSES, or Stopped, on any rank, all leave.
 
-        One of CAUSES becomes GivenUp, the same on every rank; what a disk refuses becomes InputError.
+        One of CAUSES becomes GivenUp, the same on every rank; what a disk refuses becomes what `disk_error` makes of it.
         """
         value, error = _attempt(work)
         self.meet()
@@ -162,12 +161,12 @@ class Ranks:
         if any(isinstance(error, Superseded) for error in errors):
             self._take_back()
         causes = [error for error in errors if isinstance(error, CAUSES)]
-        refusals = [(rank, e) for rank, e in enumerate(errors) if isinstance(e, InputError) and e not in causes]
+        refusals = [(rank, e) for rank, e in enumerate(errors) if isinstance(e, TOLD) and e not in causes]
         if refusals:
             self.has_agreed_on_error = True
             if refusals[0][0] == self.rank:
                 raise refusals[0][1]
-            raise SystemExit(2)  # one sentence is enough: the rank it came from says it
+            raise SystemExit(exit_code(refusals[0][1]))  # one sentence is enough: the rank it came from says it
         if any(isinstance(error, Stopped) for error in errors):
             raise Stopped
         if causes:
@@ -199,7 +198,7 @@ def leave_mpi(code: int) -> None:
 def _attempt(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
     try:
         return work(), None
-    except (InputError, Stopped, *CAUSES) as error:
+    except (*TOLD, Stopped, *CAUSES) as error:
         return None, error
     except Exception as error:
         if not is_disk_error(error):

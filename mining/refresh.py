@@ -18,6 +18,7 @@ from mining.ranks import Ranks
 from mining.sampling import choose_candidates, is_easy, lowest_candidates
 from mining.search import QUERY_TILE, share_of
 from mining.tiles import KeptTiles, Part, Table
+from trainer.handoff.patience import patiently
 
 
 def draw_negatives(
@@ -49,7 +50,7 @@ def draw_negatives(
         go_on = functools.partial(_go_on, ranks, on_progress, tile, num_queries)
         ranks.together(go_on)
         part = _draw_tile(draw, ranks, retriever, tile, go_on)
-        ranks.together(functools.partial(kept.keep, part))
+        ranks.together(functools.partial(patiently, functools.partial(kept.keep, part), "negatives that are drawn"))
         parts.append(part)
     gathered = ranks.gather(parts)
     return _join([part for parts in gathered for part in parts]) if ranks.speaks else None

@@ -20,8 +20,9 @@ from mining.version import mine_bm25, mine_checkpoint
 from mining.watch import Task
 from mining.work import Work, claim_run, open_work
 from trainer.encoder.shards import prune_shards
-from trainer.errors import InputError
+from trainer.errors import TOLD, InputError, MachineFailed, exit_code
 from trainer.handoff.manifest import TornVersion, disk_error, is_disk_error
+from trainer.handoff.patience import patiently
 from trainer.handoff.weights import Checkpoint
 from trainer.interrupt import Interrupt
 from trainer.metrics import read_status
@@ -48,8 +49,9 @@ def run_service(
     once: make version 0 if there is none, and one version from the newest checkpoint unless it is mined; then leave.
     checkpoint: name of the one to mine once, whether it was mined before or not.
     metrics_port: where Prometheus finds the figures, on this machine's loopback; 0: any free port, which is said.
-    Raises InputError for a job, data or a disk that cannot be used, on one rank; the others exit with code 2. Any other
-    error of one rank ends all. Collective: every rank of comm calls it.
+    Raises one of TOLD, on one rank, and the others exit with its code: InputError for a job, data or a folder that cannot be
+    used, MachineFailed for a disk that fails at the start or in a single refresh; in a service that only delays a version. Any
+    other error of one rank ends all. Collective: every rank of comm calls it.
     """
     ranks = Ranks(comm, Interrupt().is_set)
     try:
@@ -57,18 +59,27 @@ def run_service(
         ranks.leave()
         return how
     except BaseException as caught:
-        place = getattr(caught, "filename", None) or job.run.folder
-        error = disk_error(caught, place) if is_disk_error(caught) and not isinstance(caught, InputError) else caught
-        if ranks.num_ranks > 1 and not ranks.has_agreed_on_error:
-            is_refusal = isinstance(error, InputError | SystemExit)
-            if is_refusal:
+        error = _told(caught, job)
+        if isinstance(caught, GivenUp) and not ranks.speaks:
+            error = SystemExit(exit_code(error))  # one sentence is enough
+        if ranks.num_ranks > 1 and not ranks.has_agreed_on_error and not isinstance(caught, GivenUp):
+            if isinstance(error, TOLD):
                 print(f"negpool: {error}", file=sys.stderr)
-            else:
+            elif not isinstance(error, SystemExit):
                 traceback.print_exc()
-            ranks.abort(2 if is_refusal else 1)
+            ranks.abort(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else exit_code(error))
         if error is caught:
             raise
         raise error from caught
+
+
+def _told(caught: BaseException, job: MineJob) -> BaseException:
+    """Return what the person is told: all ranks give up alike, and a disk says what it refused."""
+    if isinstance(caught, GivenUp):
+        return caught.cause
+    if is_disk_error(caught) and not isinstance(caught, TOLD):
+        return disk_error(caught, getattr(caught, "filename", None) or job.run.folder)
+    return caught
 
 
 def _serve(job: MineJob, ranks: Ranks, once: bool, checkpoint: str | None, metrics_port: int | None) -> How:
@@ -78,7 +89,7 @@ def _serve(job: MineJob, ranks: Ranks, once: bool, checkpoint: str | None, metri
             ranks.decide(lambda: serve_figures(job.run.folder, work.status.values, metrics_port))
         how: How = "finished"
         try:
-            while (task := ranks.decide(lambda: next_task(work, once, checkpoint))) is not None:
+            while (task := found_task(work, once, checkpoint)) is not None:
                 is_done = make_version(work, task)
                 if once and task.checkpoint is not None and is_done:
                     break
@@ -111,8 +122,27 @@ def make_version(work: Work, task: Task) -> bool:
 
 def prune_embeddings(work: Work) -> None:
     """Let go of the embeddings of a version, and delete those that are too old. Rank 0 only."""
-    work.pins.let_go()
-    prune_shards(work.job.run.folder / "shards", work.job.mine.keep_encodings)
+    with work.warning("old embeddings stay until the next version"):
+        work.pins.let_go()
+        prune_shards(work.job.run.folder / "shards", work.job.mine.keep_encodings)
+
+
+def found_task(work: Work, once: bool, given: str | None) -> Task | None:
+    """Return what `next_task` finds, on every rank; a service waits for a disk that fails meanwhile. Collective."""
+    while True:
+        try:
+            return work.ranks.decide(lambda: next_task(work, once, given))
+        except GivenUp as given_up:
+            if once or not isinstance(given_up.cause, MachineFailed):
+                raise
+            work.ranks.decide(partial(wait_for_disk, work, given_up.cause))
+
+
+def wait_for_disk(work: Work, failure: Exception) -> None:
+    """Say what the disk refused, and wait before it is asked again. Rank 0 only; raises Stopped."""
+    log.warning("%s; the service asks again", failure)
+    work.status.update(phase="waiting for the disk", done=None, total=None)
+    _nap(work)
 
 
 def next_task(work: Work, once: bool, given: str | None) -> Task | None:
@@ -120,7 +150,7 @@ def next_task(work: Work, once: bool, given: str | None) -> Task | None:
     job, run = work.job, work.job.run.folder
     version = next_number(run, with_bm25=job.mine.bm25_top_k > 0)
     if version == 0:
-        return Task(0, None)
+        return Task(0, None, is_only=once)
     if given is not None:
         if job.negatives.schedule:
             raise InputError("--checkpoint has no place in a run whose negatives.schedule says what is mined; leave one out")
@@ -139,10 +169,14 @@ def next_task(work: Work, once: bool, given: str | None) -> Task | None:
             log.info("nothing more to mine: %s", "no new checkpoint" if once else f"trained to step {trainer.get('step')}")
             return None
         work.status.update(phase="watching", done=None, total=None)
-        next_look = time.monotonic() + job.mine.poll_s
-        while time.monotonic() < next_look:
-            work.ranks.check_stop()
-            time.sleep(NAP_S)
+        _nap(work)
+
+
+def _nap(work: Work) -> None:
+    next_look = time.monotonic() + work.job.mine.poll_s
+    while time.monotonic() < next_look:
+        work.ranks.check_stop()
+        time.sleep(NAP_S)
 
 
 def checked(work: Work, checkpoint: Checkpoint) -> Checkpoint:
@@ -164,11 +198,13 @@ def give_up(work: Work, task: Task, cause: Exception) -> bool:
     unless another checkpoint may take the place of one that is gone or older.
     """
     job, checkpoint = work.job, task.checkpoint
+    if isinstance(cause, MachineFailed):
+        return give_up_for_now(work, task, cause)
     if checkpoint is None:
         raise InputError(f"version 0 from BM25 is no good: {cause}")
     reason = f"checkpoint {checkpoint.folder.name}: {cause}"
     is_lost = isinstance(cause, TornVersion)
-    forget_refresh(job.run.folder)
+    patiently(lambda: forget_refresh(job.run.folder), f"{job.run.folder}")
     if task.is_given or (job.negatives.schedule and not is_lost):
         wanted = "--checkpoint" if task.is_given else f"negatives.schedule needs version {task.version}, but"
         raise InputError(f"{wanted} {reason}")
@@ -185,3 +221,16 @@ def give_up(work: Work, task: Task, cause: Exception) -> bool:
         work.status.update(phase="refused")
         raise InputError(f"nothing was published: {reason}")
     return is_done
+
+
+def give_up_for_now(work: Work, task: Task, cause: MachineFailed) -> bool:
+    """Say that the machine failed, and return False: the same version is made when it is well again. Rank 0 only.
+
+    A single refresh ends, with MachineFailed.
+    """
+    if task.is_only or task.is_given:
+        raise cause
+    log.warning("negatives v%d not published: %s; the service tries again", task.version, cause)
+    work.status.update(refused=str(cause))
+    _nap(work)
+    return False

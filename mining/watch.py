@@ -12,6 +12,7 @@ from mining.job import MineJob
 from mining.state import Refresh
 from trainer.errors import InputError
 from trainer.handoff.manifest import MANIFEST, TornVersion, pin, read_latest, versions
+from trainer.handoff.patience import patiently
 from trainer.handoff.weights import (
     ENCODER,
     Checkpoint,
@@ -114,7 +115,7 @@ class Watch:
     def _pinned(self, found: Checkpoint | None) -> Checkpoint | None:
         if found is None:
             return None
-        pin(found.folder, HOLDER, PIN_S)
+        patiently(lambda: pin(found.folder, HOLDER, PIN_S), f"the pin on {found.folder}")
         if (found.folder / MANIFEST).is_file():
             return found
         self.look_again()  # it was deleted between the look and the pin

@@ -22,6 +22,7 @@ from mining.sources import changed_files, claim_data
 from mining.state import Refresh, write_refresh
 from mining.watch import HOLDER, PIN_S, Task, Watch
 from trainer.data.datasets import RetrievalData, open_data
+from trainer.errors import InputError, MachineFailed
 from trainer.handoff.claim import Claim, claim_side
 from trainer.handoff.heartbeat import BEAT_S, beating
 from trainer.handoff.manifest import pin, unpin
@@ -80,7 +81,8 @@ class Work:
         self.status.update(phase=name, version=self.task.version, checkpoint_step=step, done=0, total=None)
         if checkpoint is not None and self.ranks.speaks:
             refresh = Refresh(self.task.version, checkpoint.folder.name, checkpoint.manifest["weights_digest"])
-            write_refresh(self.job.run.folder, refresh, name)
+            with self.warning("a service that starts now would not finish this version first"):
+                write_refresh(self.job.run.folder, refresh, name)
         with beating(self.keep_alive, BEAT_S) if self.ranks.speaks else contextlib.nullcontext():
             yield
         self.seconds[name] = round(time.monotonic() - started, 3)
@@ -103,9 +105,11 @@ class Work:
         with self._pinning:
             if self.ranks.speaks and checkpoint and time.monotonic() - self._pinned_at > PIN_S / 4:
                 self._pinned_at = time.monotonic()
-                pin(checkpoint.folder, HOLDER, PIN_S)
+                with self.warning(f"the pin on {checkpoint.folder} is not renewed"):
+                    pin(checkpoint.folder, HOLDER, PIN_S)
         if self.ranks.speaks:
-            self.pins.renew()
+            with self.warning("the pins on embeddings are not renewed"):
+                self.pins.renew()
 
     def finish(self, is_done: bool = True) -> None:
         """Let go of the checkpoint; is_done: it was mined or refused, and needs no other look."""
@@ -131,6 +135,14 @@ class Work:
                 ", ".join(sorted(changed)), self.data.digest[:12],
             )  # fmt: skip
         self._told = changed
+
+    @contextlib.contextmanager
+    def warning(self, effect: str) -> Iterator[None]:
+        """Say what follows of a small file that cannot be written, and go on."""
+        try:
+            yield
+        except (InputError, MachineFailed, OSError) as error:
+            log.warning("%s: %s", effect, error)
 
     def _rates(self, share: float) -> dict[str, float]:
         _, started, amounts = self._phase

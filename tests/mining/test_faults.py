@@ -23,6 +23,7 @@ from tests.mining.services import start_service
 from tests.tiny import VOCABULARY, write_tiny_encoder
 from trainer.encoder.shards import Shards
 from trainer.errors import InputError
+from trainer.handoff import patience
 from trainer.handoff.manifest import TornVersion, open_version, read_manifest, versions
 from trainer.handoff.negatives import negatives_folder
 from trainer.metrics import read_status
@@ -215,6 +216,17 @@ def test_a_service_at_work_tells_that_its_data_changed(tmp_path, monkeypatch, ca
     assert steps(job) == [None, 10]
 
 
+def be_impatient(rank):
+    patience.DELAYS_S = (0.01, 0.01)
+
+
+def wait_until(run, is_so):
+    deadline = time.monotonic() + 120
+    while not is_so():
+        assert run.is_alive() and time.monotonic() < deadline, run.said
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_full_or_read_only_disk_is_one_sentence_and_the_next_service_goes_on(tmp_path, num_ranks):
     undisturbed, disk = make_job(tmp_path), tmp_path / "disk"
@@ -225,9 +237,9 @@ def test_a_full_or_read_only_disk_is_one_sentence_and_the_next_service_goes_on(t
         publish_checkpoint(job, 10)
         for free_kib in (0, 12, 30, 60):
             ballast = fill(disk, free_kib)
-            run = start_service(job, num_ranks)
-            assert run.wait() == 2, run.said
-            assert "negpool: no room left on the disk for" in run.said and "Traceback" not in run.said
+            run = start_service(job, num_ranks, before=be_impatient)
+            assert run.wait() == 1, run.said
+            assert run.said.count("negpool: no room left on the disk for") == 1 and "Traceback" not in run.said, run.said
             for version in versions(negatives_folder(folder(job))):
                 open_version(version)
             ballast.unlink()
@@ -240,6 +252,27 @@ def test_a_full_or_read_only_disk_is_one_sentence_and_the_next_service_goes_on(t
         assert run.wait() == 0, run.said
         assert published(job) == published(undisturbed)
         assert json.loads(lines(folder(job) / "logs" / "miner.jsonl")[-1])["phase"] == "publishing"
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_full_disk_costs_a_service_versions_and_not_its_life(tmp_path, num_ranks):
+    undisturbed, disk = make_job(tmp_path), tmp_path / "disk"
+    publish_checkpoint(undisturbed, 10)
+    mine(undisturbed)
+    with small_disk(disk, "1m"):
+        job = make_job(tmp_path, run="disk/run")
+        publish_checkpoint(job, 10)
+        ballast = fill(disk, 30)
+        run = start_service(job, num_ranks, words=(), before=be_impatient)
+        try:
+            wait_until(run, lambda: run.said.count("the service tries again") + run.said.count("the service asks again") > 1)
+            assert "no room left on the disk for" in run.said
+            ballast.unlink()
+            wait_until(run, lambda: "negatives v1 published" in run.said)
+            assert published(job) == published(undisturbed) and "Traceback" not in run.said
+        finally:
+            run.end()
+            run.wait()
 
 
 def test_torn_embeddings_are_encoded_again(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from trainer.encoder.shards import Shards
 from trainer.encoder.tokens import TokenTable
 from trainer.errors import NotFiniteEmbedding
 from trainer.handoff.lease import Lease, WorkFailed
+from trainer.handoff.patience import patiently
 
 NAP_S, LONGEST_NAP_S = 0.02, 1.0  # between two looks at what others encode
 LISTED_S = 2.0  # how long a list of what is there is good for: with 24,000 shards it takes as long as a batch
@@ -167,11 +168,12 @@ class _Encoding:
             lease.fail(str(error))
             raise
         self.num_encoded += piece.num_rows
-        self._wait_for_writer()  # one at a time: a full disk is heard of here
+        self._wait_for_writer()  # one at a time: a disk that refuses it for good is heard of here
         self.written = self.writer.submit(self._publish, piece, lease, embedding_nD)
 
     def _publish(self, piece: Piece, lease: Lease, embedding_nD: np.ndarray) -> None:
-        piece.texts.shards.publish(piece.shard, embedding_nD)
+        shards = piece.texts.shards
+        patiently(lambda: shards.publish(piece.shard, embedding_nD), str(shards.folder))
         lease.release()
         self.held.remove(lease)
 

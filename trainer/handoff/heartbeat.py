@@ -16,9 +16,7 @@ def beating(beat: Callable[[], None], every_s: float) -> Iterator[None]:
 
     def keep_beating() -> None:
         while not done.wait(every_s):
-            with contextlib.suppress(
-                InputError, MachineFailed
-            ):  # a full disk, a place that another took: for the block to find out
+            with contextlib.suppress(InputError, MachineFailed):  # a place that another took: for the block to find out
                 beat()
 
     thread = threading.Thread(target=keep_beating, daemon=True)
