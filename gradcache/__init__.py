@@ -7,7 +7,7 @@ from gradcache.agree import NotFinite
 from gradcache.batch import Batch, Tower
 from gradcache.budget import Budget, probe_budget
 from gradcache.chunks import plan_chunks
-from gradcache.gather import LostRank
+from gradcache.lost import LostRank
 from gradcache.objectives import OBJECTIVES, Objective, Tile
 from gradcache.reference import reference_step
 from gradcache.step import StepResult, cached_step

@@ -4,25 +4,19 @@ Only detached tensors travel, outside autograd: the backward of a gather is the 
 tiles. Rows are padded to the largest rank, because gloo and NCCL move equal parts fastest.
 """
 
-import contextlib
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradcache.tight import is_out_of_memory
+from gradcache.lost import naming_lost_ranks
 
 # n rows here, N rows of all ranks, D width, M extra values of a row
 
 # torch 2.13 renamed both and warns of the old names at every call.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-PATIENCE_S = 10  # to find out who is missing, after a collective has failed
 
 
 @dataclass(frozen=True)
@@ -34,10 +28,6 @@ class Pool:
     extra_NM: Tensor  # int64 values that travelled with each row
     counts: list[int]  # rows of each rank
     first: int  # where this rank's rows begin
-
-
-class LostRank(RuntimeError):
-    """A rank died, or did not answer within the process group's time limit."""
 
 
 def gather_integers(values: list[int], group: dist.ProcessGroup | None, device: torch.device) -> list[list[int]]:
@@ -55,39 +45,6 @@ def all_reduce(values: Tensor, group: dist.ProcessGroup) -> None:
     """Sum values over the ranks, in place. Collective. Raises LostRank."""
     with naming_lost_ranks(group):
         dist.all_reduce(values, group=group)
-
-
-@contextlib.contextmanager
-def naming_lost_ranks(group: dist.ProcessGroup | None) -> Iterator[None]:
-    """Turn what a backend says of a failed collective into a sentence that names who was waited for."""
-    try:
-        yield
-    except RuntimeError as error:
-        if group is None or is_out_of_memory(error):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise LostRank(
-            f"{_who_is_missing(group)} ({reason}); start the run again, it goes on from its last checkpoint"
-        ) from error
-
-
-def _who_is_missing(group: dist.ProcessGroup) -> str:
-    """Return which ranks have not noticed the failure themselves: those are dead, or stuck somewhere else.
-
-    They meet in the group's store, because the group itself is broken now, whatever its backend.
-    """
-    ranks = dist.get_process_group_ranks(group)
-    missing = ranks
-    with contextlib.suppress(RuntimeError):  # the store lived on a rank that is gone
-        store = dist.distributed_c10d._get_default_store()
-        store.set(f"negpool/noticed/{dist.get_rank()}", "1")
-        deadline = time.monotonic() + PATIENCE_S
-        while missing and time.monotonic() < deadline:
-            time.sleep(0.1)
-            missing = [rank for rank in ranks if not store.check([f"negpool/noticed/{rank}"])]
-        if missing:
-            return f"rank {', '.join(map(str, missing))} died or did not answer in time"
-    return "a rank died or did not answer in time"
 
 
 def gather_rows(rows_nD: Tensor, keys_n: Tensor, extra_nM: Tensor, counts: list[int], group: dist.ProcessGroup | None) -> Pool:

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from gradcache.agree import agree
 from gradcache.batch import Batch
 from gradcache.encode import backpropagate, encode_all
-from gradcache.gather import gather_integers, naming_lost_ranks
+from gradcache.gather import gather_integers
 from gradcache.loss import LossOptions, global_loss
+from gradcache.lost import naming_lost_ranks
 from gradcache.objectives import Objective
 from gradcache.plan import Plan, chunks_of_each_tower, plan_encoding
 from gradcache.replay import borrowed_generators
@@ -75,7 +76,8 @@ def cached_step(
     Mixed precision is the encoder's: let it run under autocast, or this whole call; the loss is computed outside of it.
     Collective: every rank of group calls it once a step or part, also with zero rows. The number of collectives does not
     depend on the number of chunks. Raises, on every rank alike and before any gradient: ValueError if no rank has a query or the
-    towers' widths differ, NotFinite for a broken embedding; LostRank where a rank is gone.
+    towers' widths differ, NotFinite for a broken embedding; LostRank where a rank is gone. What one rank alone raises,
+    the others tell as the reason of their LostRank.
     """
     device = temperature.log_scale.device
     rank = 0 if group is None else group.rank()
@@ -85,7 +87,8 @@ def cached_step(
         plan = _equalized(plan, batch, chunk_tokens, seed, step, group, device)
     sync.hold()
     with borrowed_generators():
-        encoding = encode_all(plan, keep_graphs, sync)
+        with naming_lost_ranks(group):  # sharded parameters are gathered within
+            encoding = encode_all(plan, keep_graphs, sync)
         chunks = encoding.plan.chunks
         num_padded = sum(chunk.num_padded_tokens for chunk in chunks)
         num_once = sum(chunks[i].num_padded_tokens for i in encoding.kept)

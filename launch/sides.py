@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ def train_side(job_file: Path, overrides: list[str], allow_change: bool = False)
     rank = int(os.environ.get("RANK", "0"))
     start_logging(rank)
     stop_without_parent()
+    from trainer.lost_ranks import naming_lost
     from trainer.train import train
     from trainer.world import join_world, launched_backend
 
@@ -33,11 +35,12 @@ def train_side(job_file: Path, overrides: list[str], allow_change: bool = False)
     world = join_world(precision.encode, precision.tf32, jobs.train.model.compile, parallel.timeout_s)
     world.decide(lambda: keep_job(jobs, allow_change))  # after joining: the others would wait there for one that refuses
     try:
-        with _telling(jobs, "trainer"):
+        with _telling(jobs, "trainer"), naming_lost(world):
             agree(jobs, "trainer", world.speaks, world.gather_objects, world.broadcast)
             outcome = train(jobs.train, world)
     finally:
-        world.leave()
+        if sys.exc_info()[0] is None or world.device.type == "cpu":  # NCCL may wait there for ranks that are gone
+            world.leave()
     return outcome if world.speaks else None
 
 

@@ -1,8 +1,5 @@
 """Bad input ends a step on every rank alike, in one sentence, before any gradient."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -58,46 +55,6 @@ def wider_on_rank_1(rank):
 
 def test_unequal_widths_are_refused_on_every_rank():
     run_ranks(wider_on_rank_1, 2)
-
-
-LOST = """
-import datetime, os, sys, time
-import torch.distributed as dist
-from gradcache import LostRank, NoSync, Temperature, cached_step, gather
-from tests.gradcache.test_bad_input import STEP
-from tests.gradcache.test_step import TinyEncoder, make_batch
-rank, store, how = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-gather.PATIENCE_S = 3
-limit = datetime.timedelta(seconds=5)
-dist.init_process_group("gloo", store=dist.FileStore(store, 3), rank=rank, world_size=3, timeout=limit)
-if rank == 1:
-    if how == "hangs":
-        time.sleep(60)
-    os._exit(9)
-try:
-    encoder = TinyEncoder(0, 0.0)
-    cached_step(make_batch(rank, 3, [encoder]), temperature=Temperature(0.1), sync=NoSync(), group=dist.group.WORLD, **STEP)
-except LostRank as error:
-    print(error, flush=True)
-os._exit(0)
-"""
-
-
-@pytest.mark.parametrize("how", ["dies", "hangs"])
-def test_a_lost_rank_is_named_within_the_time_limit(how, tmp_path):
-    words = [sys.executable, "-c", LOST]
-    ranks = [
-        subprocess.Popen([*words, str(rank), str(tmp_path / "store"), how], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for rank in range(3)
-    ]
-    try:
-        told = [ranks[rank].communicate(timeout=60) for rank in (0, 2)]
-    finally:
-        for process in ranks:
-            process.kill()
-    for out, _ in told:
-        assert out.startswith(b"rank 1 died or did not answer in time ("), told
-        assert b"start the run again" in out
 
 
 def test_a_tile_larger_than_memory_is_a_sentence(monkeypatch):
