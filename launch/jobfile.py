@@ -55,14 +55,11 @@ def read_job(path: Path | None, overrides: list[str], backend: str | None = None
     backend: what the launcher's own configuration asks for; the job may say the same or nothing.
     """
     where = path or Path("the command line")
-    try:
-        table = {} if path is None else tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"there is no job file {path}; launch/jobs/ has examples") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path} is not a readable TOML file: {error}") from error
+    table = {} if path is None else _read_table(path)
     for override in overrides:
         _apply(table, override)
+    if "\\u0000" in json.dumps(table, default=str):
+        raise InputError(f"{where} has a value with a NUL character in it, which no path and no text holds")
     _refuse_unknown_sections(table, where)
     if table.get(SOURCES) and any(override.startswith("data.path=") for override in overrides):
         taken = ", ".join(f"sources.{name}" for name in table[SOURCES])
@@ -73,6 +70,15 @@ def read_job(path: Path | None, overrides: list[str], backend: str | None = None
             f"out of the job, or use launch/accelerate/{asked}.yaml"
         )
     return Jobs(_build(TrainJob, table, where), _build(MineJob, table, where), _build(LaunchJob, table, where).launch)
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"there is no job file {path}; launch/jobs/ has examples") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path} is not a readable TOML file: {error}") from error
 
 
 def write_job(path: Path, jobs: Jobs) -> None:
@@ -90,10 +96,13 @@ def refuse_other_job(path: Path, jobs: Jobs) -> None:
     """
     if not path.exists():
         return
-    kept, now = tomllib.loads(path.read_text()), jobs.resolved()
+    kept, now = _read_table(path), jobs.resolved()
     for section in sorted(now.keys() - MAY_CHANGE):
-        for key in sorted(now[section].keys() | kept.get(section, {}).keys()):
-            before, after = kept.get(section, {}).get(key), now[section].get(key)
+        was = kept.get(section, {})
+        if not isinstance(was, dict):
+            raise InputError(f"{path} has {section}={was!r}, expected a section; set run.folder to a new folder")
+        for key in sorted(now[section].keys() | was.keys()):
+            before, after = was.get(key), now[section].get(key)
             if before != after and (section, key) not in HOW:
                 raise InputError(
                     f"{path.parent} holds a run with {section}.{key}={before!r}, and this job has {after!r}; "

@@ -15,6 +15,7 @@ from trainer.encoder.encode import encode_rows
 from trainer.encoder.missing import Texts, encode_missing
 from trainer.encoder.model import ModelSettings, load_encoder, weights_digest
 from trainer.encoder.shards import open_shards, prune_shards
+from trainer.encoder.source import resolve_model
 from trainer.encoder.tokens import tokenize, tokenize_side
 from trainer.encoder.topk import merge_top_k, top_k
 from trainer.errors import InputError
@@ -134,10 +135,11 @@ def locate_model(model: str, data: RetrievalData) -> tuple[str, Path]:
 
     A run folder stands for its newest checkpoint, and a run's shards are used for its models.
     """
-    path, folder = Path(model), model_folder(model)
+    folder = model_folder(model)
+    path = Path(os.path.expanduser(model))
     if (path / "checkpoints").is_dir():
         return folder, path / "shards"
-    parents = Path(folder).resolve().parents
+    parents = Path(os.path.realpath(folder)).parents  # unlike resolve, it follows a circle of links without an error
     run = parents[2] if len(parents) > 2 else path
     if (run / "checkpoints").is_dir() and (run / "shards").is_dir():
         return folder, run / "shards"
@@ -146,7 +148,9 @@ def locate_model(model: str, data: RetrievalData) -> tuple[str, Path]:
 
 def model_folder(model: str) -> str:
     """Return what load_encoder takes: of a run folder its newest whole checkpoint, of a checkpoint its encoder."""
-    path = Path(model)
+    path = Path(os.path.expanduser(model))
+    if not path.is_dir():
+        resolve_model(model)  # a name that leads nowhere is refused before it is looked at as a run or a checkpoint
     if (path / "checkpoints").is_dir():
         checkpoint = newest_checkpoint(path)
         if checkpoint is None:

@@ -33,9 +33,9 @@ def train_side(job_file: Path, overrides: list[str], allow_change: bool = False)
     jobs = read_job(job_file, overrides, launched_backend(os.environ))
     precision, parallel = jobs.train.precision, jobs.train.parallel
     world = join_world(precision.encode, precision.tf32, jobs.train.model.compile, parallel.timeout_s)
-    world.decide(lambda: keep_job(jobs, allow_change))  # after joining: the others would wait there for one that refuses
     try:
         with _telling(jobs, "trainer"), naming_lost(world):
+            world.decide(lambda: keep_job(jobs, allow_change))  # after joining: others would wait there for one that refuses
             agree(jobs, "trainer", world.speaks, world.gather_objects, world.broadcast)
             outcome = train(jobs.train, world)
     finally:

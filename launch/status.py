@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,34 @@ from rich.markup import escape
 from launch.output import MEASURE_TITLES
 from launch.view import clock, miner_line, trainer_line
 from mining.figures import ages
-from trainer.errors import InputError
+from trainer.errors import ENDED, FAILED, InputError
 from trainer.handoff.manifest import read_latest
 from trainer.metrics import heartbeat_age_s, read_status
 
 SILENT_AFTER_S = 60.0  # a side that has not written for so long is said to be silent
 LOOK_EVERY_S = 1.0
-ENDED = ("finished", "stopped", "refused", "must not go on")
+
+
+@contextlib.contextmanager
+def reading(run: Path) -> Iterator[None]:
+    """Turn what comes of files that no run writes into an InputError that names the run."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{run} holds something that no run writes ({type(error).__name__}: {error}); name the folder of a run as it was left"
+        ) from error
 
 
 def run_status(run: Path) -> dict[str, Any]:
-    """Return both sides' last words, the newest checkpoint and negatives, and the results if there are any."""
+    """Return both sides' last words, the newest checkpoint and negatives, and the results if there are any; raises InputError."""
+    with reading(run):
+        return _run_status(run)
+
+
+def _run_status(run: Path) -> dict[str, Any]:
     if not (run / "job.toml").exists():
         raise InputError(f"{run} is not a run folder: it has no job.toml; expected a folder such as runs/quickstart")
     results = run / "results.json"
@@ -42,7 +60,12 @@ def run_status(run: Path) -> dict[str, Any]:
 
 
 def describe_run(status: dict[str, Any]) -> str:
-    """Return the status as a few lines for a person."""
+    """Return the status as a few lines for a person; raises InputError."""
+    with reading(Path(status["run"])):
+        return _describe(status)
+
+
+def _describe(status: dict[str, Any]) -> str:
     lines = [
         f"[bold]{status['run']}[/bold]   checkpoint {status['checkpoint'] or 'none'}   negatives {status['negatives'] or 'none'}"
     ]
@@ -78,7 +101,7 @@ def watch_run(run: Path, console: Console) -> dict[str, Any]:
 
 def has_ended(said: dict[str, Any]) -> bool:
     """Tell whether a side has said that it is over."""
-    return said.get("phase") in ENDED
+    return said.get("phase") in ENDED and said["phase"] != FAILED  # that is started again
 
 
 def trainer_figures(trainer: dict[str, Any]) -> list[str]:

@@ -22,7 +22,7 @@ from mining.search import SHARE_ROWS
 from trainer.data.datasets import RetrievalData
 from trainer.encoder.backbone import max_positions
 from trainer.encoder.model import hash_tensors
-from trainer.encoder.source import LOADING_ERRORS
+from trainer.encoder.source import cannot_load, resolve_model
 from trainer.encoder.tokenizer import load_tokenizer
 from trainer.errors import InputError
 from trainer.handoff.margins import ceiling
@@ -122,9 +122,13 @@ def open_reranker(settings: RerankSettings, data: RetrievalData, query_rows: np.
     none = f"rerank.model={settings.model!r} is not a cross-encoder"
     expected = "expected the folder or hub name of an AutoModelForSequenceClassification with one label, or two"
     try:
-        model, found = AutoModelForSequenceClassification.from_pretrained(settings.model, output_loading_info=True)
-        tokenizer = load_tokenizer(settings.model)
-    except LOADING_ERRORS as error:
+        source = resolve_model(settings.model)
+        model, found = AutoModelForSequenceClassification.from_pretrained(source, output_loading_info=True)
+        tokenizer = load_tokenizer(source)
+    except Exception as error:
+        told = cannot_load(settings.model, error)
+        if not isinstance(told, InputError):
+            raise told from error
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise InputError(f"{none} that can be loaded ({reason}); {expected}") from error
     if found["missing_keys"]:

@@ -4,6 +4,7 @@ One model is in memory besides the merged one and the base; only safetensors are
 other model's, whole or absent, whose manifest says what went in.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -75,7 +76,7 @@ def _check_request(out: Path, models: Sequence[str], how: str, base: str | None,
         raise InputError(f"a merge takes two models or more, found {len(models)}")
     if (how == "delta") != (base is not None):
         raise InputError("--how delta needs --base, the model that training began from, and --how mean has no use for it")
-    if len(weights) != len(models) or min(weights) < 0 or sum(weights) == 0:
+    if len(weights) != len(models) or not all(math.isfinite(w) and w >= 0 for w in weights) or sum(weights) == 0:
         raise InputError(
             f"{len(weights)} weights {weights} for {len(models)} models; expected one of 0 or more for each, not all 0"
         )

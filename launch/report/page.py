@@ -12,7 +12,7 @@ from launch.output import MEASURE_TITLES, ROW_TITLES
 from launch.report.examples import read_examples
 from launch.report.history import History, read_history
 from launch.report.plots import as_png, as_svg, draw_all
-from launch.status import run_status
+from launch.status import reading, run_status
 from launch.view import clock
 from trainer.errors import InputError
 from trainer.handoff.manifest import disk_error
@@ -20,10 +20,11 @@ from trainer.handoff.manifest import disk_error
 
 def write_report(run: Path, out: Path | None) -> Path:
     """Write the page and its pictures into a folder, by default RUN/report; return the page's path. Raises InputError."""
-    status, history = run_status(run), read_history(run)
     folder = out or run / "report"
-    pictures = draw_all(history)
-    page = render(run, status, history, [(name, title, as_svg(figure, name)) for name, (title, figure) in pictures.items()])
+    with reading(run):
+        status, history = run_status(run), read_history(run)
+        pictures = draw_all(history)
+        page = render(run, status, history, [(name, title, as_svg(figure, name)) for name, (title, figure) in pictures.items()])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, (_, figure) in pictures.items():

@@ -23,6 +23,7 @@ from trainer.encoder.tokens import tokenize_side
 from trainer.encoder.topk import merge_top_k, top_k
 from trainer.encoder.towers import SIDES
 from trainer.errors import InputError
+from trainer.handoff.manifest import disk_error
 from trainer.handoff.pins import Pins
 
 log = logging.getLogger(__name__)
@@ -96,6 +97,8 @@ def write_filtered(data: RetrievalData, found: Consistency, out: Path) -> None:
         if out.exists():
             out.rmdir()
         os.rename(staging, out)
+    except OSError as error:
+        raise disk_error(error, out) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor, nn
 
-from trainer.encoder.source import find_file, read_json
+from trainer.encoder.source import cannot_load, find_file, read_json
 from trainer.errors import InputError
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -70,8 +70,10 @@ def read_dense(source: str, folder: str) -> Dense:
             f"{source}/{folder} is a Dense layer with {'a residual' if config.get('use_residual') else activation}, "
             f"expected one of {', '.join(name.rpartition('.')[2] for name in ACTIVATIONS)}; set model.name to another model"
         )
-    dense = Dense(
-        config["in_features"], config["out_features"], bias=config.get("bias", True), activation=ACTIVATIONS[activation]
-    )
-    dense.load_state_dict(safetensors.torch.load_file(weights))
+    try:
+        widths = config["in_features"], config["out_features"]
+        dense = Dense(*widths, bias=config.get("bias", True), activation=ACTIVATIONS[activation])
+        dense.load_state_dict(safetensors.torch.load_file(weights))
+    except Exception as error:
+        raise cannot_load(source, error, folder) from error
     return dense

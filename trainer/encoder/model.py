@@ -24,10 +24,11 @@ from trainer.encoder.latent import LatentAttention
 from trainer.encoder.lora import add_adapters, merged_weights
 from trainer.encoder.pooling import POOLINGS
 from trainer.encoder.settings import ModelSettings, Traits
-from trainer.encoder.source import LOADING_ERRORS, cannot_load, read_json, resolve_model
+from trainer.encoder.source import cannot_load, read_json, resolve_model
 from trainer.encoder.st_folder import (
     LATENT_FOLDER,
     TOWER_FOLDERS,
+    checked_traits,
     dense_folder,
     not_expressed,
     read_dense_layers,
@@ -68,9 +69,7 @@ def load_encoder(settings: ModelSettings, is_empty: bool = False) -> tuple[Encod
 def _load_tower(source: str, settings: ModelSettings, is_empty: bool) -> tuple[Encoder, PreTrainedTokenizerBase, Traits]:
     try:
         model, tokenizer = load_backbone(source, settings, is_empty), load_tokenizer(source)
-    except InputError:
-        raise
-    except LOADING_ERRORS as error:
+    except Exception as error:
         raise cannot_load(settings.name, error) from error
     traits = _settle_texts(source, settings, model, tokenizer)
     with torch.random.fork_rng(devices=[]):
@@ -121,9 +120,7 @@ def check_model(name: str) -> None:
     try:
         source = resolve_model(name)
         load_config((tower_folders(source) or [source])[0])
-    except InputError:
-        raise
-    except LOADING_ERRORS as error:
+    except Exception as error:
         raise cannot_load(name, error) from error
 
 
@@ -199,7 +196,8 @@ def _recorded(source: str, settings: ModelSettings) -> dict:
     """Return the traits that the folder records, ours before sentence-transformers'."""
     own = read_json(source, TRAITS_FILE)
     if own:
-        return {field.name: own[field.name] for field in fields(Traits) if field.name in own}
+        found = {field.name: own[field.name] for field in fields(Traits) if field.name in own}
+        return checked_traits(found, f"{source}/{TRAITS_FILE}")
     return read_traits(source, names_pooling=settings.pooling is None)
 
 
@@ -229,7 +227,10 @@ def _traits(settings: ModelSettings, recorded: dict, model: PreTrainedModel, tok
 def _latent(source: str, settings: ModelSettings, model: PreTrainedModel) -> LatentAttention:
     """Return the folder's latent attention, or a new one."""
     if (Path(source) / LATENT_FOLDER).is_dir():
-        return LatentAttention.read(Path(source) / LATENT_FOLDER)
+        try:
+            return LatentAttention.read(Path(source) / LATENT_FOLDER)
+        except Exception as error:
+            raise cannot_load(source, error, LATENT_FOLDER) from error
     return LatentAttention(model.config.hidden_size, settings.latents)
 
 

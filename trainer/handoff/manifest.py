@@ -29,7 +29,8 @@ IS_THERE = (errno.ENOTEMPTY, errno.EEXIST)  # what a rename says where a folder 
 SHORT_WRITE = re.compile(r"^\d+ requested and \d+ written$")  # numpy's words for a disk that took half an array
 # A place where this process may not write, or where there is no such place: a person has to change something.
 NO_RIGHT = (errno.EROFS, errno.EACCES, errno.EPERM)
-NO_PLACE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)
+NO_NAME = (errno.ELOOP, errno.ENAMETOOLONG)
+NO_PLACE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, *NO_NAME)
 # A disk or a file server that fails; it may be well again in a minute.
 BROKEN = (errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENOLCK, errno.EUCLEAN)
 
@@ -119,7 +120,7 @@ def is_disk_error(error: BaseException) -> bool:
     """Tell whether a disk, its quota, its server or its rights refused something, or an exception made of that."""
     if isinstance(error, InputError | MachineFailed):
         return error.__cause__ is not None and is_disk_error(error.__cause__)
-    return is_disk_full(error) or (isinstance(error, OSError) and error.errno in (*NO_RIGHT, *BROKEN))
+    return is_disk_full(error) or (isinstance(error, OSError) and error.errno in (*NO_RIGHT, *NO_NAME, *BROKEN))
 
 
 def disk_error(error: BaseException, path: Path | str) -> InputError | MachineFailed:

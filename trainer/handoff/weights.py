@@ -39,7 +39,9 @@ def open_checkpoint(folder: Path, only: str = "") -> Checkpoint:
     only: as `open_version` takes it; ENCODER for who reads the encoder alone.
     """
     manifest = open_version(folder, only)
-    return Checkpoint(folder, int(manifest["step"]), manifest)
+    if not isinstance(manifest.get("step"), int):
+        raise TornVersion(f"{folder} is no checkpoint: its manifest names no step")
+    return Checkpoint(folder, manifest["step"], manifest)
 
 
 def newest_checkpoint(run: Path, on_torn=lambda _: None, only: str = "") -> Checkpoint | None:
