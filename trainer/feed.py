@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from trainer.errors import InputError
+from trainer.errors import InputError, MachineFailed
 from trainer.handoff.manifest import TornVersion, pin, read_latest, unpin
 from trainer.handoff.negatives import Negatives, negatives_folder, open_negatives, version_name
 from trainer.handoff.settings import NegativesSettings
@@ -163,23 +163,35 @@ class NegativesFeed:
         said: set[int] = set()
         awaited: set[int] = set()
         pinned: dict[int, float] = {}  # version -> when
+        is_failing = False
         while not self._closed.wait(POLL_S):
-            wanted = self._wanted
-            self._keep_pinned(pinned, wanted)
-            if wanted != NONE and (self._fetched is None or self._fetched.version != wanted):
-                if not self._folder(wanted).is_dir():
-                    if wanted not in awaited:
-                        log.info("negatives %s are not published yet; waiting for them", version_name(wanted))
-                    awaited.add(wanted)
-                    continue
-                try:
-                    self._fetched = open_negatives(self._run, version_name(wanted), *self._fits)
-                except TornVersion as torn:
-                    if wanted not in said:
-                        said.add(wanted)
-                        log.warning("negatives %s not taken: %s", version_name(wanted), torn)
+            try:
+                self._look(said, awaited, pinned)
+                is_failing = False
+            except OSError as error:  # a file server that is away must not end this thread
+                if not is_failing:
+                    log.warning("negatives are not looked for while the disk fails: %s", error)
+                is_failing = True
         for version in pinned:
             unpin(self._folder(version), "trainer")
+
+    def _look(self, said: set[int], awaited: set[int], pinned: dict[int, float]) -> None:
+        """Fetch what is wanted and not there; said, awaited, pinned: versions that were called torn, and so on."""
+        wanted = self._wanted
+        self._keep_pinned(pinned, wanted)
+        if wanted == NONE or (self._fetched is not None and self._fetched.version == wanted):
+            return
+        if not self._folder(wanted).is_dir():
+            if wanted not in awaited:
+                log.info("negatives %s are not published yet; waiting for them", version_name(wanted))
+            awaited.add(wanted)
+            return
+        try:
+            self._fetched = open_negatives(self._run, version_name(wanted), *self._fits)
+        except TornVersion as torn:
+            if wanted not in said:
+                said.add(wanted)
+                log.warning("negatives %s not taken: %s", version_name(wanted), torn)
 
     def _keep_pinned(self, pinned: dict[int, float], wanted: int) -> None:
         """Pin what is in use or about to be, in good time, and let go of all else. Rank 0 only has pins."""
@@ -191,7 +203,7 @@ class NegativesFeed:
             if now_s - pinned.get(version, -PIN_S) > PIN_S / 4 and self._folder(version).is_dir():
                 try:
                     pin(self._folder(version), "trainer", PIN_S)
-                except InputError as error:  # a full disk must not end this thread
+                except (InputError, MachineFailed) as error:  # a full disk must not end this thread
                     log.warning("negatives v%d not pinned: %s", version, error)
                 pinned[version] = now_s
         for version in pinned.keys() - in_use - {wanted}:

@@ -1,4 +1,4 @@
-"""Whatever a person names that cannot be used is one sentence and exit code 2, never a traceback: the command line, in-process."""
+"""Whatever cannot be used is one sentence and exit code 2, never a traceback: the command line, in this process."""
 
 import shutil
 import sys

@@ -1,5 +1,6 @@
 """New negatives come into force at one step on all ranks, whole or not at all."""
 
+import errno
 import sys
 import threading
 import time
@@ -10,6 +11,7 @@ import pytest
 import trainer.feed
 from tests.ranks import run_ranks
 from tests.trainer.worlds import world_of
+from trainer.errors import MachineFailed
 from trainer.feed import NegativesFeed
 from trainer.handoff.negatives import ScheduleEntry, negatives_folder, publish_negatives
 from trainer.handoff.settings import NegativesSettings
@@ -76,6 +78,29 @@ def test_a_torn_version_never_comes_into_force(tmp_path, caplog):
     publish(tmp_path, 2)
     step_until(feed, 2)
     feed.close()
+
+
+def test_a_disk_that_fails_for_a_while_does_not_end_the_fetching(tmp_path, monkeypatch, caplog):
+    publish(tmp_path, 0)
+    monkeypatch.setattr(trainer.feed, "POLL_S", 0.01)
+    plain, left = trainer.feed.open_negatives, [3]
+
+    def refuse_pin(*_):
+        raise MachineFailed("no room left")
+
+    def refuse_a_while(*arguments):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return plain(*arguments)
+
+    monkeypatch.setattr(trainer.feed, "pin", refuse_pin)
+    monkeypatch.setattr(trainer.feed, "open_negatives", refuse_a_while)
+    feed = open_feed(tmp_path)
+    feed.before_step(0)
+    feed.close()
+    assert feed.in_force.version == 0 and left[0] == -1
+    assert caplog.text.count("not looked for while the disk fails: [Errno") == 1
 
 
 def test_without_a_miner_training_starts_after_a_while(tmp_path, caplog):

@@ -108,9 +108,7 @@ def load_text_rules(settings: ModelSettings) -> tuple[PreTrainedTokenizerBase, T
     source = (tower_folders(source) or [source])[0]
     try:
         model, tokenizer = bare_backbone(source, settings), load_tokenizer(source)
-    except InputError:
-        raise
-    except LOADING_ERRORS as error:
+    except Exception as error:
         raise cannot_load(settings.name, error) from error
     return tokenizer, _settle_texts(source, settings, model, tokenizer)
 
