@@ -38,9 +38,10 @@ class Agreed:
     num_queries: list[int]  # of each rank
     num_passages: list[int]
     num_positives: int  # keys of judged positives of a query, the most on any rank
+    num_halved: int  # chunks that did not fit into memory, the most on any rank
 
 
-def agree(batch: Batch, encoding: Encoding, group: dist.ProcessGroup | None, device: torch.device) -> Agreed:
+def agree(batch: Batch, encoding: Encoding, num_halved: int, group: dist.ProcessGroup | None, device: torch.device) -> Agreed:
     """Return what the loss needs. Collective: one small all-gather.
 
     Raises on every rank alike: ValueError if no rank has a query or the embeddings have several widths, NotFinite.
@@ -49,12 +50,12 @@ def agree(batch: Batch, encoding: Encoding, group: dist.ProcessGroup | None, dev
     widths = encoding.widths or {0}
     dtype = -1 if embedding_nD is None else _DTYPES.index(embedding_nD.dtype)
     row, key = _first_not_finite(batch, embedding_nD)
-    mine = [batch.num_queries, batch.num_passages, batch.positive_keys.shape[1], min(widths), max(widths), dtype, row, key]
-    every = gather_integers(mine, group, device)
-    num_queries, num_passages, most_positives, _, widest, dtypes, rows, keys = map(list, zip(*every, strict=True))
+    counts = [batch.num_queries, batch.num_passages, batch.positive_keys.shape[1], num_halved]
+    every = gather_integers([*counts, min(widths), max(widths), dtype, row, key], group, device)
+    num_queries, num_passages, most_positives, halved, _, widest, dtypes, rows, keys = map(list, zip(*every, strict=True))
     if sum(num_queries) == 0:
         raise ValueError("the batch has no query on any rank; expected at least one")
-    distinct = {width for _, _, _, narrow, wide, _, _, _ in every for width in (narrow, wide)} - {0}
+    distinct = {width for *_, narrow, wide, _, _, _ in every for width in (narrow, wide)} - {0}
     if len(distinct) > 1:
         found = " and ".join(map(str, sorted(distinct)))
         raise ValueError(f"the towers return embeddings of widths {found}; queries and passages need one width")
@@ -63,7 +64,7 @@ def agree(batch: Batch, encoding: Encoding, group: dist.ProcessGroup | None, dev
             raise NotFinite(rank, row, num_queries[rank], key)
     if embedding_nD is None:
         embedding_nD = torch.empty(0, max(widest), dtype=_DTYPES[max(dtypes)], device=device)
-    return Agreed(embedding_nD, num_queries, num_passages, max(most_positives))
+    return Agreed(embedding_nD, num_queries, num_passages, max(most_positives), max(halved))
 
 
 def _first_not_finite(batch: Batch, embedding_nD: Tensor | None) -> tuple[int, int]:

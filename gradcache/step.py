@@ -32,7 +32,7 @@ class StepResult:
     loss: float  # mean over the queries of all ranks
     num_queries: int  # of all ranks
     num_chunks: int
-    num_halved: int  # chunks that did not fit into memory and were halved
+    num_halved: int  # chunks that did not fit into memory and were halved, the most on any rank
     num_tokens: int  # encoded, without padding, a second encoding not counted
     num_padded_tokens: int  # the same with padding
     share_encoded_twice: float  # of the padded tokens
@@ -93,7 +93,7 @@ def cached_step(
         num_padded = sum(chunk.num_padded_tokens for chunk in chunks)
         num_once = sum(chunks[i].num_padded_tokens for i in encoding.kept)
         encoded = _now_s(device)
-        agreed = agree(batch, encoding, group, device)
+        agreed = agree(batch, encoding, len(chunks) - len(plan.chunks), group, device)
         options = LossOptions(
             objective=objective,
             symmetric=symmetric,
@@ -114,7 +114,7 @@ def cached_step(
         loss=loss.value,
         num_queries=loss.num_queries,
         num_chunks=len(chunks),
-        num_halved=len(chunks) - len(plan.chunks),
+        num_halved=agreed.num_halved,
         num_tokens=sum(chunk.num_tokens for chunk in chunks),
         num_padded_tokens=num_padded,
         share_encoded_twice=1 - num_once / num_padded if num_padded else 0.0,

@@ -5,12 +5,15 @@ The encoder here runs out of memory above a number of tokens, as a GPU does; eve
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from gradcache import NoSync, Temperature, cached_step, reference_step
+from gradcache import DDPSync, NoSync, Temperature, cached_step, reference_step
 from gradcache.plan import plan_encoding
 from tests.gradcache.test_backends import SETTINGS, full_gradients
 from tests.gradcache.test_step import TinyEncoder, make_batch
 from tests.gradients import assert_same_gradients
+from tests.ranks import run_ranks
 
 WHOLE = SETTINGS | {"chunk_tokens": 44, "keep_graphs": 0}
 
@@ -73,6 +76,21 @@ def test_before_the_loss_a_chunk_is_halved_and_the_step_says_so(caplog):
     called, result, found = step({"without_graph": 30, "with_graph": 30}, 0.0)
     assert called.refused and result.num_halved > 0 and "is halved" in caplog.text
     assert_same_gradients(found, wanted(0.0))
+
+
+def halve_on_one_rank(rank):
+    encoder = TinyEncoder(0, 0.0).train()
+    called = Limited(encoder, **({"without_graph": 30, "with_graph": 30} if rank else {}))
+    module = DistributedDataParallel(encoder, broadcast_buffers=False)
+    batch = make_batch(rank, 6, [called])
+    options = {"temperature": Temperature(0.1, learnable=True), "sync": DDPSync(module), "group": dist.group.WORLD}
+    result = cached_step(batch, **options, **WHOLE)
+    return called.refused, result.num_halved
+
+
+def test_all_ranks_hear_of_a_chunk_that_one_has_halved():
+    (refused_here, here), (refused_there, there) = run_ranks(halve_on_one_rank, 2)
+    assert not refused_here and refused_there and here == there > 0
 
 
 def test_kept_graphs_are_given_up_first(caplog):
