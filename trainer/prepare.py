@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import PreTrainedTokenizerBase
 
-from gradcache import Budget, Temperature
+from gradcache import Temperature
 from trainer.backends import parallelize
+from trainer.budget import kept_budget
 from trainer.checkpoint import Saver, clean_parts, load_state, load_weights
 from trainer.data.collate import TrainingSet, given_negatives, training_set
 from trainer.data.datasets import RetrievalData, open_data
@@ -72,7 +73,6 @@ class Training:
     num_steps: int
     claim: Claim  # this start's place in the run folder
     saved_step: int | None = None  # of the newest checkpoint
-    budget: Budget | None = None  # of memory; found with the first batch
     data_s: float = 0.0  # that the last step took to put its batch together
     batch_key: str = ""  # of the queries of the last step: equal keys, equal global batches
 
@@ -104,6 +104,7 @@ def prepare(job: TrainJob, world: World) -> Training:
     state = first_state(job, world, loaded)
     if checkpoint is not None:
         load_state(checkpoint, state, world)
+        state.budget = kept_budget(state.budget, job.chunk, world)
         num_steps = state.step if state.early_stop.is_over else num_steps
         log.info("resumed from step %d of %d", state.step, num_steps)
     interrupt, saver = Interrupt(), Saver(run, world, claim)

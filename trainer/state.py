@@ -9,6 +9,7 @@ import torch
 from torch.optim import AdamW
 
 from gradcache import Temperature
+from trainer.budget import RunBudget
 from trainer.early_stop import EarlyStop, RollBack
 from trainer.ema import NoAverage, WeightAverage
 from trainer.optim import moments_of
@@ -33,6 +34,7 @@ class TrainState:
     negatives_version: int | None = None  # in force after `step`
     swaps: list[list[int]] = field(default_factory=list)  # [step, version] of every swap so far
     seconds: float = 0.0  # spent in steps, over all starts
+    budget: RunBudget | None = None  # of memory; found with the first batch
 
     def fragments(self) -> Iterator[Fragment]:
         """Yield what this rank holds of weights, moments and averages, as views."""
@@ -60,6 +62,7 @@ class TrainState:
             "early_stop": self.early_stop.state_dict(),
             "roll_back": self.roll_back.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "budget": None if self.budget is None else asdict(self.budget),
             # Python's floats hold a float32 exactly.
             "temperature": {
                 "log_scale": self.temperature.log_scale.item(),
@@ -71,17 +74,19 @@ class TrainState:
         """Take over what `values()` returned."""
         for name in COUNTERS:
             setattr(self, name, values[name])
+        kept = values.get("budget")
+        self.budget = None if kept is None else RunBudget(**kept)
         self.parallel.num_updates = values["num_updates"]
         self.average.num_updates = values["num_averaged"]
         self.early_stop.load_state_dict(values["early_stop"])
         self.roll_back.load_state_dict(values["roll_back"])
         if values["scaler"]:
             self.scaler.load_state_dict(values["scaler"])
-        kept = dict(values["temperature"])
+        of_temperature = dict(values["temperature"])
         with torch.no_grad():
-            self.temperature.log_scale.fill_(kept.pop("log_scale"))
+            self.temperature.log_scale.fill_(of_temperature.pop("log_scale"))
         moments = moments_of(self.temperature_optimizer, self.temperature.log_scale)
-        for name, value in kept.items():
+        for name, value in of_temperature.items():
             moments[name].fill_(value)
 
 

@@ -15,7 +15,7 @@ import xxhash
 
 from gradcache import NotFinite, StepResult, cached_step
 from gradcache.replay import replay_seed
-from trainer.budget import step_budget
+from trainer.budget import find_budget
 from trainer.data.collate import collate
 from trainer.data.sampler import Part, rank_slice, sources_begun_anew, step_parts
 from trainer.errors import InputError
@@ -99,10 +99,10 @@ def step(run: Training) -> StepResult:
         log.info("step %d: source %s begins again, others are longer", number, run.data.sources[source].name)
     results = [take_part(run, part, i, is_last=i == len(parts) - 1) for i, part in enumerate(parts)]
     result = joined(results, [run.tasks[part.source].weight for part in parts])
-    if result.num_halved:
-        assert run.budget is not None
-        run.budget = run.budget.halved()
-        log.warning("step %d: out of memory; from here on chunk.tokens is %d", number, run.budget.chunk_tokens)
+    if result.num_halved:  # on any rank: all go on with one budget
+        assert run.state.budget is not None
+        run.state.budget = run.state.budget.halved()
+        log.warning("step %d: out of memory; from here on chunk.tokens is %d", number, run.state.budget.chunk_tokens)
     return result
 
 
@@ -122,8 +122,8 @@ def take_part(run: Training, part: Part, number: int, is_last: bool) -> StepResu
         has_two_towers=run.has_two_towers,
     )
     run.data_s += time.perf_counter() - started
-    if run.budget is None:
-        run.budget = step_budget(job.chunk, batch, state.parallel.encoder, world)
+    if state.budget is None:
+        state.budget = find_budget(job.chunk, batch, state.parallel.encoder, world)
     return cached_step(
         batch,
         objective=task.objective,
@@ -137,8 +137,8 @@ def take_part(run: Training, part: Part, number: int, is_last: bool) -> StepResu
         temperature=task.temperature,
         sync=state.parallel.sync,
         group=world.group,
-        chunk_tokens=run.budget.chunk_tokens,
-        keep_graphs=run.budget.keep_graphs,
+        chunk_tokens=state.budget.chunk_tokens,
+        keep_graphs=state.budget.keep_graphs,
         seed=job.run.seed if number == 0 else replay_seed(job.run.seed, number),  # parts must not draw alike
         step=state.step,
         weight=task.weight,
@@ -180,7 +180,7 @@ def record(run: Training, result: StepResult, grad_norm: float, seconds: float) 
         "batch_key": run.batch_key,
         "num_chunks": result.num_chunks,
         "tokens_per_rank_per_s": round(tokens_per_s, 1),
-        "chunk_tokens": None if run.budget is None else run.budget.chunk_tokens,
+        "chunk_tokens": None if state.budget is None else state.budget.chunk_tokens,
         "share/padding": round(1 - result.num_tokens / max(1, result.num_padded_tokens), 4),
         "share/encoded_twice": result.share_encoded_twice,
         "share/masked": result.share_masked,
