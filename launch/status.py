@@ -111,6 +111,8 @@ def trainer_figures(trainer: dict[str, Any]) -> list[str]:
         now.append(f"{trainer['tokens_per_rank_per_s']:,.0f} tokens/s a rank")
     if trainer.get("negatives_age_steps") is not None:
         now.append(f"negatives in force {trainer['negatives_age_steps']} steps old")
+    if trainer.get("skipped"):
+        now.append(f"[red]{trainer['skipped']} updates left out, their gradients were not finite[/red]")
     last = trainer.get("last_evaluation")
     evaluated = [f"{title} {last[key]:.3f}" for key, title in MEASURE_TITLES.items()] if last else []
     evaluation = f"{last['split']} at step {last['step']}: {'  '.join(evaluated)}" if last else ""

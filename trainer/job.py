@@ -160,6 +160,8 @@ class OptimSettings:
     """Not on biases and norms."""
     max_grad_norm: PositiveFloat = 1.0
     """Norm that the encoder's gradient is clipped to; the temperature's is clipped by itself."""
+    max_skipped: PositiveInt = 10
+    """Updates in a row left out, because gradients are not finite, before the run ends with code 78."""
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
     """What follows the warm-up, as transformers has it."""
     warmup_share: Share = 0.1

@@ -4,13 +4,16 @@ Whatever the backend (see `backends.py`), weights and AdamW's moments are runs o
 of one opens under all others.
 """
 
+import math
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from gradcache import GradientSync
+from gradcache.gather import all_reduce
 from trainer.job import OptimSettings
 from trainer.optim import build_optimizer, moments_of
 from trainer.parts import Fragment, writing_share
@@ -18,6 +21,13 @@ from trainer.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 PIECE_NUMEL = 2**24  # of a weight, sent to all ranks at once: 64 MiB of float32
+
+
+class Update(NamedTuple):
+    """What became of a step of the optimizer."""
+
+    norm: float  # of the gradient before clipping; not finite where a gradient is not
+    is_made: bool  # False: neither weights nor moments have moved
 
 
 class Parallel:
@@ -38,13 +48,28 @@ class Parallel:
         """Return the trained parameters by their names in the bare encoder."""
         return {name: p for name, p in self.encoder.named_parameters() if p.requires_grad}
 
-    def update(self, scaler: torch.amp.GradScaler) -> float:
-        """Clip, step the optimizer, forget the gradients; return their norm before clipping. Collective if sharded."""
+    def update(self, scaler: torch.amp.GradScaler, is_wanted: bool = True) -> Update:
+        """Clip, step the optimizer, forget the gradients. Collective.
+
+        Where the norm is not finite, or the step is not wanted, nothing moves, on every rank alike: clipping would multiply all
+        gradients by NaN.
+        """
         scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.trained().values(), self._max_norm)
-        scaler.step(self.optimizer)
+        norm = float(_whole(torch.nn.utils.clip_grad_norm_(self.trained().values(), self._max_norm)))
+        is_made = self._is_wanted_by_all(is_wanted and math.isfinite(norm))
+        if is_made:
+            scaler.step(self.optimizer)
         self.clear_gradients()
-        return float(_whole(norm))
+        return Update(norm, is_made)
+
+    def _is_wanted_by_all(self, is_wanted: bool) -> bool:
+        """Return whether every rank wants a step. Collective where several hold a gradient: one may have a broken copy."""
+        group = self._world.group
+        if group is None or self.num_shards == group.size():  # the norm of shards is everyone's
+            return is_wanted
+        is_unwanted = torch.tensor([0.0 if is_wanted else 1.0], device=self._world.device)
+        all_reduce(is_unwanted, group)
+        return not is_unwanted.item()
 
     def clear_gradients(self) -> None:
         """Forget all gradients."""
@@ -99,7 +124,7 @@ class Parallel:
 
     @property
     def num_updates(self) -> int:
-        """Steps that AdamW has made, fewer than the run's where float16 skipped some."""
+        """Steps that AdamW has made, fewer than the run's where some were left out."""
         return int(next((state["step"] for state in self._adam_states()), torch.zeros(())).item())
 
     @num_updates.setter

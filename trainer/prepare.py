@@ -30,9 +30,10 @@ from trainer.evaluate import judged_queries
 from trainer.feed import NegativesFeed
 from trainer.handoff.claim import Claim, claim_side
 from trainer.handoff.manifest import clean_staging
-from trainer.handoff.weights import Checkpoint, checkpoints_folder, newest_checkpoint
+from trainer.handoff.weights import checkpoints_folder, is_finite
 from trainer.interrupt import Interrupt
 from trainer.job import TrainJob
+from trainer.last_good import newest_to_resume
 from trainer.loading import Loaded, is_empty, load
 from trainer.metrics import Metrics, NoMetrics, NoStatus, Status, TrainerMetrics
 from trainer.mined_clusters import MinedClusters
@@ -86,7 +87,7 @@ def prepare(job: TrainJob, world: World) -> Training:
     status.update(phase="preparing", step=0)
     data = open_data(job.data, job.sources)
     check_sizes(job, data, world.num_ranks)
-    checkpoint = world.broadcast(_newest(job) if world.speaks else None)
+    checkpoint = world.decide(lambda: newest_to_resume(run))
     if checkpoint is not None and checkpoint.manifest["data_digest"] != data.digest:
         raise InputError(
             f"{data.path} is not the data that {checkpoint.folder} was trained on; give it back what it held, "
@@ -102,7 +103,9 @@ def prepare(job: TrainJob, world: World) -> Training:
     order = order_of(job, data, dataset)
     num_steps = job.optim.steps or max(1, math.ceil(job.optim.epochs * order.steps_per_epoch))
     state = first_state(job, world, loaded)
-    if checkpoint is not None:
+    if checkpoint is None:
+        check_weights(job, world, state)
+    else:
         load_state(checkpoint, state, world)
         state.budget = kept_budget(state.budget, job.chunk, world)
         num_steps = state.step if state.early_stop.is_over else num_steps
@@ -193,6 +196,15 @@ def first_state(job: TrainJob, world: World, loaded: Loaded) -> TrainState:
     )
 
 
+def check_weights(job: TrainJob, world: World, state: TrainState) -> None:
+    """Raise InputError, on every rank alike, for a model that is broken before it is trained. Collective."""
+    broken = [part.name for part in state.parallel.fragments() if not is_finite(part.values)]
+    if world.all_max([len(broken)])[0]:
+        raise InputError(
+            f"weights of {job.model.name} are not finite{f' ({broken[0]})' if broken else ''}; set model.name to another"
+        )
+
+
 def claim_run(job: TrainJob, world: World) -> Claim:
     """Take the trainer's place in the run folder and clear what killed writers left there. Collective.
 
@@ -229,10 +241,6 @@ def check_sizes(job: TrainJob, data: RetrievalData, num_ranks: int) -> None:
             )
         if num_queries < batch:
             raise InputError(f"{path} has {num_queries} training queries, fewer than {name}={batch}; set {name} lower")
-
-
-def _newest(job: TrainJob) -> Checkpoint | None:
-    return newest_checkpoint(job.run.folder, lambda torn: log.warning("checkpoint passed over: %s", torn))
 
 
 def tokenized(job: TrainJob, data: RetrievalData, tokenizer: PreTrainedTokenizerBase, traits: Traits) -> TrainingSet:

@@ -16,7 +16,7 @@ from trainer.optim import moments_of
 from trainer.parallel import MOMENTS, Parallel
 from trainer.parts import Fragment
 
-COUNTERS = ("step", "negatives_version", "swaps", "seconds")
+COUNTERS = ("step", "negatives_version", "swaps", "seconds", "num_skipped", "skipped_in_row")
 
 
 @dataclass
@@ -34,6 +34,8 @@ class TrainState:
     negatives_version: int | None = None  # in force after `step`
     swaps: list[list[int]] = field(default_factory=list)  # [step, version] of every swap so far
     seconds: float = 0.0  # spent in steps, over all starts
+    num_skipped: int = 0  # updates left out, because their gradients were not finite
+    skipped_in_row: int = 0  # of them, up to `step`; see `count_update`
     budget: RunBudget | None = None  # of memory; found with the first batch
 
     def fragments(self) -> Iterator[Fragment]:
@@ -51,6 +53,16 @@ class TrainState:
         # Averages are laid out as parameters are, whoever shards the moments.
         averages, of_averages = parallel.kept(self.average.fragments(), parallel.num_shards if parallel.is_sharded else 1)
         return own + averages, writers | of_averages
+
+    def count_update(self, is_made: bool) -> None:
+        """Count an update that was made or left out.
+
+        While float16's loss scale still falls, what is left out tells of nothing but that scale: the first updates of a run
+        find it. Only with a scale of 1 or less does a row of them begin.
+        """
+        self.num_skipped += not is_made
+        may_be_scale = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        self.skipped_in_row = 0 if is_made or may_be_scale else self.skipped_in_row + 1
 
     def values(self) -> dict[str, Any]:
         """Return what JSON can hold: all but the tensors of the encoder."""
@@ -73,7 +85,7 @@ class TrainState:
     def load(self, values: dict[str, Any]) -> None:
         """Take over what `values()` returned."""
         for name in COUNTERS:
-            setattr(self, name, values[name])
+            setattr(self, name, values.get(name, getattr(self, name)))  # older checkpoints have fewer
         kept = values.get("budget")
         self.budget = None if kept is None else RunBudget(**kept)
         self.parallel.num_updates = values["num_updates"]

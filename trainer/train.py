@@ -18,15 +18,14 @@ from gradcache.replay import replay_seed
 from trainer.budget import find_budget
 from trainer.data.collate import collate
 from trainer.data.sampler import Part, rank_slice, sources_begun_anew, step_parts
-from trainer.errors import InputError
 from trainer.evaluate import Stopped
 from trainer.job import TrainJob
 from trainer.milestones import evaluate_on_dev, evaluate_once, evaluations, save
-from trainer.optim import set_learning_rate
 from trainer.precision import product_dtype
 from trainer.prepare import Training, prepare
 from trainer.state import Outcome
 from trainer.tasks import joined
+from trainer.update import check_skipped, not_finite, update
 from trainer.world import World
 
 log = logging.getLogger(__name__)
@@ -48,6 +47,7 @@ def train(job: TrainJob, world: World) -> Outcome:
             grad_norm = update(run)
             state.step += 1
             record(run, result, grad_norm, time.perf_counter() - started)
+            check_skipped(run)
             evaluate_on_dev(run)
             if state.step % job.checkpoint.every_steps == 0 or state.step == run.num_steps:
                 save(run)
@@ -57,7 +57,7 @@ def train(job: TrainJob, world: World) -> Outcome:
     except Stopped:
         return stop(run)
     except NotFinite as error:
-        raise InputError(f"step {state.step}: {_name_text(run, error)}") from error
+        raise not_finite(run, error) from error
     finally:
         run.feed.close()
         run.metrics.close()
@@ -146,24 +146,6 @@ def take_part(run: Training, part: Part, number: int, is_last: bool) -> StepResu
     )
 
 
-def update(run: Training) -> float:
-    """Clip, step the optimizers, and return the norm of the encoder's gradient before clipping. Collective if sharded."""
-    state, optim, factor = run.state, run.job.optim, run.lr_factor(run.state.step)
-    set_learning_rate(state.parallel.optimizer, optim.lr * factor)
-    norm = state.parallel.update(state.scaler)
-    if state.temperature.log_scale.grad is not None:
-        set_learning_rate(state.temperature_optimizer, optim.temperature_lr * factor)
-        state.scaler.unscale_(state.temperature_optimizer)
-        torch.nn.utils.clip_grad_norm_(state.temperature.parameters(), optim.max_grad_norm)
-        state.scaler.step(state.temperature_optimizer)
-        state.temperature_optimizer.zero_grad(set_to_none=True)
-    scale = state.scaler.get_scale()
-    state.scaler.update()
-    if state.scaler.get_scale() >= scale:  # float16 that overflows skips the step
-        state.average.update()
-    return norm
-
-
 def record(run: Training, result: StepResult, grad_norm: float, seconds: float) -> None:
     """Write the step's figures to the log, the metrics and the status."""
     state, num_left = run.state, run.num_steps - run.state.step
@@ -175,6 +157,7 @@ def record(run: Training, result: StepResult, grad_norm: float, seconds: float) 
         "loss": result.loss,
         "grad_norm": grad_norm,
         "lr": run.job.optim.lr * run.lr_factor(state.step - 1),
+        "skipped": state.num_skipped,
         "temperature": state.temperature.value,
         "num_queries": result.num_queries,
         "batch_key": run.batch_key,
@@ -198,21 +181,13 @@ def record(run: Training, result: StepResult, grad_norm: float, seconds: float) 
     run.status.update(
         phase="training", step=state.step, loss=result.loss, eta_s=eta_s, swaps=state.swaps,
         tokens_per_rank_per_s=values["tokens_per_rank_per_s"], negatives_age_steps=values["negatives/age_steps"],
+        skipped=state.num_skipped,
     )  # fmt: skip
     if run.world.speaks:
         log.info(
             "step %d/%d  loss %.4f  gradient %.3f  %.0f tokens/s a rank  %.1f GiB",
             state.step, run.num_steps, result.loss, grad_norm, tokens_per_s, values["memory/peak_gib"],
         )  # fmt: skip
-
-
-def _name_text(run: Training, error: NotFinite) -> str:
-    """Return a broken embedding's error with the text's id in the place of its key."""
-    data, dataset = run.data, run.dataset
-    queries = data.training_queries(run.job.data.train_split)
-    keys, names = (dataset.query_keys, data.queries.select(queries)) if error.is_query else (dataset.passage_keys, data.corpus)
-    found = np.flatnonzero(keys == error.key)
-    return str(error).replace(f"key {error.key}", f"id {names[int(found[0])]['_id']!r}") if len(found) else str(error)
 
 
 def stop(run: Training) -> Outcome:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from trainer.deepspeed_file import read_deepspeed
 from trainer.errors import InputError
 from trainer.job import OptimSettings, ParallelSettings
 from trainer.optim import moments_of
-from trainer.parallel import MOMENTS, Parallel
+from trainer.parallel import MOMENTS, Parallel, Update
 from trainer.parts import Fragment
 from trainer.world import World
 
@@ -62,6 +63,9 @@ class _Zero(Parallel):
         self.is_sharded = self._stage == 3
         self.module = self._engine
         self.sync = DeepSpeedSync(self._engine, reduce_every_chunk=settings.reduce == "chunk")
+        self._is_wanted = True  # the update that comes next
+        if self._stage > 0:
+            self._let_updates_be_unwanted()
         self._make_moments()
 
     @property
@@ -69,23 +73,38 @@ class _Zero(Parallel):
         """All ranks hold one copy of the moments between them, but in stage 0."""
         return 1 if self._stage == 0 else self._world.num_ranks
 
-    def update(self, scaler: torch.amp.GradScaler) -> float:
+    def update(self, scaler: torch.amp.GradScaler, is_wanted: bool = True) -> Update:
         """Let the engine clip and step. The scaler is one that does nothing."""
-        norm = None
         if self._stage == 0:  # DeepSpeed clips its gradients, too, but keeps their norm to itself
-            norm = torch.nn.utils.clip_grad_norm_(self.trained().values(), self._max_norm)
+            norm = float(torch.nn.utils.clip_grad_norm_(self.trained().values(), self._max_norm))
+            is_made = self._is_wanted_by_all(is_wanted and math.isfinite(norm))
+            if not is_made:  # what has no gradient is not stepped
+                self._engine.module.zero_grad(set_to_none=True)
+        self._is_wanted = is_wanted
         self._engine.step()
+        self._is_wanted = True
         self._engine.module.zero_grad(set_to_none=True)
-        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+        if self._stage > 0:
+            norm, is_made = float(self._engine.get_global_grad_norm()), self._engine.was_step_applied()
+        return Update(norm, is_made)
 
     def clear_gradients(self) -> None:
-        """Forget all gradients. Collective: it is an update with a learning rate of 0."""
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        for group in self.optimizer.param_groups:
-            group["lr"] = 0.0
-        self.update(torch.amp.GradScaler(enabled=False))
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        """Forget all gradients. Collective: it is an update that is not wanted."""
+        self.update(torch.amp.GradScaler(enabled=False), is_wanted=False)
+
+    def _let_updates_be_unwanted(self) -> None:
+        """Have stages 1 to 3 leave out an update that is not wanted as they leave out one whose norm is not finite.
+
+        Since 0.19.8 they do that by themselves, on all ranks alike, and say so here, between the norm and the first step.
+        """
+        zero = self._engine.optimizer
+        update_scale = zero._update_scale
+
+        def update_scale_or_skip(has_overflow: bool = False) -> None:
+            zero.overflow = has_overflow or not self._is_wanted
+            update_scale(zero.overflow)
+
+        zero._update_scale = update_scale_or_skip
 
     def full_gradients(self) -> dict[str, Tensor | None]:
         """Return whole copies of all trained parameters' gradients, on every rank. Collective."""

@@ -10,6 +10,7 @@ import os
 import random
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from safetensors.numpy import load_file
 
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from trainer.data.datasets import open_dataset
+from trainer.errors import EXIT_MUST_NOT_GO_ON, MustNotGoOn
 from trainer.handoff.manifest import open_version, versions
 from trainer.handoff.negatives import ScheduleEntry, publish_negatives
 from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings
@@ -69,29 +71,39 @@ def job_of(root: Path, name: str, dropout: float | None = None) -> TrainJob:
     return job
 
 
-def train_rank(rank: int, num_ranks: int, port: int, job: TrainJob) -> None:
+def train_rank(rank: int, num_ranks: int, port: int, job: TrainJob, fault: Callable[[int], None]) -> None:
     """One rank's whole life."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()}, OMP_NUM_THREADS="1", LOCAL_WORLD_SIZE=str(num_ranks))
     from trainer.train import train
     from trainer.world import join_world
 
+    fault(rank)
     world = join_world()
-    outcome: Outcome = train(job, world)
+    try:
+        outcome: Outcome = train(job, world)
+    except MustNotGoOn as error:
+        (job.run.folder / f"must-not-go-on-{rank}").write_text(str(error))
+        os._exit(EXIT_MUST_NOT_GO_ON)
     world.leave()
     os._exit(0 if outcome.finished else 75)
+
+
+def no_fault(rank: int) -> None:
+    """Change nothing."""
 
 
 class Ranks:
     """Some trainer ranks, alive."""
 
-    def __init__(self, num_ranks: int, job: TrainJob):
+    def __init__(self, num_ranks: int, job: TrainJob, fault: Callable[[int], None] = no_fault):
+        """fault: called with its number in each rank before it trains, to break something there; picklable."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["trainer.train", "torch.utils.tensorboard", "datasets", "tests.ranks"])
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.processes = [context.Process(target=train_rank, args=(r, num_ranks, port, job)) for r in range(num_ranks)]
+        self.processes = [context.Process(target=train_rank, args=(r, num_ranks, port, job, fault)) for r in range(num_ranks)]
         for process in self.processes:
             process.start()
 

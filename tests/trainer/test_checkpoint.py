@@ -207,6 +207,32 @@ def test_a_checkpoint_is_written_when_the_disk_is_well_again(tmp_path, monkeypat
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
+def save_what_is_broken(rank, num_ranks, kind, run):
+    """Save a good state, then one with a broken element in a tensor of a kind; return what each rank's wait raises."""
+    world = world_of(rank, num_ranks)
+    state, _ = prepared(world, "ddp", 0.0)
+    saver = Saver(run, world, Claim(run, "trainer", 1))
+    saver.save(state, (lambda folder: {}) if world.speaks else None)
+    saver.wait()
+    *_, last = (fragment for fragment in state.fragments() if fragment.name.startswith(kind))
+    last.values[-1] = float("inf")  # in the share that the last rank keeps
+    state.step = 1
+    saver.save(state, (lambda folder: {}) if world.speaks else None)
+    try:
+        saver.wait()
+    except MustNotGoOn as raised:
+        return str(raised)
+    return "nothing"
+
+
+@pytest.mark.parametrize("kind", ["parameter", "exp_avg_sq", "average"])
+def test_what_is_not_finite_is_never_published_and_ends_all_ranks(tmp_path, kind):
+    first, *others = run_ranks(save_what_is_broken, 2, 2, kind, tmp_path, timeout_s=COLLECTIVE_TIMEOUT_S / 5)
+    assert "are not finite, and were not saved; the last good checkpoint is" in first and "step-00000000" in first
+    assert others == [first]
+    assert [folder.name for folder in versions(tmp_path / "checkpoints")] == ["step-00000000"]
+
+
 def resume(rank, num_ranks, backend, dropout, run):
     world = world_of(rank, num_ranks)
     state, plain = prepared(world, backend, dropout, run / "checkpoints" / "step-00000002")

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import trainer.milestones
+import trainer.train
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from tests.trainer.worlds import world_of
 from trainer.data.clusters import Clusters
@@ -20,6 +21,7 @@ from trainer.early_stop import StopSettings
 from trainer.encoder.model import load_encoder
 from trainer.encoder.settings import ModelSettings
 from trainer.encoder.shards import KEEP_ENCODINGS
+from trainer.errors import InputError, MustNotGoOn
 from trainer.handoff.manifest import versions
 from trainer.handoff.negatives import ScheduleEntry, publish_negatives
 from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings, SourceSettings
@@ -36,6 +38,7 @@ from trainer.job import (
 )
 from trainer.parts import Parts
 from trainer.train import train
+from trainer.update import update
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +220,27 @@ def test_batches_are_made_of_the_clusters_in_force_where_an_epoch_begins(job, tm
     assert train(again, world_of()).step == 12
     resumed = [line["batch_key"] for line in lines(again) if "loss" in line]
     assert len(resumed) == 6 and resumed == keys[-len(resumed) :]
+
+
+def test_weights_that_break_end_the_run_and_name_a_text_and_the_last_good_checkpoint(job, tmp_path, monkeypatch):
+    def update_and_break(run):
+        norm = update(run)
+        if run.state.step == 2:
+            next(iter(run.state.parallel.trained().values())).data.fill_(torch.nan)
+        return norm
+
+    monkeypatch.setattr(trainer.train, "update", update_and_break)
+    with pytest.raises(
+        MustNotGoOn, match=r"step 3: the embedding of query 0 .*\(id 'q\d+'\).*last good checkpoint is .*step-00000002"
+    ):
+        train(job, world_of())
+    broken = write_tiny_encoder(tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["embeddings.word_embeddings.weight"][3, 0] = torch.inf
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    job = replace(job, run=replace(job.run, folder=tmp_path / "new"), model=ModelSettings(name=str(broken)))
+    with pytest.raises(InputError, match=r"broken are not finite \(parameter\.model\.embeddings\.word_embeddings\.weight\); set"):
+        train(job, world_of())
 
 
 @pytest.mark.parametrize(

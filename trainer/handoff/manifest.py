@@ -7,6 +7,7 @@ price is one pass of SHA-256 over the files at each end.
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -232,14 +233,18 @@ def prune(parent: Path, keep: int, needed: Callable[[Path], bool] = lambda _: Fa
 
 def delete_unpinned(folder: Path) -> bool:
     """Delete a folder unless it is pinned; return whether it is gone. Several may do so at once. Raises InputError."""
-    if is_pinned(folder):
-        return False
+    # A pin may be by someone who found it just before; who finds it now sees that it is there.
+    return not is_pinned(folder) and delete_version(folder, functools.partial(is_pinned, folder))
+
+
+def delete_version(folder: Path, is_wanted: Callable[[], bool] = lambda: False) -> bool:
+    """Delete a folder unless, once it is out of sight, it is found to be wanted; return whether it is gone. Raises InputError."""
     # One rename, as it came: from here on nobody opens it, and what a killed process leaves is cleared as staging is.
     gone = folder.parent / f"{STAGING}{folder.name}-{socket.gethostname()}-{os.getpid()}{DELETED}"
     shutil.rmtree(gone, ignore_errors=True)
     try:
         os.rename(folder, gone)
-        if is_pinned(folder):  # by someone who found it just before; who finds it now sees that it is there
+        if is_wanted():
             os.rename(gone, folder)
             return False
     except FileNotFoundError:  # another one has deleted it

@@ -3,13 +3,25 @@
 The trainer's own `state/` lies beside it and is `trainer/checkpoint.py`'s business.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.handoff.manifest import TornVersion, open_version, read_latest, versions
 
-ENCODER = "encoder/"  # what of a checkpoint the miner and the user open
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ENCODER, STATE = "encoder/", "state/"  # what of a checkpoint the miner and the user open, and what only the trainer does
+
+
+class NotFiniteVersion(TornVersion):
+    """A checkpoint is whole, and holds NaN or infinity: written before updates that are not finite were left out."""
+
+    def __init__(self, folder: Path, message: str):
+        super().__init__(message)
+        self.folder = folder
 
 
 @dataclass(frozen=True)
@@ -34,14 +46,34 @@ def checkpoint_name(step: int) -> str:
 
 
 def open_checkpoint(folder: Path, only: str = "") -> Checkpoint:
-    """Return a checkpoint after verifying every file; raises TornVersion, naming the file.
+    """Return a checkpoint after verifying every file; raises TornVersion, naming the file, NotFiniteVersion among them.
 
     only: as `open_version` takes it; ENCODER for who reads the encoder alone.
     """
     manifest = open_version(folder, only)
     if not isinstance(manifest.get("step"), int):
         raise TornVersion(f"{folder} is no checkpoint: its manifest names no step")
+    _refuse_broken(folder, [name for name in manifest["files"] if name.startswith(only)])
     return Checkpoint(folder, manifest["step"], manifest)
+
+
+def is_finite(values: "Tensor") -> bool:
+    """Tell whether a tensor holds neither NaN nor infinity, in one pass and without a copy."""
+    return not values.numel() or all(math.isfinite(end.item()) for end in values.aminmax())  # NaN is both ends of what holds it
+
+
+def _refuse_broken(folder: Path, names: list[str]) -> None:
+    """Raise NotFiniteVersion, naming file and tensor. The price is one more pass over what was just read to be verified.
+
+    Who reads the encoder alone finds NaN in the first embeddings, and names their text.
+    """
+    from safetensors import safe_open  # not for everyone who asks for a name
+
+    for name in (name for name in names if name.startswith(STATE) and name.endswith(".safetensors")):
+        with safe_open(folder / name, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - it is no dictionary
+                if not is_finite(file.get_tensor(key)):
+                    raise NotFiniteVersion(folder, f"{key} in {folder / name} is not finite")
 
 
 def newest_checkpoint(run: Path, on_torn=lambda _: None, only: str = "") -> Checkpoint | None:
