@@ -113,6 +113,8 @@ def trainer_figures(trainer: dict[str, Any]) -> list[str]:
         now.append(f"negatives in force {trainer['negatives_age_steps']} steps old")
     if trainer.get("skipped"):
         now.append(f"[red]{trainer['skipped']} updates left out, their gradients were not finite[/red]")
+    if trainer.get("temperature_at_bound"):
+        now.append("the temperature is at loss.min_temperature")
     last = trainer.get("last_evaluation")
     evaluated = [f"{title} {last[key]:.3f}" for key, title in MEASURE_TITLES.items()] if last else []
     evaluation = f"{last['split']} at step {last['step']}: {'  '.join(evaluated)}" if last else ""

@@ -115,12 +115,19 @@ class LossSettings:
     """Divides the scores."""
     learn_temperature: bool = False
     """Learn the temperature, from that one on."""
+    min_temperature: PositiveFloat = 0.01
+    """Of a learnt one, which falls without end where pairs are easily told apart; CLIP's."""
     widths: tuple[PositiveInt, ...] | None = None
     """Falling: the mean of the losses of embeddings cut to so many components."""
     width_weights: tuple[PositiveFloat, ...] | None = None
     """Weights of that mean; None: equal ones."""
 
     def __post_init__(self) -> None:
+        if self.learn_temperature and self.temperature < self.min_temperature:
+            raise InputError(
+                f"loss.temperature={self.temperature}, where a learnt one starts, is below loss.min_temperature="
+                f"{self.min_temperature}; set one of them to the other"
+            )
         try:
             if self.widths is not None:
                 check_widths(self.widths, self.width_weights)

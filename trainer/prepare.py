@@ -74,6 +74,7 @@ class Training:
     num_steps: int
     claim: Claim  # this start's place in the run folder
     saved_step: int | None = None  # of the newest checkpoint
+    is_at_bound: bool = False  # the learnt temperature, behind the last step
     data_s: float = 0.0  # that the last step took to put its batch together
     batch_key: str = ""  # of the queries of the last step: equal keys, equal global batches
 
@@ -184,7 +185,8 @@ def first_state(job: TrainJob, world: World, loaded: Loaded) -> TrainState:
     parallel = parallelize(loaded.encoder, world, job.parallel, job.optim, DTYPES[job.precision.encode])
     if must_take_weights:
         take_weights(parallel, loaded.plain, world)
-    temperature = Temperature(job.loss.temperature, job.loss.learn_temperature).to(world.device)
+    loss = job.loss
+    temperature = Temperature(loss.temperature, loss.learn_temperature, loss.min_temperature).to(world.device)
     return TrainState(
         parallel,
         temperature,

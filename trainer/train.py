@@ -159,6 +159,7 @@ def record(run: Training, result: StepResult, grad_norm: float, seconds: float) 
         "lr": run.job.optim.lr * run.lr_factor(state.step - 1),
         "skipped": state.num_skipped,
         "temperature": state.temperature.value,
+        "temperature_at_bound": run.is_at_bound,
         "num_queries": result.num_queries,
         "batch_key": run.batch_key,
         "num_chunks": result.num_chunks,
@@ -181,7 +182,7 @@ def record(run: Training, result: StepResult, grad_norm: float, seconds: float) 
     run.status.update(
         phase="training", step=state.step, loss=result.loss, eta_s=eta_s, swaps=state.swaps,
         tokens_per_rank_per_s=values["tokens_per_rank_per_s"], negatives_age_steps=values["negatives/age_steps"],
-        skipped=state.num_skipped,
+        skipped=state.num_skipped, temperature_at_bound=run.is_at_bound,
     )  # fmt: skip
     if run.world.speaks:
         log.info(

@@ -41,6 +41,10 @@ def update(run: Training) -> float:
         state.average.update()
     else:
         log.warning("step %d: a gradient is not finite; its update is left out, %d so far", state.step, state.num_skipped)
+    is_at_bound = state.temperature.bound()
+    if is_at_bound and not run.is_at_bound:
+        log.warning("step %d: the temperature has fallen to loss.min_temperature=%g", state.step, run.job.loss.min_temperature)
+    run.is_at_bound = is_at_bound
     return norm
 
 

@@ -14,7 +14,7 @@ from tests.trainer.test_checkpoint import world_of
 from trainer.backends import parallelize
 from trainer.early_stop import EarlyStop, RollBack, StopSettings
 from trainer.ema import build_average
-from trainer.errors import MustNotGoOn
+from trainer.errors import InputError, MustNotGoOn
 from trainer.handoff.settings import RunSettings
 from trainer.job import EmaSettings, LossSettings, OptimSettings, ParallelSettings, TrainJob
 from trainer.state import TrainState
@@ -43,14 +43,14 @@ class Poison(torch.autograd.Function):
         return gradient
 
 
-def run_of(world, settings, scaler=None):
+def run_of(world, settings, scaler=None, loss=None):
     """Return what `update` needs of a run that is ready for its first step."""
     if settings.backend.startswith("zero"):
         pytest.importorskip("deepspeed")
-    job = TrainJob(optim=OptimSettings(lr=1e-2, max_grad_norm=0.5), loss=LossSettings(learn_temperature=True))
+    job = TrainJob(optim=OptimSettings(lr=1e-2, max_grad_norm=0.5), loss=loss or LossSettings(learn_temperature=True))
     encoder = TinyEncoder(0, 0.2).train()
     parallel = parallelize(encoder, world, settings, job.optim)
-    temperature = Temperature(job.loss.temperature, True)
+    temperature = Temperature(job.loss.temperature, True, job.loss.min_temperature)
     state = TrainState(
         parallel,
         temperature,
@@ -61,7 +61,7 @@ def run_of(world, settings, scaler=None):
         RollBack(StopSettings()),
     )
     saver = SimpleNamespace(wait=lambda: None)
-    return SimpleNamespace(job=job, world=world, state=state, saver=saver, lr_factor=lambda step: 1.0)
+    return SimpleNamespace(job=job, world=world, state=state, saver=saver, lr_factor=lambda step: 1.0, is_at_bound=False)
 
 
 def take_step(run, poisoned=""):
@@ -165,3 +165,24 @@ def test_many_in_a_row_end_the_run(tmp_path):
     run.state.step, run.state.skipped_in_row = 6, 3
     with pytest.raises(MustNotGoOn, match=r"3 updates in a row .* optim\.max_skipped is 3; .* is .*step-00000002; set a lower"):
         check_skipped(run)
+
+
+def test_a_learnt_temperature_stays_at_its_bound(caplog):
+    loss = LossSettings(temperature=0.0105, min_temperature=0.01, learn_temperature=True)
+    run = run_of(world_of(0, 1), ParallelSettings(), loss=loss)
+    scale = run.state.temperature.log_scale
+    for _ in range(30):
+        scale.grad = torch.full_like(scale, -1.0)
+        update(run)
+    assert run.state.temperature.value == pytest.approx(0.01, rel=1e-6) and run.is_at_bound
+    assert caplog.text.count("fallen to loss.min_temperature=0.01") == 1
+    for _ in range(60):
+        scale.grad = torch.full_like(scale, 1.0)
+        update(run)
+    assert run.state.temperature.value > 0.0101 and not run.is_at_bound
+
+
+def test_a_learnt_start_below_the_bound_is_refused():
+    with pytest.raises(InputError, match=r"loss\.temperature=0\.005.*below loss\.min_temperature=0\.01"):
+        LossSettings(temperature=0.005, learn_temperature=True)
+    assert LossSettings(temperature=0.005).min_temperature == 0.01, "a fixed one may be as small as it likes"
