@@ -318,11 +318,15 @@ def test_two_nodes_train_while_a_third_mines(runs, root):
 
 def test_a_miner_that_is_started_again_after_the_end_has_time_to_see_it(runs, cluster, root):
     run = runs["undisturbed"].result()
-    slow_python = root / "python"
-    slow_python.write_text(f'#!/bin/bash\n[[ $3 == mine ]] && sleep 14; exec {sys.executable} "$@"\n')
+    slow_python, looks = root / "python", root / "looks"
+    # The miner begins when the script has looked twice; of the looks that are left each waits half a minute.
+    wait = f"[[ $3 == mine ]] && until [[ $(wc -l <{looks}) -ge 3 ]]; do command sleep 0.2; done"
+    slow_python.write_text(f'#!/bin/bash\n{wait}; exec {sys.executable} "$@"\n')
     slow_python.chmod(0o755)
-    # A function of the environment takes the place of the command: the script looks every 6 seconds.
-    environment = cluster.env | {"NEGPOOL_PYTHON": str(slow_python), "BASH_FUNC_sleep%%": "() { command sleep 6; }"}
+    # A function of the environment takes the place of the command.
+    sleep = f"() {{ echo >>{looks}; command sleep $(($(wc -l <{looks}) > 3 ? 30 : 1)); }}"
+    environment = cluster.env | {"NEGPOOL_PYTHON": str(slow_python), "BASH_FUNC_sleep%%": sleep}
+    looks.touch()
     command = ["sbatch", "--wait", f"--output={root}/late.out", BATCH_FILES / "mine.sbatch"]
     subprocess.run([*command, run.folder / "job.toml", str(run.train)], env=environment, timeout=TIMEOUT_S, capture_output=True)
     said = (root / "late.out").read_text()
