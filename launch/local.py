@@ -19,13 +19,13 @@ from typing import Literal
 import psutil
 from rich.markup import escape
 
-from launch.ending import Ending, ending_of, newest_step, repeated
 from launch.plan import LaunchSettings, Plan
+from launch.restarts import Ended, Past, Start, Verdict, verdict
 from launch.srun import outside_slurm
 from launch.view import View
-from trainer.errors import FINISHED, MUST_NOT_GO_ON, REFUSED, STOPPED, InputError, RunInUse
+from trainer.errors import EXIT_MUST_NOT_GO_ON, EXIT_REFUSED, EXIT_STOPPED, FINISHED, STOPPED, InputError, MustNotGoOn, RunInUse
 from trainer.handoff.claim import is_claimed
-from trainer.handoff.patience import patiently
+from trainer.handoff.retry import patiently
 from trainer.metrics import forget_status, read_status
 
 POLL_S = 0.5
@@ -44,13 +44,14 @@ class Side:
     command: list[str]
     env: dict[str, str]
     log: Path
-    restarts: int = 0
-    last: Ending | None = None  # of the start before
+    past: Past = field(default_factory=Past)  # what is remembered of the starts before
+    found: Start | None = None  # in the run folder, by this start
     process: subprocess.Popen | None = None
     family: set[psutil.Process] = field(default_factory=set)
 
-    def start(self) -> None:
+    def start(self, run: Path) -> None:
         """Start the command in a session of its own, so that the terminal's Ctrl-C reaches only the supervisor."""
+        self.found = Start.of(run, self.name)
         with patiently(lambda: open(self.log, "ab"), str(self.log)) as log:
             self.process = subprocess.Popen(
                 self.command,
@@ -116,7 +117,7 @@ def supervise(run: Path, job_file: Path, settings: LaunchSettings, plan: Plan, v
         signal.signal(number, lambda n, _: stop_asked.append(n))
     try:
         for side in (trainer, miner):
-            side.start()
+            side.start(run)
         while True:
             view.show(read_status(run, "trainer"), read_status(run, "miner"))
             if stop_asked:
@@ -188,38 +189,40 @@ def _after_trainer(
     run: Path, trainer: Side, code: int, settings: LaunchSettings, view: View
 ) -> Literal["finished", "stopped"] | None:
     """Return how the run ended, or None where the trainer was started again; raises as `supervise`."""
-    end = ending_of(read_status(run, "trainer"), code, trainer.log, newest_step(run))
-    end.raise_refusal()
-    if end.phase in (FINISHED, STOPPED):
-        return end.phase  # type: ignore[return-value]
-    if end.repeats(trainer.last):
-        raise repeated(run, end, trainer.log)
-    if trainer.restarts >= settings.max_restarts:
-        why = "" if str(trainer.log) in end.reason else f" (the last time: {end.reason.rstrip('.')})"
-        raise TrainerDied(f"the trainer died {trainer.restarts + 1} times{why}; its last words are in {trainer.log}")
-    how = "from the beginning" if end.checkpoint is None else f"from the checkpoint of step {end.checkpoint}"
-    _start_again(run, trainer, end, code, settings, view, how)
+    end, follows = _judge(run, trainer, code, settings)
+    if STOPPED in (end.phase, {EXIT_STOPPED: STOPPED}.get(code)):
+        return "stopped"
+    if follows.past is None and not follows.code:
+        return "finished"
+    if follows.past is None:
+        endings: dict[int, type[Exception]] = {EXIT_REFUSED: InputError, EXIT_MUST_NOT_GO_ON: MustNotGoOn}
+        raise endings.get(follows.code, TrainerDied)(follows.sentence)
+    how = "from the beginning" if end.checkpoint is None else f"from the checkpoint {end.checkpoint}"
+    _start_again(run, trainer, follows.past, code, view, how)
     return None
 
 
 def _after_miner(run: Path, miner: Side, code: int, settings: LaunchSettings, view: View) -> None:
     """Decide what follows the end of the miner; the trainer goes on in any case."""
-    end = ending_of(read_status(run, "miner"), code, miner.log, None)
-    if end.phase == FINISHED:
-        return
-    if end.phase in (REFUSED, MUST_NOT_GO_ON):
-        view.say(f"the miner cannot go on ({escape(end.reason)}); training goes on without new negatives")
-    elif miner.restarts < settings.max_restarts:
-        _start_again(run, miner, end, code, settings, view, "training goes on")
-    else:
-        view.say(f"the miner ended with code {code} once more; training goes on without, its last words are in {miner.log}")
+    end, follows = _judge(run, miner, code, settings)
+    if follows.past is not None:
+        _start_again(run, miner, follows.past, code, view, "training goes on")
+    elif end.phase != FINISHED and follows.code:
+        view.say(f"the miner cannot go on ({escape(follows.sentence)}); training goes on without new negatives")
 
 
-def _start_again(run: Path, side: Side, end: Ending, code: int, settings: LaunchSettings, view: View, how: str) -> None:
-    side.restarts, side.last = side.restarts + 1, end
-    view.say(f"the {side.name} ended with code {code}; started again ({side.restarts} of {settings.max_restarts}), {how}")
+def _judge(run: Path, side: Side, code: int, settings: LaunchSettings) -> tuple[Ended, Verdict]:
+    """Return how a side ended, and what follows."""
+    assert side.found is not None
+    end, limit = side.found.ended(run, side.name, code), settings.max_restarts
+    return end, verdict(side.past, end, side=side.name, limit=limit, setting="launch.max_restarts", log=str(side.log))
+
+
+def _start_again(run: Path, side: Side, past: Past, code: int, view: View, how: str) -> None:
+    side.past = past
+    view.say(f"the {side.name} ended with code {code}; started again, {how}")
     forget_status(run, side.name)
-    side.start()
+    side.start(run)
 
 
 def _stop(run: Path, stopped: list[Side]) -> None:

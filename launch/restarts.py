@@ -14,14 +14,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.errors import EXIT_FAILED, EXIT_MUST_NOT_GO_ON, EXIT_REFUSED, EXIT_STOPPED
+from trainer.errors import (
+    EXIT_FAILED,
+    EXIT_MUST_NOT_GO_ON,
+    EXIT_REFUSED,
+    EXIT_STOPPED,
+    FAILED,
+    FINISHED,
+    MUST_NOT_GO_ON,
+    REFUSED,
+    STOPPED,
+)
 from trainer.handoff.manifest import read_latest
 from trainer.handoff.negatives import negatives_folder
 from trainer.handoff.weights import checkpoint_name, checkpoints_folder
 from trainer.metrics import read_status
 
 SideName = Literal["trainer", "miner"]
-CODES = {"finished": 0, "refused": EXIT_REFUSED, "must not go on": EXIT_MUST_NOT_GO_ON}  # of phases that nothing follows
+CODES = {FINISHED: 0, REFUSED: EXIT_REFUSED, MUST_NOT_GO_ON: EXIT_MUST_NOT_GO_ON}  # of phases that nothing follows
 CUT = None  # code of a start whose end Slurm decided
 DEAF = 128 + signal.SIGUSR1  # which came before anybody listened
 TAIL_BYTES = 65_536  # of the metrics, more than their last line has
@@ -66,10 +76,10 @@ def verdict(past: Past, ended: Ended, *, side: str, limit: int, setting: str, lo
     if ended.phase in CODES:
         return Verdict(CODES[ended.phase], ended.error)
     is_mute = ended.phase is None and ended.code == EXIT_REFUSED
-    is_open = ended.phase in ("stopped", "failed") or (is_mute and not past.was_mute)
+    is_open = ended.phase in (STOPPED, FAILED) or (is_mute and not past.was_mute)
     if ended.code is not CUT and ended.code in CODES.values() and not is_open:
         return Verdict(ended.code, f"the {side} ended with code {ended.code}; its last words are in {log}" if ended.code else "")
-    is_limit = ended.code is not CUT and (ended.phase == "stopped" or ended.code in (EXIT_STOPPED, DEAF))
+    is_limit = ended.code is not CUT and (ended.phase == STOPPED or ended.code in (EXIT_STOPPED, DEAF))
     is_crash = ended.step is not None and ended.code is not CUT and not is_limit
     is_passed = past.crashed_at is not None and ended.step is not None and ended.step > past.crashed_at
     now = Past(
@@ -127,7 +137,7 @@ class Start:
         # could not pass may be an earlier step's checkpoint.
         is_own = status.get("heartbeat") != self.heartbeat  # a refusal is added to what an earlier start left
         told = status.get("step") if is_own and "num_steps" in status else None  # which comes when all is prepared
-        return told if told is not None and status.get("phase") == "failed" else _last_step(_metrics(run), self.metrics, told)
+        return told if told is not None and status.get("phase") == FAILED else _last_step(_metrics(run), self.metrics, told)
 
 
 def status_file(run: Path, side: SideName) -> Path:

@@ -15,7 +15,7 @@ from mining.judgements import Judgements
 from trainer.handoff.claim import Claim
 from trainer.handoff.manifest import TornVersion, clean_staging, is_disk_error, prune, read_latest, versions, write_latest
 from trainer.handoff.negatives import Negatives, negatives_folder, open_negatives, publish_negatives, version_name
-from trainer.handoff.patience import patiently
+from trainer.handoff.retry import patiently
 from trainer.handoff.weights import Checkpoint
 
 log = logging.getLogger(__name__)

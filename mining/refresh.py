@@ -18,7 +18,7 @@ from mining.ranks import Ranks
 from mining.sampling import choose_candidates, is_easy, lowest_candidates
 from mining.search import QUERY_TILE, share_of
 from mining.tiles import KeptTiles, Part, Table
-from trainer.handoff.patience import patiently
+from trainer.handoff.retry import patiently
 
 
 def draw_negatives(

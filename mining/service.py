@@ -22,7 +22,7 @@ from mining.work import Work, claim_run, open_work
 from trainer.encoder.shards import prune_shards
 from trainer.errors import TOLD, InputError, MachineFailed, exit_code
 from trainer.handoff.manifest import TornVersion, disk_error, is_disk_error
-from trainer.handoff.patience import patiently
+from trainer.handoff.retry import patiently
 from trainer.handoff.weights import Checkpoint
 from trainer.interrupt import Interrupt
 from trainer.metrics import read_status

@@ -12,7 +12,7 @@ from mining.job import MineJob
 from mining.state import Refresh
 from trainer.errors import InputError
 from trainer.handoff.manifest import MANIFEST, TornVersion, pin, read_latest, versions
-from trainer.handoff.patience import patiently
+from trainer.handoff.retry import patiently
 from trainer.handoff.weights import (
     ENCODER,
     Checkpoint,

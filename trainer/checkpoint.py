@@ -23,7 +23,7 @@ import torch.distributed as dist
 from trainer.errors import EXIT_MUST_NOT_GO_ON, MachineFailed, MustNotGoOn, exit_code
 from trainer.handoff.claim import Claim
 from trainer.handoff.manifest import is_disk_error, publish_version, write_latest
-from trainer.handoff.patience import patiently
+from trainer.handoff.retry import patiently
 from trainer.handoff.weights import Checkpoint, checkpoint_name, checkpoints_folder, is_finite
 from trainer.last_good import last_good
 from trainer.parts import Fragment, Parts, part_name, write_part

@@ -29,8 +29,9 @@ if checkpoint is not None:
     folder = run / "checkpoints" / f"step-{checkpoint:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").write_text("{}")
+    (run / "checkpoints" / "LATEST").write_text(folder.name)
 if said is not None:
-    (run / "status" / f"{name}.json").write_text(json.dumps(said))
+    (run / "status" / f"{name}.json").write_text(json.dumps({"heartbeat": number, **said}))
 sys.exit(code)
 """
 # A trainer that ends a moment after the miner's last start.
@@ -84,8 +85,8 @@ def at(step, phase="training", **more):
         ((1, at(3, "stopped"), 3), "stopped"),
         ((1, at(100, "finished"), 100), "finished"),
         # What no launcher has hidden, where nothing was told.
-        ((2, None, None), InputError("its last words are in {run}/trainer.log")),
-        ((78, at(3), None), MustNotGoOn("its last words are in {run}/trainer.log")),
+        ((2, at(3), None), InputError("the trainer ended with code 2; its last words are in {run}/trainer.log")),
+        ((78, at(3), None), MustNotGoOn("the trainer ended with code 78; its last words are in {run}/trainer.log")),
         ((75, at(3), None), "stopped"),
         ((0, at(3), None), "finished"),
     ],
@@ -102,18 +103,18 @@ def test_the_phase_decides_and_then_the_code(run, monkeypatch, start, ends):
 def test_the_same_crash_twice_at_one_step_is_not_repeated_a_third_time(run, monkeypatch):
     full = (1, at(40, "failed", error="no room left on the disk; free some space"), 20)
     how, (starts, _), said = supervised(run, monkeypatch, [full])
-    assert starts == 2 and type(how) is MustNotGoOn and said.count("started again (1 of 3), from the checkpoint of step 20") == 1
-    assert str(how).startswith("the trainer ended at step 40 twice in a row (no room left on the disk; free some space)")
-    assert f"its last words are in {run}/trainer.log, the last good checkpoint is {run}/checkpoints/step-00000020;" in str(how)
+    assert starts == 2 and type(how) is MustNotGoOn and said.count("started again, from the checkpoint step-00000020") == 1
+    assert str(how).startswith("the trainer crashed twice at step 40 (no room left on the disk; free some space)")
+    assert f"its last words are in {run}/trainer.log; the last checkpoint is step-00000020" in str(how)
 
 
 @pytest.mark.parametrize(
     "starts",
     [
         [(1, at(40), 20), (1, at(41), 20), (1, at(40), 20), DONE],  # now here, now there
-        [(1, at(40), 20), (1, at(40), 40), DONE],  # it has got on in between
         [(1, {"phase": "preparing", "step": 0}, 20)] * 3 + [DONE],  # before its first step: a machine may need a while
-        [(1, at(40), 20), (1, None, None), (1, at(40), 20), DONE],  # what the first start said is forgotten
+        [(1, at(40), 20), (1, None, None), (1, at(41), 20), DONE],  # what the first start said is forgotten
+        [(1, at(n), n) for n in range(10, 80, 10)] + [DONE],  # each leaves a newer checkpoint
         [(-9, at(5), None), DONE],
     ],
 )
@@ -124,16 +125,18 @@ def test_other_crashes_are_started_again(run, monkeypatch, starts):
 
 def test_a_trainer_that_dies_too_often_ends_the_run(run, monkeypatch):
     how, found, _ = supervised(run, monkeypatch, [(1, at(n), None) for n in range(9)], max_restarts=2)
-    assert type(how) is TrainerDied and found[0] == 3 and f"died 3 times; its last words are in {run}/trainer.log" in str(how)
+    assert (
+        type(how) is TrainerDied and found[0] == 3 and "started 3 times in a row without a new checkpoint (launch.max" in str(how)
+    )
 
 
 @pytest.mark.parametrize(
     ("end", "starts", "words"),
     [
         ((1, {"phase": "refused", "error": "no [/data] there"}, None), 1, "cannot go on (no [/data] there); training goes on"),
-        ((2, None, None), 1, "the miner cannot go on (its last words are in"),
-        ((78, None, None), 1, "the miner cannot go on (its last words are in"),
-        ((1, {"phase": "failed", "error": "no room left"}, None), 4, "ended with code 1 once more; training goes on without"),
+        ((2, None, None), 2, "the miner cannot go on (the miner ended with code 2; its last words are in"),
+        ((78, None, None), 1, "the miner cannot go on (the miner ended with code 78; its last words are in"),
+        ((1, {"phase": "failed", "error": "no room left"}, None), 4, "was started 4 times in a row without new negatives"),
     ],
 )
 def test_a_miner_that_cannot_go_on_leaves_the_trainer_alone(run, monkeypatch, end, starts, words):

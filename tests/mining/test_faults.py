@@ -23,7 +23,7 @@ from tests.mining.services import start_service
 from tests.tiny import VOCABULARY, write_tiny_encoder
 from trainer.encoder.shards import Shards
 from trainer.errors import InputError
-from trainer.handoff import patience
+from trainer.handoff import retry
 from trainer.handoff.manifest import TornVersion, open_version, read_manifest, versions
 from trainer.handoff.negatives import negatives_folder
 from trainer.metrics import read_status
@@ -217,7 +217,7 @@ def test_a_service_at_work_tells_that_its_data_changed(tmp_path, monkeypatch, ca
 
 
 def be_impatient(rank):
-    patience.DELAYS_S = (0.01, 0.01)
+    retry.DELAYS_S = (0.01, 0.01)
 
 
 def wait_until(run, is_so):

@@ -21,7 +21,7 @@ from trainer.checkpoint import Saver, load_state, load_weights
 from trainer.early_stop import EarlyStop, RollBack, StopSettings
 from trainer.ema import build_average
 from trainer.errors import InputError, MustNotGoOn
-from trainer.handoff import manifest, patience
+from trainer.handoff import manifest, retry
 from trainer.handoff.claim import Claim
 from trainer.handoff.manifest import read_latest, versions
 from trainer.handoff.weights import open_checkpoint
@@ -133,7 +133,7 @@ def fail_on_one_rank(rank, num_ranks, error, run):
     world = world_of(rank, num_ranks)
     state, _ = prepared(world, "ddp", 0.0)
     saver = Saver(run, world, Claim(run, "trainer", 1))
-    patience.DELAYS_S = (0.01, 0.01)  # type: ignore[assignment]
+    retry.DELAYS_S = (0.01, 0.01)  # type: ignore[assignment]
 
     def write_part_or_fail(path, fragments):
         if rank == num_ranks - 1:
@@ -187,7 +187,7 @@ def test_a_checkpoint_is_written_when_the_disk_is_well_again(tmp_path, monkeypat
     world = world_of(0, 1)
     state, plain = prepared(world, "ddp", 0.0)
     saver, prune = Saver(tmp_path, world, Claim(tmp_path, "trainer", 1)), lambda: None
-    monkeypatch.setattr(patience, "DELAYS_S", (0.01, 0.01))
+    monkeypatch.setattr(retry, "DELAYS_S", (0.01, 0.01))
     if place == "parts":
         monkeypatch.setattr(trainer.checkpoint, "write_part", stale_for_a_while(write_part, 2))
     elif place == "links":  # every way to take the part over

@@ -17,7 +17,7 @@ from trainer.encoder.shards import Shards
 from trainer.encoder.tokens import TokenTable
 from trainer.errors import NotFiniteEmbedding
 from trainer.handoff.lease import Lease, WorkFailed
-from trainer.handoff.patience import patiently
+from trainer.handoff.retry import patiently
 
 NAP_S, LONGEST_NAP_S = 0.02, 1.0  # between two looks at what others encode
 LISTED_S = 2.0  # how long a list of what is there is good for: with 24,000 shards it takes as long as a batch

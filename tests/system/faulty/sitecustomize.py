@@ -13,13 +13,13 @@ import sys
 from pathlib import Path
 
 from trainer import metrics
-from trainer.handoff import patience
+from trainer.handoff import retry
 
 RUN = Path(os.environ.get("FAULTY_RUN", "/nowhere"))
 real_open, real_os_open, real_write = builtins.open, os.open, os.write
 num_refused = {"s": 0, "l": 0, "c": 0}  # by the first letter of the folder
 
-patience.DELAYS_S = (0.01,) * 6  # type: ignore[assignment]
+retry.DELAYS_S = (0.01,) * 6  # type: ignore[assignment]
 
 
 def is_saved(step: int) -> bool:

@@ -6,9 +6,9 @@ import os
 import pytest
 
 from trainer.errors import InputError, MachineFailed, RunInUse
-from trainer.handoff import patience
+from trainer.handoff import retry
 from trainer.handoff.manifest import disk_error
-from trainer.handoff.patience import patiently
+from trainer.handoff.retry import patiently
 
 
 class FailingWrite:
@@ -40,7 +40,7 @@ def sentence(number: int) -> Exception:
 def waited(monkeypatch):
     """The seconds of all waits."""
     found: list[float] = []
-    monkeypatch.setattr(patience.time, "sleep", found.append)
+    monkeypatch.setattr(retry.time, "sleep", found.append)
     return found
 
 
