@@ -89,8 +89,8 @@ def verdict(past: Past, ended: Ended, *, side: str, limit: int, setting: str, lo
         crashed_at=ended.step if is_crash else None if is_passed else past.crashed_at,
     )
     good = f"; the last checkpoint is {ended.checkpoint}" if ended.checkpoint else ""
+    why = f" ({ended.error.rstrip('.')})" if ended.error else ""
     if is_crash and ended.step == past.crashed_at:
-        why = f" ({ended.error})" if ended.error else ""
         sentence = f"crashed twice at step {ended.step}{why}, and is not started again: its last words are in {log}{good}"
         return Verdict(EXIT_MUST_NOT_GO_ON, f"the {side} {sentence}")
     if now.met_limit and past.met_limit:
@@ -99,7 +99,8 @@ def verdict(past: Past, ended: Ended, *, side: str, limit: int, setting: str, lo
         )
     if now.fruitless > limit:
         fruit = "new negatives" if side == "miner" else "a new checkpoint"
-        sentence = f"was started {now.fruitless} times in a row without {fruit} ({setting}={limit}), and is not started again"
+        n = now.fruitless
+        sentence = f"was started {n} times in a row without {fruit} ({setting}={limit}){why}, and is not started again"
         return Verdict(EXIT_FAILED, f"the {side} {sentence}: its last words are in {log}{good}")
     return Verdict(EXIT_STOPPED if is_limit else EXIT_FAILED, past=now)
 

@@ -147,7 +147,7 @@ def test_a_trainer_that_is_killed_ends_with_the_same_parameters(root, undisturbe
     wait_until(process, lambda: step_of(run) > 90, "step 90")
     os.kill(read_status(run, "trainer")["pid"], signal.SIGKILL)
     _, said = finish(process)
-    assert "the trainer ended with code" in said and "started again (1 of 3), from the checkpoint of step" in said
+    assert "the trainer ended with code" in said and "started again, from the checkpoint step-" in said
     assert is_whole(run)
     assert weights(run) == weights(undisturbed) and state(run) == state(undisturbed)
 
@@ -220,7 +220,7 @@ def test_a_full_disk_is_waited_for_then_one_sentence_and_leaves_no_torn_version(
         said = process.communicate(timeout=TIMEOUT_S)[1]
         log = (run / "logs" / "trainer.log").read_text()
         # Started again, and twice at the same step is enough; where no start gets as far, the limit ends it.
-        assert process.returncode in (EXIT_FAILED, EXIT_MUST_NOT_GO_ON) and "started again (1 of 1)" in said, said + log
+        assert process.returncode in (EXIT_FAILED, EXIT_MUST_NOT_GO_ON) and "started again" in said, said + log
         assert "no room left on the disk for" in said.splitlines()[-1] and "Traceback" not in said, said + log
         assert not any(f'File "{ROOT}/{package}' in log for package in ("launch", "trainer")), "only torchrun's own traceback"
         assert is_whole(run)
