@@ -158,7 +158,6 @@ FULL = RuntimeError("I/O error: No space left on device (os error 28)")
     [
         (FULL, "1", "MachineFailed", "no room left on the disk for", 0),
         (OSError(errno.ESTALE, "Stale file handle"), "1", "MachineFailed", "step-00000000 failed: Stale file handle", 0),
-        (MustNotGoOn("not finite"), "78", "MustNotGoOn", "not finite", None),
         (ValueError("a bug"), "1", "ValueError", "a bug", None),
     ],
 )
@@ -167,6 +166,12 @@ def test_a_part_that_cannot_be_written_ends_all_ranks_and_one_says_it(tmp_path, 
     assert others == [("SystemExit", code, None, False)] * 2, "nobody waits for a part that never comes"
     assert last[0] == name and sentence in last[1] and last[2:] == (step, True)
     assert not versions(tmp_path / "checkpoints")
+
+
+def test_a_part_that_must_not_be_written_is_said_by_all_ranks(tmp_path):
+    said = run_ranks(fail_on_one_rank, 3, 3, MustNotGoOn("a part"), tmp_path)
+    assert {(name, has_failed) for name, _, _, has_failed in said} == {("MustNotGoOn", False), ("MustNotGoOn", True)}
+    assert len({sentence for _, sentence, _, _ in said}) == 1 and "are not finite, and were not saved" in said[0][1]
 
 
 def stale_for_a_while(function, times):
@@ -184,6 +189,8 @@ def stale_for_a_while(function, times):
 
 @pytest.mark.parametrize("place", ["parts", "links", "manifest", "latest", "prune"])
 def test_a_checkpoint_is_written_when_the_disk_is_well_again(tmp_path, monkeypatch, place):
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):  # as `world_of` sets them: for this test alone
+        monkeypatch.setenv(name, "")
     world = world_of(0, 1)
     state, plain = prepared(world, "ddp", 0.0)
     saver, prune = Saver(tmp_path, world, Claim(tmp_path, "trainer", 1)), lambda: None
@@ -203,7 +210,7 @@ def test_a_checkpoint_is_written_when_the_disk_is_well_again(tmp_path, monkeypat
     saver.wait()
     found = open_checkpoint(tmp_path / "checkpoints" / "step-00000000")
     assert found.manifest["weights_digest"] == "0123" and read_latest(tmp_path / "checkpoints") == "step-00000000"
-    load_weights(found, plain)
+    load_weights(found, plain, world)
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
