@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer.errors import EXIT_MUST_NOT_GO_ON, MachineFailed, MustNotGoOn, exit_code
+from trainer.errors import MachineFailed, MustNotGoOn, exit_code
 from trainer.handoff.claim import Claim
 from trainer.handoff.manifest import is_disk_error, publish_version, write_latest
 from trainer.handoff.retry import patiently
@@ -68,7 +68,7 @@ class Saver:
             started = time.perf_counter()
             folder = checkpoints_folder(self._run) / checkpoint_name(values["step"])
             names = [part_name(rank, self._world.num_ranks) for rank in sorted(writers)]
-            _refuse_broken(fragments, values["step"])  # no part, no checkpoint, whichever rank it is
+            self._refuse_broken(fragments, values["step"])  # no part, no checkpoint, whichever rank it is
             if self._world.rank in writers:
                 patiently(lambda: self._write_part(parts, fragments), f"{folder}")
             if write_encoder is not None:
@@ -83,19 +83,13 @@ class Saver:
     def wait(self) -> None:
         """Return when the last checkpoint is published. Collective.
 
-        If it could not be written, raises what that rank's thread raised, MachineFailed for a disk that refuses; the others
-        leave with the same code. If it was not finite, raises MustNotGoOn on every rank.
+        If it could not be written, raises what that rank's thread raised, MachineFailed for a disk that refuses, MustNotGoOn for
+        what is not finite; the others leave with the same code.
         """
         while True:
             is_alive = self._thread is not None and self._thread.is_alive()
             error = self._error  # read after: a thread that has ended has left it
             code, is_writing = self._world.all_max([0 if error is None else exit_code(error), int(is_alive)])
-            if code == EXIT_MUST_NOT_GO_ON:
-                raise MustNotGoOn(
-                    "the newest weights, their moments or their average are not finite, and were not saved; "
-                    f"{last_good(self._run)}; set a lower optim.lr or a wider precision.encode, and go on from there in a new "
-                    "run.folder"
-                ) from error
             if error is not None:
                 raise error
             if code:  # nobody waits for parts that never come
@@ -125,6 +119,14 @@ class Saver:
             self._copies[fragment.name] = held
         held.copy_(fragment.values)
         return Fragment(fragment.name, fragment.start, fragment.numel, held)
+
+    def _refuse_broken(self, fragments: list[Fragment], step: int) -> None:
+        for fragment in fragments:
+            if not is_finite(fragment.values):
+                raise MustNotGoOn(
+                    f"step {step}: {fragment.name} is not finite and was not saved; {last_good(self._run)}; set a lower optim.lr "
+                    "or a wider precision.encode, and go on from there in a new run.folder"
+                )
 
     def _write_part(self, parts: Path, fragments: list[Fragment]) -> None:
         parts.mkdir(parents=True, exist_ok=True)
@@ -192,13 +194,6 @@ def _link(file: Path, place: Path) -> None:
         os.link(file, place)
     except OSError:  # a file system without links: the price is a second copy for a moment
         shutil.copy2(file, place)
-
-
-def _refuse_broken(fragments: Iterable[Fragment], step: int) -> None:
-    for fragment in fragments:
-        if not is_finite(fragment.values):
-            log.error("step %d: %s holds NaN or infinity and is not saved", step, fragment.name)
-            raise MustNotGoOn(fragment.name)
 
 
 def clean_parts(run: Path) -> None:
