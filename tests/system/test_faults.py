@@ -8,6 +8,10 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
+import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +22,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tests.ranks import run_ranks
 from tests.system.test_resume import Ranks, lines
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from trainer.data.datasets import open_dataset
-from trainer.handoff.manifest import MANIFEST, _size_and_hash, read_latest
+from trainer.encoder.model import load_encoder
+from trainer.encoder.shards import Shards
+from trainer.evaluate import evaluate
+from trainer.handoff.manifest import MANIFEST, _size_and_hash, open_version, read_latest, versions
 from trainer.handoff.negatives import ScheduleEntry, publish_negatives
 from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings
-from trainer.handoff.weights import open_checkpoint
+from trainer.handoff.weights import checkpoint_name, checkpoints_folder, open_checkpoint
 from trainer.job import (
     BatchSettings,
     CheckpointSettings,
@@ -36,6 +44,7 @@ from trainer.job import (
     TrainJob,
 )
 from trainer.metrics import read_status
+from trainer.world import World
 
 NUM_STEPS, SAVED_EVERY, BROKEN_STEP = 12, 2, 5
 SWAPS = [(0, 0), (6, 1)]  # (step, version)
@@ -217,3 +226,160 @@ def test_a_last_checkpoint_with_nan_is_passed_over_and_written_anew(root, undist
     assert Ranks(2, job).codes() == [0, 0]
     assert_same(job.run.folder, undisturbed)
     assert open_checkpoint(spoiled).step == 8, "this time it is finite"
+
+
+RACE_STEPS, RACE_EVERY = 6, 2
+SCHEDULE = [{"step": 1, "checkpoint": 0}, {"step": 4, "checkpoint": 2}]
+NUM_PASSAGES = 2 * 128  # and some more: three shards
+
+
+def in_lockstep(log: Path, others: int) -> None:
+    """Have each shard that is embedded noted, and the first of the passages wait until others begin on the same passages."""
+    plain = Shards.embed
+
+    def embed(self, shard, *rest):
+        with open(log, "a") as file:
+            file.write(f"{self.folder.name} {shard} {os.getpid()}\n")
+        while self.num_rows > NUM_PASSAGES and others >= len(set(_who(log, self.folder.name))):
+            time.sleep(0.01)
+        return plain(self, shard, *rest)
+
+    Shards.embed = embed
+
+
+def _who(log: Path, folder: str) -> list[str]:
+    return [line.split()[2] for line in log.read_text().splitlines() if line.startswith(folder)]
+
+
+def take_part(rank: int, root: Path, name: str, is_disturbed: bool) -> None:
+    """Train as rank 0, mine as rank 1, and evaluate each checkpoint that is mined as rank 2."""
+    run, here = root / name, World(0, 1, torch.device("cpu"), None, None, accelerator=None)  # type: ignore[arg-type]
+    in_lockstep(root / f"{name}.log", int(is_disturbed))
+    shared = {"run": {"folder": run, "trackers": ()}, "data": {"path": root / "data", "cache": root / "cache"}}
+    shared["negatives"] = {"schedule": SCHEDULE, "first_wait_s": 60}
+    if rank == 0:
+        from trainer.job import TrainJob
+        from trainer.train import train
+
+        steps = {"optim": {"steps": RACE_STEPS, "lr": 1e-3}, "checkpoint": {"every_steps": RACE_EVERY}, "batch": {"queries": 8}}
+        model = {"model": {"name": str(root / "encoder")}, "eval": {"split": "none"}}
+        train(_job(TrainJob, shared | steps | model), here)
+    elif rank == 1:
+        from mpi4py import MPI
+
+        from mining.job import MineJob
+        from mining.service import run_service
+
+        mine = {"mine": {"poll_s": 0.1, "bm25_top_k": 20}, "search": {"top_k": 20}, "sample": {"num_negatives": 5}}
+        run_service(_job(MineJob, shared | mine), MPI.COMM_SELF)
+    else:
+        data = open_dataset(root / "data", root / "cache")
+        for entry in SCHEDULE:
+            folder = checkpoints_folder(run) / checkpoint_name(entry["checkpoint"])
+            while not (folder / "manifest.json").exists():
+                time.sleep(0.01)
+            loaded = load_encoder(ModelSettings(name=str(open_checkpoint(folder).encoder_folder)))
+            evaluate(here, data, "test", *loaded, run / "shards")
+
+
+def _job(kind, sections):
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind).validate_python(sections)
+
+
+def test_an_evaluation_beside_the_miner_changes_nothing_and_encodes_nothing_twice(tmp_path):
+    write_tiny_dataset(tmp_path / "data", num_queries=250)
+    write_tiny_encoder(tmp_path / "encoder")
+    for name in ("undisturbed", "raced"):
+        (tmp_path / f"{name}.log").touch()
+        run_ranks(take_part, 2 if name == "undisturbed" else 3, tmp_path, name, name == "raced")
+    weights = [
+        (checkpoints_folder(tmp_path / name) / checkpoint_name(RACE_STEPS) / "encoder" / "model.safetensors").read_bytes()
+        for name in ("undisturbed", "raced")
+    ]
+    before = checkpoints_folder(tmp_path / "raced") / checkpoint_name(RACE_STEPS - RACE_EVERY) / "encoder" / "model.safetensors"
+    assert weights[0] == weights[1] != before.read_bytes()
+    embedded = [line.split() for line in (tmp_path / "raced.log").read_text().splitlines()]
+    assert set(Counter((folder, shard) for folder, shard, _ in embedded).values()) == {1}
+    by_folder = {folder: {who for f, _, who in embedded if f == folder} for folder, _, _ in embedded}
+    assert sum(len(who) == 2 for who in by_folder.values()) == len(SCHEDULE), "the passages of both checkpoints were shared"
+
+
+ROOT = Path(__file__).parent.parent.parent
+DISK_STEPS = 60
+DISK_JOB = """
+[run]
+trackers = ["tensorboard"]
+[data]
+path = "{root}/data"
+cache = "{root}/cache"
+[model]
+name = "{root}/encoder"
+[batch]
+queries = 7
+[chunk]
+tokens = 48
+[optim]
+steps = 60
+lr = 1e-3
+[checkpoint]
+every_steps = 10
+keep = 9
+[negatives]
+per_query = 2
+schedule = [{{checkpoint = 10, step = 20}}]
+"""
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("status")
+    write_tiny_dataset(folder / "data")
+    write_tiny_encoder(folder / "encoder", dropout=0.1)
+    (folder / "job.toml").write_text(DISK_JOB.format(root=folder))
+    data = open_dataset(folder / "data", folder / "cache")
+    num_queries = len(data.training_queries())
+    for name in ("undisturbed", "disturbed"):
+        for version in (0, 1):
+            ids = np.random.default_rng(version).integers(0, len(data.corpus), 4 * num_queries)
+            fields = {"checkpoint_step": version * 10 or None}
+            publish_negatives(folder / name, version, np.arange(num_queries + 1) * 4, ids, np.zeros(len(ids)), fields)
+    return folder
+
+
+def start_trainer(root: Path, name: str, **environment: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "launch", "train", str(root / "job.toml"), f"run.folder={root}/{name}"]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}, cwd=ROOT)
+
+
+def files_of(run: Path) -> dict[str, bytes]:
+    """Return the bytes of what is published and of what a resume reads: weights and moments."""
+    folder = run / "checkpoints" / f"step-{DISK_STEPS:08d}"
+    files = [folder / "encoder" / "model.safetensors", *(folder / "state").glob("part-*")]
+    assert len(files) == 2
+    return {file.name: file.read_bytes() for file in files}
+
+
+def test_a_disk_that_fails_for_a_while_changes_no_parameter(two_runs):
+    root = two_runs
+    faulty = f"{ROOT / 'tests' / 'system' / 'faulty'}:{ROOT}"
+    both = [
+        start_trainer(root, "undisturbed"),
+        start_trainer(root, "disturbed", PYTHONPATH=faulty, FAULTY_RUN=str(root / "disturbed")),
+    ]
+    said = [process.communicate(timeout=240)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said[1][-3000:]
+    run = root / "disturbed"
+    assert files_of(run) == files_of(root / "undisturbed")
+
+    refused = Counter((run / "refused").read_text())
+    assert refused["s"] >= 15 and refused["l"] >= 15 and refused["c"] == 3, "heartbeats, figures and a checkpoint failed"
+    assert said[1].count("the status is not told, and the run goes on") == 1, "once, not at each step"
+    assert said[1].count("metrics wait until they can be written") == 1
+    assert said[1].count("step-00000040 failed: Stale file handle") == 3
+    assert said[1].count("tensorboard fails, the run goes on without it") == 1
+    lines = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, DISK_STEPS + 1)), "no figure is lost"
+    assert read_status(run, "trainer")["phase"] == "finished"
+    assert [open_version(folder)["step"] for folder in versions(run / "checkpoints")] == list(range(0, DISK_STEPS + 1, 10))
