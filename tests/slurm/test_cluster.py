@@ -288,7 +288,7 @@ def final_bytes(run: Run) -> bytes:
     """Return the encoder, the moments and all else that a run ended with."""
     folder = run.folder / "checkpoints" / f"step-{NUM_STEPS:08d}"
     parts = sorted((folder / "state").glob("part-*"))
-    assert len(parts) == 4
+    assert parts
     return b"".join(path.read_bytes() for path in [folder / "encoder" / "model.safetensors", *parts])
 
 

@@ -1,6 +1,7 @@
 """Where Arrow tables and token ids are kept, and how several processes build one without tearing it."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -111,7 +112,7 @@ def _alone(lock: Path) -> Iterator[None]:
         lock.parent.mkdir(parents=True, exist_ok=True)
         held.acquire()
     except (OSError, NotImplementedError) as error:
-        if is_disk_error(error):
+        if is_disk_error(error) and getattr(error, "errno", None) != errno.ENOLCK:
             raise disk_error(error, lock.parent) from error
         log.warning("%s cannot be locked (%s); several processes may make the same table", lock.parent, error)
     try:
