@@ -222,5 +222,5 @@ def test_a_full_disk_is_waited_for_then_one_sentence_and_leaves_no_torn_version(
         # Started again, and twice at the same step is enough; where no start gets as far, the limit ends it.
         assert process.returncode in (EXIT_FAILED, EXIT_MUST_NOT_GO_ON) and "started again" in said, said + log
         assert "no room left on the disk for" in said.splitlines()[-1] and "Traceback" not in said, said + log
-        assert not any(f'File "{ROOT}/{package}' in log for package in ("launch", "trainer")), "only torchrun's own traceback"
+        assert not any(f'File "{ROOT}/{package}' in log for package in ("launch", "trainer")), log  # torchrun's own traceback may
         assert is_whole(run)
