@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import re
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -82,8 +83,15 @@ def _start(name: str, run: Path) -> Any:
         tracker = _MLflow(tracking.MLflowTracker(PROJECT, run_name=run.name))
     else:
         tracker = tracking.TensorBoardTracker("tensorboard", logs)  # the folder's name below logs/
+        threading.excepthook = _without_tensorboards
     tracker.start()
     return tracker
+
+
+def _without_tensorboards(failed: threading.ExceptHookArgs) -> None:
+    """Print what a thread failed with, unless TensorBoard's writer hands it on: `record` says that in one sentence."""
+    if type(failed.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(failed)
 
 
 def _first_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import sys
+import threading
 import time
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -143,6 +144,20 @@ def test_tensorboard_begins_a_new_file_when_its_disk_is_well_again(tmp_path, mon
     metrics.record(3, {"loss": 0.5})
     metrics.close()
     assert len(list((tmp_path / "logs" / "tensorboard").glob("events*"))) == 2
+
+
+def test_the_thread_of_tensorboard_fails_without_a_traceback(tmp_path, monkeypatch, capsys, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # pytest has one of its own
+    metrics = TrainerMetrics(tmp_path)
+    monkeypatch.setattr("tensorboard.compat.tensorflow_stub.io.gfile.LocalFileSystem.append", refuse)
+    for step in range(3):
+        metrics.record(step, {"loss": 0.5})
+    metrics.close()
+    assert caplog.text.count("tensorboard fails, the run goes on without it: [Errno 28] No space left on device") == 1
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_tracker_that_does_not_start_or_end_is_left_out(tmp_path, wandb, caplog):
