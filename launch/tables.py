@@ -95,7 +95,8 @@ def step_parts(found: dict[str, Any]) -> list[Part]:
 
 def loss_parts(found: dict[str, Any]) -> list[Part]:
     """Return the loss stage against bare products and the peer."""
-    title = f"loss stage, {found['rows']:,} x {found['columns']:,}, width {found['width']}, {found['dtype']}, {_machine(found)}"
+    size = f"{found['rows']:,} x {found['columns']:,}, width {found['width']}"
+    title = f"loss stage, {size}, {found['precision']}, {_machine(found)}"
     rows = [
         (name, f"{seconds:.2f}", f"{found['ratio']:.2f}" if name == "ours" else "1.00")
         for name, seconds in found["seconds"].items()
