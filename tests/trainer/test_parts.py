@@ -7,7 +7,9 @@ import torch
 
 import trainer.parts
 from trainer.handoff.manifest import TornVersion
-from trainer.parts import PART_BYTES, Fragment, Parts, part_name, write_part, writing_share
+from trainer.parts import Fragment, Parts, part_name, write_part, writing_share
+
+PART_BYTES = 64 * 2**20
 
 
 @pytest.mark.parametrize("writers", [1, 2, 3, 5])
@@ -70,7 +72,8 @@ def test_a_reader_opens_each_file_once_and_with_an_index_only_what_it_needs(tmp_
         (3, 2 * PART_BYTES, 2),
     ],
 )
-def test_as_many_ranks_write_a_copy_as_there_are_parts_of_some_size(num_copies, num_bytes, num_writers):
+def test_as_many_ranks_write_a_copy_as_there_are_parts_of_some_size(num_copies, num_bytes, num_writers, monkeypatch):
+    monkeypatch.setattr("trainer.parts.PART_BYTES", PART_BYTES)
     shares = [writing_share(copy, num_copies, num_bytes) for copy in range(num_copies)]
     written = [share for share in shares if share is not None]
     assert written == [(number, num_writers) for number in range(num_writers)], "everything once"
