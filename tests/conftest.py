@@ -1,5 +1,6 @@
 """Tests marked `gpu` run where torch sees one."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -16,3 +17,15 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was():
+    """Take away what a command called in this process logs with: it would write to another test's closed output."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    for handler in root.handlers[:]:
+        if handler not in handlers:
+            root.removeHandler(handler)
+    root.setLevel(level)

@@ -185,7 +185,8 @@ def stale_for_a_while(function, times):
 
 @pytest.mark.parametrize("place", ["parts", "links", "manifest", "latest", "prune"])
 def test_a_checkpoint_is_written_when_the_disk_is_well_again(tmp_path, monkeypatch, place):
-    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):  # as `world_of` sets them: for this test alone
+    monkeypatch.setattr(trainer.parts, "PART_BYTES", PART_BYTES)  # what `world_of` sets: for this test alone
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "")
     world = world_of(0, 1)
     state, plain = prepared(world, "ddp", 0.0)
