@@ -59,7 +59,7 @@ def collect_results(jobs: Jobs, data, seconds: float) -> dict[str, Any]:
         **rows,
         "versions_swapped": sum(version > 0 for _, version in swaps),
         "seconds": round(seconds, 1),
-        "num_test_queries": len(data.training_queries(split)) if split in data.qrels else 0,
+        "num_test_queries": len(data.evaluated_queries(split)) if split in data.qrels else 0,
     }
     write_atomically(run / "results.json", json.dumps(results, indent=1))
     return results

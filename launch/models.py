@@ -19,7 +19,7 @@ from trainer.encoder.source import resolve_model
 from trainer.encoder.tokens import tokenize, tokenize_side
 from trainer.encoder.topk import merge_top_k, top_k
 from trainer.errors import InputError
-from trainer.evaluate import DEPTH, evaluate, judged_queries, measure
+from trainer.evaluate import FOUND, evaluate, measure, without_own
 from trainer.handoff.manifest import TornVersion
 from trainer.handoff.pins import Pins
 from trainer.handoff.weights import newest_checkpoint, open_checkpoint
@@ -52,8 +52,8 @@ def evaluate_bm25(data: RetrievalData, split: str) -> dict[str, float]:
     """Return the measures of BM25 on a split."""
     from mining.bm25 import bm25_top_k
 
-    query_rows = judged_queries(data, split)
-    scores, ids = bm25_top_k(data, query_rows, DEPTH)
+    query_rows = data.evaluated_queries(split)
+    scores, ids = without_own(data, split, query_rows, *bm25_top_k(data, query_rows, FOUND))
     return measure(data, split, query_rows, scores, ids)
 
 

@@ -20,7 +20,10 @@ KNOWN = ("judged", "equal_texts", "duplicates")  # dropped for what is known of 
 
 @job_section
 class FilterSettings:
-    """Section `filter`: which candidates may become negatives. Judged positives, of any split, are always dropped."""
+    """Section `filter`: which candidates may become negatives.
+
+    Judged positives, of any split, and documents with the query's own id are always dropped.
+    """
 
     equal_texts: bool = True
     """Drop texts equal to a positive or to the query itself."""
@@ -85,7 +88,7 @@ class OwnTexts:
 
     list_of_Q: np.ndarray  # (Q,) int64
     indptr: np.ndarray  # (L + 1,) int64
-    rows: np.ndarray  # corpus rows judged relevant, in any split, to any query of the text
+    rows: np.ndarray  # corpus rows judged relevant, in any split, to any query of the text, or with the id of such a query
     keys: tuple[Keys, ...]  # of these queries; every way counts
 
 

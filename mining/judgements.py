@@ -19,7 +19,7 @@ class Judgements:
     positive_rows: np.ndarray  # corpus rows relevant in the training split
     text_of_query: np.ndarray  # (Q,) int64: queries of one text have one number, of T
     judged_indptr: np.ndarray  # (T + 1,) int64
-    judged_rows: np.ndarray  # corpus rows relevant, in any split, to any query of a text
+    judged_rows: np.ndarray  # corpus rows relevant, in any split, to any query of a text, and those with such a query's id
     allowed_N: np.ndarray  # (N,) bool: corpus rows that may be candidates
 
     @property
@@ -71,10 +71,15 @@ def own_texts(judgements: Judgements, places: slice, keys: tuple[Keys, ...]) -> 
 
 
 def _judged_by_text(data: RetrievalData, query_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the text of each of the queries, and (indptr, corpus rows) of what is relevant to each text in any split."""
+    """Return the text of each of the queries, and (indptr, corpus rows) of what is relevant to each text in any split.
+
+    A document with a query's own id is no negative of its text either: as in ArguAna, it is the query itself.
+    """
     first, num_passages = first_of_equal(data.text_keys["queries"]), len(data.corpus)
     texts, text_of_query = np.unique(first[query_rows], return_inverse=True)
     relevant = [(first[qrels.query_rows], qrels.corpus_rows, qrels.scores > 0) for qrels in data.qrels.values()]
+    has_own = data.own_rows >= 0
+    relevant.append((first[has_own], data.own_rows[has_own], np.ones(has_own.sum(), bool)))
     pairs = np.unique(np.concatenate([(text * num_passages + row)[is_relevant] for text, row, is_relevant in relevant]))
     pairs = pairs[np.isin(pairs // num_passages, texts)]
     indptr = np.append(np.searchsorted(pairs, texts * num_passages), len(pairs))

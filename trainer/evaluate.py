@@ -26,7 +26,7 @@ from trainer.encoder.shards import Shards, open_shards
 from trainer.encoder.tokens import tokenize_side
 from trainer.encoder.topk import merge_top_k, top_k
 from trainer.encoder.towers import SIDES
-from trainer.errors import InputError, MachineFailed
+from trainer.errors import MachineFailed
 from trainer.handoff.manifest import TornVersion
 from trainer.handoff.pins import Pins
 from trainer.health import SAMPLE_ROWS, evaluation_health
@@ -35,9 +35,10 @@ from trainer.world import World
 
 MEASURES = {"ndcg@10": nDCG @ 10, "mrr@10": RR @ 10, "recall@10": R @ 10, "recall@100": R @ 100}
 DEPTH = 100  # the deepest cut-off above
+FOUND = DEPTH + 1  # of a query: one of them may be the document with its own id
 SAMPLE_SHARDS = 32  # of the corpus, for its health
 SEARCHED_ROWS = 65536  # of the corpus, searched and put in the order of their ids at once
-MERGED = 8  # lists of the best, each Q x DEPTH, that are kept before they become one
+MERGED = 8  # lists of the best, each Q x FOUND, that are kept before they become one
 
 
 class Stopped(Exception):
@@ -65,7 +66,7 @@ def evaluate(
     Raises Stopped on every rank if one is asked to stop, MachineFailed for a shard that is altered while it is in use.
     Collective.
     """
-    query_rows, patience = judged_queries(data, split), Patience(world)
+    query_rows, patience = data.evaluated_queries(split), Patience(world)
     tokens = {"query": tokenize_side(data, "queries", tokenizer, traits).select(query_rows)}
     tokens["passage"] = tokenize_side(data, "corpus", tokenizer, traits)
     digest = weights_digest(encoder)
@@ -83,6 +84,7 @@ def evaluate(
         try:
             query_QD = query_shards.read_rows(np.arange(len(query_rows)))
             scores, ids = _search(world, patience, query_QD, passage_shards, data.corpus)
+            scores, ids = without_own(data, split, query_rows, scores, ids)
             found = None
             if world.speaks:
                 with patience.at_work():
@@ -95,11 +97,23 @@ def evaluate(
         return world.broadcast(found)
 
 
-def judged_queries(data: RetrievalData, split: str) -> np.ndarray:
-    """Return the rows of the queries with a positive in a split; raises InputError if there is no such split."""
-    if split not in data.qrels:
-        raise InputError(f"{data.path} has no qrels/{split}.tsv, only {', '.join(sorted(data.qrels))}; choose one as split")
-    return data.training_queries(split)
+def without_own(
+    data: RetrievalData, split: str, query_rows: np.ndarray, scores_Qk: np.ndarray, ids_Qk: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return ranked lists, DEPTH long, without the document that has its query's id, unless it is judged relevant.
+
+    Source: BEIR's `ignore_identical_ids`. Lists of FOUND are long enough for it.
+    """
+    if not len(ids_Qk):  # of a rank that does not speak
+        return scores_Qk, ids_Qk
+    own_Q, num_passages = data.own_rows[query_rows], len(data.corpus)
+    judged = data.qrels[split]
+    relevant = (judged.query_rows * num_passages + judged.corpus_rows)[judged.scores > 0]
+    is_out_Q = (own_Q >= 0) & ~np.isin(query_rows * num_passages + own_Q, relevant)
+    is_out_Qk = (ids_Qk == own_Q[:, None]) & is_out_Q[:, None]
+    scores_Qk, ids_Qk = np.where(is_out_Qk, -np.inf, scores_Qk), np.where(is_out_Qk, -1, ids_Qk)
+    order_Qk = np.argsort(is_out_Qk, axis=1, kind="stable")[:, :DEPTH]
+    return np.take_along_axis(scores_Qk, order_Qk, 1), np.take_along_axis(ids_Qk, order_Qk, 1)
 
 
 def measure(
@@ -112,6 +126,8 @@ def measure(
     names = dict(zip(rows.tolist(), data.corpus.select(rows)["_id"], strict=True))
     for query, passage, score in zip(judged.query_rows, judged.corpus_rows, judged.scores, strict=True):
         qrels.setdefault(str(query), {})[names[int(passage)]] = math.ceil(score)  # trec_eval has whole grades
+    for number, (query, score) in enumerate(zip(judged.absent_query_rows, judged.absent_scores, strict=True)):
+        qrels.setdefault(str(query), {})[f"\0{number}"] = math.ceil(score)  # no text has such an id
     run = {
         str(row): {names[i]: s for i, s in zip(ids, scores, strict=True) if i >= 0}
         for row, ids, scores in zip(query_rows, ids_Qk.tolist(), scores_Qk.tolist(), strict=True)
@@ -187,13 +203,13 @@ def _search(
     world: World, patience: Patience, query_QD: np.ndarray, shards: Shards, corpus: datasets.Dataset
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the merged best of all shards on rank 0, empty arrays elsewhere. Collective."""
-    found = [(np.full((len(query_QD), DEPTH), -np.inf, np.float32), np.full((len(query_QD), DEPTH), -1, np.int64))]
+    found = [(np.full((len(query_QD), FOUND), -np.inf, np.float32), np.full((len(query_QD), FOUND), -1, np.int64))]
     at_once = max(1, min(SEARCHED_ROWS // shards.shard_rows, -(-shards.num_shards // world.num_ranks)))
     for first in range(world.rank * at_once, shards.num_shards, world.num_ranks * at_once):
         group = range(first, min(first + at_once, shards.num_shards))
         by_name = _by_name(corpus, np.concatenate([shards.rows(shard) for shard in group]))
         passage_ND = np.concatenate([shards.read(shard) for shard in group])[by_name - by_name.min()]
-        scores, places = top_k(query_QD, passage_ND, DEPTH, device=world.device)
+        scores, places = top_k(query_QD, passage_ND, FOUND, device=world.device)
         found.append((scores, np.where(places < 0, -1, by_name[places])))
         found = [_merge(found, corpus)] if len(found) == MERGED else found
         patience.is_stopping(False)
@@ -212,7 +228,7 @@ def _merge(parts: list[tuple[np.ndarray, np.ndarray]], corpus: datasets.Dataset)
     by_name = _by_name(corpus, rows)
     place_of = np.argsort(by_name)  # of each of `rows`, which are ascending
     placed = [(scores, np.where(ids < 0, -1, place_of[np.searchsorted(rows, np.maximum(ids, rows[0]))])) for scores, ids in parts]
-    scores, places = merge_top_k(placed, DEPTH)
+    scores, places = merge_top_k(placed, FOUND)
     return scores, np.where(places < 0, -1, by_name[places])
 
 

@@ -26,7 +26,6 @@ from trainer.ema import build_average
 from trainer.encoder.model import Encoder, Traits
 from trainer.encoder.tokens import tokenize_side
 from trainer.errors import InputError
-from trainer.evaluate import judged_queries
 from trainer.feed import NegativesFeed
 from trainer.handoff.claim import Claim, claim_side
 from trainer.handoff.manifest import clean_staging
@@ -225,7 +224,7 @@ def claim_run(job: TrainJob, world: World) -> Claim:
 def check_sizes(job: TrainJob, data: RetrievalData, num_ranks: int) -> None:
     """Raise InputError where the data, the batches and the ranks do not fit together, or a split to decide by is missing."""
     if job.eval.every_steps is not None:
-        judged_queries(data, job.eval.dev_split)
+        data.evaluated_queries(job.eval.dev_split)
     rows = data.training_queries(job.data.train_split)
     batches = [("batch.queries", job.batch.queries, data.path, len(rows))]
     if job.batch.mode != "mixed":

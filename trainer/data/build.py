@@ -12,7 +12,7 @@ import numpy as np
 from trainer.data.beir import Judgement, read_judgements, read_texts
 from trainer.data.files import read_records
 from trainer.data.forms import Source
-from trainer.data.judged import JUDGED, NO_SCORE, SIDES, Pairs, save_given, sorted_judgements, write_about
+from trainer.data.judged import JUDGED, NO_SCORE, SIDES, Pairs, save_given, save_own, sorted_judgements, write_about
 from trainer.data.problems import Problem, Report, place_of
 from trainer.data.records import PARSERS, Bad, Example, find_form
 from trainer.data.texts import RowLookup, TextWriter, key_of, read_table
@@ -29,16 +29,17 @@ def build_source(source: Source, folder: Path, report: Report) -> None:
 
 
 def _build_beir(source: Source, folder: Path, report: Report) -> None:
-    lookups = {}
+    lookups, writers = {}, {}
     for side in SIDES:
         (file,) = source.files[side]
-        writer = TextWriter(folder / f"{side}.arrow")
+        writer = writers[side] = TextWriter(folder / f"{side}.arrow")
         for number, row_id, text in read_texts(file, report):
             writer.add(file, number, row_id, text)
         writer.settle(report, may_repeat=False)
         if not writer.id_keys:
             report(Problem(file, 0, "empty", "this file has no sound line; expected at least one text"))
         lookups[side] = RowLookup(np.load(folder / f"{side}-keys.npy")[0])
+    save_own(folder, writers["queries"].own_rows(writers["corpus"]))
     for name, files in source.files.items():
         if name not in SIDES:
             judged = _judged_rows(files[0], lookups, folder, report)
@@ -113,6 +114,7 @@ class _Records:
                 form = self._read_file(file, form, splits[split], negatives)
         query_rows = self._queries.settle(self._report, may_repeat=True)
         passage_rows = self._passages.settle(self._report, may_repeat=True)
+        save_own(self._folder, self._queries.own_rows(self._passages))
         judged = {split: sorted_judgements(pairs.rows(query_rows, passage_rows)) for split, pairs in splits.items()}
         for split, rows in judged.items():
             np.save(self._folder / f"qrels-{split}.npy", rows, allow_pickle=False)

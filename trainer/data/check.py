@@ -2,6 +2,7 @@
 
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from trainer.data.build import build_source
-from trainer.data.forms import find_source
+from trainer.data.forms import NO_COLUMNS, find_source
 from trainer.data.judged import SIDES
 from trainer.data.problems import Problem, has_rows
 from trainer.data.texts import batches, first_of_equal
@@ -49,9 +50,9 @@ class DataReport:
         return "\n".join(lines)
 
 
-def check_dataset(path: Path) -> DataReport:
-    """Return the report on a data set of any form; raises InputError if there is none."""
-    source = find_source(path)
+def check_dataset(path: Path, columns: Mapping[str, str] = NO_COLUMNS) -> DataReport:
+    """Return the report on a data set of any form; raises InputError if there is none. columns: as data.columns."""
+    source = find_source(path, columns)
     problems: list[Problem] = []
     with tempfile.TemporaryDirectory(prefix="negpool-check-") as name:
         folder = Path(name)

@@ -56,12 +56,13 @@ def training_set(data: RetrievalData, split: str, queries: TokenTable, passages:
 def _content_keys(data: RetrievalData, side: str, tokens: TokenTable, rows: np.ndarray | None = None) -> np.ndarray:
     """Return a key for each text of a side, or of some rows of it: equal where the texts are equal, or their tokens.
 
-    Under one rule for all texts the keys of tokens are that. Sources with prefixes or limits of their own make two inputs of
-    one text: then keys of texts and of tokens are joined, once for all processes of a machine.
+    Under one rule for all texts the keys of tokens are that. Sources with prefixes or limits of their own, and texts with
+    prompts, make two inputs of one text: then keys of texts and of tokens are joined, once for all processes of a machine.
     """
     word = "query" if side == "queries" else "passage"
     names = f"{word}_prefix", f"max_{word}_tokens"
-    if len({tuple(getattr(source.settings, name) for name in names) for source in data.sources}) == 1:
+    num_rules = len({tuple(getattr(source.settings, name) for name in names) for source in data.sources})
+    if num_rules == 1 and not data.has_prompts[side]:
         return tokens.key_of_row
     raw = data.text_keys[side] if rows is None else data.text_keys[side][rows]
     folder = build_once(

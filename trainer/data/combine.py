@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainer.data.judged import JUDGED, save_given, sorted_judgements, write_about
+from trainer.data.judged import ABSENT, JUDGED, save_absent, save_given, save_own, sorted_judgements, write_about
 from trainer.data.texts import SCHEMA, RowLookup, batches, key_of, read_table
 from trainer.errors import InputError
 from trainer.handoff.settings import SourceSettings
@@ -40,6 +40,7 @@ def combine_sources(parts: Parts, folder: Path) -> None:
     given = [_given(part, *rows) for (part, _), *rows in zip(parts, query_rows, passage_rows, strict=True)]
     num_queries = sum(len(rows) for rows in query_rows)
     save_given(folder, np.concatenate(given), judged, num_queries)
+    save_own(folder, np.concatenate([_own(part, rows) for (part, _), rows in zip(parts, passage_rows, strict=True)]))
     forms = [json.loads((part / "about.json").read_text())["form"] for part, _ in parts]
     write_about(folder, " + ".join(forms), first_rows=list(zip(first_queries, first_passages, strict=True)))
 
@@ -77,7 +78,7 @@ def _copy(table: Path, prefix: str, is_new: np.ndarray, writer: pa.RecordBatchSt
     for batch in batches(table):
         kept = batch.filter(pa.array(is_new[start : start + len(batch)]))
         ids = pc.binary_join_element_wise(prefix, kept.column("_id"), "") if prefix else kept.column("_id")
-        writer.write_batch(pa.record_batch([ids, kept.column("text")], schema=SCHEMA))
+        writer.write_batch(pa.record_batch([ids, kept.column("text"), kept.column("prompt")], schema=SCHEMA))
         start += len(batch)
 
 
@@ -103,7 +104,24 @@ def _combine_qrels(parts: Parts, query_rows: list[np.ndarray], passage_rows: lis
         ]
         found.append(sorted_judgements(np.concatenate(rows)))
         np.save(folder / name, found[-1], allow_pickle=False)
+        absent = [
+            _absent(part / name.replace("qrels", "absent"), rows) for (part, _), rows in zip(parts, query_rows, strict=True)
+        ]
+        save_absent(folder, name.removeprefix("qrels-").removesuffix(".npy"), np.concatenate(absent))
     return found
+
+
+def _absent(path: Path, query_rows: np.ndarray) -> np.ndarray:
+    """Return the judgements of one source that name no document, by new rows."""
+    found = np.load(path) if path.exists() else np.zeros(0, ABSENT)
+    found["query"] = query_rows[found["query"]]
+    return found
+
+
+def _own(part: Path, passage_rows: np.ndarray) -> np.ndarray:
+    """Return the new row of the document with the id of each query of one source, -1 where there is none."""
+    own = np.load(part / "own.npy")
+    return np.where(own < 0, -1, passage_rows[own])
 
 
 def _given(part: Path, query_rows: np.ndarray, passage_rows: np.ndarray) -> np.ndarray:

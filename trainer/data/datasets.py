@@ -6,6 +6,8 @@ again and an unchanged one is opened in milliseconds. A data set with any proble
 
 import hashlib
 import json
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,14 +17,17 @@ import numpy as np
 from trainer.data.build import build_source
 from trainer.data.cache import build_once, cache_folder, file_digest
 from trainer.data.combine import combine_sources
-from trainer.data.forms import Source, find_source
-from trainer.data.judged import SIDES
-from trainer.data.problems import refuse
+from trainer.data.forms import NO_COLUMNS, Source, find_source
+from trainer.data.judged import ABSENT, SIDES
+from trainer.data.problems import Blemishes, Refusal
 from trainer.data.texts import read_table
 from trainer.errors import InputError
 from trainer.handoff.settings import DataSettings, Sources, SourceSettings
 
-FORMAT = 2  # of the tables below; another number reads the files again
+log = logging.getLogger(__name__)
+
+BLEMISHES = "blemishes.json"  # what of the files was left out or read otherwise, by kind
+FORMAT = 3  # of the tables below; another number reads the files again
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,9 @@ class Qrels:
     corpus_rows: np.ndarray  # (n,) int64
     scores: np.ndarray  # (n,) float32 grades; above 0 is relevant
     teacher: np.ndarray  # (n,) float32, a teacher's score of the pair, NaN where there is none
+    # Judgements that name no document of the corpus, so that nothing can find them: ideal lists and recall count them.
+    absent_query_rows: np.ndarray  # (a,) int64
+    absent_scores: np.ndarray  # (a,) float32 grades
 
 
 @dataclass(frozen=True)
@@ -64,13 +72,15 @@ class RetrievalData:
 
     path: Path
     cache: Path
-    corpus: datasets.Dataset  # columns "_id" and "text", title included
+    corpus: datasets.Dataset  # columns "_id", "text", title included, and "prompt": its own prefix, or None
     queries: datasets.Dataset
     qrels: dict[str, Qrels]  # by split: train, dev, test as there are
     digest: str  # SHA-256 of the files
     content: dict[str, str]  # of "corpus" and "queries": SHA-256 over the keys of all texts
     text_keys: dict[str, np.ndarray]  # of both: 64-bit keys of the texts as they are, int64, memory-mapped
     sources: tuple[SourceRows, ...]
+    has_prompts: dict[str, bool]  # of both: whether a text has a prompt of its own
+    own_rows: np.ndarray  # (num_queries,) int64: the document that is never found for a query, as it has its id; -1: none
     given: Given | None = None
     num_proc: int | None = None  # processes that tokenise
     form: str = "BEIR"  # what the files were, for people
@@ -82,6 +92,11 @@ class RetrievalData:
         """
         qrels = self._qrels(split)
         return np.unique(qrels.query_rows[qrels.scores > 0])
+
+    def evaluated_queries(self, split: str) -> np.ndarray:
+        """Return the rows of the queries with a relevant document in a split, in the corpus or not, in file order, int64."""
+        qrels = self._qrels(split)
+        return np.union1d(self.training_queries(split), qrels.absent_query_rows[qrels.absent_scores > 0])
 
     def positives(self, query_rows: np.ndarray, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
         """Return the positives of some queries as (indptr, corpus rows), int64: those of the i-th in its slice."""
@@ -111,11 +126,20 @@ class RetrievalData:
 
 def open_data(settings: DataSettings, sources: Sources) -> RetrievalData:
     """Return the data of a job: that of data.path, or that of all sources as one; raises InputError."""
+    data = _opened(settings, sources)
+    own_rows = data.own_rows if settings.ignore_identical_ids else np.full_like(data.own_rows, -1)
+    return replace(data, num_proc=settings.num_proc, own_rows=own_rows)
+
+
+def _opened(settings: DataSettings, sources: Sources) -> RetrievalData:
     if not sources:
-        return replace(open_dataset(settings.path, settings.cache), num_proc=settings.num_proc)
-    parts = [_named(open_dataset(source.path, settings.cache), name, source) for name, source in sources.items()]
+        return open_dataset(settings.path, settings.cache, settings.columns, settings.strict)
+    parts = [
+        _named(open_dataset(source.path, settings.cache, columns_of(settings, source), settings.strict), name, source)
+        for name, source in sources.items()
+    ]
     if len(parts) == 1 and not parts[0].sources[0].settings.id_prefix:
-        return replace(parts[0], num_proc=settings.num_proc)
+        return parts[0]
     cache = cache_folder(settings.cache)
     depends_on = [[part.digest, part.sources[0].settings.id_prefix] for part in parts]
     digest = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
@@ -126,16 +150,37 @@ def open_data(settings: DataSettings, sources: Sources) -> RetrievalData:
         SourceRows(name, query, passage, source) for (name, source), (query, passage) in zip(sources.items(), firsts, strict=True)
     )
     path = Path(" + ".join(str(source.path) for source in sources.values()))
-    return replace(_open_tables(path, cache, folder, digest), sources=rows, num_proc=settings.num_proc)
+    return replace(_open_tables(path, cache, folder, digest), sources=rows)
 
 
-def open_dataset(path: Path, cache: Path | None = None) -> RetrievalData:
-    """Return the data set at a path; raises InputError with file, line and reason at the first problem."""
+def open_dataset(
+    path: Path, cache: Path | None = None, columns: Mapping[str, str] = NO_COLUMNS, strict: bool = False
+) -> RetrievalData:
+    """Return the data set at a path; raises InputError with file, line and reason at the first problem.
+
+    Blemishes are counted and said once; with strict they are refused, too. columns: as data.columns.
+    """
     cache = cache_folder(cache)
-    source = find_source(path)
+    source = find_source(path, columns)
     digest = _digest(source, cache)
-    folder = build_once(_folder(cache, digest), f"texts of {path}", lambda staging: build_source(source, staging, refuse))
+    folder = build_once(_folder(cache, digest), f"texts of {path}", lambda staging: _build(source, staging))
+    blemishes = [Blemishes(*each) for each in json.loads((folder / BLEMISHES).read_text())]
+    for kind, times, first in blemishes:
+        if strict:
+            raise InputError(f"{first}; data.strict=true refuses that, data.strict=false reads the rest")
+        log.info("%s: %s, %d times: %s", path, kind, times, first)
     return _open_tables(path, cache, folder, digest)
+
+
+def columns_of(settings: DataSettings, source: SourceSettings) -> Mapping[str, str]:
+    """Return the columns by which a source is read."""
+    return settings.columns if source.columns is None else source.columns
+
+
+def _build(source: Source, folder: Path) -> None:
+    report = Refusal()
+    build_source(source, folder, report)
+    (folder / BLEMISHES).write_text(json.dumps(report.blemishes()))
 
 
 def data_files(settings: DataSettings, sources: Sources) -> dict[str, str]:
@@ -144,8 +189,8 @@ def data_files(settings: DataSettings, sources: Sources) -> dict[str, str]:
     What comes from a hub by name has no files that a person changes, and none here.
     """
     cache = cache_folder(settings.cache)
-    paths = [source.path for source in sources.values()] or [settings.path]
-    found = [find_source(path).files for path in paths if path.exists()]
+    paths = [(source.path, columns_of(settings, source)) for source in sources.values()] or [(settings.path, settings.columns)]
+    found = [find_source(path, columns).files for path, columns in paths if path.exists()]
     return {str(file): file_digest(file, cache) for files in found for listed in files.values() for file in listed}
 
 
@@ -154,14 +199,20 @@ def _open_tables(path: Path, cache: Path, folder: Path, digest: str) -> Retrieva
     qrels = {}
     for file in sorted(folder.glob("qrels-*.npy")):
         rows = np.load(file, mmap_mode="r", allow_pickle=False)
-        qrels[file.stem.removeprefix("qrels-")] = Qrels(rows["query"], rows["passage"], rows["score"], rows["teacher"])
+        split = file.stem.removeprefix("qrels-")
+        absent_file = folder / f"absent-{split}.npy"
+        absent = np.load(absent_file, allow_pickle=False) if absent_file.exists() else np.zeros(0, ABSENT)
+        known = rows["query"], rows["passage"], rows["score"], rows["teacher"]
+        qrels[split] = Qrels(*known, absent["query"], absent["score"])
     given = None
     if (folder / "given-ids.npy").exists():
         given = Given(*(np.load(folder / f"given-{name}.npy", mmap_mode="r") for name in ("indptr", "ids", "scores")))
     about = json.loads((folder / "about.json").read_text())
     whole = SourceRows("data", 0, 0, SourceSettings(path=path))
     keys = {side: np.load(folder / f"{side}-keys.npy", mmap_mode="r")[1].view(np.int64) for side in SIDES}
-    return RetrievalData(path, cache, corpus, queries, qrels, digest, about["content"], keys, (whole,), given, form=about["form"])
+    own = np.load(folder / "own.npy", mmap_mode="r", allow_pickle=False)
+    tables = (corpus, queries, qrels, digest, about["content"], keys, (whole,), about["has_prompts"], own, given)
+    return RetrievalData(path, cache, *tables, form=about["form"])
 
 
 def _named(part: RetrievalData, name: str, settings: SourceSettings) -> RetrievalData:
@@ -174,4 +225,5 @@ def _folder(cache: Path, digest: str) -> Path:
 
 def _digest(source: Source, cache: Path) -> str:
     digests = {name: [file_digest(file, cache) for file in files] for name, files in source.files.items()}
-    return hashlib.sha256(json.dumps([source.kind, digests], sort_keys=True).encode()).hexdigest()
+    depends_on = [source.kind, digests, dict(source.columns)]
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()

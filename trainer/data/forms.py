@@ -6,8 +6,10 @@ them; or the name of a data set of the hub. Files named train, dev (validation) 
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from trainer.data.files import SUFFIXES
 from trainer.data.records import FORMS
@@ -15,6 +17,7 @@ from trainer.errors import InputError
 
 SPLIT_NAMES = {"train": "train", "dev": "dev", "validation": "dev", "valid": "dev", "val": "dev", "test": "test"}
 SPLIT_FILE = re.compile(rf"({'|'.join(SPLIT_NAMES)})([-_.].*)?$")
+NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?$|[a-z][\w-]+(:[\w.-]+)?$")
 
 
@@ -25,10 +28,18 @@ class Source:
     path: Path
     kind: str  # "beir" or "records"
     files: dict[str, list[Path]]  # beir: corpus, queries and qrels-SPLIT; records: by split
+    columns: Mapping[str, str] = field(default_factory=dict)  # as data.columns: our name -> the file's
 
 
-def find_source(path: Path) -> Source:
-    """Return the files of the data set at a path; raises InputError with what was found and the forms known."""
+def find_source(path: Path, columns: Mapping[str, str] = NO_COLUMNS) -> Source:
+    """Return the files of the data set at a path; raises InputError with what was found and the forms known.
+
+    columns: as data.columns.
+    """
+    return replace(_find(path), columns=columns)
+
+
+def _find(path: Path) -> Source:
     if path.is_file():
         if not path.name.endswith(SUFFIXES):
             raise InputError(f"{path} is no {', '.join(SUFFIXES)}; set data.path to {FORMS}")

@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from trainer.data.texts import prompts_digest
+
 SIDES = ("corpus", "queries")
 # score: grade of relevance, above 0 is relevant; teacher: a teacher's score, NaN where there is none
 JUDGED = np.dtype([("query", np.int64), ("passage", np.int64), ("score", np.float32), ("teacher", np.float32)])
+ABSENT = np.dtype([("query", np.int64), ("score", np.float32)])
 NO_SCORE = float("nan")
 
 
@@ -44,6 +47,20 @@ def sorted_judgements(judged: np.ndarray) -> np.ndarray:
     return ordered[is_new]
 
 
+def save_absent(folder: Path, split: str, absent: np.ndarray) -> None:
+    """Write the judgements of a split, (n,) ABSENT, that name no document of the corpus; none: no file.
+
+    Nothing can find them, and an ideal list has those whose grade is above 0, as trec_eval has it.
+    """
+    if len(absent):
+        np.save(folder / f"absent-{split}.npy", absent, allow_pickle=False)
+
+
+def save_own(folder: Path, own: np.ndarray) -> None:
+    """Write which corpus row has the id of each query, (num_queries,) int64, -1 where none has; only given ids count."""
+    np.save(folder / "own.npy", own.astype(np.int64), allow_pickle=False)
+
+
 def save_given(folder: Path, negatives: np.ndarray, judged: list[np.ndarray], num_queries: int) -> None:
     """Write the given negatives, row q those of query q, without any that is a positive of its query; none: no files."""
     if not len(negatives):
@@ -59,5 +76,10 @@ def save_given(folder: Path, negatives: np.ndarray, judged: list[np.ndarray], nu
 
 def write_about(folder: Path, form: str, **fields: Any) -> None:
     """Write what a table's reader must know beside it: its form, and a digest of each side's texts."""
-    content = {side: hashlib.sha256(np.load(folder / f"{side}-keys.npy")[1].tobytes()).hexdigest() for side in SIDES}
-    (folder / "about.json").write_text(json.dumps({"form": form, "content": content, **fields}))
+    content, has_prompts = {}, {}
+    for side in SIDES:
+        digest = hashlib.sha256(np.load(folder / f"{side}-keys.npy")[1].tobytes())
+        prompts = prompts_digest(folder / f"{side}.arrow")
+        digest.update(prompts)
+        content[side], has_prompts[side] = digest.hexdigest(), bool(prompts)
+    (folder / "about.json").write_text(json.dumps({"form": form, "content": content, "has_prompts": has_prompts, **fields}))

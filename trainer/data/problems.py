@@ -1,11 +1,12 @@
-"""What a person must mend in a data set, with file and place.
+"""What is wrong with a data set, with file and place: what a person must mend, and blemishes that can be lived with.
 
-One set of rules for two readers: `open_dataset` stops at the first problem, `check_dataset` collects all.
+One set of rules for two readers: `open_dataset` stops at the first problem and counts blemishes, `check_dataset` collects all.
 """
 
 import difflib
 import gzip
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -14,12 +15,13 @@ from trainer.errors import InputError
 
 
 class Problem(NamedTuple):
-    """Something in a data set that a person must mend; number 0: the file as a whole."""
+    """Something in a data set that a person must mend, or may; number 0: the file as a whole."""
 
     file: Path
     number: int  # of the line; of the row in a file without lines, counted from 1
     kind: str  # problems of one kind are counted together
     sentence: str
+    is_blemish: bool = False  # what is named is left out or read otherwise, and the rest is right
 
     def __str__(self) -> str:
         if not self.number:
@@ -28,6 +30,14 @@ class Problem(NamedTuple):
 
 
 Report = Callable[[Problem], None]
+
+
+class Blemishes(NamedTuple):
+    """All blemishes of one kind in a data set."""
+
+    kind: str
+    times: int
+    first: str  # as it is told, with its place
 
 
 def has_rows(file: Path) -> bool:
@@ -54,9 +64,22 @@ def place_of(file: Path, number: int) -> str:
     return f"{file}, row {number}" if has_rows(file) else f"{file}:{number}"
 
 
-def refuse(problem: Problem) -> None:
-    """Raise the problem as an InputError."""
-    raise InputError(str(problem))
+class Refusal:
+    """A report that raises the first problem as an InputError, and counts blemishes."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}  # by kind
+
+    def __call__(self, problem: Problem) -> None:
+        if not problem.is_blemish:
+            raise InputError(str(problem))
+        self._counts[problem.kind] += 1
+        self._first.setdefault(problem.kind, str(problem))
+
+    def blemishes(self) -> list[Blemishes]:
+        """Return what was counted, by kind, in the order of their first ones."""
+        return [Blemishes(kind, count, self._first[kind]) for kind, count in self._counts.items()]
 
 
 def near_names(missing: str, found: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ texts pass through some hundred megabytes. Two of ten million keys are equal by 
 """
 
 import array
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,8 @@ from trainer.data.problems import Problem, Report, has_rows, place_of
 
 BATCH = 10_000  # texts written at once
 PLACE_BITS = 40  # of the number of a line or row; the file stands above
-SCHEMA = pa.schema([("_id", pa.string()), ("text", pa.string())])
+# prompt: what stands before the text when it is encoded, in the place of the prefix of all; null: none of its own
+SCHEMA = pa.schema([("_id", pa.string()), ("text", pa.string()), ("prompt", pa.string())])
 
 
 class TextWriter:
@@ -27,16 +29,19 @@ class TextWriter:
     def __init__(self, out: Path):
         self.out = out
         self.id_keys, self.text_keys, self.places = (array.array("Q") for _ in range(3))
+        self.has_id = array.array("b")  # whether the file gives the text an id
         self._files: list[Path] = []
         self._ids: list[str] = []
         self._texts: list[str] = []
+        self._prompts: list[str | None] = []
         self._writer = pa.ipc.new_stream(str(out), SCHEMA)
 
-    def add(self, file: Path, number: int, row_id: str | None, text: str) -> int:
-        """Write a text and return which it is, from 0; a text without id has its content's digest for one."""
+    def add(self, file: Path, number: int, row_id: str | None, text: str, prompt: str | None = None) -> int:
+        """Write a text and return which it is, from 0; a text without id has its content's digest for one, prompt included."""
         encoded = text.encode()
+        self.has_id.append(row_id is not None)
         if row_id is None:
-            row_id = xxhash.xxh3_128_hexdigest(encoded)
+            row_id = xxhash.xxh3_128_hexdigest(encoded if prompt is None else f"{prompt}\0{text}".encode())
         if not self._files or self._files[-1] is not file:
             self._files.append(file)
         self.id_keys.append(key_of(row_id))
@@ -44,6 +49,7 @@ class TextWriter:
         self.places.append((len(self._files) - 1) << PLACE_BITS | number)
         self._ids.append(row_id)
         self._texts.append(text)
+        self._prompts.append(prompt)
         if len(self._ids) == BATCH:
             self._flush()
         return len(self.id_keys) - 1
@@ -65,7 +71,13 @@ class TextWriter:
             keep_rows(self.out, is_first)
         kept = np.stack([keys[is_first], np.array(self.text_keys, np.uint64)[is_first]])
         np.save(self.out.with_name(f"{self.out.stem}-keys.npy"), kept, allow_pickle=False)
+        self.given_id_keys = np.where(np.array(self.has_id, bool)[is_first], kept[0], 0)
         return (np.cumsum(is_first) - 1)[first]
+
+    def own_rows(self, passages: "TextWriter") -> np.ndarray:
+        """Return the row among settled passages that has the id of each row here, int64, -1; ids that we made do not count."""
+        ids = self.given_id_keys
+        return np.where(ids == 0, -1, RowLookup(passages.given_id_keys).find(ids))
 
     def place(self, index: int) -> tuple[Path, int]:
         """Return the file and the number that a text came from."""
@@ -74,8 +86,9 @@ class TextWriter:
 
     def _flush(self) -> None:
         if self._ids:
-            self._writer.write_batch(pa.record_batch([pa.array(self._ids), pa.array(self._texts)], schema=SCHEMA))
-            self._ids, self._texts = [], []
+            columns = [pa.array(column, pa.string()) for column in (self._ids, self._texts, self._prompts)]
+            self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+            self._ids, self._texts, self._prompts = [], [], []
 
     def _report_repeated(self, first: int, again: int, report: Report, may_repeat: bool) -> None:
         row_id = read_table(self.out)[again]["_id"]
@@ -103,6 +116,18 @@ def batches(path: Path) -> Iterator[pa.RecordBatch]:
     """Yield the batches of a table, memory-mapped."""
     with pa.memory_map(str(path)) as source:
         yield from pa.ipc.open_stream(source)
+
+
+def prompts_digest(path: Path) -> bytes:
+    """Return a digest of the prompts of a table with their rows; nothing if no text has one of its own."""
+    digest, start, has_any = xxhash.xxh3_128(), 0, False
+    for batch in batches(path):
+        prompts = batch.column("prompt")
+        if prompts.null_count < len(prompts):
+            has_any = True
+            digest.update(json.dumps([start, prompts.to_pylist()]).encode())
+        start += len(batch)
+    return digest.digest() if has_any else b""
 
 
 def keep_rows(path: Path, is_kept: np.ndarray) -> None:

@@ -29,7 +29,7 @@ from trainer.encoder.token_file import TokenFile, write_token_file
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # of the table on disk; another number tokenises again
+FORMAT = 3  # of the table on disk; another number tokenises again
 PARALLEL_FROM = 20_000  # texts; below, starting processes takes longer than tokenising
 
 
@@ -37,7 +37,7 @@ class TextRule(NamedTuple):
     """How the texts from one row on, up to the next rule's, become tokens."""
 
     first_row: int
-    prefix: str
+    prefix: str  # before texts that have no prompt of their own
     max_tokens: int  # longer texts are cut there, special tokens included
 
 
@@ -86,7 +86,8 @@ class TokenTable:
 
 
 def tokenize_side(data: RetrievalData, side: str, tokenizer: PreTrainedTokenizerBase, traits: Traits) -> TokenTable:
-    """Return the token table of all "queries" or of the whole "corpus", each source by its own prefix and limit.
+    """Return the token table of all "queries" or of the whole "corpus", each source by its own prefix and limit; a text's
+    own prompt stands in the place of the prefix.
 
     Made now, or found in the cache without a look at the texts.
     """
@@ -179,7 +180,10 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, rules: list[TextRule]) -> Calla
         for start, stop in itertools.pairwise(starts):
             if start < stop:
                 rule = rules[int(np.searchsorted(first_rows, rows[start], side="right")) - 1]
-                ids, cut = _encode(tokenizer, [rule.prefix + text for text in batch["text"][start:stop]], rule.max_tokens)
+                prompts = batch["prompt"][start:stop] if "prompt" in batch else [None] * (stop - start)
+                before = [rule.prefix if prompt is None else prompt for prompt in prompts]
+                whole = [prompt + text for prompt, text in zip(before, batch["text"][start:stop], strict=True)]
+                ids, cut = _encode(tokenizer, whole, rule.max_tokens)
                 arrays, is_cut = arrays + ids, is_cut + cut
         keys = [xxhash.xxh3_64_intdigest(row.tobytes()) - (1 << 63) for row in arrays]
         return {"input_ids": arrays, "length": [len(row) for row in arrays], "key": keys, "is_cut": is_cut}

@@ -1,5 +1,6 @@
 """The sections of a job that both sides of a run read."""
 
+from dataclasses import field
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +37,12 @@ class DataSettings:
     """Arrow tables and token ids; None: negpool in the user's cache folder."""
     train_split: str = "train"
     """The split that is trained on: qrels/NAME.tsv, or the files named so."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns of the files under the names that we read: {query = "question", positive = "answer"}."""
+    strict: bool = False
+    """Refuse files with blemishes, which otherwise are left out or read otherwise, counted and said: see docs/data.md."""
+    ignore_identical_ids: bool = True
+    """Never find a document for the query that has the same id, unless it is judged relevant, as BEIR does."""
     num_proc: PositiveInt | None = None
     """Processes that tokenise; None: one for each core, 16 at most, and one for few texts."""
 
@@ -46,6 +53,8 @@ class SourceSettings:
 
     path: Path
     """As data.path."""
+    columns: dict[str, str] | None = None
+    """As data.columns."""
     id_prefix: str = ""
     """Text before its ids, where another source has the same for other texts."""
     weight: PositiveFloat = 1.0
