@@ -78,7 +78,7 @@ def _copy(table: Path, prefix: str, is_new: np.ndarray, writer: pa.RecordBatchSt
     for batch in batches(table):
         kept = batch.filter(pa.array(is_new[start : start + len(batch)]))
         ids = pc.binary_join_element_wise(prefix, kept.column("_id"), "") if prefix else kept.column("_id")
-        writer.write_batch(pa.record_batch([ids, kept.column("text"), kept.column("prompt")], schema=SCHEMA))
+        writer.write_batch(pa.record_batch([ids, *kept.columns[1:]], schema=SCHEMA))
         start += len(batch)
 
 

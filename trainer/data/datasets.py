@@ -72,7 +72,7 @@ class RetrievalData:
 
     path: Path
     cache: Path
-    corpus: datasets.Dataset  # columns "_id", "text", title included, and "prompt": its own prefix, or None
+    corpus: datasets.Dataset  # the columns of SCHEMA (texts.py): "_id", "text", title included, …
     queries: datasets.Dataset
     qrels: dict[str, Qrels]  # by split: train, dev, test as there are
     digest: str  # SHA-256 of the files

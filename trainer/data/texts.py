@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -19,8 +20,20 @@ from trainer.data.problems import Problem, Report, has_rows, place_of
 
 BATCH = 10_000  # texts written at once
 PLACE_BITS = 40  # of the number of a line or row; the file stands above
-# prompt: what stands before the text when it is encoded, in the place of the prefix of all; null: none of its own
-SCHEMA = pa.schema([("_id", pa.string()), ("text", pa.string()), ("prompt", pa.string())])
+# prompt: what stands before the text when it is encoded, in the place of the prefix of all; null: none of its own.
+# type: FlagEmbedding's name of a query's task. title_length: characters of the text that are its title, a space behind them.
+SCHEMA = pa.schema(
+    [("_id", pa.string()), ("text", pa.string()), ("prompt", pa.string()), ("type", pa.string()), ("title_length", pa.int32())]
+)
+
+
+class Written(NamedTuple):
+    """A text as the table holds it: the columns of SCHEMA behind the id."""
+
+    text: str
+    prompt: str | None = None
+    type: str | None = None
+    title_length: int = 0
 
 
 class TextWriter:
@@ -31,13 +44,13 @@ class TextWriter:
         self.id_keys, self.text_keys, self.places = (array.array("Q") for _ in range(3))
         self.has_id = array.array("b")  # whether the file gives the text an id
         self._files: list[Path] = []
-        self._ids: list[str] = []
-        self._texts: list[str] = []
-        self._prompts: list[str | None] = []
+        self._rows: list[tuple] = []
         self._writer = pa.ipc.new_stream(str(out), SCHEMA)
 
-    def add(self, file: Path, number: int, row_id: str | None, text: str, prompt: str | None = None) -> int:
+    def add(self, file: Path, number: int, row_id: str | None, text: "str | Written") -> int:
         """Write a text and return which it is, from 0; a text without id has its content's digest for one, prompt included."""
+        text, *others = Written(text) if isinstance(text, str) else text
+        prompt = others[0]
         encoded = text.encode()
         self.has_id.append(row_id is not None)
         if row_id is None:
@@ -47,10 +60,8 @@ class TextWriter:
         self.id_keys.append(key_of(row_id))
         self.text_keys.append(xxhash.xxh3_64_intdigest(encoded))
         self.places.append((len(self._files) - 1) << PLACE_BITS | number)
-        self._ids.append(row_id)
-        self._texts.append(text)
-        self._prompts.append(prompt)
-        if len(self._ids) == BATCH:
+        self._rows.append((row_id, text, *others))
+        if len(self._rows) == BATCH:
             self._flush()
         return len(self.id_keys) - 1
 
@@ -85,10 +96,10 @@ class TextWriter:
         return self._files[place >> PLACE_BITS], place & ((1 << PLACE_BITS) - 1)
 
     def _flush(self) -> None:
-        if self._ids:
-            columns = [pa.array(column, pa.string()) for column in (self._ids, self._texts, self._prompts)]
+        if self._rows:
+            columns = [pa.array(column, field.type) for column, field in zip(zip(*self._rows, strict=True), SCHEMA, strict=True)]
             self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
-            self._ids, self._texts, self._prompts = [], [], []
+            self._rows = []
 
     def _report_repeated(self, first: int, again: int, report: Report, may_repeat: bool) -> None:
         row_id = read_table(self.out)[again]["_id"]

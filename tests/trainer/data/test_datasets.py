@@ -136,7 +136,7 @@ def test_what_is_read_in_many_batches_is_what_is_read_in_one(folder, tmp_path, m
     paths = {"beir": folder, "pairs": tmp_path / "pairs.jsonl"}
     whole = {name: open_dataset(path, tmp_path / "cache") for name, path in paths.items()}
     monkeypatch.setattr("trainer.data.texts.BATCH", 4)
-    monkeypatch.setattr("trainer.data.build.BLOCK", 5)
+    monkeypatch.setattr("trainer.data.collection.BLOCK", 5)
     for name, path in paths.items():
         parts = open_dataset(path, tmp_path / "other")
         assert len(parts.corpus.data.column("_id").chunks) > 2
