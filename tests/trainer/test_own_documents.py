@@ -21,8 +21,7 @@ from trainer.handoff.settings import DataSettings, SourceSettings
 
 
 def write_arguments(folder, num_queries=36):
-    """Write a data set whose queries are documents too, by their ids; one is judged relevant to itself.
-    """
+    """Write a data set whose queries are documents too, by their ids; one is judged relevant to itself."""
     write_tiny_dataset(folder, num_queries=num_queries)
     queries = [json.loads(line) for line in (folder / "queries.jsonl").read_text().splitlines()]
     with open(folder / "corpus.jsonl", "a") as corpus:

@@ -39,6 +39,7 @@ class TrainingSet:
     positive_rows: np.ndarray  # corpus rows, int64
     positive_grades: np.ndarray  # float32, of relevance
     positive_teacher: np.ndarray  # float32, a teacher's scores, NaN where there are none
+    own_rows: np.ndarray  # (num_queries,) int64 corpus row with the query's own id, no negative of it; -1: none
 
     @property
     def num_queries(self) -> int:
@@ -50,7 +51,8 @@ def training_set(data: RetrievalData, split: str, queries: TokenTable, passages:
     indptr, at = data.positive_judgements(data.training_queries(split), split)
     qrels = data.qrels[split]
     keys = _content_keys(data, "queries", queries, data.training_queries(split)), _content_keys(data, "corpus", passages)
-    return TrainingSet(queries, passages, *keys, indptr, qrels.corpus_rows[at], qrels.scores[at], qrels.teacher[at])
+    own_rows = data.own_rows[data.training_queries(split)]
+    return TrainingSet(queries, passages, *keys, indptr, qrels.corpus_rows[at], qrels.scores[at], qrels.teacher[at], own_rows)
 
 
 def _content_keys(data: RetrievalData, side: str, tokens: TokenTable, rows: np.ndarray | None = None) -> np.ndarray:
@@ -222,12 +224,17 @@ def _check_positives(dataset: TrainingSet, negatives: Negatives) -> None:
 
 
 def _positive_keys(dataset: TrainingSet, query_n: np.ndarray, positive_n: np.ndarray) -> np.ndarray:
-    """Return the content keys of all positives of each query, (n, M) int64, filled up with the chosen positive's."""
+    """Return the content keys of all positives of each query and of the document with its id, (n, M) int64, filled up with
+    the chosen positive's: no text of these is a negative of the query.
+    """
     start, stop = dataset.positive_indptr[query_n], dataset.positive_indptr[query_n + 1]
     most = max(1, int((stop - start).max(initial=0)))
     at_nM = start[:, None] + np.arange(most)
     is_there_nM = at_nM < stop[:, None]
     rows_nM = np.where(is_there_nM, dataset.positive_rows[np.where(is_there_nM, at_nM, 0)], positive_n[:, None])
+    own_n = dataset.own_rows[query_n]
+    if (own_n >= 0).any():
+        rows_nM = np.column_stack([rows_nM, np.where(own_n >= 0, own_n, positive_n)])
     return dataset.passage_keys[rows_nM]
 
 

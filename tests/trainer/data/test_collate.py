@@ -174,3 +174,13 @@ def test_two_towers_have_the_rows_of_one_and_are_told_their_side(dataset, negati
         assert found["input_ids"].equal(wanted["input_ids"])
         assert len(tower.load(torch.tensor([], dtype=torch.int64))["input_ids"]) == 1
     assert one.towers[0].encode({}) == {}
+
+
+def test_the_document_with_the_id_of_a_query_is_no_negative_of_it(dataset, negatives):
+    query_n, own_n = np.array([3, 0, 14]), np.array([7, -1, 9])
+    own_rows = np.full(dataset.num_queries, -1)
+    own_rows[query_n] = own_n
+    without, found = (make(each, negatives, query_n).positive_keys for each in (dataset, replace(dataset, own_rows=own_rows)))
+    for row, (before, after, own) in enumerate(zip(without, found, own_n, strict=True)):
+        more = {int(dataset.passage_keys[own])} if own >= 0 else set()
+        assert set(after.tolist()) == set(before.tolist()) | more, row
