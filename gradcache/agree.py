@@ -14,6 +14,7 @@ from gradcache.batch import Batch
 from gradcache.encode import Encoding
 from gradcache.gather import gather_integers
 
+SPREAD_UNIT = 1e-9  # of what travels as a whole number
 _DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 
@@ -39,6 +40,7 @@ class Agreed:
     num_passages: list[int]
     num_positives: int  # keys of judged positives of a query, the most on any rank
     num_halved: int  # chunks that did not fit into memory, the most on any rank
+    spread: float | None  # 1 - the mean cosine among the embeddings of a side on a rank, the most of all; 0: all are one
 
 
 def agree(batch: Batch, encoding: Encoding, num_halved: int, group: dist.ProcessGroup | None, device: torch.device) -> Agreed:
@@ -51,11 +53,13 @@ def agree(batch: Batch, encoding: Encoding, num_halved: int, group: dist.Process
     dtype = -1 if embedding_nD is None else _DTYPES.index(embedding_nD.dtype)
     row, key = _first_not_finite(batch, embedding_nD)
     counts = [batch.num_queries, batch.num_passages, batch.positive_keys.shape[1], num_halved]
-    every = gather_integers([*counts, min(widths), max(widths), dtype, row, key], group, device)
-    num_queries, num_passages, most_positives, halved, _, widest, dtypes, rows, keys = map(list, zip(*every, strict=True))
+    spread = -1 if embedding_nD is None or row >= 0 else _spread(embedding_nD, batch.num_queries)
+    every = gather_integers([*counts, min(widths), max(widths), dtype, row, key, spread], group, device)
+    columns = (list(column) for column in zip(*every, strict=True))
+    num_queries, num_passages, most_positives, halved, narrowest, widest, dtypes, rows, keys, spreads = columns
     if sum(num_queries) == 0:
         raise ValueError("the batch has no query on any rank; expected at least one")
-    distinct = {width for *_, narrow, wide, _, _, _ in every for width in (narrow, wide)} - {0}
+    distinct = {*narrowest, *widest} - {0}
     if len(distinct) > 1:
         found = " and ".join(map(str, sorted(distinct)))
         raise ValueError(f"the towers return embeddings of widths {found}; queries and passages need one width")
@@ -64,7 +68,19 @@ def agree(batch: Batch, encoding: Encoding, num_halved: int, group: dist.Process
             raise NotFinite(rank, row, num_queries[rank], key)
     if embedding_nD is None:
         embedding_nD = torch.empty(0, max(widest), dtype=_DTYPES[max(dtypes)], device=device)
-    return Agreed(embedding_nD, num_queries, num_passages, max(most_positives), max(halved))
+    widest_spread = max(spreads) * SPREAD_UNIT if max(spreads) >= 0 else None
+    return Agreed(embedding_nD, num_queries, num_passages, max(most_positives), max(halved), widest_spread)
+
+
+def _spread(embedding_nD: Tensor, num_queries: int) -> int:
+    """Return 1 - the mean cosine among queries or among passages, the more of the two, in SPREAD_UNIT; -1 without pairs.
+
+    Cost: n x D, by the sum of unit vectors.
+    """
+    unit_nD = torch.nn.functional.normalize(embedding_nD.detach().float(), dim=1)
+    sides = [side for side in (unit_nD[:num_queries], unit_nD[num_queries:]) if len(side) > 1]
+    cosines = [float(side.sum(0).square().sum() - len(side)) / (len(side) * (len(side) - 1)) for side in sides]
+    return max((max(0, round((1 - cosine) / SPREAD_UNIT)) for cosine in cosines), default=-1)
 
 
 def _first_not_finite(batch: Batch, embedding_nD: Tensor | None) -> tuple[int, int]:

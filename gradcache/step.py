@@ -37,6 +37,7 @@ class StepResult:
     num_padded_tokens: int  # the same with padding
     share_encoded_twice: float  # of the padded tokens
     share_masked: float  # of the scores of queries against passages
+    spread: float | None  # 1 - the mean cosine among queries or passages of a rank, the most of all; None: no rank has two
     encode_s: float
     loss_s: float  # gather and reduce-scatter included
     backward_s: float  # second encoding and parameter synchronisation included
@@ -119,6 +120,7 @@ def cached_step(
         num_padded_tokens=num_padded,
         share_encoded_twice=1 - num_once / num_padded if num_padded else 0.0,
         share_masked=loss.share_masked,
+        spread=agreed.spread,
         encode_s=encoded - started,
         loss_s=evaluated - encoded,
         backward_s=_now_s(device) - evaluated,

@@ -15,6 +15,8 @@ from trainer.data.shuffle import mix
 from trainer.handoff.negatives import Negatives
 from trainer.ranges import Share, job_section
 
+# 1 - the mean cosine of some passages, or of some queries: less is a model that has collapsed, and what is near means nothing
+MIN_SPREAD = 1e-3
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
@@ -55,6 +57,23 @@ def reasons_against(
             f"for {without:.1%} of the queries no candidate passed the filters, more than audit.max_without="
             f"{settings.max_without}; set search.top_k higher, or filter.relative_margin lower"
         )
+    return reasons
+
+
+def reasons_of_collapse(sides: dict[str, np.ndarray]) -> list[str]:
+    """Return why a checkpoint's embeddings are not worth a search, in words: they are nearly one.
+
+    sides: some embeddings of queries and of passages, (n, D), by name.
+    """
+    reasons = []
+    for name, found_nD in sides.items():
+        unit_nD = found_nD / np.maximum(np.linalg.norm(found_nD.astype(np.float32), axis=1, keepdims=True), 1e-12)
+        n = len(unit_nD)
+        mean_cosine = float((np.square(unit_nD.sum(0, dtype=np.float64)).sum() - n) / max(1, n * (n - 1)))
+        if n > 1 and 1 - mean_cosine < MIN_SPREAD:
+            reasons.append(
+                f"the model has collapsed: all {name} have nearly one embedding, with a mean cosine of {mean_cosine:.5f}"
+            )
     return reasons
 
 

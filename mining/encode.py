@@ -18,6 +18,7 @@ from trainer.encoder.shards import Shards
 from trainer.encoder.tokens import TokenTable, tokenize_side
 from trainer.handoff.weights import Checkpoint
 
+FEW = 1000  # embeddings that tell what they are like
 BLOCK_ROWS = 65536  # of a block, at most
 
 
@@ -91,6 +92,10 @@ class Embeddings:
             embedding_nD[here] = self.shard(shard)[rows[here] - shard * self.shards.shard_rows]
             self.let_go(shard)
         return embedding_nD
+
+    def first(self) -> np.ndarray:
+        """Return the first embeddings, at most FEW, from as few shards as hold them: one is hashed when it is first read."""
+        return self.read(np.arange(min(FEW, self.shards.num_rows)))
 
     @property
     def num_blocks(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mining.audit import reasons_against
+from mining.audit import reasons_against, reasons_of_collapse
 from mining.candidates import BM25Retriever, BothRetrievers, DenseRetriever, Retriever
 from mining.clusters import cluster_queries
 from mining.draw import Draw, Drawn
@@ -42,6 +42,7 @@ def mine_checkpoint(work: Work, task: Task, checkpoint: Checkpoint) -> None:
     job, ranks, judgements = work.job, work.ranks, work.judgements
     encoded = encode_checkpoint(work, task, checkpoint)
     queries, passages = encoded.queries, encoded.passages
+    ranks.decide(lambda: refuse(reasons_of_collapse({"queries": queries.first(), "passages": passages.first()})))
     indexed = index_passages(work, task, encoded)
     ranks.decide(lambda: refuse(reasons_against(job.audit, indexed.settings.factory, indexed.recall)))
     dense = DenseRetriever(ranks, judgements, queries, passages, indexed.indexes, job.search.top_k)

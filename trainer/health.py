@@ -38,6 +38,14 @@ def uniformity(rows_nD: Tensor) -> float:
     return float(exponents.logsumexp(0) - np.log(len(exponents)))
 
 
+def spread(rows_nD: Tensor) -> float:
+    """Return 1 - the mean cosine over all pairs of unit vectors: 0 is one point. Cost: n x D. ValueError for fewer than two."""
+    if len(rows_nD) < 2:
+        raise ValueError(f"the spread is about pairs, and there are {len(rows_nD)} rows; expected at least 2")
+    n = len(rows_nD)
+    return 1 - float((rows_nD.double().sum(0).square().sum() - n) / (n * (n - 1)))
+
+
 def effective_rank(rows_nD: Tensor) -> float:
     """Return how many dimensions the rows use: the exponential of the entropy of their singular values, 1 to min(n, D).
 
@@ -118,6 +126,7 @@ def evaluation_health(
         found[f"effective_rank/{name}"] = effective_rank(rows_nD)
         if len(rows_nD) > 1:
             found[f"uniformity/{name}"] = uniformity(rows_nD)
+            found[f"spread/{name}"] = spread(rows_nD)
     hardest = hardest_negatives(ids_Qk, scores_Qk, query_rows_J, ids_J)
     for name, scores in (("positive_score", positive_scores), ("hardest_negative_score", hardest)):
         if len(scores):

@@ -9,14 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+from trainer.collapse import LEAST_SPREAD
 from trainer.encoder.model import save_encoder, weights_digest
 from trainer.encoder.shards import KEEP_ENCODINGS, prune_shards
 from trainer.encoder.towers import Encoder
-from trainer.errors import InputError, MachineFailed
+from trainer.errors import InputError, MachineFailed, MustNotGoOn
 from trainer.evaluate import evaluate
 from trainer.handoff.manifest import prune, write_atomically
 from trainer.handoff.weights import checkpoints_folder
 from trainer.job import TrainJob
+from trainer.last_good import last_good
 from trainer.parallel import copy_weights, fill_copy
 from trainer.prepare import Training
 
@@ -131,8 +133,11 @@ def _evaluated(run: Training, split: str, phase: str) -> dict[str, float]:
     shards = folder / "shards" if has_checkpoint else folder / "evaluations" / "shards"
     run.status.update(phase=phase, training_done=run.state.step == run.num_steps, done=0, total=None)
 
+    health: dict[str, Any] = {}
+
     def on_health(found: dict[str, Any]) -> None:
-        run.metrics.record(run.state.step, found)
+        health.update(found)
+        run.metrics.record(step, found)
 
     with evaluable(run) as encoder:
         measures = evaluate(
@@ -148,10 +153,28 @@ def _evaluated(run: Training, split: str, phase: str) -> dict[str, float]:
             on_health=on_health,
         )
     run.status.update(last_evaluation={"step": step, "split": split, **measures})
+    _check_health(run, health)
     if run.world.speaks:
         # Behind the loop's back: the others are about to take a step together.
         threading.Thread(target=_prune, args=(shards, KEEP_ENCODINGS if has_checkpoint else 0), daemon=True).start()
     return measures
+
+
+def _check_health(run: Training, health: dict[str, Any]) -> None:
+    """Raise MustNotGoOn, on every rank alike, where training has given all evaluated texts one embedding. Collective.
+
+    health: of the evaluation, on rank 0.
+    """
+    spreads = [health.get(f"health/spread/{side}", 1.0) for side in ("queries", "passages")]
+    if run.state.step == 0 or not run.world.broadcast(min(spreads) < LEAST_SPREAD):
+        return
+    run.saver.wait()
+    good = last_good(run.job.run.folder, run.state.early_stop.best_step or 0)
+    raise MustNotGoOn(
+        f"step {run.state.step}: the model has collapsed: all evaluated texts have nearly one embedding, with a mean cosine of "
+        f"{1 - min(spreads):.4f}; {good}; set a lower optim.lr, now {run.job.optim.lr:g}, or a longer optim.warmup_share, and "
+        "go on from there in a new run.folder"
+    )
 
 
 def _prune(shards: Path, keep: int) -> None:

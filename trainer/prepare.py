@@ -6,7 +6,7 @@ A run folder that holds a whole checkpoint is resumed from it, an empty one is s
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
@@ -17,6 +17,7 @@ from gradcache import Temperature
 from trainer.backends import parallelize
 from trainer.budget import kept_budget
 from trainer.checkpoint import Saver, clean_parts, load_state, load_weights
+from trainer.collapse import Collapse
 from trainer.data.collate import TrainingSet, given_negatives, training_set
 from trainer.data.datasets import RetrievalData, open_data
 from trainer.data.order import build_order
@@ -73,6 +74,7 @@ class Training:
     num_steps: int
     claim: Claim  # this start's place in the run folder
     saved_step: int | None = None  # of the newest checkpoint
+    collapse: Collapse = field(default_factory=Collapse)
     is_at_bound: bool = False  # the learnt temperature, behind the last step
     data_s: float = 0.0  # that the last step took to put its batch together
     batch_key: str = ""  # of the queries of the last step: equal keys, equal global batches

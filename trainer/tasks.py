@@ -49,5 +49,6 @@ def joined(results: Sequence[StepResult], weights: Sequence[float]) -> StepResul
         loss=sum(result.loss * weight for result, weight in zip(results, weights, strict=True)),
         share_encoded_twice=sum(r.share_encoded_twice * r.num_padded_tokens for r in results) / padded,
         share_masked=sum(r.share_masked for r in results) / len(results),  # tasks' batches are of one size, more or less
+        spread=max((r.spread for r in results if r.spread is not None), default=None),
         **sums,
     )

@@ -25,7 +25,7 @@ from trainer.precision import product_dtype
 from trainer.prepare import Training, prepare
 from trainer.state import Outcome
 from trainer.tasks import joined
-from trainer.update import check_skipped, not_finite, update
+from trainer.update import check_collapsed, check_skipped, not_finite, update
 from trainer.world import World
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ def train(job: TrainJob, world: World) -> Outcome:
             state.step += 1
             record(run, result, grad_norm, time.perf_counter() - started)
             check_skipped(run)
+            check_collapsed(run, result.spread)
             evaluate_on_dev(run)
             if state.step % job.checkpoint.every_steps == 0 or state.step == run.num_steps:
                 save(run)
@@ -168,6 +169,7 @@ def record(run: Training, result: StepResult, grad_norm: float, seconds: float) 
         "share/padding": round(1 - result.num_tokens / max(1, result.num_padded_tokens), 4),
         "share/encoded_twice": result.share_encoded_twice,
         "share/masked": result.share_masked,
+        "spread": result.spread,
         "time/step_s": round(seconds, 4),
         "time/data_s": round(run.data_s, 5),
         "time/encode_s": round(result.encode_s, 4),

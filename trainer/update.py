@@ -61,6 +61,24 @@ def check_skipped(run: Training) -> None:
     )
 
 
+def check_collapsed(run: Training, spread: float | None) -> None:
+    """Raise MustNotGoOn, on every rank alike, where all texts have come to nearly one embedding. Collective then.
+
+    spread: of the step's embeddings, made by the weights of before its update.
+    """
+    if not run.collapse.observe(spread):
+        return
+    assert spread is not None
+    run.saver.wait()
+    step, steps = run.state.step, run.collapse.num_steps
+    raise MustNotGoOn(
+        f"step {step}: the model has collapsed: for {steps} steps all texts have nearly one embedding, with a mean cosine of "
+        f"{1 - spread:.3f}, and {1 - run.collapse.widest:.3f} where they were furthest apart; "
+        f"{last_good(run.job.run.folder, step - steps - 1)}; set a lower optim.lr, now {run.job.optim.lr:g}, or a longer "
+        "optim.warmup_share, and go on from there in a new run.folder"
+    )
+
+
 def not_finite(run: Training, error: NotFinite) -> Exception:
     """Return the error that ends a run whose encoder gives a text NaN or infinity. Collective.
 
