@@ -1,4 +1,4 @@
-"""The command `negpool`, also `python -m launch`: exit codes and error sentences for every command.
+"""The command line, behind negpool.py: exit codes and error sentences for every command.
 
 0 done; 2 a job or input that cannot be used; 75 asked to stop, state saved; 78 a run that must not go on as it is; 1 a machine
 that failed, or our own bugs. All but bugs are told in one sentence, without a traceback.

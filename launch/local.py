@@ -146,7 +146,7 @@ def sides(run: Path, job_file: Path, plan: Plan) -> tuple[Side, Side]:
     def seeing(gpus: tuple[str, ...]) -> dict[str, str]:
         return env | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
 
-    module = [sys.executable, "-m", "launch"]
+    module = [sys.executable, "-m", "negpool"]
     torchrun = [
         sys.executable,
         "-m",
@@ -156,7 +156,7 @@ def sides(run: Path, job_file: Path, plan: Plan) -> tuple[Side, Side]:
     ]
     trainer = Side(
         "trainer",
-        [*torchrun, "-m", "launch", "train", str(job_file)],
+        [*torchrun, "-m", "negpool", "train", str(job_file)],
         seeing(plan.train_gpus),
         run / "logs" / "trainer.log",
     )

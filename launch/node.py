@@ -42,7 +42,7 @@ class Place:
         except KeyError:
             raise InputError(
                 "python -m launch.node is for srun, on the nodes of a Slurm job; on one machine: "
-                "torchrun --nproc-per-node 2 -m launch train JOB.toml"
+                "torchrun --nproc-per-node 2 -m negpool train JOB.toml"
             ) from None
         if num_tasks != num_nodes:
             raise InputError(
@@ -110,7 +110,7 @@ def main() -> int:
         print(f"negpool: {error}", file=sys.stderr)
         return EXIT_REFUSED
     num_ranks = place.num_gpus or launch.get("train_ranks", LaunchSettings.train_ranks)
-    return launch_ranks(place, num_ranks, ["-u", "-m", "launch", "train", job, *overrides])
+    return launch_ranks(place, num_ranks, ["-u", "-m", "negpool", "train", job, *overrides])
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def world_of_trainers(environment: Mapping[str, str]) -> dict[str, str]:
     if started > 1:
         raise InputError(
             f"mpiexec started {started} processes, and none of them would know of the others; ranks that train or evaluate are "
-            f"started by srun, or by torchrun --nproc-per-node {started} -m launch"
+            f"started by srun, or by torchrun --nproc-per-node {started} -m negpool"
         )
     return {}
 

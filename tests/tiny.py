@@ -73,6 +73,14 @@ def write_tiny_dataset(folder: Path, num_queries: int = 48, seed: int = 0) -> Pa
     return folder
 
 
+def write_own_modules(folder: Path) -> Path:
+    """Write a working folder where a person keeps modules named as ours, which fail when they are imported."""
+    folder.mkdir()
+    for name in ("launch", "trainer", "mining", "gradcache"):
+        (folder / f"{name}.py").write_text(f"raise RuntimeError('{name}.py of the working folder was imported')\n")
+    return folder
+
+
 def write_tiny_encoder(folder: Path, seed: int = 0, dropout: float = 0.1) -> Path:
     """Write a random BERT of two layers and width 32, and its tokenizer, as transformers saves them."""
     rules = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="[UNK]"))

@@ -64,7 +64,7 @@ def _idle_service(data: Path) -> Iterator[list[psutil.Process]]:
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w+") as log:
         job = Path(folder) / "job.toml"
         job.write_text(JOB.format(folder=folder, data=data.resolve()))
-        command = [*mpi_command(MINER_RANKS), sys.executable, "-m", "launch", "mine", str(job)]
+        command = [*mpi_command(MINER_RANKS), sys.executable, "-m", "negpool", "mine", str(job)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         launcher = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         processes = [psutil.Process(launcher.pid)]

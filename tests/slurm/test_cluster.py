@@ -388,7 +388,7 @@ def test_scaling_is_measured_for_each_number_of_nodes(cluster, root):
 
 
 def test_tasks_of_srun_train_and_evaluate_as_one_world(cluster, root):
-    python, environment = [sys.executable, "-m", "launch"], cluster.env | {"SLURM_CPUS_PER_TASK": "1"}
+    python, environment = [sys.executable, "-m", "negpool"], cluster.env | {"SLURM_CPUS_PER_TASK": "1"}
     alone = ["negatives.per_query=0", "negatives.schedule=[]", "optim.steps=2", "eval.split=none"]
     train = ["srun", "-N2", "-n2", *python, "train", root / "job.toml", f"run.folder={root}/tasks", *alone]
     words = [*python, "eval", root / "encoder", root / "data", "--json"]
@@ -413,7 +413,8 @@ def test_an_mpiexec_inside_a_job_stays_on_its_node(cluster, root):
 
 
 def test_miners_that_are_each_alone_are_refused(cluster, root):
-    command = ["srun", "-n2", "--mpi=none", sys.executable, "-m", "launch", "mine", root / "job.toml", f"run.folder={root}/alone"]
+    negpool = [sys.executable, "-m", "negpool"]
+    command = ["srun", "-n2", "--mpi=none", *negpool, "mine", root / "job.toml", f"run.folder={root}/alone"]
     found = subprocess.run(command, env=cluster.env, capture_output=True, text=True, timeout=120)
     assert found.returncode == 2, found.stderr
     assert "srun started 2 miners, and each is alone in its MPI world (Open MPI" in found.stderr

@@ -349,7 +349,7 @@ def two_runs(tmp_path_factory):
 
 
 def start_trainer(root: Path, name: str, **environment: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "launch", "train", str(root / "job.toml"), f"run.folder={root}/{name}"]
+    command = [sys.executable, "-m", "negpool", "train", str(root / "job.toml"), f"run.folder={root}/{name}"]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}, cwd=ROOT)
 
 

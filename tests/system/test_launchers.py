@@ -1,4 +1,4 @@
-"""The trainer under everybody's launcher and every backend: real processes, one result."""
+"""The trainer under everybody's launcher and every backend: real processes, one result, whatever the working folder holds."""
 
 import json
 import shutil
@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import write_tiny_dataset, write_tiny_encoder
+from tests.tiny import write_own_modules, write_tiny_dataset, write_tiny_encoder
 from trainer.errors import InputError
 from trainer.job import ParallelSettings
 
 ROOT = Path(__file__).parent.parent.parent
 LAUNCHERS = {
-    "torchrun": ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "launch"],
+    "torchrun": ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "negpool"],
     **{backend: ["accelerate", "launch", "--config_file", str(ROOT / f"launch/accelerate/{backend}.yaml"),
-                 "--num_processes", "2", "-m", "launch"] for backend in ("ddp", "fsdp2", "zero2", "zero3")},
-    "deepspeed": ["deepspeed", "--num_accelerators", "2", "--no_local_rank", "--module", "launch"],
+                 "--num_processes", "2", "-m", "negpool"] for backend in ("ddp", "fsdp2", "zero2", "zero3")},
+    "deepspeed": ["deepspeed", "--num_accelerators", "2", "--no_local_rank", "--module", "negpool"],
 }  # fmt: skip
 JOB = """
 [data]
@@ -48,6 +48,7 @@ def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launchers")
     write_tiny_dataset(folder / "data")
     write_tiny_encoder(folder / "encoder", dropout=0.0)
+    write_own_modules(folder / "work")
     (folder / "job.toml").write_text(JOB.format(root=folder))
     return folder
 
@@ -56,7 +57,7 @@ def launch(root, launcher, name, *overrides, exit_code=0):
     """Train under a launcher; return the JSON object, or all that was said where there is none."""
     program, *words = LAUNCHERS[launcher]
     command = [Path(sys.executable).parent / program, *words, "train", root / "job.toml", f"run.folder={root}/{name}", *overrides]
-    ended = subprocess.run([*map(str, command), "--json"], capture_output=True, text=True, timeout=240, cwd=ROOT)
+    ended = subprocess.run([*map(str, command), "--json"], capture_output=True, text=True, timeout=240, cwd=root / "work")
     said = ended.stdout + ended.stderr
     assert (ended.returncode == 0) == (exit_code == 0), said[-3000:]
     return json.loads(next(line for line in ended.stdout.splitlines() if line.startswith('{"fin'))) if exit_code == 0 else said
@@ -116,8 +117,8 @@ def copy_until(root, name, step):
 
 def alone(root, name, *overrides):
     """Train in one process; return the exit code and what was said."""
-    command = [sys.executable, "-m", "launch", "train", str(root / "job.toml"), f"run.folder={root}/{name}", *overrides]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
+    command = [sys.executable, "-m", "negpool", "train", str(root / "job.toml"), f"run.folder={root}/{name}", *overrides]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=root / "work")
     return ended.returncode, ended.stderr
 
 

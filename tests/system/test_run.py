@@ -70,7 +70,7 @@ def write_job(root: Path, name: str) -> Path:
 def start(root: Path, name: str) -> subprocess.Popen:
     job = write_job(root, name)
     return subprocess.Popen(
-        [sys.executable, "-m", "launch", "run", str(job), "--json"],
+        [sys.executable, "-m", "negpool", "run", str(job), "--json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -192,7 +192,7 @@ def test_input_that_cannot_be_used_is_one_sentence_and_exit_2(root, undisturbed)
         ("run.folder=/proc/run",): "cannot write /proc/run",
     }
     for overrides, sentence in cases.items():
-        command = [sys.executable, "-m", "launch", "run", str(root / "undisturbed.toml"), *overrides]
+        command = [sys.executable, "-m", "negpool", "run", str(root / "undisturbed.toml"), *overrides]
         found = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
         assert found.returncode == 2, (overrides, found.stderr)
         assert sentence in found.stderr and "Traceback" not in found.stderr
@@ -207,7 +207,7 @@ def test_a_full_disk_is_waited_for_then_one_sentence_and_leaves_no_torn_version(
         command = [
             sys.executable,
             "-m",
-            "launch",
+            "negpool",
             "run",
             str(write_job(root, "full")),
             f"run.folder={run}",
