@@ -13,8 +13,9 @@ from typing import Any
 import typer
 
 from launch.local import TrainerDied
-from trainer.errors import EXIT_REFUSED, EXIT_STOPPED, TOLD, exit_code
+from trainer.errors import EXIT_REFUSED, EXIT_STOPPED, TOLD, InputError, exit_code
 from trainer.handoff.manifest import disk_error, is_disk_error
+from trainer.handoff.rights import unreadable
 
 # What typer raises for an unknown command or option; it does not export the class, only one derived from it.
 USAGE_ERROR: type[Any] = typer.BadParameter.__bases__[0]
@@ -47,7 +48,9 @@ def main() -> None:
     except Exception as error:
         if not is_disk_error(error):
             raise
-        code = _say(disk_error(error, getattr(error, "filename", None) or "a file"))
+        path = getattr(error, "filename", None) or "a file"
+        told = unreadable(path)
+        code = _say(disk_error(error, path) if told is None else InputError(told))
     sys.exit(code)
 
 

@@ -20,8 +20,9 @@ from trainer.encoder.tokens import tokenize, tokenize_side
 from trainer.encoder.topk import merge_top_k, top_k
 from trainer.errors import InputError
 from trainer.evaluate import FOUND, evaluate, measure, without_own
-from trainer.handoff.manifest import TornVersion
+from trainer.handoff.manifest import NotReadable, TornVersion
 from trainer.handoff.pins import Pins
+from trainer.handoff.rights import is_writable, unreadable
 from trainer.handoff.weights import newest_checkpoint, open_checkpoint
 
 EXCERPT_LINES = 3
@@ -133,32 +134,47 @@ def encode_question(encoder, tokenizer, traits, question: str) -> np.ndarray:
 def locate_model(model: str, data: RetrievalData) -> tuple[str, Path]:
     """Return what load_encoder takes, and the folder of encoded shards to use with it.
 
-    A run folder stands for its newest checkpoint, and a run's shards are used for its models.
+    A run folder stands for its newest checkpoint, and a run's shards are used for its models by who may write there.
     """
     folder = model_folder(model)
     path = Path(os.path.expanduser(model))
-    if (path / "checkpoints").is_dir():
-        return folder, path / "shards"
     parents = Path(os.path.realpath(folder)).parents  # unlike resolve, it follows a circle of links without an error
-    run = parents[2] if len(parents) > 2 else path
-    if (run / "checkpoints").is_dir() and (run / "shards").is_dir():
-        return folder, run / "shards"
+    run = path if (path / "checkpoints").is_dir() or len(parents) < 3 else parents[2]
+    shards = run / "shards"
+    is_of_run = (run / "checkpoints").is_dir() and (run == path or shards.is_dir())
+    # Another person's run may be read and not written.
+    if is_of_run and is_writable(shards if shards.is_dir() else run):
+        return folder, shards
     return folder, data.cache / "shards"
 
 
 def model_folder(model: str) -> str:
     """Return what load_encoder takes: of a run folder its newest whole checkpoint, of a checkpoint its encoder."""
     path = Path(os.path.expanduser(model))
+    if (told := unreadable(path)) is not None:
+        raise InputError(told)
     if not path.is_dir():
         resolve_model(model)  # a name that leads nowhere is refused before it is looked at as a run or a checkpoint
     if (path / "checkpoints").is_dir():
-        checkpoint = newest_checkpoint(path)
+        passed_over: list[TornVersion] = []
+        checkpoint = newest_checkpoint(path, passed_over.append)
         if checkpoint is None:
-            raise InputError(f"{path} has no whole checkpoint yet; wait for one, or name a model folder")
+            raise _without_checkpoint(path, passed_over)
         return str(checkpoint.encoder_folder)
     if (path / "encoder").is_dir() and (path / "manifest.json").is_file():
         try:
             return str(open_checkpoint(path).encoder_folder)
+        except NotReadable as told:
+            raise InputError(str(told)) from told
         except TornVersion as torn:
             raise InputError(f"the checkpoint {path} is not whole ({torn}); name another one") from torn
     return model
+
+
+def _without_checkpoint(run: Path, passed_over: list[TornVersion]) -> InputError:
+    """Return why no checkpoint of a run is taken: there is none, none is whole, or none may be read."""
+    if not passed_over:
+        return InputError(f"{run} has no checkpoint yet; wait for one, or name a model folder")
+    if isinstance(passed_over[0], NotReadable):
+        return InputError(str(passed_over[0]))
+    return InputError(f"{run} has no whole checkpoint ({passed_over[0]}); wait for one, or name a model folder")

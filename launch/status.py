@@ -16,6 +16,7 @@ from launch.view import clock, miner_line, trainer_line
 from mining.figures import ages
 from trainer.errors import ENDED, FAILED, InputError
 from trainer.handoff.manifest import read_latest
+from trainer.handoff.rights import unreadable
 from trainer.metrics import heartbeat_age_s, read_status
 
 SILENT_AFTER_S = 60.0  # a side that has not written for so long is said to be silent
@@ -25,6 +26,8 @@ LOOK_EVERY_S = 1.0
 @contextlib.contextmanager
 def reading(run: Path) -> Iterator[None]:
     """Turn what comes of files that no run writes into an InputError that names the run."""
+    if (told := unreadable(run / "job.toml")) is not None:
+        raise InputError(told)
     try:
         yield
     except InputError:

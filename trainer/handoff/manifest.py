@@ -20,6 +20,7 @@ from typing import Any
 
 from trainer.errors import InputError, MachineFailed
 from trainer.handoff.clock import seconds_since_written
+from trainer.handoff.rights import give_rights, unreadable
 
 MANIFEST = "manifest.json"
 LATEST = "LATEST"
@@ -38,6 +39,10 @@ BROKEN = (errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ENOTC
 
 class TornVersion(Exception):
     """A version is absent, incomplete or altered; the message names the file."""
+
+
+class NotReadable(TornVersion):
+    """A version is there, and this process may not read it; the message names who may change that."""
 
 
 def publish_version(
@@ -64,6 +69,7 @@ def publish_version(
         files = {str(p.relative_to(staging)): _size_and_hash(p) for p in sorted(staging.rglob("*")) if p.is_file()}
         manifest = {**fields, "files": files}
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        give_rights(staging)
         for path in [*staging.rglob("*"), staging]:
             _fsync(path)
         may_publish()
@@ -87,9 +93,13 @@ def remove_torn(folder: Path) -> bool:
     aside = folder.parent / f"{STAGING}{folder.name}-{socket.gethostname()}-{os.getpid()}-torn"
     try:
         torn = folder.stat().st_ino
-        with contextlib.suppress(TornVersion):
+        try:
             open_version(folder)
             return False
+        except NotReadable as error:  # whole, perhaps, for whoever may read it
+            raise InputError(str(error)) from error
+        except TornVersion:
+            pass
         shutil.rmtree(aside, ignore_errors=True)
         if folder.stat().st_ino != torn:  # replaced while this one read
             return False
@@ -147,7 +157,7 @@ def open_version(folder: Path, only: str = "") -> dict[str, Any]:
         try:
             actual = _size_and_hash(folder / name)
         except OSError as error:
-            raise TornVersion(f"{folder / name} is missing") from error
+            raise _not_opened(folder / name, f"{folder / name} is missing") from error
         if actual != expected:
             raise TornVersion(
                 f"{folder / name} is not what its manifest says: {actual['bytes']} bytes, SHA-256 "
@@ -162,16 +172,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text())
         manifest["files"].items()
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise TornVersion(f"{folder} has no readable {MANIFEST}") from error
+        raise _not_opened(folder / MANIFEST, f"{folder} has no readable {MANIFEST}") from error
     return manifest
 
 
 def versions(parent: Path) -> list[Path]:
-    """Return the versions below a folder in the order of their names, complete ones only, unverified."""
+    """Return the versions below a folder in the order of their names: complete ones, unverified, and those not to be read."""
     if not parent.is_dir():
         return []
     found = (p for p in parent.iterdir() if not p.name.startswith("."))
-    return sorted(p for p in found if (p / MANIFEST).is_file())
+    return sorted(p for p in found if unreadable(p / MANIFEST) or (p / MANIFEST).is_file())
 
 
 def write_latest(parent: Path, name: str) -> None:
@@ -254,6 +264,12 @@ def delete_version(folder: Path, is_wanted: Callable[[], bool] = lambda: False) 
             raise disk_error(error, folder) from error
     shutil.rmtree(gone, ignore_errors=True)
     return True
+
+
+def _not_opened(path: Path, reason: str) -> TornVersion:
+    """Return why a version's file was not opened: that this process may not, or another reason."""
+    told = unreadable(path)
+    return TornVersion(reason) if told is None else NotReadable(told)
 
 
 def _rename_unless_there(staging: Path, folder: Path) -> dict[str, Any] | None:
