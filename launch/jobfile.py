@@ -23,7 +23,8 @@ from trainer.job import TrainJob
 from trainer.ranges import in_words, job_section
 
 Job = TypeVar("Job")
-HOW = {("data", "cache"), ("data", "num_proc"), ("run", "trackers")}  # where and by how many something is made, not what
+# Where and by how many something is made, not what.
+HOW = {("data", "cache"), ("data", "num_proc"), ("encode", "device"), ("run", "trackers")}
 SOURCES = "sources"  # the one section of sections, [sources.NAME]
 MAY_CHANGE = {"launch", "mine", "parallel", "chunk", "checkpoint", "eval"}  # sections, from one start of a run to the next
 
@@ -33,6 +34,9 @@ class LaunchJob:
     """The sections that only `negpool run` reads."""
 
     launch: LaunchSettings = dataclasses.field(default_factory=LaunchSettings)
+
+
+SECTIONS = tuple(field.name for job in (TrainJob, MineJob, LaunchJob) for field in dataclasses.fields(job))
 
 
 @dataclass(frozen=True)
@@ -129,15 +133,14 @@ def _apply(table: dict, override: str) -> None:
 
 
 def _refuse_unknown_sections(table: dict, path: Path) -> None:
-    sections = [field.name for job in (TrainJob, MineJob, LaunchJob) for field in dataclasses.fields(job)]
     for section, values in table.items():
-        if section not in sections:
-            raise InputError(f"{path}: unknown section [{section}]; {_nearest(section, sections)}")
+        if section not in SECTIONS:
+            raise InputError(f"{path}: unknown section [{section}]; {_nearest(section, SECTIONS)}")
         if not isinstance(values, dict):
             raise InputError(f"{path}: {section} is {values!r}, expected a section [{section}] with keys")
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def _nearest(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
 

@@ -5,7 +5,6 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,7 +145,7 @@ def _look(jobs: Jobs, model: str, out: Path | None, show: str | None) -> tuple[A
 
     Raises InputError for what would only be found out after the mining.
     """
-    from launch.models import locate_model
+    from launch.named import as_it_is, locate_model
     from mining.export import refuse_file
     from mining.judgements import read_judgements
     from mining.show import find_query
@@ -162,9 +161,8 @@ def _look(jobs: Jobs, model: str, out: Path | None, show: str | None) -> tuple[A
         return None, None
     if holds_vectors(Path(model)):
         return Path(model), None
-    folder, shards = locate_model(model, data)
-    # What is trained of a model is no concern here.
-    return replace(jobs.train.model, name=folder, lora_rank=0, quantize=None), shards
+    folder, shards = locate_model(model, data.cache)
+    return as_it_is(jobs.train.model, folder), shards
 
 
 def _told(mined: "Mined", out: Path | None, form: str, show: str | None) -> dict[str, Any]:

@@ -1,13 +1,28 @@
-"""Arguments and options that several commands have."""
+"""Arguments and options that several commands have.
 
+Short options of settings are written down once, in SHORT, and end as overrides: what a job file says of a model, of data or of
+encoding, every command that reads a model takes, by the same names and the same checks.
+"""
+
+import functools
+import inspect
+import json
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperCommand
 
+from trainer.errors import InputError
+
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="job file")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="a setting; sections below")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[section.key=value]...", help="a setting of model, data or encode; see negpool settings SECTION"),
+]
 Model = Annotated[str, typer.Argument(help="model folder, run folder, hub name or package")]
 Data = Annotated[Path, typer.Argument(help="data set: BEIR folder, record files, saved data set or name of the hub")]
 Rounds = Annotated[int, typer.Option(min=1, help="turns of everybody; medians are shown")]
@@ -15,6 +30,81 @@ Peer = Annotated[bool, typer.Option(help="measure sentence-transformers, too")]
 Out = Annotated[Path | None, typer.Option(help="folder for a report: JSON, Markdown and a picture")]
 AllowChange = Annotated[bool, typer.Option("--allow-change", help="go on in a run's folder with another job")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output")]
+
+
+class Short(NamedTuple):
+    """A setting's short option."""
+
+    setting: str
+    kind: type
+    help: str
+    metavar: str | None = None
+    as_value: Callable[[Any], str] = lambda value: quoted(value) if isinstance(value, str) else str(value)
+
+    @property
+    def parameter(self) -> Any:
+        option = typer.Option(help=self.help, metavar=self.metavar, rich_help_panel=PANEL, show_default=False)
+        return Annotated[self.kind | None, option]
+
+
+def _columns(given: str) -> str:
+    """Return `query=question,positive=answer` as the setting data.columns has it."""
+    pairs = [pair.partition("=") for pair in given.split(",")]
+    if not all(name.strip() and column.strip() for name, _, column in pairs):
+        raise InputError(
+            f"--columns {given!r} does not name columns; expected query=question,positive=answer: our names, the file's"
+        )
+    return "{" + ", ".join(f"{quoted(name.strip())} = {quoted(column.strip())}" for name, _, column in pairs) + "}"
+
+
+def quoted(text: str) -> str:
+    """Return a text as TOML quotes it."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+PANEL = "How texts are read and encoded (default: as the model's folder says)"
+COLUMNS = {
+    "columns": Short("data.columns", str, "columns of the files, by our names", "query=question,positive=answer", _columns)
+}
+SHORT = COLUMNS | {
+    "query_prefix": Short("model.query_prefix", str, "text before every query"),
+    "passage_prefix": Short("model.passage_prefix", str, "text before every passage"),
+    "max_query_tokens": Short("model.max_query_tokens", int, "tokens of a query, special ones included"),
+    "max_passage_tokens": Short("model.max_passage_tokens", int, "tokens of a passage"),
+    "width": Short("model.width", int, "keep the first so many numbers of an embedding"),
+    "pooling": Short("model.pooling", str, "what becomes of a text's tokens", "mean|cls|last|weighted_mean"),
+    "precision": Short("encode.dtype", str, "of the products (default: fp32)", "fp32|bf16|fp16"),
+    "device": Short("encode.device", str, "default: a GPU where there is one", "cpu|cuda|cuda:N"),
+}
+
+
+def with_short(options: dict[str, Short]) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Return what gives a command the options in the place of its parameter `short`, which gets what was given as overrides."""
+
+    def decorate(command: Callable[..., int]) -> Callable[..., int]:
+        @functools.wraps(command)
+        def run(**given: Any) -> int:
+            chosen = {name: value for name in options if (value := given.pop(name)) is not None}
+            return command(**given, short=[f"{options[name].setting}={options[name].as_value(chosen[name])}" for name in chosen])
+
+        parameters = []
+        for parameter in inspect.signature(command).parameters.values():
+            added = [parameter.replace(name=name, annotation=each.parameter) for name, each in options.items()]
+            parameters += [parameter] if parameter.name != "short" else [each.replace(default=None) for each in added]
+        run.__signature__ = inspect.Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {"return": int}
+        return run
+
+    return decorate
+
+
+def split_words(words: list[str]) -> tuple[list[str], list[str]]:
+    """Return the words of a question, and those that are a setting: section.key=value of a section that jobs have."""
+    from launch.jobfile import SECTIONS
+
+    setting = re.compile(rf"({'|'.join(SECTIONS)})(\.\w+)+=.*", re.DOTALL)
+    is_setting = [setting.fullmatch(word) is not None for word in words]
+    return tuple([word for word, each in zip(words, is_setting, strict=True) if each == wanted] for wanted in (False, True))  # type: ignore[return-value]
 
 
 class JobCommand(TyperCommand):

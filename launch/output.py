@@ -1,14 +1,18 @@
 """What commands print: one JSON object on standard output with --json, else text and tables; messages go to standard error."""
 
+import contextlib
 import json
 import logging
 import sys
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+SAY_EVERY_S = 15.0  # of work that goes on, where there is no terminal to redraw
 MEASURE_TITLES = {"ndcg@10": "nDCG@10", "mrr@10": "MRR@10", "recall@10": "Recall@10", "recall@100": "Recall@100"}
 ROW_TITLES = {"bm25": "BM25", "untrained": "untrained model", "trained": "trained model"}
 
@@ -47,6 +51,24 @@ def messages() -> Console:
 def results() -> Console:
     """Return the console for what was asked for: standard output."""
     return Console(soft_wrap=True, highlight=False)
+
+
+@contextlib.contextmanager
+def told_progress(what: str, speaks: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """Yield what takes texts done and to do: a live line in a terminal, else a line every now and then."""
+    console, said_at = messages(), time.monotonic()
+    if not speaks or not console.is_terminal:
+
+        def tell(done: int, total: int) -> None:
+            nonlocal said_at
+            if speaks and total and time.monotonic() - said_at > SAY_EVERY_S:
+                said_at = time.monotonic()
+                console.print(f"{what}  {done:,}/{total:,}", markup=False)
+
+        yield tell
+        return
+    with console.status(what) as line:
+        yield lambda done, total: line.update(f"{what}  {done:,}/{total:,}" if total else what)
 
 
 def print_json(value: Any) -> None:

@@ -40,10 +40,14 @@ def find_query(data: RetrievalData, judgements: Judgements, query_id: str) -> in
         return training_ids.index(query_id)
     if query_id in data.queries["_id"][:]:
         raise InputError(f"query {query_id!r} has no positive in the training split, so nothing is mined for it")
+    raise InputError(f"there is no training query {query_id!r}; near to it: {', '.join(near_ids(query_id, training_ids))}")
+
+
+def near_ids(asked: str, known: list[str]) -> list[str]:
+    """Return the ids that look most like one that is not there."""
     # Looking through all ids of a large data set for near ones takes minutes: those of about its length first.
-    alike = sorted(training_ids, key=lambda known: (abs(len(known) - len(query_id)), known[:1] != query_id[:1]))[:20_000]
-    near = difflib.get_close_matches(query_id, alike, n=NEAR, cutoff=0.3) or training_ids[:NEAR]
-    raise InputError(f"there is no training query {query_id!r}; near to it: {', '.join(near)}")
+    alike = sorted(known, key=lambda each: (abs(len(each) - len(asked)), each[:1] != asked[:1]))[:20_000]
+    return difflib.get_close_matches(asked, alike, n=NEAR, cutoff=0.3) or known[:NEAR]
 
 
 def _passages(texts: list[Texts], scores: list[float] | None, teacher: list[float] | None) -> list[dict[str, Any]]:

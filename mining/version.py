@@ -81,11 +81,11 @@ def draw(
 def kept_tiles(work: Work, task: Task) -> KeptTiles:
     """Return where the negatives of a version are kept until it is published."""
     job, checkpoint = work.job, task.checkpoint
-    sections = (job.filter, job.sample, job.rerank, job.search, job.index, job.encode)
+    sections = (job.filter, job.sample, job.rerank, job.search, job.index)
     about = {"version": task.version, "weights": checkpoint and checkpoint.manifest["weights_digest"], "data": work.data.digest}
     about |= {"seed": job.run.seed, "passages": [job.mine.passages, job.mine.max_drift], "bm25": job.mine.bm25_top_k}
     about["cross_encoder"] = work.reranker and work.reranker.digest
-    return KeptTiles(job.run.folder, about | {"job": [asdict(section) for section in sections]})
+    return KeptTiles(job.run.folder, about | {"job": [*(asdict(section) for section in sections), job.encode.numbers]})
 
 
 def publish_drawn(

@@ -22,6 +22,7 @@ from mining.sources import changed_files, claim_data
 from mining.state import Refresh, write_refresh
 from mining.watch import HOLDER, PIN_S, Task, Watch
 from trainer.data.datasets import RetrievalData, open_data
+from trainer.encoder.device import choose_device
 from trainer.errors import InputError, MachineFailed
 from trainer.handoff.claim import Claim, claim_side
 from trainer.handoff.heartbeat import BEAT_S, beating
@@ -177,8 +178,8 @@ def open_work(job: MineJob, ranks: Ranks, claim: Claim) -> Work:
     ranks.decide(lambda: check_clusters(job.clusters, judgements.num_queries))
     ranks.decide(lambda: claim_negatives(run, *sizes))
     last = last_version(run, *sizes) if ranks.speaks else None
-    local_rank, num_gpus = ranks.local_rank(), torch.cuda.device_count()
-    device = torch.device("cuda", local_rank % num_gpus) if num_gpus else torch.device("cpu")
+    local_rank = ranks.local_rank()
+    device = ranks.together(lambda: choose_device(job.encode.device, local_rank))
     work = Work(
         job=job,
         ranks=ranks,

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from trainer.data.datasets import RetrievalData
 from trainer.encoder.missing import Texts, encode_missing
 from trainer.encoder.model import Encoder, Traits, weights_digest
-from trainer.encoder.shards import Shards, open_shards
+from trainer.encoder.shards import DEFAULTS, EncodeSettings, Shards, open_shards
 from trainer.encoder.tokens import tokenize_side
 from trainer.encoder.topk import merge_top_k, top_k
 from trainer.encoder.towers import SIDES
@@ -54,6 +54,7 @@ def evaluate(
     traits: Traits,
     shards_root: Path,
     *,
+    encode: EncodeSettings = DEFAULTS,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
     on_health: Callable[[dict[str, Any]], None] | None = None,
@@ -61,6 +62,7 @@ def evaluate(
     """Return the measures of a split; the same on every rank up to the last bits of a product.
 
     encoder: the bare encoder, not its DDP wrapper.
+    encode: what the encoder computes in, on the device where it is.
     on_progress: called with texts done and to do, of all ranks.
     on_health: called on rank 0 with what `split_health` finds.
     Raises Stopped on every rank if one is asked to stop, MachineFailed for a shard that is altered while it is in use.
@@ -73,13 +75,13 @@ def evaluate(
     with Pins() if world.speaks else contextlib.nullcontext() as pins:
         texts = [
             Texts(
-                open_shards(shards_root, digest, traits.pooling, tokens[side], encoder, side, pins=pins),
+                open_shards(shards_root, digest, traits.pooling, tokens[side], encoder, side, encode, pins),
                 encoder.side(side),
                 tokens[side],
             )
             for side in SIDES
         ]
-        _encode(world, patience, texts, on_progress, should_stop)
+        encode_all(world, patience, texts, on_progress, should_stop)
         query_shards, passage_shards = (each.shards for each in texts)
         try:
             query_QD = query_shards.read_rows(np.arange(len(query_rows)))
@@ -95,6 +97,30 @@ def evaluate(
             raise MachineFailed(f"a shard was altered or deleted while it was evaluated: {torn}") from torn
         patience.wait()
         return world.broadcast(found)
+
+
+def encode_all(
+    world: World,
+    patience: Patience,
+    texts: list[Texts],
+    on_progress: Callable[[int, int], None],
+    should_stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Return when all is encoded, by this rank, the others or the miner; raise Stopped on all if one must stop. Collective."""
+
+    def go_on(done: int, total: int) -> None:
+        if patience.is_stopping(should_stop()):
+            raise Stopped
+        on_progress(done, total)
+
+    is_stopped = False
+    try:
+        encode_missing(texts, go_on, world.rank, world.num_ranks)
+    except Stopped:
+        is_stopped = True
+    patience.wait()
+    if world.all_max([int(is_stopped or should_stop())])[0]:
+        raise Stopped
 
 
 def without_own(
@@ -173,30 +199,6 @@ def split_health(
 def _some(num_rows: int, draw: np.random.Generator) -> np.ndarray:
     """Return at most SAMPLE_ROWS of the row numbers, ascending."""
     return np.sort(draw.choice(num_rows, min(SAMPLE_ROWS, num_rows), replace=False))
-
-
-def _encode(
-    world: World,
-    patience: Patience,
-    texts: list[Texts],
-    on_progress: Callable[[int, int], None],
-    should_stop: Callable[[], bool],
-) -> None:
-    """Return when all is encoded, by this rank, the others or the miner; raise Stopped on all if one must stop."""
-
-    def go_on(done: int, total: int) -> None:
-        if patience.is_stopping(should_stop()):
-            raise Stopped
-        on_progress(done, total)
-
-    is_stopped = False
-    try:
-        encode_missing(texts, go_on, world.rank, world.num_ranks)
-    except Stopped:
-        is_stopped = True
-    patience.wait()
-    if world.all_max([int(is_stopped or should_stop())])[0]:
-        raise Stopped
 
 
 def _search(

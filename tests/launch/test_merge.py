@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from launch.commands import app
-from launch.models import model_folder
+from launch.named import model_folder
 from tests.tiny import write_tiny_encoder
 from trainer.encoder.model import ModelSettings, load_encoder, save_encoder
 from trainer.errors import InputError

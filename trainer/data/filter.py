@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from trainer.data.datasets import RetrievalData
 from trainer.encoder.missing import Texts, encode_missing
 from trainer.encoder.model import Encoder, Traits, weights_digest
-from trainer.encoder.shards import Shards, open_shards
+from trainer.encoder.shards import DEFAULTS, EncodeSettings, Shards, open_shards
 from trainer.encoder.tokens import tokenize_side
 from trainer.encoder.topk import merge_top_k, top_k
 from trainer.encoder.towers import SIDES
@@ -50,6 +50,7 @@ def find_consistent(
     k: int,
     pool: int,
     seed: int,
+    encode: EncodeSettings = DEFAULTS,
 ) -> Consistency:
     """Return which pairs of a split stay: the passage is among the query's k nearest of `pool` random passages and itself."""
     query_rows = data.training_queries(split)
@@ -66,7 +67,9 @@ def find_consistent(
     with Pins() as pins:
         digest = weights_digest(encoder)
         texts = [
-            Texts(open_shards(shards_root, digest, traits.pooling, tokens, encoder, side, pins=pins), encoder.side(side), tokens)
+            Texts(
+                open_shards(shards_root, digest, traits.pooling, tokens, encoder, side, encode, pins), encoder.side(side), tokens
+            )
             for side, tokens in zip(SIDES, (queries, passages), strict=True)
         ]
         encode_missing(texts)

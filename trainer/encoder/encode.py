@@ -31,7 +31,7 @@ def encode_rows(
     """Return the (len(rows), D) float32 embeddings of the given rows of a token table, in their order.
 
     on_progress: called after each batch with the number of rows it held.
-    dtype: of the encoder's products, float32 or bfloat16 (autocast).
+    dtype: of the encoder's products (autocast).
     """
     if len(rows) == 0:
         raise ValueError("encode_rows needs at least one row")
@@ -39,7 +39,7 @@ def encode_rows(
     embedding_nD: Tensor | None = None
     was_training = encoder.training
     encoder.eval()
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for chunk, inputs in _batches(tokens, rows, device):
             out = encoder(inputs).float().cpu()
             if embedding_nD is None:

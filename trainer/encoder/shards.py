@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from trainer.encoder.device import check_device
 from trainer.encoder.encode import DTYPES, encode_rows, token_budget
 from trainer.encoder.tokens import TokenTable
 from trainer.encoder.towers import Encoder, Side
@@ -35,7 +36,7 @@ from trainer.handoff.manifest import (
     remove_torn,
 )
 from trainer.handoff.pins import Pins
-from trainer.ranges import job_section
+from trainer.ranges import Precision, job_section
 
 NAME = "shard-"
 KEEP_ENCODINGS = 4  # fingerprints that stay where nobody says how many: a refresh makes two, and so does an evaluation
@@ -43,12 +44,25 @@ KEEP_ENCODINGS = 4  # fingerprints that stay where nobody says how many: a refre
 
 @job_section
 class EncodeSettings:
-    """Section `encode`: how the miner encodes; the trainer's evaluation goes by the defaults, and shares what has them."""
+    """Section `encode`: how the miner and commands encode; a run's own evaluation goes by the defaults, and shares what has
+    them.
+    """
 
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Precision = "fp32"
     """What the encoder multiplies in; bf16: several times faster on GPUs."""
     stored: Literal["fp32", "fp16"] = "fp32"
     """What embeddings are on disk; fp16: half the disk and half the reading."""
+    device: str | None = None
+    """Where: cpu, cuda or cuda:N; None: each rank on a GPU of its machine, where there is one."""
+
+    def __post_init__(self) -> None:
+        if self.device is not None:
+            check_device(self.device)
+
+    @property
+    def numbers(self) -> dict[str, str]:
+        """What of it decides an embedding; the device counts by what it is (see `numerics`)."""
+        return {"dtype": self.dtype, "stored": self.stored}
 
     @property
     def stored_type(self) -> type[np.floating]:
@@ -174,7 +188,7 @@ def open_shards(
         "weights": weights_digest,
         "pooling": pooling,
         "tokens": tokens.digest,  # texts, tokenizer, prefix, maximum length
-        **asdict(settings),
+        **settings.numbers,
         **numerics(encoder),
         "shard_rows": shard_rows,
         **({} if part is None else {"part": part}),

@@ -1,0 +1,96 @@
+"""`negpool eval`, `search` and `merge`: commands on models that are there. Heavy imports stand inside them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from launch.options import SHORT, Data, Json, Model, Settings, split_words, with_short
+from launch.output import measures_table, print_json, results, start_logging
+from trainer.errors import InputError
+
+model_app = typer.Typer()
+
+
+@model_app.command("eval")
+@with_short(SHORT)
+def evaluate(
+    model: Annotated[str, typer.Argument(help='model folder, run folder, hub name, package, or "bm25"')],
+    data: Data,
+    overrides: Settings = None,
+    split: Annotated[str, typer.Option(help="qrels/NAME.tsv")] = "test",
+    short: Sequence[str] = (),
+    as_json: Json = False,
+) -> int:
+    """Print nDCG@10, MRR@10 and recall; under torchrun the corpus is sharded over the ranks."""
+    from launch.models import evaluate_model
+    from launch.named import read_settings
+
+    measures = evaluate_model(model, read_settings([*(overrides or []), *short], data), split)
+    if measures is not None and as_json:
+        print_json({"model": model, "data": str(data), "split": split, **measures})
+    elif measures is not None:
+        results().print(measures_table({model: measures}, f"{data}, {split} queries"))
+    return 0
+
+
+@model_app.command()
+@with_short(SHORT)
+def search(
+    model: Model,
+    data: Data,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[WORDS]... [section.key=value]...", help="what to look for; settings as elsewhere"),
+    ] = None,
+    query_id: Annotated[
+        str | None, typer.Option(metavar="ID", help="ask with this query of the data set, in place of words")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="how many results")] = 5,
+    short: Sequence[str] = (),
+    as_json: Json = False,
+) -> int:
+    """Show what the model finds for a question in words, or for a query of the data set."""
+    from launch.models import search_corpus
+    from launch.named import read_settings
+
+    start_logging()
+    asked, overrides = split_words(words or [])
+    question = " ".join(asked).strip()
+    if bool(question) == (query_id is not None):
+        raise InputError(
+            "a search takes a question in words or --query-id ID, and here are " + ("both" if question else "neither")
+        )
+    found = search_corpus(model, read_settings([*overrides, *short], data), question, query_id, top)
+    if as_json:
+        print_json(found)
+        return 0
+    if query_id is not None:
+        results().print(found["query"] + "\n", style="bold", markup=False)
+    for rank, hit in enumerate(found["results"], 1):
+        results().print(f"[bold]{rank}.[/bold] [cyan]{escape(hit['id'])}[/cyan]  [dim]{hit['score']:.3f}[/dim]")
+        results().print(hit["excerpt"], style="dim", markup=False)
+    return 0
+
+
+@model_app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(help="folder to make")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL MODEL...", help="model, checkpoint or run folders, or packages")],
+    how: Annotated[str, typer.Option(help="mean, or delta: each tensor by how far training has moved it")] = "mean",
+    base: Annotated[str | None, typer.Option(help="what training began from, for --how delta")] = None,
+    weights: Annotated[str | None, typer.Option(help="one number for each model, as in 2,1,1; default: equal")] = None,
+    as_json: Json = False,
+) -> int:
+    """Average the weights of models of one architecture into one model."""
+    from launch.models import merge_named_models
+
+    start_logging()
+    found = merge_named_models(out, models, how, base, weights)
+    if as_json:
+        print_json(found)
+    else:
+        results().print(f"{out}: {len(models)} models, merged by {how}; SentenceTransformer and AutoModel load it", markup=False)
+    return 0
