@@ -1,8 +1,8 @@
-"""`negpool eval`, `search` and `merge`: commands on models that are there. Heavy imports stand inside them."""
+"""`negpool eval`, `search`, `encode` and `merge`: commands on models that are there. Heavy imports stand inside them."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -72,6 +72,45 @@ def search(
     for rank, hit in enumerate(found["results"], 1):
         results().print(f"[bold]{rank}.[/bold] [cyan]{escape(hit['id'])}[/cyan]  [dim]{hit['score']:.3f}[/dim]")
         results().print(hit["excerpt"], style="dim", markup=False)
+    return 0
+
+
+@model_app.command()
+@with_short(SHORT)
+def encode(
+    model: Model,
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="a text on each line (.txt), records with a column of texts (.jsonl, .parquet, …), or a data set"
+        ),
+    ],
+    *,
+    overrides: Settings = None,
+    out: Annotated[Path, typer.Option(help="FILE.npy, with the ids in FILE.ids.txt, or FILE.parquet")],
+    side: Annotated[
+        Literal["query", "passage"] | None,
+        typer.Option(help="whose texts they are; default: queries where the file is called so, else passages"),
+    ] = None,
+    short: Sequence[str] = (),
+    as_json: Json = False,
+) -> int:
+    """Write the embeddings of a file's texts, or of a data set's queries or passages, in their order.
+
+    Of a data set, queries.npy and passages.npy in one folder are what `negpool mine --model FOLDER` takes.
+
+    Under torchrun several ranks share the work.
+    """
+    from launch.embed import encode_to_file
+    from launch.named import read_settings
+
+    found = encode_to_file(model, read_settings([*(overrides or []), *short], data), side, out)
+    if found is not None and as_json:
+        print_json({"model": model, "data": str(data), **found})
+    elif found is not None:
+        kind = "queries" if found["side"] == "query" else "passages"
+        ids = f"; ids in {found['ids']}" if found["ids"] else ""
+        results().print(f"{out}: {found['texts']:,} {kind} of {data}, {found['width']} numbers each{ids}", markup=False)
     return 0
 
 

@@ -1,12 +1,13 @@
 """Vectors that a person supplies in the place of an encoder: of a model behind an API, or of a graph of citations (SciNCL).
 
 A folder holds `queries.npy` and `passages.npy`, each (rows, D) floats with a row for every query and passage of the data set
-in its order. Scores are inner products. They are copied into shards, so that all that follows is what embeddings meet.
+in its order, which is checked where `queries.ids.txt` and `passages.ids.txt` stand beside them. Scores are inner products.
+They are copied into shards, so that all that follows is what embeddings meet.
 """
 
 import hashlib
+import itertools
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import datasets
@@ -29,6 +30,8 @@ def holds_vectors(folder: Path) -> bool:
 def hash_vectors(folder: Path, data: RetrievalData) -> str:
     """Return the SHA-256 over both files; raises InputError unless their rows are those of the data set."""
     queries, passages = _open(folder / QUERIES, len(data.queries), "query"), _open(folder / PASSAGES, len(data.corpus), "passage")
+    for name, texts in ((QUERIES, data.queries), (PASSAGES, data.corpus)):
+        _check_ids(ids_file(folder / name), texts)
     if queries.shape[1] != passages.shape[1]:
         raise InputError(f"{folder}: {QUERIES} is {queries.shape[1]} numbers wide and {PASSAGES} {passages.shape[1]}")
     digest = hashlib.sha256()
@@ -36,6 +39,11 @@ def hash_vectors(folder: Path, data: RetrievalData) -> str:
         with open(folder / name, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def ids_file(vectors: Path) -> Path:
+    """Return where the ids of a file's rows stand, one on each line, if they do; `negpool encode` writes them."""
+    return vectors.with_suffix(".ids.txt")
 
 
 def copy_vectors(work: Work, folder: Path, digest: str) -> tuple[Embeddings, Embeddings]:
@@ -50,7 +58,7 @@ def copy_vectors(work: Work, folder: Path, digest: str) -> tuple[Embeddings, Emb
 
 def _copy(work: Work, path: Path, digest: str, rows: np.ndarray, texts: datasets.Dataset) -> Embeddings:
     ranks, settings = work.ranks, work.job.encode
-    depends_on = {"digest": digest, "file": path.name, "rows": hashlib.sha256(rows.tobytes()).hexdigest(), **asdict(settings)}
+    depends_on = {"digest": digest, "file": path.name, "rows": hashlib.sha256(rows.tobytes()).hexdigest(), **settings.numbers}
     fingerprint = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:24]
     shards = Shards(work.job.run.folder / "shards" / fingerprint, len(rows), rows_of_shard(len(rows)), settings)
 
@@ -78,6 +86,20 @@ def _copy(work: Work, path: Path, digest: str, rows: np.ndarray, texts: datasets
 
     ranks.together(copy_mine)
     return Embeddings(shards)
+
+
+def _check_ids(path: Path, texts: datasets.Dataset) -> None:
+    """Raise InputError if ids stand beside vectors, and they are not those of the data set in its order."""
+    if not path.is_file():
+        return
+    known = (name for batch in texts.with_format("arrow").iter(10_000) for name in batch.column("_id").to_pylist())
+    with open(path, encoding="utf-8", newline="\n") as file:
+        for row, (line, name) in enumerate(itertools.zip_longest(file, known)):
+            if line is None or name is None or line.rstrip("\n") != name:
+                raise InputError(
+                    f"{path}:{row + 1} names {line and line.strip()!r}, and row {row} of the data set is {name!r}; "
+                    "put the vectors in its order: negpool encode MODEL DIR --side query (or passage) does"
+                )
 
 
 def _open(path: Path, num_rows: int, kind: str) -> np.ndarray:
