@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from launch.options import COLUMNS, SHORT, Data, JobFile, Json, Overrides, Settings, with_short
+from launch.options import COLUMNS, SHORT, Data, JobFile, Json, OfData, Overrides, Settings, with_short
 from launch.output import print_json, results, start_logging
 from trainer.errors import EXIT_REFUSED
 
@@ -37,7 +37,7 @@ def data_code(
 
 @data_app.command("check")
 @with_short(COLUMNS)
-def data_check(path: Data, overrides: Settings = None, short: Sequence[str] = (), as_json: Json = False) -> int:
+def data_check(path: Data, overrides: OfData = None, short: Sequence[str] = (), as_json: Json = False) -> int:
     """Print a data set's statistics and every problem with file and line; exit 2 if there is a problem."""
     from launch.named import read_settings
     from trainer.data.check import check_dataset

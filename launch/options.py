@@ -23,6 +23,9 @@ Settings = Annotated[
     list[str] | None,
     typer.Argument(metavar="[section.key=value]...", help="a setting of model, data or encode; see negpool settings SECTION"),
 ]
+OfData = Annotated[
+    list[str] | None, typer.Argument(metavar="[data.key=value]...", help="a setting of data; see negpool settings data")
+]
 Model = Annotated[str, typer.Argument(help="model folder, run folder, hub name or package")]
 Data = Annotated[Path, typer.Argument(help="data set: BEIR folder, record files, saved data set or name of the hub")]
 Rounds = Annotated[int, typer.Option(min=1, help="turns of everybody; medians are shown")]
@@ -39,11 +42,12 @@ class Short(NamedTuple):
     kind: type
     help: str
     metavar: str | None = None
+    panel: str | None = "How a model reads and encodes (default: as its folder says)"
     as_value: Callable[[Any], str] = lambda value: quoted(value) if isinstance(value, str) else str(value)
 
     @property
     def parameter(self) -> Any:
-        option = typer.Option(help=self.help, metavar=self.metavar, rich_help_panel=PANEL, show_default=False)
+        option = typer.Option(help=self.help, metavar=self.metavar, rich_help_panel=self.panel, show_default=False)
         return Annotated[self.kind | None, option]
 
 
@@ -62,9 +66,8 @@ def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-PANEL = "How texts are read and encoded (default: as the model's folder says)"
 COLUMNS = {
-    "columns": Short("data.columns", str, "columns of the files, by our names", "query=question,positive=answer", _columns)
+    "columns": Short("data.columns", str, "columns of the files, by our names", "query=question,positive=answer", None, _columns)
 }
 SHORT = COLUMNS | {
     "query_prefix": Short("model.query_prefix", str, "text before every query"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mining.job import MineJob
+from mining.job import ALL_ENCODINGS, MineJob
 from mining.plan import GIB
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,8 @@ def plan_disk(job: MineJob, num_queries: int, num_passages: int, width: int, num
     """
     row_bytes = width * np.dtype(job.encode.stored_type).itemsize
     version = num_queries * (job.sample.num_negatives * NEGATIVE_BYTES + 8)
-    num_refreshes = max(2, -(-job.mine.keep_encodings // 2))  # one is read while the next one is encoded
+    # One is read while the next one is encoded, but for the one of `negpool mine --model`.
+    num_refreshes = 1 if job.mine.keep_encodings == ALL_ENCODINGS else max(2, -(-job.mine.keep_encodings // 2))
     plan = DiskPlan(
         embeddings=num_refreshes * (num_queries + num_passages) * row_bytes,
         versions=(job.mine.keep_versions + 1) * version,

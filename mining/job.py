@@ -19,6 +19,8 @@ from trainer.errors import InputError
 from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings, Sources
 from trainer.ranges import job_section
 
+ALL_ENCODINGS = 1 << 30  # as mine.keep_encodings: embeddings that are not of this run alone, none of which is deleted
+
 
 @job_section
 class MineSettings:

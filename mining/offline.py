@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mining.job import MineJob
+from mining.job import ALL_ENCODINGS, MineJob
 from mining.judgements import Judgements, read_judgements
 from mining.publish import last_version
 from mining.ranks import Ranks
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 PREFIX = "mine-"
 CLAIMED_AFTER_S = 3600.0  # a service claims its folder within minutes of its making
-ALL_ENCODINGS = 1 << 30  # the shards are not this folder's own: none is deleted
 
 
 @dataclass(frozen=True)

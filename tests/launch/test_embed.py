@@ -144,6 +144,7 @@ def test_titles_stand_before_texts_and_options_change_the_rows(tmp_path, call, p
     (tmp_path / "corpus.jsonl").write_text(json.dumps({"_id": "1", "title": "Trees", "text": "merge two of them"}) + "\n")
     wanted = {
         ("--passage-prefix", "x: "): "x: Trees merge two of them",
+        ("--passage-prefix", ""): "Trees merge two of them",
         ("--side", "query"): "query: Trees merge two of them",
         ("--max-passage-tokens", "5"): "passage: trees",  # [CLS] passage : trees [SEP]
     }

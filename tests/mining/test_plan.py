@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from mining import disk
+from mining.job import ALL_ENCODINGS
 from mining.plan import GIB, MAX_QUERY_TILE, Sizes, plan_memory
-from tests.mining.run import make_job, publish_checkpoint
+from tests.mining.run import as_job, make_job, publish_checkpoint
 from tests.mining.test_service import folder, mine
 from trainer.encoder.topk import tile_shape
 from trainer.errors import InputError
@@ -81,6 +82,12 @@ def test_the_room_on_the_disk_is_told_and_what_does_not_fit_is_warned_of(tmp_pat
     assert planned["embeddings_gib"] == pytest.approx(2 * written / GIB, rel=0.05, abs=1e-4)
     (warned,) = (record.message for record in caplog.records if "disk of the run" in record.message)
     assert "0.00 GiB are free; free some, set encode.stored or mine.keep_encodings lower, or run.folder" in warned
+
+
+def test_mining_without_a_run_tells_of_the_one_set_that_it_makes(tmp_path):
+    job = as_job(make_job(tmp_path, mine={"keep_encodings": ALL_ENCODINGS}))
+    job.run.folder.mkdir()
+    assert disk.plan_disk(job, 10, 90, 32, 100).embeddings == 100 * 32 * 4
 
 
 def test_a_service_that_cannot_fit_says_so_before_it_encodes(tmp_path):

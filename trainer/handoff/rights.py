@@ -4,6 +4,7 @@ Libraries make files that their owner alone may read (safetensors does), and a c
 checkpoint. What may not be read is there: it is never said to be absent.
 """
 
+import contextlib
 import os
 import stat
 from pathlib import Path
@@ -20,7 +21,8 @@ def give_rights(folder: Path) -> None:
         mode = stat.S_IMODE(path.stat().st_mode)
         wanted = mode & 0o7000 | (allowed if path.is_dir() else allowed & 0o666)
         if mode != wanted:
-            path.chmod(wanted)
+            with contextlib.suppress(OSError):  # a disk without rights has nothing to give
+                path.chmod(wanted)
 
 
 def unreadable(path: Path | str) -> str | None:

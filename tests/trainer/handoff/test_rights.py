@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 
 from launch.__main__ import main
+from launch.commands import app
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from trainer.encoder.model import ModelSettings, load_encoder, save_encoder
 from trainer.encoder.shards import Shards
@@ -58,8 +59,8 @@ def run(tmp_path_factory):
     """A run with one checkpoint that anybody may read, and a data set, below a folder that anybody may enter."""
     root = tmp_path_factory.mktemp("rights")
     for folder in (root, *root.parents):
-        if folder.owner() == root.owner():
-            folder.chmod(folder.stat().st_mode | 0o055)
+        if mode(folder) & 0o055 != 0o055:
+            folder.chmod(mode(folder) | 0o055)
     write_tiny_dataset(root / "data")
     encoder, tokenizer, traits = load_encoder(ModelSettings(name=str(write_tiny_encoder(root / "model"))))
     (root / "model" / "model.safetensors").chmod(0o644)
@@ -73,6 +74,11 @@ def run(tmp_path_factory):
     write_latest(checkpoints, "step-00000001")
     (root / "run" / "job.toml").write_text("")
     Shards(root / "run" / "shards" / "kept", 1, 1).publish(0, torch.zeros(1, 2).numpy())
+    # Every module is imported now: a stranger may not even read Python's own.
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("XDG_CACHE_HOME", str(root / "cache"))
+        for words in (["eval", root / "model", root / "data"], ["data", "check", root / "data"], ["status", root / "run"]):
+            app([*map(str, words)], standalone_mode=False)
     return root / "run"
 
 
@@ -91,11 +97,12 @@ def shut():
         path.chmod(before)
 
 
+only_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+
+
 @contextlib.contextmanager
 def as_a_stranger():
     """Be a user without rights, as far as files go."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can become another user")
     groups = os.getgroups()
     os.setgroups([])
     os.setegid(NOBODY)
@@ -108,6 +115,7 @@ def as_a_stranger():
         os.setgroups(groups)
 
 
+@only_root
 def test_a_sentence_names_what_may_not_be_read_and_who_may_change_that(run, shut):
     weights = run / "checkpoints" / "step-00000001" / "encoder" / "model.safetensors"
     with as_a_stranger():
@@ -124,6 +132,7 @@ def test_a_sentence_names_what_may_not_be_read_and_who_may_change_that(run, shut
     assert unreadable(weights) is None, "root may"
 
 
+@only_root
 def test_a_version_that_may_not_be_read_is_not_torn(run, shut):
     checkpoint = run / "checkpoints" / "step-00000001"
     shut(checkpoint / "encoder" / "config.json")
@@ -137,6 +146,13 @@ def test_a_version_that_may_not_be_read_is_not_torn(run, shut):
     assert open_version(checkpoint)["step"] == 1
 
 
+@pytest.fixture
+def strangers_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    os.chown(tmp_path, NOBODY, NOBODY)
+    return tmp_path / "negpool"
+
+
 def say(monkeypatch, capfd, *words):
     """Return a command's code and its last line to people."""
     monkeypatch.setattr(sys, "argv", ["negpool", *map(str, words)])
@@ -146,13 +162,12 @@ def say(monkeypatch, capfd, *words):
     return ended.value.code, capfd.readouterr().err.strip().split("\n")[-1]
 
 
+@only_root
 @pytest.mark.parametrize(
     "shuts",
     ["run", "run/checkpoints", "run/checkpoints/step-00000001", "run/checkpoints/step-00000001/encoder/model.safetensors"],
 )
-def test_a_run_that_may_not_be_read_is_not_said_to_be_without_checkpoint(run, tmp_path, shut, shuts, monkeypatch, capfd):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    os.chown(tmp_path, NOBODY, NOBODY)
+def test_a_run_that_may_not_be_read_is_not_said_to_be_without_checkpoint(run, shut, shuts, monkeypatch, capfd, strangers_cache):
     place = shut(run.parent / shuts)
     for model in (run, run / "checkpoints" / "step-00000001"):
         with as_a_stranger():
@@ -162,6 +177,7 @@ def test_a_run_that_may_not_be_read_is_not_said_to_be_without_checkpoint(run, tm
         )
 
 
+@only_root
 @pytest.mark.parametrize(
     "shuts, words",
     [
@@ -174,19 +190,15 @@ def test_a_run_that_may_not_be_read_is_not_said_to_be_without_checkpoint(run, tm
         ("run/job.toml", ["status", "{root}/run"]),
     ],
 )
-def test_what_may_not_be_read_is_said_to_be_there(run, tmp_path, shut, shuts, words, monkeypatch, capfd):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    os.chown(tmp_path, NOBODY, NOBODY)
+def test_what_may_not_be_read_is_said_to_be_there(run, shut, shuts, words, monkeypatch, capfd, strangers_cache):
     place = shut(run.parent / shuts)
     with as_a_stranger():
         code, said = say(monkeypatch, capfd, *(word.format(root=run.parent) for word in words))
     assert code == EXIT_REFUSED and said.startswith(f"negpool: {place} cannot be read: permission denied"), said
 
 
-def test_a_run_that_may_be_read_and_not_written_is_evaluated(run, tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    os.chown(tmp_path, NOBODY, NOBODY)
+@only_root
+def test_a_run_that_may_be_read_and_not_written_is_evaluated(run, strangers_cache):
     with as_a_stranger():
-        code, said = say(monkeypatch, capfd, "eval", run, run.parent / "data")
-    assert code == 0, said
-    assert list((tmp_path / "negpool" / "shards").iterdir()), "embeddings are kept where they may be"
+        assert app(["eval", str(run), str(run.parent / "data")], standalone_mode=False) == 0
+    assert list((strangers_cache / "shards").iterdir()), "embeddings are kept where they may be"
