@@ -7,6 +7,8 @@ import contextlib
 import os
 import stat
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -55,12 +57,16 @@ def test_a_folder_for_a_group_stays_one(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run with one checkpoint that anybody may read, and a data set, below a folder that anybody may enter."""
-    root = tmp_path_factory.mktemp("rights")
-    for folder in (root, *root.parents):
-        if mode(folder) & 0o055 != 0o055:
-            folder.chmod(mode(folder) | 0o055)
+def root():
+    """A folder that anybody may enter; pytest shuts its own again and again."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def run(root):
+    """A run with one checkpoint, a model and a data set that anybody may read."""
     write_tiny_dataset(root / "data")
     encoder, tokenizer, traits = load_encoder(ModelSettings(name=str(write_tiny_encoder(root / "model"))))
     (root / "model" / "model.safetensors").chmod(0o644)
@@ -147,10 +153,12 @@ def test_a_version_that_may_not_be_read_is_not_torn(run, shut):
 
 
 @pytest.fixture
-def strangers_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    os.chown(tmp_path, NOBODY, NOBODY)
-    return tmp_path / "negpool"
+def strangers_cache(root, tmp_path, monkeypatch):
+    cache = root / tmp_path.name
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    cache.mkdir()
+    os.chown(cache, NOBODY, NOBODY)
+    return cache / "negpool"
 
 
 def say(monkeypatch, capfd, *words):
