@@ -18,6 +18,7 @@ from mining.work import Work
 from trainer.data.datasets import RetrievalData
 from trainer.encoder.shards import Shards, rows_of_shard
 from trainer.errors import InputError
+from trainer.handoff.rights import unreadable
 
 QUERIES, PASSAGES = "queries.npy", "passages.npy"
 VECTORS = "vectors"  # field of a checkpoint's manifest: the folder, where no encoder was trained
@@ -104,6 +105,8 @@ def _check_ids(path: Path, texts: datasets.Dataset) -> None:
 
 def _open(path: Path, num_rows: int, kind: str) -> np.ndarray:
     """Return a file's vectors, memory-mapped; raises InputError for what is none."""
+    if (told := unreadable(path)) is not None:
+        raise InputError(told)
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:

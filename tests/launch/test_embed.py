@@ -153,6 +153,21 @@ def test_titles_stand_before_texts_and_options_change_the_rows(tmp_path, call, p
         assert_same(np.load(tmp_path / f"{number}.npy"), peer[1].encode([text]))
 
 
+def test_a_query_with_a_prompt_of_its_own_has_no_other(tmp_path, call, peer):
+    rows = [{"query": "a tree", "prompt": "find: "}, {"query": "a tree", "prompt": None}, {"query": "a tree", "prompt": ""}]
+    for name, side, wanted in (
+        ("queries.jsonl", "query", ["find: a tree", "query: a tree", "a tree"]),
+        ("others.jsonl", "passage", ["passage: a tree"] * 3),
+    ):
+        (tmp_path / name).write_text(
+            "".join(
+                json.dumps(row if side == "query" else {"text": row["query"], "prompt": row["prompt"]}) + "\n" for row in rows
+            )
+        )
+        call("encode", peer[0], tmp_path / name, "--out", tmp_path / f"{side}.npy")
+        assert_same(np.load(tmp_path / f"{side}.npy"), peer[1].encode(wanted))
+
+
 def test_a_narrow_precision_is_that_of_the_peer_under_autocast(tmp_path, call, peer):
     write_lines(tmp_path / "texts.txt")
     exact = peer[1].encode_document(TEXTS)

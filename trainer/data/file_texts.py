@@ -1,10 +1,12 @@
 """The texts of one file in its order, row by row: lines of a plain file, or a column of records.
 
-Nothing is left out and nothing joined, so that a row stays what it was: an empty text is one, and ids may repeat.
+Nothing is left out and nothing joined, so that a row stays what it was: an empty text is one, and ids may repeat. A query's own
+prompt (FlagEmbedding's column) stands in the place of the prefix, as in a data set.
 """
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from trainer.data.problems import Problem, Refusal, Report
 from trainer.data.texts import read_table
 from trainer.errors import InputError
 
+log = logging.getLogger(__name__)
+
 FORMAT = 1  # of the table below; another number reads the file again
 PLAIN = (".txt", ".txt.gz")
 FILES = (*PLAIN, *SUFFIXES)
@@ -27,12 +31,13 @@ COLUMNS = {  # of a text, what is looked for first
     "passage": ("text", "passage", "contents", "content", "body", "document", "positive", "answer"),
 }
 BATCH = 1000  # texts written at once
-SCHEMA = pa.schema([("_id", pa.string()), ("text", pa.string())])
+SCHEMA = pa.schema([("_id", pa.string()), ("text", pa.string()), ("prompt", pa.string())])
+Row = tuple[str, str, str | None]  # the columns of SCHEMA
 HOW = "--columns text=NAME names the column of the texts, and _id=NAME that of their ids"
 
 
 def read_texts_of(path: Path, side: str, columns: Mapping[str, str], cache: Path | None) -> datasets.Dataset:
-    """Return the texts of a file with the columns _id and text, memory-mapped; raises InputError with file and line.
+    """Return the texts of a file with the columns of SCHEMA, memory-mapped; raises InputError with file and line.
 
     side: "query" or "passage", for the name of the column. columns: as data.columns has them, for "text" and "_id".
     A text without an id has the number of its line or row for one, from 1.
@@ -54,16 +59,16 @@ def read_texts_of(path: Path, side: str, columns: Mapping[str, str], cache: Path
     return texts
 
 
-def _lines(path: Path, report: Report) -> Iterator[tuple[str, str]]:
+def _lines(path: Path, report: Report) -> Iterator[Row]:
     """Yield (number, text) of every line; those that are blank and followed by others are empty texts."""
     before = 0
     for number, line in read_lines(path, report):
-        yield from ((str(blank), "") for blank in range(before + 1, number))
-        yield str(number), line
+        yield from ((str(blank), "", None) for blank in range(before + 1, number))
+        yield str(number), line, None
         before = number
 
 
-def _column(path: Path, side: str, columns: Mapping[str, str], report: Report) -> Iterator[tuple[str, str]]:
+def _column(path: Path, side: str, columns: Mapping[str, str], report: Report) -> Iterator[Row]:
     text_column = id_column = None
     for number, record in read_records(path, report):
         if text_column is None:
@@ -75,8 +80,11 @@ def _column(path: Path, side: str, columns: Mapping[str, str], report: Report) -
             continue
         if not isinstance(text, str | None) or not isinstance(title, str | None):
             report(Problem(path, number, "no text", f"{text_column} is {text!r}; expected a text; {HOW}"))
+        prompt = record.get("prompt") if side == "query" else None
+        if not isinstance(prompt, str | None):
+            report(Problem(path, number, "no prompt", f"prompt is {prompt!r}; expected a text, or none"))
         own = None if id_column is None else record.get(id_column)
-        yield str(number if own is None else own), " ".join(part for part in (title, text) if part)
+        yield str(number if own is None else own), " ".join(part for part in (title, text) if part), prompt
 
 
 def _find_columns(path: Path, side: str, columns: Mapping[str, str], record: dict[str, Any]) -> tuple[str, str | None]:
@@ -94,12 +102,11 @@ def _find_columns(path: Path, side: str, columns: Mapping[str, str], record: dic
     return found or texts[0], id_column
 
 
-def _write(path: Path, rows: Iterator[tuple[str, str]]) -> None:
-    batch: list[tuple[str, str]] = []
+def _write(path: Path, rows: Iterator[Row]) -> None:
+    batch: list[Row] = []
 
     def flush() -> None:
-        ids, texts = zip(*batch, strict=True)
-        writer.write_batch(pa.record_batch([pa.array(ids, pa.string()), pa.array(texts, pa.string())], schema=SCHEMA))
+        writer.write_batch(pa.record_batch([pa.array(column, pa.string()) for column in zip(*batch, strict=True)], schema=SCHEMA))
         batch.clear()
 
     with pa.ipc.new_stream(str(path), SCHEMA) as writer:

@@ -4,6 +4,7 @@ A folder in BEIR's form; a folder that `save_to_disk` of Hugging Face `datasets`
 them; or the name of a data set of the hub. Files named train, dev (validation) or test are those splits.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -41,7 +42,10 @@ def find_source(path: Path, columns: Mapping[str, str] = NO_COLUMNS) -> Source:
     for place in (path, *(path / name for name in FOLDERS)):
         if (told := unreadable(place)) is not None:
             raise InputError(told)
-    return replace(_find(path), columns=columns)
+    source = _find(path)
+    if (told := next(filter(None, map(unreadable, itertools.chain(*source.files.values()))), None)) is not None:
+        raise InputError(told)
+    return replace(source, columns=columns)
 
 
 def _find(path: Path) -> Source:

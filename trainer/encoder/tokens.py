@@ -105,11 +105,12 @@ def tokenize_side(data: RetrievalData, side: str, tokenizer: PreTrainedTokenizer
 def tokenize(
     texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, prefix: str, max_tokens: int, cache: Path | None = None
 ) -> TokenTable:
-    """Return the token table of the column "text" of any texts, made now or found in the cache by their content."""
+    """Return the token table of any texts (columns text and perhaps prompt), made now or found in the cache by content."""
     content = hashlib.sha256()
     for batch in texts.with_format("arrow").iter(1000):
-        keys = [xxhash.xxh3_64_intdigest(text.encode()) for text in batch.column("text").to_pylist()]
-        content.update(np.array(keys, np.uint64).tobytes())
+        for name in ("text", *(["prompt"] if "prompt" in batch.column_names else [])):
+            keys = [0 if text is None else xxhash.xxh3_64_intdigest(text.encode()) for text in batch.column(name).to_pylist()]
+            content.update(np.array(keys, np.uint64).tobytes())
     rules = [TextRule(0, prefix, max_tokens)]
     return _table(texts, "tokens of given texts", content.hexdigest(), tokenizer, rules, cache_folder(cache), None)
 

@@ -194,6 +194,8 @@ def test_a_run_that_may_not_be_read_is_not_said_to_be_without_checkpoint(run, sh
         ("model/config.json", ["eval", "{root}/model", "{root}/data"]),
         ("data", ["data", "check", "{root}/data"]),
         ("data/qrels", ["data", "check", "{root}/data"]),
+        ("data/corpus.jsonl", ["data", "check", "{root}/data"]),
+        ("data/corpus.jsonl", ["encode", "{root}/model", "{root}/data/corpus.jsonl", "--out", "x.npy"]),
         ("run", ["status", "{root}/run"]),
         ("run/job.toml", ["status", "{root}/run"]),
     ],
