@@ -19,7 +19,7 @@ from trainer.encoder.encode import DTYPES, encode_rows
 from trainer.encoder.missing import Texts, encode_missing
 from trainer.encoder.model import Traits, load_encoder, weights_digest
 from trainer.encoder.settings import ModelSettings
-from trainer.encoder.shards import DEFAULTS, open_shards, prune_shards
+from trainer.encoder.shards import DEFAULTS, Shards, open_shards, prune_shards
 from trainer.encoder.tokens import TokenTable, tokenize, tokenize_side
 from trainer.encoder.topk import merge_top_k, top_k
 from trainer.errors import InputError
@@ -82,31 +82,37 @@ def search_corpus(model: str, reading: Reading, question: str | None, query_id: 
     """
     device = choose_device(reading.encode.device)
     data = reading.open_data()
-    row = None if query_id is None else find_query(data, query_id)
+    query_row = None if query_id is None else find_query(data, query_id)
+    own = -1 if query_row is None else own_document(data, query_row)
     folder, shards_root = locate_model(model, data.cache)
     encoder, tokenizer, traits = load_encoder(as_it_is(reading.model, folder))
     encoder.to(device)
-    asked = (
-        tokenize_question(tokenizer, traits, question or "") if row is None else tokenize_side(data, "queries", tokenizer, traits)
-    )
-    query_1D = encode_rows(encoder.side("query"), asked, np.array([row or 0]), dtype=DTYPES[reading.encode.dtype])
+    if query_row is None:
+        asked, about = tokenize_question(tokenizer, traits, question or ""), {"query": question}
+    else:
+        asked, about = (
+            tokenize_side(data, "queries", tokenizer, traits),
+            {"query_id": query_id, "query": data.queries[query_row]["text"]},
+        )
+    query_1D = encode_rows(encoder.side("query"), asked, np.array([query_row or 0]), dtype=DTYPES[reading.encode.dtype])
     tokens, digest = tokenize_side(data, "corpus", tokenizer, traits), weights_digest(encoder)
-    own = -1 if row is None else own_document(data, row)
-    k = min(top + (own >= 0), len(data.corpus))
     with Pins() as pins:
         shards = open_shards(shards_root, digest, traits.pooling, tokens, encoder, "passage", reading.encode, pins)
         with told_progress("encoding") as on_progress:
             encode_missing([Texts(shards, encoder.side("passage"), tokens)], on_progress)
-        found = [top_k(query_1D, shards.read(s), k, first_id=int(shards.rows(s)[0])) for s in range(shards.num_shards)]
-        scores, ids = merge_top_k(found, k)
+        scores, ids = _nearest(query_1D, shards, top + (own >= 0))
     prune_shards(shards_root, KEEP_CACHED)
-    hits = [(int(row), float(score)) for row, score in zip(ids[0], scores[0], strict=True) if row != own][:top]
-    results = [
-        {"id": data.corpus[row]["_id"], "score": round(score, 4), "excerpt": _excerpt(data.corpus[row]["text"])}
-        for row, score in hits
-    ]
-    asked_with = {"query": question} if row is None else {"query_id": query_id, "query": data.queries[row]["text"]}
-    return {**asked_with, "results": results}
+    found = [(data.corpus[row], score) for row, score in zip(ids.tolist(), scores.tolist(), strict=True) if row != own]
+    hits = [{"id": text["_id"], "score": round(score, 4), "excerpt": _excerpt(text["text"])} for text, score in found[:top]]
+    return {**about, "results": hits}
+
+
+def _nearest(query_1D: np.ndarray, shards: Shards, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return scores and rows of the best of all shards, (k,) or fewer where there are no more."""
+    k = min(k, shards.num_rows)
+    found = [top_k(query_1D, shards.read(s), k, first_id=int(shards.rows(s)[0])) for s in range(shards.num_shards)]
+    scores, ids = merge_top_k(found, k)
+    return scores[0], ids[0]
 
 
 def find_query(data: RetrievalData, query_id: str) -> int:

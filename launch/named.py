@@ -10,6 +10,7 @@ from trainer.data.datasets import RetrievalData, open_data
 from trainer.encoder.settings import ModelSettings
 from trainer.encoder.shards import EncodeSettings
 from trainer.encoder.source import resolve_model
+from trainer.encoder.st_folder import LATENT_FOLDER
 from trainer.errors import InputError
 from trainer.handoff.manifest import NotReadable, TornVersion
 from trainer.handoff.rights import is_writable, unreadable
@@ -20,6 +21,7 @@ BM25 = "bm25"
 READ = ("model", "data", "encode")  # sections that mean something without a run
 ARGUMENTS = {"model.name": "the model", "data.path": "the data set"}  # settings that a command has for arguments
 NEW = {"lora_rank": 0, "quantize": None, "projection": None, "towers": None}  # what training adds to a model, as it is left out
+OF_TRAINING = (*NEW, "latents", "lora_alpha", "lora_dropout", "lora_targets", "dropout", "checkpoint_activations")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def read_settings(overrides: list[str], data: Path | None = None) -> Reading:
         section, _, key = name.partition(".")
         if name in ARGUMENTS:
             raise InputError(f"{name} has no effect here: {ARGUMENTS[name]} is an argument of its own; leave {override!r} out")
-        if key and (section not in READ or (section == "model" and key in NEW)):
+        if key and (section not in READ or (section == "model" and key in OF_TRAINING)):
             raise InputError(
                 f"{name} has no effect on a model that is there and is not trained; settings of {', '.join(READ)} have: "
                 "negpool settings SECTION lists them"
@@ -53,7 +55,12 @@ def read_settings(overrides: list[str], data: Path | None = None) -> Reading:
 
 
 def as_it_is(settings: ModelSettings, folder: str) -> ModelSettings:
-    """Return the settings for a model that is there: what training would add to it is no concern."""
+    """Return the settings for a model that is there: what training would add to it is no concern.
+
+    Raises InputError for a pooling whose weights it does not have.
+    """
+    if settings.pooling == "latent" and not any(Path(folder).rglob(LATENT_FOLDER)):
+        raise InputError(f'model.pooling="latent" is trained, and {folder} has no weights of it; choose another pooling')
     return replace(settings, name=folder, **NEW)  # type: ignore[arg-type]
 
 

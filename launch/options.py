@@ -106,8 +106,8 @@ def split_words(words: list[str]) -> tuple[list[str], list[str]]:
     from launch.jobfile import SECTIONS
 
     setting = re.compile(rf"({'|'.join(SECTIONS)})(\.\w+)+=.*", re.DOTALL)
-    is_setting = [setting.fullmatch(word) is not None for word in words]
-    return tuple([word for word, each in zip(words, is_setting, strict=True) if each == wanted] for wanted in (False, True))  # type: ignore[return-value]
+    settings = [word for word in words if setting.fullmatch(word)]
+    return [word for word in words if word not in settings], settings
 
 
 class JobCommand(TyperCommand):

