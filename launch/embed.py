@@ -25,7 +25,7 @@ from trainer.data.file_texts import FILES, read_texts_of
 from trainer.encoder.missing import Texts
 from trainer.encoder.model import load_encoder, weights_digest
 from trainer.encoder.shards import Shards, open_shards, prune_shards
-from trainer.encoder.tokens import tokenize, tokenize_side
+from trainer.encoder.tokens import tokenize_side, tokenize_texts
 from trainer.encoder.towers import Side
 from trainer.errors import InputError
 from trainer.evaluate import encode_all
@@ -52,8 +52,7 @@ def encode_to_file(model: str, reading: Reading, side: Side | None, out: Path) -
     encoder, tokenizer, traits = load_encoder(as_it_is(reading.model, folder))
     encoder.to(world.device)
     if (texts := file_of(reading, side)) is not None:
-        prefix, limit = getattr(traits, f"{side}_prefix"), getattr(traits, f"max_{side}_tokens")
-        tokens = tokenize(texts, tokenizer, prefix=prefix, max_tokens=limit, cache=reading.data.cache)
+        tokens = tokenize_texts(texts, side, tokenizer, traits, reading.data.cache)
     else:
         data = reading.open_data()
         texts = data.queries if side == "query" else data.corpus

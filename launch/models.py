@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from launch.named import BM25, Reading, as_it_is, locate_model, model_folder
 from launch.output import start_logging, told_progress
@@ -17,10 +17,10 @@ from trainer.data.filter import find_consistent, refuse_full, write_filtered
 from trainer.encoder.device import choose_device
 from trainer.encoder.encode import DTYPES, encode_rows
 from trainer.encoder.missing import Texts, encode_missing
-from trainer.encoder.model import Traits, load_encoder, weights_digest
+from trainer.encoder.model import load_encoder, weights_digest
 from trainer.encoder.settings import ModelSettings
 from trainer.encoder.shards import DEFAULTS, Shards, open_shards, prune_shards
-from trainer.encoder.tokens import TokenTable, tokenize, tokenize_side
+from trainer.encoder.tokens import tokenize_side, tokenize_texts
 from trainer.encoder.topk import merge_top_k, top_k
 from trainer.errors import InputError
 from trainer.evaluate import FOUND, evaluate, measure, without_own
@@ -88,7 +88,8 @@ def search_corpus(model: str, reading: Reading, question: str | None, query_id: 
     encoder, tokenizer, traits = load_encoder(as_it_is(reading.model, folder))
     encoder.to(device)
     if query_row is None:
-        asked, about = tokenize_question(tokenizer, traits, question or ""), {"query": question}
+        text = datasets.Dataset.from_dict({"_id": ["question"], "text": [question]})
+        asked, about = tokenize_texts(text, "query", tokenizer, traits, reading.data.cache), {"query": question}
     else:
         asked, about = (
             tokenize_side(data, "queries", tokenizer, traits),
@@ -169,11 +170,3 @@ def filter_data(model: str, reading: Reading, out: Path, *, split: str, top_k: i
         "queries_kept": num_queries,
         "pool": len(found.pool_rows),
     }
-
-
-def tokenize_question(tokenizer: PreTrainedTokenizerBase, traits: Traits, question: str) -> TokenTable:
-    """Return the table of one question."""
-    from datasets import Dataset
-
-    text = Dataset.from_dict({"_id": ["question"], "text": [question]})
-    return tokenize(text, tokenizer, prefix=traits.query_prefix, max_tokens=traits.max_query_tokens)

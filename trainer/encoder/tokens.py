@@ -26,6 +26,7 @@ from trainer.data.cache import build_once, cache_folder
 from trainer.data.datasets import RetrievalData
 from trainer.encoder.model import Traits
 from trainer.encoder.token_file import TokenFile, write_token_file
+from trainer.encoder.towers import Side
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +101,14 @@ def tokenize_side(data: RetrievalData, side: str, tokenizer: PreTrainedTokenizer
         rules.append(TextRule(source.first_row(side), prefix, limit))
     texts = data.queries if side == "queries" else data.corpus
     return _table(texts, f"tokens of the {side} of {data.path}", data.content[side], tokenizer, rules, data.cache, data.num_proc)
+
+
+def tokenize_texts(
+    texts: datasets.Dataset, side: Side, tokenizer: PreTrainedTokenizerBase, traits: Traits, cache: Path | None = None
+) -> TokenTable:
+    """Return the token table of any texts, as a model reads those of a side; made now, or found in the cache by content."""
+    prefix, limit = getattr(traits, f"{side}_prefix"), getattr(traits, f"max_{side}_tokens")
+    return tokenize(texts, tokenizer, prefix=prefix, max_tokens=limit, cache=cache)
 
 
 def tokenize(
