@@ -21,6 +21,7 @@ from launch.output import start_logging, told_progress
 from launch.srun import world_of_trainers
 from mining.vectors import ids_file
 from trainer.data.cache import cache_folder
+from trainer.data.datasets import RetrievalData
 from trainer.data.file_texts import FILES, read_texts_of
 from trainer.encoder.missing import Texts
 from trainer.encoder.model import load_encoder, weights_digest
@@ -46,19 +47,18 @@ def encode_to_file(model: str, reading: Reading, side: Side | None, out: Path) -
     os.environ.update(world_of_trainers(os.environ))
     start_logging(int(os.environ.get("RANK", "0")))
     side = side_of(reading.data.path) if side is None else side
-    world = join_for(reading)
-    patience = Patience(world)
+    source = open_texts(reading, side)
     folder, shards_root = locate_model(model, cache_folder(reading.data.cache))
+    world = join_for(reading)
     encoder, tokenizer, traits = load_encoder(as_it_is(reading.model, folder))
     encoder.to(world.device)
-    if (texts := file_of(reading, side)) is not None:
-        tokens = tokenize_texts(texts, side, tokenizer, traits, reading.data.cache)
+    if isinstance(source, RetrievalData):
+        tokens = tokenize_side(source, "queries" if side == "query" else "corpus", tokenizer, traits)
+        texts = source.queries if side == "query" else source.corpus
     else:
-        data = reading.open_data()
-        texts = data.queries if side == "query" else data.corpus
-        tokens = tokenize_side(data, "queries" if side == "query" else "corpus", tokenizer, traits)
+        tokens, texts = tokenize_texts(source, side, tokenizer, traits, reading.data.cache), source
+    digest, patience = weights_digest(encoder), Patience(world)
     with Pins() if world.speaks else contextlib.nullcontext() as pins:
-        digest = weights_digest(encoder)
         shards = open_shards(shards_root, digest, traits.pooling, tokens, encoder, side, reading.encode, pins)
         with told_progress("encoding", world.speaks) as on_progress:
             encode_all(world, patience, [Texts(shards, encoder.side(side), tokens)], on_progress)
@@ -79,14 +79,16 @@ def side_of(path: Path) -> Side:
     return "query" if path.name.lower().startswith("quer") else "passage"
 
 
-def file_of(reading: Reading, side: Side) -> datasets.Dataset | None:
-    """Return the texts of the file that is named; None: it is no file, but a data set."""
+def open_texts(reading: Reading, side: Side) -> datasets.Dataset | RetrievalData:
+    """Return the texts of the file that is named, or the data set if it is no file; raises InputError."""
     path = reading.data.path
     if (told := unreadable(path)) is not None:
         raise InputError(told)
-    if not path.exists() and path.name.endswith(FILES):
+    if path.is_file():
+        return read_texts_of(path, side, reading.data.columns, reading.data.cache)
+    if path.name.endswith(FILES) and not path.exists():
         raise InputError(f"there is no file {path}; give a file of texts, a data set's folder, or its name on the hub")
-    return read_texts_of(path, side, reading.data.columns, reading.data.cache) if path.is_file() else None
+    return reading.open_data()
 
 
 def refuse_out(out: Path) -> None:

@@ -76,7 +76,8 @@ def refuse(root, monkeypatch, capfd):
 
 @pytest.mark.parametrize("name", NOWHERE)
 def test_a_name_that_leads_to_no_model(refuse, name):
-    for words in (["eval", name, "data"], ["search", name, "data", "words"], ["merge", "out", name, "model"]):
+    named = [["eval", name, "data"], ["search", name, "data", "words"], ["encode", name, "data", "--out", "x.npy"]]
+    for words in [*named, ["merge", "out", name, "model"]]:
         assert "negpool: " in refuse(*words)
     refuse("data", "filter", "data", "--model", name, "--out", "out")
     if name:  # of a job: the model's folder as a job names it

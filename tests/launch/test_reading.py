@@ -289,11 +289,13 @@ def test_what_has_no_effect_is_refused(root, words, sentence):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has GPUs")
-@pytest.mark.parametrize("command", ["eval", "search", "filter"])
+@pytest.mark.parametrize("command", ["eval", "search", "filter", "encode", "mine"])
 def test_a_device_that_is_not_there_is_refused(root, tmp_path, command):
     words = {
         "eval": ["eval", root / "encoder", root / "data"],
         "search": ["search", root / "encoder", root / "data", "words"],
+        "encode": ["encode", root / "encoder", root / "data", "--out", tmp_path / "out.npy"],
+        "mine": ["mine", "--model", root / "encoder", "--data", root / "data", "--out", tmp_path / "out.jsonl"],
         "filter": ["data", "filter", root / "data", "--model", root / "encoder", "--out", tmp_path / "out"],
     }[command]
     with pytest.raises(InputError, match=r'encode.device="cuda:1" \(--device\) is not there; torch sees cpu on this machine'):
