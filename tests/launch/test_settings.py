@@ -39,7 +39,8 @@ def test_every_setting_has_a_type_and_a_description():
             assert setting["type"] and setting["meaning"].rstrip('.")…') and "\n" not in setting["meaning"], (section, setting)
     (about,) = all_settings("filter").values()
     by_key = {setting["key"]: setting for setting in about["settings"]}
-    assert about["about"] == "which candidates may become negatives. Judged positives, of any split, are always dropped."
+    kept_out = "Judged positives, of any split, and documents with the query's own id are always dropped."
+    assert about["about"] == f"which candidates may become negatives. {kept_out}"
     assert by_key["max_score"] == {
         "key": "max_score",
         "type": 'number | "off"',
