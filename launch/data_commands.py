@@ -38,7 +38,10 @@ def data_code(
 @data_app.command("check")
 @with_short(COLUMNS)
 def data_check(path: Data, overrides: OfData = None, short: Sequence[str] = (), as_json: Json = False) -> int:
-    """Print a data set's statistics and every problem with file and line; exit 2 if there is a problem."""
+    """Print a data set's statistics, and every blemish and problem with file and line; exit 2 if there is a problem.
+
+    data.strict=true makes a problem of every blemish.
+    """
     from launch.named import read_settings
     from trainer.data.check import check_dataset
 
@@ -49,7 +52,7 @@ def data_check(path: Data, overrides: OfData = None, short: Sequence[str] = (), 
         print_json(report.as_json())
     else:
         results().print(report.as_text(), markup=False)
-    return EXIT_REFUSED if report.problems else 0
+    return EXIT_REFUSED if report.problems or (settings.strict and report.blemishes) else 0
 
 
 @data_app.command("prepare")

@@ -194,8 +194,10 @@ def test_data_check_prints_statistics_and_problems(root, tmp_path):
     assert "no problems" in call(root, "data", "check", root / "data")[0]
     folder = write_tiny_dataset(tmp_path / "bad")
     (folder / "qrels" / "dev.tsv").write_text("q5\tnobody\t1\n")
-    report = json.loads(call(root, "data", "check", folder, "--json", exit_code=2)[0])
-    assert [(p["line"], p["kind"]) for p in report["problems"]] == [(1, "unknown document")]
+    assert "2 blemishes, which training lives with" in call(root, "data", "check", folder)[0]
+    report = json.loads(call(root, "data", "check", folder, "--strict", "--json", exit_code=2)[0])
+    assert report["problems"] == []
+    assert [(b["line"], b["kind"]) for b in report["blemishes"]] == [(1, "unknown document"), (0, "split left out")]
 
 
 def test_an_unknown_command_or_option_is_exit_2(root):

@@ -21,48 +21,63 @@ SHOWN = 10  # problems of one kind that are printed
 
 @dataclass(frozen=True)
 class DataReport:
-    """The statistics by table, and all problems in the order of files and lines."""
+    """The statistics by table, and what is wrong, in the order of files and lines."""
 
     statistics: dict[str, dict[str, Any]]
-    problems: list[Problem]
+    problems: list[Problem]  # refused, until a person mends them
+    blemishes: list[Problem]  # left out or read otherwise, unless data.strict refuses them, too
 
     def as_json(self) -> dict[str, Any]:
-        problems = [
-            {"file": str(p.file), "row" if has_rows(p.file) else "line": p.number, "kind": p.kind, "problem": p.sentence}
-            for p in self.problems
-        ]
-        return {"statistics": self.statistics, "problems": problems}
+        return {
+            "statistics": self.statistics,
+            "problems": [_as_json(problem) for problem in self.problems],
+            "blemishes": [_as_json(blemish) for blemish in self.blemishes],
+        }
 
     def as_text(self) -> str:
-        """Return one line a table, then the problems, at most SHOWN of a kind."""
+        """Return one line a table, then the blemishes and the problems, at most SHOWN of a kind."""
         lines = [
             f"{name:<12}" + "  ".join(f"{key} {value}" for key, value in values.items())
             for name, values in self.statistics.items()
         ]
-        kinds = Counter(problem.kind for problem in self.problems)
-        shown: Counter[str] = Counter()
-        for problem in self.problems:
-            shown[problem.kind] += 1
-            if shown[problem.kind] <= SHOWN:
-                lines.append(str(problem))
-        lines += [f"… and {n - SHOWN} more: {kind}" for kind, n in kinds.items() if n > SHOWN]
+        lines += [*_shown(self.blemishes), *_shown(self.problems)]
+        if self.blemishes:
+            lines.append(f"{len(self.blemishes)} blemishes, which training lives with; data.strict=true refuses them")
         lines.append("no problems" if not self.problems else f"{len(self.problems)} problems")
         return "\n".join(lines)
+
+
+def _as_json(problem: Problem) -> dict[str, Any]:
+    where = "row" if has_rows(problem.file) else "line"
+    return {"file": str(problem.file), where: problem.number, "kind": problem.kind, "problem": problem.sentence}
+
+
+def _shown(problems: list[Problem]) -> list[str]:
+    """Return the lines that say what is wrong, at most SHOWN of a kind, and how many more there are."""
+    kinds = Counter(problem.kind for problem in problems)
+    shown: Counter[str] = Counter()
+    lines = []
+    for problem in problems:
+        shown[problem.kind] += 1
+        if shown[problem.kind] <= SHOWN:
+            lines.append(str(problem))
+    return lines + [f"… and {n - SHOWN} more: {kind}" for kind, n in kinds.items() if n > SHOWN]
 
 
 def check_dataset(path: Path, columns: Mapping[str, str] = NO_COLUMNS) -> DataReport:
     """Return the report on a data set of any form; raises InputError if there is none. columns: as data.columns."""
     source = find_source(path, columns)
-    problems: list[Problem] = []
+    found: list[Problem] = []
     with tempfile.TemporaryDirectory(prefix="negpool-check-") as name:
         folder = Path(name)
-        build_source(source, folder, problems.append)
+        build_source(source, folder, found.append)
         statistics = {side: _text_statistics(folder, side) for side in SIDES}
         statistics |= _split_statistics(folder)
         if (folder / "given-ids.npy").exists():
             scores = np.load(folder / "given-scores.npy")
             statistics["negatives"] = {"given": len(scores), "with_teacher_score": int(np.isfinite(scores).sum())}
-    return DataReport(statistics, problems)
+    problems, blemishes = ([each for each in found if each.is_blemish == wanted] for wanted in (False, True))
+    return DataReport(statistics, problems, blemishes)
 
 
 def _text_statistics(folder: Path, side: str) -> dict[str, Any]:

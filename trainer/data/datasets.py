@@ -120,7 +120,8 @@ class RetrievalData:
     def _qrels(self, split: str) -> Qrels:
         if split not in self.qrels:
             splits = ", ".join(sorted(self.qrels))
-            raise InputError(f"{self.path} has no qrels/{split}.tsv, only {splits}; choose one of these as split")
+            choice = "choose one of these: data.train_split names the one to train on"
+            raise InputError(f"{self.path} has no qrels/{split}.tsv, only {splits}; {choice}")
         return self.qrels[split]
 
 

@@ -2,12 +2,10 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from trainer.data.example import Bad, Example
 from trainer.data.files import read_records
 from trainer.data.forms import Source
-from trainer.data.judged import NO_SCORE, Pairs, save_given, save_own, sorted_judgements, write_about
+from trainer.data.judged import NO_SCORE, Pairs
 from trainer.data.problems import Problem, Report, place_of
 from trainer.data.records import PARSERS, find_form
 from trainer.data.texts import TextWriter
@@ -16,29 +14,19 @@ from trainer.data.texts import TextWriter
 class Examples:
     """The records of all files of one source, as they are read."""
 
-    def __init__(self, folder: Path, report: Report):
-        self._folder, self._report = folder, report
-        self._queries, self._passages = TextWriter(folder / "queries.arrow"), TextWriter(folder / "corpus.arrow")
+    def __init__(self, queries: TextWriter, passages: TextWriter, report: Report):
+        self._queries, self._passages, self._report = queries, passages, report
+        self.positives: dict[str, Pairs] = {}  # by split
+        self.negatives = Pairs()
+        self.form: str | None = None
         self._first_scored: tuple[str, Path, int] | None = None  # which columns of scores the first record has, and where
 
-    def build(self, source: Source) -> None:
-        """Read everything and write the tables."""
-        splits: dict[str, Pairs] = {}
-        negatives = Pairs()
-        form = None
-        for split, files in source.files.items():
-            splits[split] = Pairs()
+    def read(self, source: Source) -> None:
+        """Read everything."""
+        for split, files in source.records.items():
+            self.positives[split] = Pairs()
             for file in files:
-                form = self._read_file(file, form, splits[split], negatives)
-        query_rows = self._queries.settle(self._report, may_repeat=True)
-        passage_rows = self._passages.settle(self._report, may_repeat=True)
-        save_own(self._folder, self._queries.own_rows(self._passages))
-        judged = {split: sorted_judgements(pairs.rows(query_rows, passage_rows)) for split, pairs in splits.items()}
-        for split, rows in judged.items():
-            np.save(self._folder / f"qrels-{split}.npy", rows, allow_pickle=False)
-        num_queries = int(query_rows.max(initial=-1)) + 1
-        save_given(self._folder, negatives.rows(query_rows, passage_rows), list(judged.values()), num_queries)
-        write_about(self._folder, form or "records")
+                self.form = self._read_file(file, self.form, self.positives[split], self.negatives)
 
     def _read_file(self, file: Path, form: str | None, positives: Pairs, negatives: Pairs) -> str | None:
         """Read one file and return its form; problems go to the report."""

@@ -1,11 +1,10 @@
-"""The files of a data set, record by record: JSON lines, JSON, either gzipped, Parquet and Arrow.
+"""The files of a data set, record by record: JSON lines, JSON, either compressed, Parquet and Arrow.
 
 A record comes with its number, the line or the row, so that every problem has a place. One batch is in memory at a time.
 """
 
-import gzip
+import codecs
 import json
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.data.problems import Problem, Report, first_byte, open_plain
+from trainer.data.problems import UNPACKING, Problem, Report, first_byte, open_plain
 
 BATCH = 1000  # rows of Parquet and Arrow read at once
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".arrow")
@@ -57,22 +56,44 @@ def _is_unicode(record: Any) -> bool:
     return True
 
 
-def read_lines(path: Path, report: Report) -> Iterator[tuple[int, str]]:
-    """Yield (number, line) of the lines that are UTF-8 and not blank."""
+def read_lines(path: Path, report: Report, keeps_blank: bool = False) -> Iterator[tuple[int, str]]:
+    """Yield (number, line) of the lines that are UTF-8, without their ends; blank ones only where asked for."""
     try:
         with open_plain(path) as file:
             for number, raw in enumerate(file, 1):
-                try:
-                    line = raw.decode("utf-8").rstrip("\r\n")
-                except UnicodeDecodeError as error:
-                    report(Problem(path, number, "not UTF-8", f"byte {error.start + 1} of this line is not UTF-8"))
-                    continue
-                if line.strip():
+                if number == 1:
+                    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                        sentence = "this file is UTF-16; convert it to UTF-8: iconv -f utf-16 -t utf-8 FILE > NEW"
+                        report(Problem(path, 0, "not UTF-8", sentence))
+                        return
+                    raw = raw.removeprefix(codecs.BOM_UTF8)
+                line = _decoded(path, number, raw, report)
+                if line is not None and (keeps_blank or line.strip()):
                     yield number, line
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        report(Problem(path, 0, "ends early", f"this gzip file is cut off or damaged ({error}); copy it anew"))
+    except UNPACKING as error:
+        report(_damaged(path, error))
     except OSError as error:
-        report(Problem(path, 0, "missing", f"this file cannot be read ({error.strerror}); a data set needs it"))
+        unread = f"this file cannot be read ({error.strerror}); a data set needs it"
+        report(Problem(path, 0, "missing", unread) if error.strerror else _damaged(path, error))
+
+
+def _decoded(path: Path, number: int, raw: bytes, report: Report) -> str | None:
+    """Return a line as text, None if it is none."""
+    try:
+        line = raw.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        sentence = f"byte {error.start + 1} of this line is not UTF-8; convert the file: iconv -f latin1 -t utf-8 FILE > NEW"
+        report(Problem(path, number, "not UTF-8", sentence))
+        return None
+    if "\0" in line:
+        report(Problem(path, number, "no text", "this line holds bytes of zero, so the file is no text in UTF-8; convert it"))
+        return None
+    return line
+
+
+def _damaged(path: Path, error: Exception) -> Problem:
+    what = "gzip file" if path.suffix == ".gz" else f"{path.suffix} file"
+    return Problem(path, 0, "ends early", f"this {what} is cut off or damaged ({error}); copy it anew")
 
 
 def _array_records(path: Path, report: Report) -> Iterator[Record]:

@@ -1,11 +1,10 @@
 """What kind of data set stands at a path: found by what is there, never told.
 
-A folder in BEIR's form; a folder that `save_to_disk` of Hugging Face `datasets` wrote; files of records, or a folder of
-them; or the name of a data set of the hub. Files named train, dev (validation) or test are those splits.
+A folder of a collection, as BEIR has it; a folder that `save_to_disk` of Hugging Face `datasets` wrote; files of records,
+or a folder of them; or the name of a data set of the hub. Files named train, dev (validation) or test are those splits.
 """
 
 import itertools
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,13 +12,14 @@ from pathlib import Path
 from types import MappingProxyType
 
 from trainer.data.files import SUFFIXES
+from trainer.data.layout import SPLIT_NAMES, find_layout
 from trainer.data.records import FORMS
+from trainer.data.saved import is_saved, saved_files
 from trainer.errors import InputError
 from trainer.handoff.rights import unreadable
 
-SPLIT_NAMES = {"train": "train", "dev": "dev", "validation": "dev", "valid": "dev", "val": "dev", "test": "test"}
 SPLIT_FILE = re.compile(rf"({'|'.join(SPLIT_NAMES)})([-_.].*)?$")
-FOLDERS = ("qrels", "corpus", "queries", "data")  # that a data set may have below its own
+FOLDERS = ("qrels", "corpus", "queries", "data", "default")  # that a data set may have below its own
 NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?$|[a-z][\w-]+(:[\w.-]+)?$")
 
@@ -29,9 +29,17 @@ class Source:
     """The files of one data set."""
 
     path: Path
-    kind: str  # "beir" or "records"
-    files: dict[str, list[Path]]  # beir: corpus, queries and qrels-SPLIT; records: by split
+    kind: str  # "beir", a collection, or "records"
+    files: dict[str, list[Path]]  # beir: those of a Layout; records: by split
     columns: Mapping[str, str] = field(default_factory=dict)  # as data.columns: our name -> the file's
+    unread: tuple[Path, ...] = ()  # data files of a collection's folder that are not read
+
+    @property
+    def records(self) -> dict[str, list[Path]]:
+        """The files of records by split."""
+        if self.kind == "records":
+            return self.files
+        return {name.removeprefix("records-"): files for name, files in self.files.items() if name.startswith("records-")}
 
 
 def find_source(path: Path, columns: Mapping[str, str] = NO_COLUMNS) -> Source:
@@ -42,48 +50,25 @@ def find_source(path: Path, columns: Mapping[str, str] = NO_COLUMNS) -> Source:
     for place in (path, *(path / name for name in FOLDERS)):
         if (told := unreadable(place)) is not None:
             raise InputError(told)
-    source = _find(path)
-    if (told := next(filter(None, map(unreadable, itertools.chain(*source.files.values()))), None)) is not None:
+    source = _find(path, columns)
+    if (told := next(filter(None, map(unreadable, itertools.chain(*source.files.values(), source.unread))), None)) is not None:
         raise InputError(told)
     return replace(source, columns=columns)
 
 
-def _find(path: Path) -> Source:
+def _find(path: Path, columns: Mapping[str, str]) -> Source:
     if path.is_file():
         if not path.name.endswith(SUFFIXES):
             raise InputError(f"{path} is no {', '.join(SUFFIXES)}; set data.path to {FORMS}")
         return Source(path, "records", {_split_of(path) or "train": [path]})
     if not path.is_dir():
         return _from_hub(path)
-    if (path / "corpus.jsonl").exists() or (path / "queries.jsonl").exists() or (path / "qrels").is_dir():
-        return _beir(path)
-    saved = path / "dataset_dict.json", path / "state.json"
-    if saved[0].is_file():
-        splits = _listed(saved[0], "splits")
-        return Source(path, "records", {SPLIT_NAMES.get(split, split): _saved_files(path / split) for split in splits})
-    if saved[1].is_file():
-        return Source(path, "records", {"train": _saved_files(path)})
+    if layout := find_layout(path, columns):
+        return Source(path, "beir", layout.files, unread=tuple(layout.unread))
+    if is_saved(path):
+        files = {SPLIT_NAMES.get(split or "train", split or "train"): files for split, files in saved_files(path).items()}
+        return Source(path, "records", files)
     return Source(path, "records", _record_files(path))
-
-
-def _beir(path: Path) -> Source:
-    files = {side: path / f"{side}.jsonl" for side in ("corpus", "queries")}
-    for file in files.values():
-        if not file.is_file():
-            raise InputError(f"{file} is missing; a data set needs corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv")
-    splits = {f"qrels-{file.stem}": [file] for file in sorted((path / "qrels").glob("*.tsv"))}
-    if not splits:
-        raise InputError(f"{path / 'qrels'} holds no judgements; a data set needs at least one qrels/SPLIT.tsv")
-    return Source(path, "beir", {side: [file] for side, file in files.items()} | splits)
-
-
-def _saved_files(folder: Path) -> list[Path]:
-    """Return the Arrow files of a saved `datasets.Dataset`."""
-    files = [folder / entry["filename"] for entry in _listed(folder / "state.json", "_data_files")]
-    for file in files:
-        if not file.is_file():
-            raise InputError(f"{file} is missing, and state.json beside it names it; save the data set anew")
-    return files
 
 
 def _record_files(path: Path) -> dict[str, list[Path]]:
@@ -123,11 +108,3 @@ def _from_hub(path: Path) -> Source:
         raise InputError(f"{nothing}, and the hub has not given it: {reason}") from error
     splits = {split: [Path(entry["filename"]) for entry in table.cache_files] for split, table in found.items()}
     return Source(path, "records", {SPLIT_NAMES.get(split, split): files for split, files in splits.items()})
-
-
-def _listed(path: Path, key: str) -> list:
-    """Return what a JSON file of a saved data set lists under a key."""
-    try:
-        return list(json.loads(path.read_text(encoding="utf-8"))[key])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{path} does not list {key} of a saved data set ({error!r}); save the data set anew") from error

@@ -3,15 +3,29 @@
 One set of rules for two readers: `open_dataset` stops at the first problem and counts blemishes, `check_dataset` collects all.
 """
 
+import bz2
+import codecs
 import difflib
 import gzip
+import io
+import lzma
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
+
+import pyarrow as pa
 
 from trainer.errors import InputError
+
+
+def _open_zstd(path: Path) -> io.BufferedReader:
+    return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
+
+
+PACKED: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
+UNPACKING = (EOFError, zlib.error, lzma.LZMAError)  # what reading damaged ones raises, beside an OSError without number
 
 
 class Problem(NamedTuple):
@@ -46,16 +60,16 @@ def has_rows(file: Path) -> bool:
 
 
 def open_plain(path: Path) -> IO[bytes]:
-    """Open a file that may be gzipped."""
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # type: ignore[return-value]
+    """Open a file that may be compressed, by gzip, bzip2, xz or zstd."""
+    return PACKED[path.suffix](path) if path.suffix in PACKED else open(path, "rb")
 
 
 def first_byte(path: Path) -> bytes:
-    """Return the first byte of a file that is no space; nothing if it cannot be read."""
+    """Return the first byte of a file that is no space and no mark of its encoding; nothing if it cannot be read."""
     try:
         with open_plain(path) as file:
-            return file.read(64).lstrip()[:1]
-    except (OSError, EOFError, zlib.error):
+            return file.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+    except (OSError, *UNPACKING):
         return b""
 
 
@@ -75,7 +89,8 @@ class Refusal:
         if not problem.is_blemish:
             raise InputError(str(problem))
         self._counts[problem.kind] += 1
-        self._first.setdefault(problem.kind, str(problem))
+        if problem.kind not in self._first:
+            self._first[problem.kind] = str(problem)
 
     def blemishes(self) -> list[Blemishes]:
         """Return what was counted, by kind, in the order of their first ones."""

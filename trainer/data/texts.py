@@ -45,6 +45,7 @@ class TextWriter:
         self.has_id = array.array("b")  # whether the file gives the text an id
         self._files: list[Path] = []
         self._rows: list[tuple] = []
+        self._table: datasets.Dataset | None = None  # once it is written
         self._writer = pa.ipc.new_stream(str(out), SCHEMA)
 
     def add(self, file: Path, number: int, row_id: str | None, text: "str | Written") -> int:
@@ -68,19 +69,21 @@ class TextWriter:
     def settle(self, report: Report, may_repeat: bool) -> np.ndarray:
         """Finish the file with one row for each id and return the row of every text that was added, int64.
 
-        may_repeat: an id may come again with the same text; if not, any repeated id is a problem.
+        may_repeat: an id may come again with the same text; if not, that is a blemish, but in another file. An id with two
+        texts is a problem.
         """
         self._flush()
         self._writer.close()
         keys = np.array(self.id_keys, np.uint64)
         first = first_of_equal(keys)
-        for again in np.flatnonzero(first != np.arange(len(keys))):
-            if not may_repeat or self.text_keys[again] != self.text_keys[first[again]]:
-                self._report_repeated(int(first[again]), int(again), report, may_repeat)
+        repeated = np.flatnonzero(first != np.arange(len(keys)))
+        texts = np.array(self.text_keys, np.uint64)
+        for again in repeated[(texts[repeated] != texts[first[repeated]]) | (not may_repeat)]:
+            self._report_repeated(int(first[again]), int(again), report, may_repeat)
         is_first = first == np.arange(len(keys))
         if not is_first.all():
             keep_rows(self.out, is_first)
-        kept = np.stack([keys[is_first], np.array(self.text_keys, np.uint64)[is_first]])
+        kept = np.stack([keys[is_first], texts[is_first]])
         np.save(self.out.with_name(f"{self.out.stem}-keys.npy"), kept, allow_pickle=False)
         self.given_id_keys = np.where(np.array(self.has_id, bool)[is_first], kept[0], 0)
         return (np.cumsum(is_first) - 1)[first]
@@ -102,11 +105,18 @@ class TextWriter:
             self._rows = []
 
     def _report_repeated(self, first: int, again: int, report: Report, may_repeat: bool) -> None:
-        row_id = read_table(self.out)[again]["_id"]
         (file, number), (earlier_file, earlier) = self.place(again), self.place(first)
+        is_equal = self.text_keys[again] == self.text_keys[first]
+        if is_equal and file != earlier_file:
+            return
+        self._table = self._table or read_table(self.out)
+        row_id = self._table[again]["_id"]
         word = "row" if has_rows(file) else "line"
         where = f"{word} {earlier}" if earlier_file == file else place_of(earlier_file, earlier)
-        if may_repeat:
+        if is_equal:
+            sentence = f"_id {row_id!r} stands on {where} already, with the same text; it is read once"
+            report(Problem(file, number, "text given twice", sentence, is_blemish=True))
+        elif may_repeat:
             sentence = f"id {row_id!r} has another text than at {where}; give equal ids to equal texts alone"
             report(Problem(file, number, "two texts of an id", sentence))
         else:
