@@ -71,6 +71,8 @@ class Headings:
         return found
 
     def _column_of(self, name: str, usual: tuple[str, ...], columns: tuple[str, ...]) -> str | None:
+        if self.mapped.get(name) == "":  # the files have none, whatever the names of their columns
+            return None
         if self.mapped.get(name) in columns:
             self._found.add(name)
             return self.mapped[name]
@@ -79,8 +81,8 @@ class Headings:
         for names in ((_plain(name),), *(tier.split() for tier in usual)):
             near = [column for column in columns if _plain(column) in names]
             if len(near) > 1:
-                choice = f'set data.columns={{"{name}": "{near[0]}"}} for example'
-                raise Bad("unknown columns", f"the columns {' and '.join(near)} may both be what we read as {name}; {choice}")
+                choice = f'say which by data.columns = {{{name} = "{near[0]}"}}'
+                raise Bad("unknown columns", f"found {' and '.join(near)}, and each may be the {name}: {choice}")
             if near:
                 return near[0]
         return None
@@ -91,7 +93,7 @@ class Headings:
             if name not in found:
                 meant = near_names(name, set(columns) - set(found.values()))
                 known = ", ".join(columns)
-                choice = f'expected {name}, or data.columns={{"{name}": "…"}} that says which one it is{meant}'
+                choice = f'expected {name}{meant}: say which one it is by data.columns = {{{name} = "…"}}'
                 raise Bad("unknown columns", f"found the columns {known}; {choice}")
 
     def tell_unused(self, file: Path, number: int, record: Mapping[str, Any], used: Iterable[str]) -> None:
@@ -100,15 +102,15 @@ class Headings:
             if (file, name) in self._said or record[name] in NOTHING:
                 continue
             self._said.add((file, name))
-            if name.lower() in PROMPTS:
-                choice = f'data.columns={{"prompt": "{name}"}} takes it as the prompt of each text; or take it away'
-                raise Bad("unknown columns", f"found the column {name}, which looks like a prompt and is not read: {choice}")
+            if name.lower() in PROMPTS and "prompt" not in self.mapped:
+                choice = f'set data.columns = {{prompt = "{name}"}} to read it, or {{prompt = ""}} to leave it out'
+                raise Bad("unknown columns", f"found the column {name}, which is not read and looks like a prompt: {choice}")
             self._report(Problem(file, number, "column not used", f"the column {name!r} is not used", is_blemish=True))
 
     def tell_unknown(self, path: Path) -> None:
         """Report what data.columns names and no file has."""
         for name, column in self.mapped.items():
-            if name not in self._found:
+            if column and name not in self._found:
                 known = ", ".join(dict.fromkeys(name for names in KINDS.values() for name in names))
                 found = f"data.columns names {column!r} for {name}, and no file of this collection has that"
                 self._report(Problem(path, 0, "unknown columns", f"{found}; expected a column there is, for one of {known}"))

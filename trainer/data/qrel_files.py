@@ -87,7 +87,8 @@ def _judged_lines(file: Path, headings: Headings, report: Report) -> Iterator[Ju
                 raise Bad("wrong columns", f"found {len(cells)} columns{what}; {expected}")
             yield from _judged_record(file, number, dict(zip(names, cells, strict=True)), headings)
         except Bad as bad:
-            report(Problem(file, number, bad.kind, str(bad)))
+            names_it = "; a first line that names the columns has query-id, corpus-id and score" if number == 1 else ""
+            report(Problem(file, number, bad.kind, f"{bad}{names_it}"))
             if bad.kind == "unknown columns":
                 return
 
