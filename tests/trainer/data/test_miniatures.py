@@ -8,6 +8,7 @@ import pytest
 import torch
 from mpi4py import MPI
 
+from launch.jobfile import read_job
 from mining.service import run_service
 from tests.mining.run import as_job, make_job, publish_checkpoint, rows_of
 from tests.tiny import FILLER, TOPICS, write_tiny_encoder
@@ -17,6 +18,7 @@ from trainer.data.check import check_dataset
 from trainer.data.datasets import open_data, open_dataset
 from trainer.encoder.model import ModelSettings, load_encoder
 from trainer.evaluate import MEASURES, evaluate
+from trainer.train import train
 
 NUM_QUERIES, NUM_ABSENT = 18, 5
 
@@ -134,3 +136,47 @@ def test_a_miniature_mines_and_no_query_gets_itself(tmp_path, name, split):
         for place, (query, found) in enumerate(zip(query_rows, rows, strict=True)):
             assert data.queries[int(query)]["_id"] not in names[found]
             assert not np.isin(found, positives[indptr[place] : indptr[place + 1]]).any()
+
+
+def write_hub(folder):
+    """A folder of the hub: Parquet files by configuration."""
+    write_fiqa(folder / "beir")
+    for side in ("corpus", "queries"):
+        records = [json.loads(line) for line in (folder / "beir" / f"{side}.jsonl").read_text().splitlines()]
+        put(folder / "hub", f"{side}/{side}-00000-of-00001.parquet", [{**record, "metadata": ""} for record in records])
+    rows = [line.split("\t") for line in (folder / "beir" / "qrels" / "train.tsv").read_text().splitlines()[1:]]
+    records = [{"query-id": q, "corpus-id": p, "score": float(s)} for q, p, s in rows]
+    put(folder / "hub", "data/train-00000-of-00001.parquet", records)
+    return folder / "hub"
+
+
+def write_msmarco(folder):
+    put(folder, "collection.tsv", "".join(f"{n}\t{words(n)} {FILLER[n % 9]}\n" for n in range(30)))
+    put(folder, "queries.train.tsv", "".join(f"{n + 100}\t{words(n)}\n" for n in range(12)))
+    put(folder, "qrels.train.tsv", "".join(f"{n + 100}\t0\t{n}\t1\n" for n in range(12)))
+    return folder
+
+
+def write_triples(folder):
+    write_msmarco(folder)
+    (folder / "qrels.train.tsv").unlink()
+    put(folder, "qidpidtriples.train.tsv", "".join(f"{n + 100}\t{n}\t{n + 12 + k}\n" for n in range(12) for k in range(2)))
+    return folder
+
+
+def write_test_split(folder):
+    write_arguana(folder)
+    return folder
+
+
+LAYOUTS = {"hub": write_hub, "msmarco": write_msmarco, "triples": write_triples, "test split": write_test_split}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_trains_five_steps(root, tmp_path, layout):
+    job = tmp_path / "job.toml"
+    job.write_text(f'run.folder = "{tmp_path}/run"\nrun.trackers = []\nmodel.name = "{root}/encoder"\n')
+    overrides = [f"data.path={LAYOUTS[layout](tmp_path / 'data')}", f"data.cache={tmp_path}/cache", "optim.steps=5"]
+    overrides += ["data.train_split=test"] if layout == "test split" else []
+    overrides += ["batch.queries=4", f"negatives.per_query={2 if layout == 'triples' else 0}"]
+    assert train(read_job(job, overrides).train, world_of()).step == 5
