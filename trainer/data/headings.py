@@ -6,6 +6,7 @@ A column is found by our own name for it, by what data.columns says, or by one o
 import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +93,14 @@ class Headings:
         for name in names:
             if name not in found:
                 meant = near_names(name, set(columns) - set(found.values()))
-                known = ", ".join(columns)
+                known = ", ".join(f"{column:.40}" for column in islice(columns, 20))
                 choice = f'expected {name}{meant}: say which one it is by data.columns = {{{name} = "…"}}'
                 raise Bad("unknown columns", f"found the columns {known}; {choice}")
 
     def tell_unused(self, file: Path, number: int, record: Mapping[str, Any], used: Iterable[str]) -> None:
         """Report the columns of a record that are not used and say something, each once for a file; raises Bad for prompts."""
         for name in record.keys() - set(used):
-            if (file, name) in self._said or record[name] in NOTHING:
+            if record[name] in NOTHING or (file, name) in self._said:
                 continue
             self._said.add((file, name))
             if name.lower() in PROMPTS and "prompt" not in self.mapped:

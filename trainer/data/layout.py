@@ -63,8 +63,10 @@ def find_layout(path: Path, columns: Mapping[str, str]) -> Layout | None:
     found: dict[str, list[Entry]] = {role: [] for role in ("corpus", "queries", "qrels", "triples", "listed", "records")}
     unread = []
     entries = [(entry, role_of(entry.folder) or role_of(entry.name)) for entry in _entries(path)]
-    has_corpus = any(role == "corpus" for _, role in entries)
+    has_corpus = any(role == "corpus" and not entry.files[0].name.endswith(".txt") for entry, role in entries)
     for entry, role in entries:
+        if role in ("corpus", "queries") and entry.files[0].name.endswith(".txt"):
+            continue  # a note, or what has no columns
         if has_corpus and role in (None, "triples"):
             role = _role_by_content(entry, role, headings)
         if role:

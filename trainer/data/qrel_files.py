@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 from trainer.data.cells import read_cells, unquoted
 from trainer.data.example import Bad
 from trainer.data.files import read_records
-from trainer.data.headings import Headings, is_heading
+from trainer.data.headings import JUDGED, Headings, is_heading
 from trainer.data.problems import Problem, Report
 from trainer.data.text_files import is_table_of_text, name_of
 
 # Of tables without a line of names, by how many columns they have. Source: BEIR's qrels, and trec_eval's.
 WITHOUT_NAMES = {3: ("query-id", "corpus-id", "score"), 4: ("query-id", "iteration", "corpus-id", "score")}
+OF_TREC = ("iteration", "iter", "Q0")  # its column that says nothing
 
 
 class Judgement(NamedTuple):
@@ -71,21 +72,30 @@ def listed_ids(record: dict[str, Any], columns: dict[str, str], name: str) -> li
 def _judged_lines(file: Path, headings: Headings, report: Report) -> Iterator[Judgement]:
     names: tuple[str, ...] | None = None
     for number, cells in read_cells(file, report):
-        cells = [unquoted(cell) for cell in cells]
+        if len(cells) == 1:  # the line of names may have tabs, and this one spaces
+            cells = cells[0].split()
         while len(cells) > len(names or WITHOUT_NAMES[3]) and not cells[-1]:
             cells.pop()
+        cells = [unquoted(cell) if cell[:1] == '"' else cell for cell in cells]
         try:
             if names is None:
                 is_named = is_heading(cells, headings.mapped, "judged")
                 names = tuple(cells) if is_named else WITHOUT_NAMES.get(len(cells), WITHOUT_NAMES[3])
+                columns = headings.find(names, "judged")
+                headings.need(["query-id", "corpus-id"], columns, names)
+                query, passage, score = (names.index(columns[name]) if name in columns else None for name in JUDGED)
+                unused = [name for name in names if name not in (*columns.values(), *OF_TREC)]
                 if is_named:
-                    headings.need(["query-id", "corpus-id"], headings.find(names, "judged"), names)
                     continue
             if len(cells) != len(names):
                 what = "; that is a list of results, not judgements" if len(cells) == 6 else ""
                 expected = f"expected {', '.join(names)}, separated by tabs"
                 raise Bad("wrong columns", f"found {len(cells)} columns{what}; {expected}")
-            yield from _judged_record(file, number, dict(zip(names, cells, strict=True)), headings)
+            if unused:
+                headings.tell_unused(file, number, dict(zip(names, cells, strict=True)), columns.values())
+            if not (cells[query] and cells[passage]):
+                raise Bad("no id", "the id of a query or a document is empty; expected both")
+            yield Judgement(number, cells[query], cells[passage], 1.0 if score is None else _number(cells[score]))
         except Bad as bad:
             names_it = "; a first line that names the columns has query-id, corpus-id and score" if number == 1 else ""
             report(Problem(file, number, bad.kind, f"{bad}{names_it}"))
@@ -100,7 +110,7 @@ def _judged_record(file: Path, number: int, record: dict[str, Any], headings: He
         yield from _listed_record(number, record, headings)
         return
     headings.need(["query-id"], columns, record)
-    headings.tell_unused(file, number, record, (*columns.values(), "iteration", "iter", "Q0"))
+    headings.tell_unused(file, number, record, (*columns.values(), *OF_TREC))
     query, passage = (_id_of(record, columns[name]) for name in ("query-id", "corpus-id"))
     # A file of pairs without grades names what is relevant.
     score = _number(record[columns["score"]]) if "score" in columns else 1.0

@@ -22,19 +22,22 @@ def read_texts(file: Path, side: str, headings: Headings, report: Report, is_sha
     side: "corpus" or "queries".
     is_shared: other columns of the file are read elsewhere.
     """
-    is_first = True
+    columns: dict[str, str] | None = None
+    names: tuple[str, ...] = ()
     for number, record in _records(file, side, headings, report):
         try:
-            columns = headings.find(record, side)
-            if is_first:  # its columns are those of the file, and one that is not there is missing everywhere
-                headings.need(["_id", "text"], columns, record)
-                is_first = False
-            if not is_shared:
+            if columns is None or tuple(record) != names:
+                names, is_first = tuple(record), columns is None
+                columns = headings.find(names, side)
+                if is_first:  # its columns are those of the file, and one that is not there is missing everywhere
+                    headings.need(["_id", "text"], columns, names)
+                has_more = not is_shared and len(names) > len(columns)
+            if has_more:
                 headings.tell_unused(file, number, record, columns.values())
             row_id, written = _id_of(record, columns), _text_of(record, columns)
         except Bad as bad:
             report(Problem(file, number, bad.kind, str(bad)))
-            if is_first or bad.kind == "unknown columns":
+            if bad.kind == "unknown columns":
                 return
             continue
         if written.text:
@@ -88,13 +91,15 @@ def _id_of(record: dict[str, Any], columns: dict[str, str]) -> str:
 
 def name_of(value: Any) -> str | None:
     """Return an id as text; None if it is neither text nor a whole number."""
+    if type(value) is str:
+        return value
     return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None
 
 
 def _text_of(record: dict[str, Any], columns: dict[str, str]) -> Written:
     if "text" not in columns:
         raise _no_string("text", record)
-    title, text, prompt = (_string(record, columns.get(name)) for name in ("title", "text", "prompt"))
+    title, text, prompt = [_string(record, columns.get(name)) for name in ("title", "text", "prompt")]
     joined = f"{title} {text}".strip()
     title_length = len(title.lstrip()) if text.strip() else len(joined)
     return Written(joined, prompt or None, None, title_length if title.strip() else 0)
@@ -103,11 +108,11 @@ def _text_of(record: dict[str, Any], columns: dict[str, str]) -> Written:
 def _string(record: dict[str, Any], column: str | None) -> str:
     """Return a text of a record, empty where it is null; raises Bad."""
     value = None if column is None else record[column]
+    if type(value) is str:
+        return value
     if value is None or value != value:  # null, as pandas writes it, too
         return ""
-    if not isinstance(value, str):
-        raise _no_string(str(column), record)
-    return value
+    raise _no_string(str(column), record)
 
 
 def _no_string(column: str, record: dict[str, Any]) -> Bad:

@@ -32,7 +32,7 @@ class DataSettings:
     """Section `data`: what is trained on, mined from and evaluated with."""
 
     path: Path = Path("data/code")
-    """A folder in BEIR's form, a saved data set, record files, or a name of the hub; unused with sources."""
+    """A folder of a collection as BEIR has it, a saved data set, record files, or a name of the hub; unused with sources."""
     cache: Path | None = None
     """Arrow tables and token ids; None: negpool in the user's cache folder."""
     train_split: str = "train"

@@ -227,3 +227,23 @@ def test_records_beside_a_corpus_share_its_documents(tmp_path):
     beir(tmp_path / "data", packed=".gz")
     both = open_dataset(tmp_path / "data", tmp_path / "cache", strict=True)
     assert judgements_of(both, "train") == judgements_of(data, "train") and judgements_of(both) == JUDGED
+
+
+def test_a_file_whose_name_says_no_split_is_train(tmp_path):
+    beir(tmp_path / "one", "qrels.tsv")
+    assert list(open_dataset(tmp_path / "one", tmp_path / "cache").qrels) == ["train"]
+    beir(tmp_path / "more", "qrels.dl19-passage.txt", lines(None, "{q} 0 {p} {s}"))
+    put(tmp_path / "more", "2019qrels-docs.txt", lines(None, "{q} 0 {p} {s}"))
+    assert list(open_dataset(tmp_path / "more", tmp_path / "cache").qrels) == ["2019", "dl19"]
+
+
+def test_parts_of_a_file_are_one(tmp_path):
+    records, half = corpus(), len(CORPUS) // 2
+    for part, some in enumerate((records[:half], records[half:])):
+        put(tmp_path / "data", f"corpus/train-0000{part}-of-00002.parquet", some)
+    for part, row in enumerate(("11\t1\t1\n", "12\t2\t1\n")):
+        put(tmp_path / "data", f"qrels/test-0000{part}-of-00002.tsv", row)
+    put(tmp_path / "data", "queries.jsonl", queries())
+    put(tmp_path / "data", "queries.jsonl.gz", b"a torn copy")  # beside itself, unpacked
+    data = open_dataset(tmp_path / "data", tmp_path / "cache", strict=True)
+    assert texts_of(data, "corpus") == JOINED and judgements_of(data) == {"11": {"1": 1}, "12": {"2": 1}}
