@@ -17,6 +17,10 @@ from trainer.data.problems import UNPACKING, Problem, Report, first_byte, open_p
 BATCH = 1000  # rows of Parquet and Arrow read at once
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".arrow")
 
+# What files begin with that are named as if they were text.
+NO_TEXT = {b"\x1f\x8b": "a .gz", b"BZh9": "a .bz2", b"\xfd7zXZ": "an .xz", b"\x28\xb5\x2f\xfd": "a .zst"}
+NO_TEXT |= {b"PK\x03\x04": "a .zip", b"PAR1": "a .parquet"}
+
 Record = tuple[int, dict[str, Any]]
 
 
@@ -62,6 +66,9 @@ def read_lines(path: Path, report: Report, keeps_blank: bool = False) -> Iterato
         with open_plain(path) as file:
             for number, raw in enumerate(file, 1):
                 if number == 1:
+                    if what := next((what for start, what in NO_TEXT.items() if raw.startswith(start)), None):
+                        report(Problem(path, 0, "no text", f"this file is {what}, and no text; unpack it, or end its name so"))
+                        return
                     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                         sentence = "this file is UTF-16; convert it to UTF-8: iconv -f utf-16 -t utf-8 FILE > NEW"
                         report(Problem(path, 0, "not UTF-8", sentence))

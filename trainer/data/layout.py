@@ -15,7 +15,7 @@ from trainer.data.example import Bad
 from trainer.data.files import read_records
 from trainer.data.headings import Headings
 from trainer.data.problems import PACKED, Problem
-from trainer.data.qrel_files import listed_ids
+from trainer.data.qrel_files import is_judged, listed_ids
 from trainer.data.saved import is_saved, saved_files
 from trainer.data.text_files import is_table_of_text
 from trainer.errors import InputError
@@ -73,6 +73,9 @@ def find_layout(path: Path, columns: Mapping[str, str]) -> Layout | None:
             found[role].append(entry)
         elif not entry.files[0].name.endswith(".txt"):
             unread += entry.files
+    for side in ("corpus", "queries"):
+        found[side], others = _without_variants(found[side])
+        unread += others
     asking = [entry for entry in found["listed"] if "text" in _columns_of(entry, "queries", headings)]  # bring their queries
     has_texts = {"corpus": has_corpus, "queries": bool(found["queries"] or found["records"] or asking)}
     has_judgements = any(found[role] for role in ("qrels", "triples", "listed", "records"))
@@ -85,6 +88,14 @@ def find_layout(path: Path, columns: Mapping[str, str]) -> Layout | None:
         for split, entry in _by_split(found[role]):
             files.setdefault(f"{'qrels' if role == 'listed' else role}-{split}", []).extend(entry.files)
     return Layout(files, unread)
+
+
+def _without_variants(entries: list[Entry]) -> tuple[list[Entry], list[Path]]:
+    """Return the files of a side, and those that are passed over: corpus_old.jsonl beside corpus.jsonl."""
+    has_plain = any(split_of(entry.name) is None and not _rest(entry) for entry in entries)
+    is_kept = [not has_plain or split_of(entry.name) is not None or not _rest(entry) for entry in entries]
+    kept = [entry for entry, keeps in zip(entries, is_kept, strict=True) if keeps]
+    return kept, [file for entry, keeps in zip(entries, is_kept, strict=True) if not keeps for file in entry.files]
 
 
 def role_of(name: str) -> str | None:
@@ -122,8 +133,10 @@ def _files_of(files: Iterable[Path], folder: Path) -> Iterator[Entry]:
     for file in sorted(files):
         plain = file.with_suffix("") if file.suffix in PACKED else file
         is_twin = plain != file and plain.exists()
-        if file.is_file() and plain.name.endswith((*RECORDS, *TABLES_OF_TEXT)) and not is_twin and file.name not in NOT_DATA:
-            name = str(plain.relative_to(folder))
+        name = str(plain.relative_to(folder))
+        if is_twin or file.name in NOT_DATA or name.startswith((".", "README", "LICENSE")) or "/." in name:
+            continue
+        if plain.name.endswith((*RECORDS, *TABLES_OF_TEXT)) and file.is_file():
             yield Entry("", re.sub(r"\.(jsonl?|ndjson|parquet|arrow|tsv|csv|txt|trec)$", "", name), [file])
 
 
@@ -133,7 +146,7 @@ def _role_by_content(entry: Entry, role: str | None, headings: Headings) -> str 
     if is_table_of_text(file):
         cells = next(read_cells(file, _ignore), (0, []))[1]
         has_ids = len(cells) == 3 and not any(" " in cell for cell in cells)
-        return "triples" if role and has_ids else "qrels" if split and not role else None
+        return "triples" if role and has_ids else "qrels" if split and not role and is_judged(cells, headings) else None
     if {"query-id", "corpus-id"} <= _columns_of(entry, "judged", headings).keys():
         return "qrels"
     record, listed = _first(file), _columns_of(entry, "listed", headings)

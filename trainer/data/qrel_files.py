@@ -58,6 +58,15 @@ def read_triples(file: Path, report: Report) -> Iterator[Judgement]:
             yield Judgement(number, query, negative, 0.0, is_given=True)
 
 
+def is_judged(cells: list[str], headings: Headings) -> bool:
+    """Return whether the first line of a table of text is one of judgements, or names their columns."""
+    try:
+        is_named = {"query-id", "corpus-id"} <= headings.find(cells, "judged").keys()
+        return is_named or (len(cells) in WITHOUT_NAMES and math.isfinite(float(cells[-1])))
+    except (Bad, ValueError):
+        return False
+
+
 def listed_ids(record: dict[str, Any], columns: dict[str, str], name: str) -> list[str] | None:
     """Return the ids that a record lists: texts or numbers, objects with an id, or lists of them by name; None if it does not."""
     values = record.get(columns.get(name, ""))
@@ -72,8 +81,9 @@ def listed_ids(record: dict[str, Any], columns: dict[str, str], name: str) -> li
 def _judged_lines(file: Path, headings: Headings, report: Report) -> Iterator[Judgement]:
     names: tuple[str, ...] | None = None
     for number, cells in read_cells(file, report):
-        if len(cells) == 1:  # the line of names may have tabs, and this one spaces
-            cells = cells[0].split()
+        if len(cells) not in ([len(names)] if names else WITHOUT_NAMES):  # tabs and spaces may be mixed
+            spaced = " ".join(cells).split()
+            cells = spaced if len(spaced) in ([len(names)] if names else WITHOUT_NAMES) else cells
         while len(cells) > len(names or WITHOUT_NAMES[3]) and not cells[-1]:
             cells.pop()
         cells = [unquoted(cell) if cell[:1] == '"' else cell for cell in cells]
@@ -97,7 +107,8 @@ def _judged_lines(file: Path, headings: Headings, report: Report) -> Iterator[Ju
                 raise Bad("no id", "the id of a query or a document is empty; expected both")
             yield Judgement(number, cells[query], cells[passage], 1.0 if score is None else _number(cells[score]))
         except Bad as bad:
-            names_it = "; a first line that names the columns has query-id, corpus-id and score" if number == 1 else ""
+            is_first = number == 1 and bad.kind == "no number"
+            names_it = "; a first line that names the columns has query-id, corpus-id and score" if is_first else ""
             report(Problem(file, number, bad.kind, f"{bad}{names_it}"))
             if bad.kind == "unknown columns":
                 return

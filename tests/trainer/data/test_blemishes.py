@@ -98,6 +98,9 @@ BLEMISHES = {
     "an id again with its text": (with_records("corpus.jsonl", corpus() + corpus()[:1]), [("text given twice", 7)], {}, CORPUS),
     "metadata": (with_records("corpus.jsonl", corpus(metadata={"url": "x"})), [("column not used", 1)], {}, CORPUS),
     "a file of no role": (with_records("pairs.jsonl", [{"anchor": "a", "positive": "b"}]), [("not read", 0)], {}, CORPUS),
+    "a corpus of other times": (with_records("corpus_old.jsonl", [{"_id": "1", "text": "x"}]), [("not read", 0)], {}, CORPUS),
+    "pairs of texts": (with_records("train.tsv", "query\tpositive\na\tb\n"), [("not read", 0)], {}, CORPUS),
+    "what a desktop leaves": (with_records("qrels/._test.tsv", b"\0\1"), [], {}, CORPUS),
     "a split of others": (with_records("qrels/dev.tsv", "8\t1\t1\n"), [("unknown query", 1), ("split left out", 0)], {}, CORPUS),
     "an empty query": (
         with_records("queries.jsonl", [*queries(), {"_id": "15", "text": ""}]),
@@ -144,6 +147,12 @@ def half_packed(folder):
     (folder / "corpus.jsonl.gz").write_bytes(content[: len(content) // 2])
 
 
+def with_gz(folder):
+    beir(folder, packed=".gz")
+    put(folder, "plain.jsonl", corpus())
+    (folder / "plain.jsonl").rename(folder / "corpus.jsonl.gz")
+
+
 def without_queries(folder):
     put(folder, "collection.tsv", "1\tone\n")
     put(folder, "qrels.train.tsv", "1 0 1 1\n")
@@ -154,7 +163,11 @@ INSTRUCTED = [record | {"instruction": "Find it"} for record in queries()]
 REFUSED = {
     "an id of two texts": (with_records("corpus.jsonl", TWO_TEXTS), r"corpus\.jsonl:7: _id '3' stands on line 3 already"),
     "half a file": (half_packed, r"corpus\.jsonl\.gz: this gzip file is cut off"),
-    "no archive": (with_records("corpus.jsonl", gzip.compress(b"x")), r"corpus\.jsonl:1: byte 2 of this line is not UTF-8"),
+    "an archive by its bytes": (
+        with_records("corpus.jsonl", gzip.compress(b"x")),
+        r"corpus\.jsonl: this file is a \.gz, and no text",
+    ),
+    "an archive by its name": (with_gz, r"corpus\.jsonl\.gz: this gzip file is cut off or damaged"),
     "UTF-16": (changed("corpus.jsonl", lambda raw: raw.decode().encode("utf-16")), r"this file is UTF-16; convert it .*iconv"),
     "UTF-16 unmarked": (changed("qrels/test.tsv", lambda raw: raw.decode().encode("utf-16-le")), r"test\.tsv:1: .*bytes of zero"),
     "Latin-1": (

@@ -108,6 +108,8 @@ SAME = {
     "TREC, .trec": with_qrels("qrels/test.trec", lines(None, "{q} 0 {p} {s}")),
     "TREC, packed": with_qrels("qrels.test.txt.gz", lines(None, "{q} 0 {p} {s}")),
     "three columns and spaces": with_qrels("qrels/test.tsv", lines(None, "{q} {p} {s}")),
+    "tabs and spaces": with_qrels("qrels/test.tsv", lines(row="{q} {p} {s}")),
+    "tabs and spaces in a line": with_qrels("qrels/test.tsv", lines(None, "{q} 0\t{p} {s}")),
     "floats": with_qrels("qrels/test.tsv", lines(row="{q}\t{p}\t{s}.0")),
     "trailing tabs and blank lines": with_qrels("qrels/test.tsv", lines(row="{q}\t{p}\t{s}\t\n\n\t")),
     "qrels.test.tsv": with_qrels("qrels.test.tsv", lines()),
