@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from trainer.data.cells import read_cells, unquoted
 from trainer.data.example import Bad
 from trainer.data.files import read_records
-from trainer.data.headings import JUDGED, Headings, is_heading
+from trainer.data.headings import Headings, is_heading
 from trainer.data.problems import Problem, Report
 from trainer.data.text_files import is_table_of_text, name_of
 
@@ -93,7 +93,8 @@ def _judged_lines(file: Path, headings: Headings, report: Report) -> Iterator[Ju
                 names = tuple(cells) if is_named else WITHOUT_NAMES.get(len(cells), WITHOUT_NAMES[3])
                 columns = headings.find(names, "judged")
                 headings.need(["query-id", "corpus-id"], columns, names)
-                query, passage, score = (names.index(columns[name]) if name in columns else None for name in JUDGED)
+                query, passage = (names.index(columns[name]) for name in ("query-id", "corpus-id"))
+                score = names.index(columns["score"]) if "score" in columns else None
                 unused = [name for name in names if name not in (*columns.values(), *OF_TREC)]
                 if is_named:
                     continue
