@@ -52,7 +52,7 @@ def data_check(path: Data, overrides: OfData = None, short: Sequence[str] = (), 
         print_json(report.as_json())
     else:
         results().print(report.as_text(), markup=False)
-    return EXIT_REFUSED if report.problems or (settings.strict and report.blemishes) else 0
+    return EXIT_REFUSED if report.refused or (settings.strict and report.blemishes) else 0
 
 
 @data_app.command("prepare")

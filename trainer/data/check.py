@@ -24,13 +24,22 @@ class DataReport:
     """The statistics by table, and what is wrong, in the order of files and lines."""
 
     statistics: dict[str, dict[str, Any]]
-    problems: list[Problem]  # refused, until a person mends them
-    blemishes: list[Problem]  # left out or read otherwise, unless data.strict refuses them, too
+    problems: list[Problem]  # blemishes among them
+
+    @property
+    def refused(self) -> list[Problem]:
+        """What a person must mend."""
+        return [problem for problem in self.problems if not problem.is_blemish]
+
+    @property
+    def blemishes(self) -> list[Problem]:
+        """What is left out or read otherwise, unless data.strict refuses it, too."""
+        return [problem for problem in self.problems if problem.is_blemish]
 
     def as_json(self) -> dict[str, Any]:
         return {
             "statistics": self.statistics,
-            "problems": [_as_json(problem) for problem in self.problems],
+            "problems": [_as_json(problem) for problem in self.refused],
             "blemishes": [_as_json(blemish) for blemish in self.blemishes],
         }
 
@@ -40,10 +49,10 @@ class DataReport:
             f"{name:<12}" + "  ".join(f"{key} {value}" for key, value in values.items())
             for name, values in self.statistics.items()
         ]
-        lines += [*_shown(self.blemishes), *_shown(self.problems)]
+        lines += [*_shown(self.blemishes), *_shown(self.refused)]
         if self.blemishes:
             lines.append(f"{len(self.blemishes)} blemishes, which training lives with; data.strict=true refuses them")
-        lines.append("no problems" if not self.problems else f"{len(self.problems)} problems")
+        lines.append("no problems" if not self.refused else f"{len(self.refused)} problems")
         return "\n".join(lines)
 
 
@@ -67,17 +76,16 @@ def _shown(problems: list[Problem]) -> list[str]:
 def check_dataset(path: Path, columns: Mapping[str, str] = NO_COLUMNS) -> DataReport:
     """Return the report on a data set of any form; raises InputError if there is none. columns: as data.columns."""
     source = find_source(path, columns)
-    found: list[Problem] = []
+    problems: list[Problem] = []
     with tempfile.TemporaryDirectory(prefix="negpool-check-") as name:
         folder = Path(name)
-        build_source(source, folder, found.append)
+        build_source(source, folder, problems.append)
         statistics = {side: _text_statistics(folder, side) for side in SIDES}
         statistics |= _split_statistics(folder)
         if (folder / "given-ids.npy").exists():
             scores = np.load(folder / "given-scores.npy")
             statistics["negatives"] = {"given": len(scores), "with_teacher_score": int(np.isfinite(scores).sum())}
-    problems, blemishes = ([each for each in found if each.is_blemish == wanted] for wanted in (False, True))
-    return DataReport(statistics, problems, blemishes)
+    return DataReport(statistics, problems)
 
 
 def _text_statistics(folder: Path, side: str) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def test_a_blemish_is_shown_with_its_line_and_the_figures_are_those_of_the_whole
     assert texts_of(data, "corpus").keys() == set(found) and texts_of(data, "queries") == QUERIES
     assert figures(data) == pytest.approx(by_ir_measures(qrels, found), abs=1e-6)
     report = check_dataset(tmp_path / "data")
-    assert report.problems == [] and [(each.kind, each.number) for each in report.blemishes] == kinds
+    assert report.refused == [] and [(each.kind, each.number) for each in report.blemishes] == kinds
     for kind, _ in kinds:
         assert sum(f"{kind}, " in line for line in caplog.text.splitlines()) == 1, "said once"
     codes = data_check(tmp_path / "data"), data_check(tmp_path / "data", strict=True)

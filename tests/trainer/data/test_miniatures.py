@@ -106,7 +106,7 @@ def test_the_figures_of_arguana_are_beirs(root, tmp_path):
     assert beirs(root, "arguana", only_there=True)["ndcg@10"] == 1, "all that is there is found first"
     assert found == pytest.approx(beirs(root, "arguana")) and found["ndcg@10"] == pytest.approx(1 - NUM_ABSENT / NUM_QUERIES)
     report = check_dataset(root / "arguana")
-    assert report.problems == [] and report.statistics["corpus"]["texts"] == 2 * NUM_QUERIES - NUM_ABSENT
+    assert report.refused == [] and report.statistics["corpus"]["texts"] == 2 * NUM_QUERIES - NUM_ABSENT
     kinds = [blemish.kind for blemish in report.blemishes]
     assert kinds == ["column not used"] + ["unknown document"] * NUM_ABSENT
 
