@@ -104,7 +104,7 @@ def test_a_bad_data_set_is_refused_with_file_and_line(folder, tmp_path, case):
 def test_a_check_finds_every_problem_and_open_the_first(folder):
     for case in ("not JSON", "not an object", "duplicate id", "two columns"):
         BAD[case][0](folder)
-    kinds = {problem.kind for problem in check_dataset(folder).problems}
+    kinds = {problem.kind for problem in check_dataset(folder).refused}
     assert kinds == {"does not parse", "not an object", "duplicate id", "wrong columns"}
 
 
