@@ -26,7 +26,7 @@ ROLES = {  # by words of a name; the first that fits
     "qrels": re.compile(r"\d*(qrels?|judge?ments?)"),
     "triples": re.compile(r"\w*triples?"),
     "queries": re.compile(r"quer(y|ies)|topics?|questions?"),
-    "corpus": re.compile(r"corpus|collection|(full)?docs?|documents?|passages?"),
+    "corpus": re.compile(r"corpus|collection|(full)?docs?|documents?|passages?|psgs"),
 }
 SPLIT = re.compile(rf"(?:doc|passage)?({'|'.join(SPLIT_NAMES)})\d*")
 PART = re.compile(r"[-_.]\d{5}[-_]of[-_]\d{5}")
@@ -80,7 +80,7 @@ def find_layout(path: Path, columns: Mapping[str, str]) -> Layout | None:
     has_texts = {"corpus": has_corpus, "queries": bool(found["queries"] or found["records"] or asking)}
     has_judgements = any(found[role] for role in ("qrels", "triples", "listed", "records"))
     if not (all(has_texts.values()) and has_judgements):
-        _refuse_part(path, has_texts, has_judgements)
+        _refuse_part(path, has_texts, has_judgements, unread)
         return None
     files = {side: [file for entry in found[side] for file in entry.files] for side in ("corpus", "queries")}
     files["queries"] += [file for entry in asking for file in entry.files]
@@ -117,7 +117,7 @@ def _entries(path: Path) -> list[Entry]:
     """Return what may be data in a folder, and in those folders in it whose names say so."""
     if is_saved(path):
         return [Entry("", split or "train", files) for split, files in saved_files(path).items()]
-    folders = [child for child in sorted(path.iterdir()) if child.is_dir() and (role_of(child.name) or child.name in NEUTRAL)]
+    folders = [child for child in sorted(path.iterdir()) if child.is_dir() and _says_something(child.name)]
     entries = list(_files_of(path.iterdir(), path))
     for folder in folders:
         if is_saved(folder):
@@ -126,6 +126,10 @@ def _entries(path: Path) -> list[Entry]:
             inside = list(_files_of(folder.rglob("*"), folder))
         entries += [entry._replace(folder=folder.name) for entry in inside]
     return entries
+
+
+def _says_something(folder: str) -> bool:
+    return bool(role_of(folder) or split_of(folder) or folder in NEUTRAL)
 
 
 def _files_of(files: Iterable[Path], folder: Path) -> Iterator[Entry]:
@@ -198,12 +202,14 @@ def _rest(entry: Entry) -> str:
     return "-".join(word for word in words if word not in NEUTRAL and not any(each.fullmatch(word) for each in known))
 
 
-def _refuse_part(path: Path, has_texts: dict[str, bool], has_judgements: bool) -> None:
+def _refuse_part(path: Path, has_texts: dict[str, bool], has_judgements: bool, unread: list[Path]) -> None:
     """Raise InputError if what is there is a part of a collection, and no records."""
     is_bound_to_be_one = (path / "corpus.jsonl").exists() or (path / "queries.jsonl").exists() or (path / "qrels").is_dir()
     if not is_bound_to_be_one and sum([*has_texts.values(), has_judgements]) < 2:
         return
+    other = f"; {unread[0]} is there, and its name does not say what it holds" if unread else ""
     for side, has_side in has_texts.items():
         if not has_side:
-            raise InputError(f"{path / side}.jsonl is missing; a data set needs corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv")
-    raise InputError(f"{path / 'qrels'} holds no judgements; a data set needs at least one qrels/SPLIT.tsv")
+            needed = "a data set needs corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv"
+            raise InputError(f"{path / side}.jsonl is missing; {needed}{other}")
+    raise InputError(f"{path / 'qrels'} holds no judgements; a data set needs at least one qrels/SPLIT.tsv{other}")

@@ -119,7 +119,7 @@ def _judged_record(file: Path, number: int, record: dict[str, Any], headings: He
     """Yield what a record judges; raises Bad."""
     columns = headings.find(record, "judged")
     if "corpus-id" not in columns:
-        yield from _listed_record(number, record, headings)
+        yield from _listed_record(file, number, record, headings)
         return
     headings.need(["query-id"], columns, record)
     headings.tell_unused(file, number, record, (*columns.values(), *OF_TREC))
@@ -129,8 +129,9 @@ def _judged_record(file: Path, number: int, record: dict[str, Any], headings: He
     yield Judgement(number, query, passage, score)
 
 
-def _listed_record(number: int, record: dict[str, Any], headings: Headings) -> Iterator[Judgement]:
+def _listed_record(file: Path, number: int, record: dict[str, Any], headings: Headings) -> Iterator[Judgement]:
     columns = headings.find(record, "listed")
+    headings.tell_unused(file, number, record, (*columns.values(), *headings.find(record, "queries").values()))
     headings.need(["query-id"], columns, record)
     if (positives := listed_ids(record, columns, "positive_ids")) is None:
         raise Bad("unknown columns", f"found the columns {', '.join(record)}; expected query-id, corpus-id and score")

@@ -69,7 +69,8 @@ def _records(file: Path, side: str, headings: Headings, report: Report) -> Itera
         if len(cells) == len(names):
             yield number, dict(zip(names, map(unquoted, cells) if is_named else cells, strict=True))
         else:
-            sentence = f"found {len(cells)} columns; expected {len(names)} as in the first line ({', '.join(names)})"
+            found = f"found {len(cells)} columns; expected {len(names)} as in the first line ({', '.join(names)})"
+            sentence = f"{found}; a text with tabs or several lines can stand in JSON lines, Parquet or CSV"
             report(Problem(file, number, "wrong columns", sentence))
 
 
@@ -90,9 +91,11 @@ def _id_of(record: dict[str, Any], columns: dict[str, str]) -> str:
 
 
 def name_of(value: Any) -> str | None:
-    """Return an id as text; None if it is neither text nor a whole number."""
+    """Return an id as text; None if it is neither text nor a whole number, which pandas may have written as 12.0."""
     if type(value) is str:
         return value
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
     return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None
 
 

@@ -194,6 +194,10 @@ REFUSED = {
         r"corpus\.tsv:1: found 3 columns without names; expected id and text",
     ),
     "a quote left open": (with_records("queries.csv", 'qid,query\n20,"an open\n'), r"queries\.csv:2: .*is not CSV"),
+    "two lines in a cell": (
+        with_records("queries.tsv", 'qid\tquery\n20\t"one\ntwo"\n'),
+        r"queries\.tsv:3: found 1 columns; expected 2 .*several lines can stand in JSON lines",
+    ),
     "a part missing": (without_queries, r"queries\.jsonl is missing"),
     "scores of some": (
         with_records("qrels/dev.jsonl", [{"qid": "11", "docid": "1", "score": 1}, {"qid": "11", "docid": "2"}]),

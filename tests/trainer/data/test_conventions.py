@@ -120,6 +120,7 @@ SAME = {
     "JSON, numbers for ids, text for scores": with_qrels("qrels/test.jsonl", judged("qid", "docid", "rel", int, str)),
     "JSON array": with_qrels("qrels/test.json", json.dumps(judged(as_score=float))),
     "Parquet": with_qrels("qrels/test.parquet", judged(as_id=int)),
+    "Parquet, numbers of pandas": with_qrels("qrels/test.parquet", judged(as_id=float, as_score=float)),
     "numbers for ids": with_texts(corpus(as_id=int), queries(as_id=int)),
     "id, contents": with_texts(corpus("id", "contents"), queries("id", "query")),
     "docid, body": with_texts(corpus("docid", "body"), queries("qid", "question")),
@@ -226,6 +227,9 @@ def test_records_beside_a_corpus_share_its_documents(tmp_path):
     assert texts_of(data, "corpus") == JOINED | {"x": "elsewhere"} and texts_of(data, "queries").keys() == {"11", "12"}
     assert judgements_of(data, "train") == {"11": {"1": 1}, "12": {"x": 1}} and given_of(data) == {"11": {"6"}}
     beir(tmp_path / "data", packed=".gz")
+    put(tmp_path / "folders", "corpus/corpus.jsonl", corpus("docid"))
+    put(tmp_path / "folders", "train/train.jsonl", [record])
+    assert judgements_of(open_dataset(tmp_path / "folders", tmp_path / "cache"), "train") == {"11": {"1": 1}}
     both = open_dataset(tmp_path / "data", tmp_path / "cache", strict=True)
     assert judgements_of(both, "train") == judgements_of(data, "train") and judgements_of(both) == JUDGED
 
