@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from trainer.data.files import SUFFIXES
-from trainer.data.layout import SPLIT_NAMES, find_layout
+from trainer.data.layout import SPLIT_NAMES, Entry, find_layout, role_of
 from trainer.data.records import FORMS
 from trainer.data.saved import is_saved, saved_files
 from trainer.errors import InputError
@@ -62,7 +62,7 @@ def _find(path: Path, columns: Mapping[str, str]) -> Source:
             raise InputError(f"{path} is no {', '.join(SUFFIXES)}; set data.path to {FORMS}")
         return Source(path, "records", {_split_of(path) or "train": [path]})
     if not path.is_dir():
-        return _from_hub(path)
+        return _from_hub(path, columns)
     if layout := find_layout(path, columns):
         return Source(path, "beir", layout.files, unread=tuple(layout.unread))
     if is_saved(path):
@@ -93,7 +93,7 @@ def _split_of(file: Path) -> str | None:
     return SPLIT_NAMES[match[1]] if match else None
 
 
-def _from_hub(path: Path) -> Source:
+def _from_hub(path: Path, columns: Mapping[str, str]) -> Source:
     """Return the files of a data set of the hub, downloaded or found in the cache of `datasets`."""
     nothing = f"there is no data set in {path}; data.path must be a folder or a file: {FORMS}; or a name of the hub"
     if not HUB_NAME.match(str(path)):
@@ -102,9 +102,27 @@ def _from_hub(path: Path) -> Source:
 
     name, _, config = str(path).partition(":")
     try:
-        found = datasets.load_dataset(name, config or None)
+        parts = [config] if config else _collection_parts(name)
+        found = {part: datasets.load_dataset(name, part or None) for part in parts}
     except Exception as error:  # what a hub, a network and a data set of others can raise has no common class
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{nothing}, and the hub has not given it: {reason}") from error
-    splits = {split: [Path(entry["filename"]) for entry in table.cache_files] for split, table in found.items()}
-    return Source(path, "records", {SPLIT_NAMES.get(split, split): files for split, files in splits.items()})
+    entries = [
+        Entry(part, split, [Path(entry["filename"]) for entry in table.cache_files])
+        for part, splits in found.items()
+        for split, table in splits.items()
+    ]
+    if layout := find_layout(path, columns, entries):
+        return Source(path, "beir", layout.files, unread=tuple(layout.unread))
+    return Source(path, "records", {SPLIT_NAMES.get(entry.name, entry.name): entry.files for entry in entries})
+
+
+def _collection_parts(name: str) -> list[str]:
+    """Return the configurations of a collection of the hub; one without a name if it is none, or no hub answers."""
+    import datasets
+
+    try:
+        parts = datasets.get_dataset_config_names(name)
+    except Exception:  # as below; loading says why
+        return [""]
+    return parts if {"corpus", "queries"} <= {role_of(part) for part in parts} else [""]

@@ -54,17 +54,17 @@ class Layout(NamedTuple):
     unread: list[Path]
 
 
-def find_layout(path: Path, columns: Mapping[str, str]) -> Layout | None:
+def find_layout(path: Path, columns: Mapping[str, str], entries: list[Entry] | None = None) -> Layout | None:
     """Return the files of the collection in a folder; None if there is none. Raises InputError if a part of it is missing.
 
-    columns: as data.columns.
+    columns: as data.columns. entries: what there is, if that is no folder.
     """
     headings = Headings(columns, _ignore)
     found: dict[str, list[Entry]] = {role: [] for role in ("corpus", "queries", "qrels", "triples", "listed", "records")}
     unread = []
-    entries = [(entry, role_of(entry.folder) or role_of(entry.name)) for entry in _entries(path)]
-    has_corpus = any(role == "corpus" and not entry.files[0].name.endswith(".txt") for entry, role in entries)
-    for entry, role in entries:
+    named = [(entry, role_of(entry.folder) or role_of(entry.name)) for entry in entries or _entries(path) if entry.files]
+    has_corpus = any(role == "corpus" and not entry.files[0].name.endswith(".txt") for entry, role in named)
+    for entry, role in named:
         if role in ("corpus", "queries") and entry.files[0].name.endswith(".txt"):
             continue  # a note, or what has no columns
         if has_corpus and role in (None, "triples"):

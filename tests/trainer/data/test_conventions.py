@@ -252,3 +252,13 @@ def test_parts_of_a_file_are_one(tmp_path):
     put(tmp_path / "data", "queries.jsonl.gz", b"a torn copy")  # beside itself, unpacked
     data = open_dataset(tmp_path / "data", tmp_path / "cache", strict=True)
     assert texts_of(data, "corpus") == JOINED and judgements_of(data) == {"11": {"1": 1}, "12": {"2": 1}}
+
+
+def test_a_collection_of_the_hub_is_read_with_all_its_configurations(tmp_path, monkeypatch):
+    tables = {"corpus": {"corpus": corpus()}, "queries": {"queries": queries()}, "default": {"test": judged()}}
+    for name, splits in tables.items():
+        datasets.DatasetDict({s: datasets.Dataset.from_list(rows) for s, rows in splits.items()}).save_to_disk(tmp_path / name)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: list(tables))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: datasets.load_from_disk(tmp_path / config))
+    data = open_dataset(type(tmp_path)("somebody/scifact"), tmp_path / "cache", strict=True)
+    assert texts_of(data, "corpus") == JOINED and judgements_of(data) == JUDGED
