@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from trainer.data.files import SUFFIXES
-from trainer.data.layout import SPLIT_NAMES, Entry, find_layout, role_of
+from trainer.data.layout import SPLIT_NAMES, Candidate, find_layout, role_of
 from trainer.data.records import FORMS
 from trainer.data.saved import is_saved, saved_files
 from trainer.errors import InputError
@@ -108,7 +108,7 @@ def _from_hub(path: Path, columns: Mapping[str, str]) -> Source:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{nothing}, and the hub has not given it: {reason}") from error
     entries = [
-        Entry(part, split, [Path(entry["filename"]) for entry in table.cache_files])
+        Candidate(part, split, [Path(entry["filename"]) for entry in table.cache_files])
         for part, splits in found.items()
         for split, table in splits.items()
     ]

@@ -35,7 +35,7 @@ NEUTRAL = ("data", "default", "msmarco", "beir")  # words and folders that say n
 NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 
 
-class Entry(NamedTuple):
+class Candidate(NamedTuple):
     """Files of one name: one, or the parts of a saved table."""
 
     folder: str
@@ -54,13 +54,13 @@ class Layout(NamedTuple):
     unread: list[Path]
 
 
-def find_layout(path: Path, columns: Mapping[str, str], entries: list[Entry] | None = None) -> Layout | None:
+def find_layout(path: Path, columns: Mapping[str, str], entries: list[Candidate] | None = None) -> Layout | None:
     """Return the files of the collection in a folder; None if there is none. Raises InputError if a part of it is missing.
 
     columns: as data.columns. entries: what there is, if that is no folder.
     """
     headings = Headings(columns, _ignore)
-    found: dict[str, list[Entry]] = {role: [] for role in ("corpus", "queries", "qrels", "triples", "listed", "records")}
+    found: dict[str, list[Candidate]] = {role: [] for role in ("corpus", "queries", "qrels", "triples", "listed", "records")}
     unread = []
     named = [(entry, role_of(entry.folder) or role_of(entry.name)) for entry in entries or _entries(path) if entry.files]
     has_corpus = any(role == "corpus" and not entry.files[0].name.endswith(".txt") for entry, role in named)
@@ -90,7 +90,7 @@ def find_layout(path: Path, columns: Mapping[str, str], entries: list[Entry] | N
     return Layout(files, unread)
 
 
-def _without_variants(entries: list[Entry]) -> tuple[list[Entry], list[Path]]:
+def _without_variants(entries: list[Candidate]) -> tuple[list[Candidate], list[Path]]:
     """Return the files of a side, and those that are passed over: corpus_old.jsonl beside corpus.jsonl."""
     has_plain = any(split_of(entry.name) is None and not _rest(entry) for entry in entries)
     is_kept = [not has_plain or split_of(entry.name) is not None or not _rest(entry) for entry in entries]
@@ -113,15 +113,15 @@ def _words(name: str) -> list[str]:
     return [word for word in re.split(r"[^a-z0-9]+", PART.sub("", name.lower())) if word]
 
 
-def _entries(path: Path) -> list[Entry]:
+def _entries(path: Path) -> list[Candidate]:
     """Return what may be data in a folder, and in those folders in it whose names say so."""
     if is_saved(path):
-        return [Entry("", split or "train", files) for split, files in saved_files(path).items()]
+        return [Candidate("", split or "train", files) for split, files in saved_files(path).items()]
     folders = [child for child in sorted(path.iterdir()) if child.is_dir() and _says_something(child.name)]
     entries = list(_files_of(path.iterdir(), path))
     for folder in folders:
         if is_saved(folder):
-            inside = [Entry("", split or "", files) for split, files in saved_files(folder).items()]
+            inside = [Candidate("", split or "", files) for split, files in saved_files(folder).items()]
         else:
             inside = list(_files_of(folder.rglob("*"), folder))
         entries += [entry._replace(folder=folder.name) for entry in inside]
@@ -132,7 +132,7 @@ def _says_something(folder: str) -> bool:
     return bool(role_of(folder) or split_of(folder) or folder in NEUTRAL)
 
 
-def _files_of(files: Iterable[Path], folder: Path) -> Iterator[Entry]:
+def _files_of(files: Iterable[Path], folder: Path) -> Iterator[Candidate]:
     """Yield the files that may be data, without packed ones that stand there unpacked, too."""
     for file in sorted(files):
         plain = file.with_suffix("") if file.suffix in PACKED else file
@@ -141,10 +141,10 @@ def _files_of(files: Iterable[Path], folder: Path) -> Iterator[Entry]:
         if is_twin or file.name in NOT_DATA or name.startswith((".", "README", "LICENSE")) or "/." in name:
             continue
         if plain.name.endswith((*RECORDS, *TABLES_OF_TEXT)) and file.is_file():
-            yield Entry("", re.sub(r"\.(jsonl?|ndjson|parquet|arrow|tsv|csv|txt|trec)$", "", name), [file])
+            yield Candidate("", re.sub(r"\.(jsonl?|ndjson|parquet|arrow|tsv|csv|txt|trec)$", "", name), [file])
 
 
-def _role_by_content(entry: Entry, role: str | None, headings: Headings) -> str | None:
+def _role_by_content(entry: Candidate, role: str | None, headings: Headings) -> str | None:
     """Return what a file holds whose name does not say it; None if nothing that is read beside a collection."""
     file, split = entry.files[0], split_of(" ".join(entry.words))
     if is_table_of_text(file):
@@ -167,7 +167,7 @@ def _has_passages(record: dict[str, Any]) -> bool:
     return bool(isinstance(passages, list) and passages and isinstance(passages[0], dict) and "text" in passages[0])
 
 
-def _columns_of(entry: Entry, kind: str, headings: Headings) -> dict[str, str]:
+def _columns_of(entry: Candidate, kind: str, headings: Headings) -> dict[str, str]:
     """Return which columns of a file are ours; none where that is not clear."""
     try:
         return headings.find(_first(entry.files[0]), kind)
@@ -184,7 +184,7 @@ def _ignore(problem: Problem) -> None:
     """Take no notice: whoever reads the file reports it."""
 
 
-def _by_split(entries: list[Entry]) -> Iterator[tuple[str, Entry]]:
+def _by_split(entries: list[Candidate]) -> Iterator[tuple[str, Candidate]]:
     """Yield each file with its split: the one that its name says, otherwise the rest of the name, train if there is none.
 
     Where several say the same one, as qrels.dev and qrels.dev.small, the rest of the name tells them apart.
@@ -195,7 +195,7 @@ def _by_split(entries: list[Entry]) -> Iterator[tuple[str, Entry]]:
         yield split if split and (is_alone or not rest) else "-".join(filter(None, [split, rest])) or "train", entry
 
 
-def _rest(entry: Entry) -> str:
+def _rest(entry: Candidate) -> str:
     """Return what the name of a file says beside its role and its split."""
     words = [re.sub(r"^(\d+)qrels?$", r"\1", word) for word in entry.words]
     known = [*ROLES.values(), SPLIT, NUMBER]
