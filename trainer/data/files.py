@@ -17,10 +17,6 @@ from trainer.data.problems import UNPACKING, Problem, Report, first_byte, open_p
 BATCH = 1000  # rows of Parquet and Arrow read at once
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".arrow")
 
-# What files begin with that are named as if they were text.
-NO_TEXT = {b"\x1f\x8b": "a .gz", b"BZh9": "a .bz2", b"\xfd7zXZ": "an .xz", b"\x28\xb5\x2f\xfd": "a .zst"}
-NO_TEXT |= {b"PK\x03\x04": "a .zip", b"PAR1": "a .parquet"}
-
 Record = tuple[int, dict[str, Any]]
 
 
@@ -82,6 +78,11 @@ def read_lines(path: Path, report: Report, keeps_blank: bool = False) -> Iterato
     except OSError as error:
         unread = f"this file cannot be read ({error.strerror}); a data set needs it"
         report(Problem(path, 0, "missing", unread) if error.strerror else _damaged(path, error))
+
+
+# What files begin with that are named as if they were text.
+NO_TEXT = {b"\x1f\x8b": "a .gz", b"BZh9": "a .bz2", b"\xfd7zXZ": "an .xz", b"\x28\xb5\x2f\xfd": "a .zst"}
+NO_TEXT |= {b"PK\x03\x04": "a .zip", b"PAR1": "a .parquet"}
 
 
 def _decoded(path: Path, number: int, raw: bytes, report: Report) -> str | None:
