@@ -109,12 +109,14 @@ def _split_statistics(folder: Path) -> dict[str, dict[str, Any]]:
         positives = rows[rows["score"] > 0]
         queries, counts = np.unique(positives["query"], return_counts=True)
         shared = [name for name, others in earlier.items() if np.isin(queries, others).any()]
+        absent = folder / file.name.replace("qrels-", "absent-", 1)
         num_scored = int(np.isfinite(positives["teacher"]).sum())
         found[file.stem] = {
             "queries": len(queries),
             "positives": len(positives),
             "most_of_a_query": int(counts.max(initial=0)),
             **({"with_teacher_score": num_scored} if num_scored else {}),
+            **({"of_absent_documents": len(np.load(absent))} if absent.exists() else {}),
             **({"shares_queries_with": ", ".join(shared)} if shared else {}),
         }
         earlier[file.stem] = queries

@@ -107,6 +107,7 @@ def test_the_figures_of_arguana_are_beirs(root, tmp_path):
     assert found == pytest.approx(beirs(root, "arguana")) and found["ndcg@10"] == pytest.approx(1 - NUM_ABSENT / NUM_QUERIES)
     report = check_dataset(root / "arguana")
     assert report.refused == [] and report.statistics["corpus"]["texts"] == 2 * NUM_QUERIES - NUM_ABSENT
+    assert report.statistics["qrels-test"]["of_absent_documents"] == NUM_ABSENT
     kinds = [blemish.kind for blemish in report.blemishes]
     assert kinds == ["column not used"] + ["unknown document"] * NUM_ABSENT
 
