@@ -195,7 +195,7 @@ def test_data_check_prints_statistics_and_problems(root, tmp_path):
     folder = write_tiny_dataset(tmp_path / "bad")
     (folder / "qrels" / "dev.tsv").write_text("q5\tnobody\t1\n")
     assert "2 blemishes, which training lives with" in call(root, "data", "check", folder)[0]
-    report = json.loads(call(root, "data", "check", folder, "--strict", "--json", exit_code=2)[0])
+    report = json.loads(call(root, "data", "check", folder, "data.strict=true", "--json", exit_code=2)[0])
     assert report["problems"] == []
     assert [(b["line"], b["kind"]) for b in report["blemishes"]] == [(1, "unknown document"), (0, "split left out")]
 

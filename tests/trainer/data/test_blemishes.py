@@ -126,8 +126,8 @@ def test_a_blemish_is_shown_with_its_line_and_the_figures_are_those_of_the_whole
     assert report.refused == [] and [(each.kind, each.number) for each in report.blemishes] == kinds
     for kind, _ in kinds:
         assert sum(f"{kind}, " in line for line in caplog.text.splitlines()) == 1, "said once"
-    codes = data_check(tmp_path / "data"), data_check(tmp_path / "data", strict=True)
-    assert codes == (0, 2 if kinds else 0)
+    codes = [data_check(path=tmp_path / "data", overrides=given, columns=None) for given in ([], ["data.strict=true"])]
+    assert codes == [0, 2 if kinds else 0]
     if kinds:
         with pytest.raises(InputError, match=r"data\.strict=true refuses that"):
             open_dataset(tmp_path / "data", tmp_path / "cache", strict=True)
@@ -250,7 +250,7 @@ def test_a_file_without_scores_names_what_is_relevant(tmp_path):
 
 def test_a_check_prints_the_first_of_a_kind_and_counts_the_rest(tmp_path, capsys):
     with_lines(*((f"a{number}", "1", "1") for number in range(12)))(tmp_path / "data")
-    assert data_check(tmp_path / "data", as_json=True) == 0
+    assert data_check(path=tmp_path / "data", columns=None, as_json=True) == 0
     assert len(json.loads(capsys.readouterr().out)["blemishes"]) == 12, "all, each with its line"
     said = check_dataset(tmp_path / "data").as_text()
     assert "… and 2 more: unknown query" in said and "12 blemishes, which training lives with" in said
