@@ -78,8 +78,9 @@ class Collection:
                     Problem(files[0], 0, "split left out", f"{found}, so the split {split} is left out", is_blemish=True)
                 )
         if splits and not num_kept and not self._source.records:
-            found = "no split has a judgement that names a query and a document that are there"
-            self._report(Problem(self._source.path, 0, "no judgement", f"{found}; corpus, queries and judgements do not fit"))
+            found = "no judgement above 0 names a query and a document that are there"
+            remedy = "let the ids of corpus, queries and judgements be the same, or give a query something relevant"
+            self._report(Problem(self._source.path, 0, "no judgement", f"{found}; {remedy}"))
         if self._files and not self._source.records:
             self._headings.tell_unknown(self._source.path)
 

@@ -169,7 +169,7 @@ def open_dataset(
     for kind, times, first in blemishes:
         if strict:
             raise InputError(f"{first}; data.strict=true refuses that, data.strict=false reads the rest")
-        log.info("%s: %s, %d times: %s", path, kind, times, first)
+        log.info("%s%s", first, f"; … and {times - 1:,} more: {kind}" if times > 1 else "")
     return _open_tables(path, cache, folder, digest)
 
 
