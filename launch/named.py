@@ -9,7 +9,7 @@ from launch.options import quoted
 from trainer.data.datasets import RetrievalData, open_data
 from trainer.encoder.settings import ModelSettings
 from trainer.encoder.shards import EncodeSettings
-from trainer.encoder.source import resolve_model
+from trainer.encoder.source import refuse_no_name
 from trainer.errors import InputError
 from trainer.handoff.manifest import NotReadable, TornVersion
 from trainer.handoff.rights import is_writable, unreadable
@@ -88,7 +88,7 @@ def model_folder(model: str) -> str:
     if (told := unreadable(path)) is not None:
         raise InputError(told)
     if not path.is_dir():
-        resolve_model(model)  # a name that leads nowhere is refused before it is looked at as a run or a checkpoint
+        refuse_no_name(model)  # a name that leads nowhere is refused before it is looked at as a run or a checkpoint
     if (path / "checkpoints").is_dir():
         passed_over: list[TornVersion] = []
         checkpoint = newest_checkpoint(path, passed_over.append)

@@ -123,7 +123,9 @@ def open_reranker(settings: RerankSettings, data: RetrievalData, query_rows: np.
     expected = "expected the folder or hub name of an AutoModelForSequenceClassification with one label, or two"
     try:
         source = resolve_model(settings.model)
-        model, found = AutoModelForSequenceClassification.from_pretrained(source, output_loading_info=True)
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            source, output_loading_info=True, trust_remote_code=False
+        )
         tokenizer = load_tokenizer(source)
     except Exception as error:
         told = cannot_load(settings.model, error)

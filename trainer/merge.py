@@ -19,6 +19,7 @@ from trainer.encoder.model import (
     Encoder,
     ModelSettings,
     Traits,
+    described_layers,
     load_encoder,
     save_encoder,
     weights_digest,
@@ -85,9 +86,7 @@ def _check_request(out: Path, models: Sequence[str], how: str, base: str | None,
 def _load(name: str) -> Loaded:
     """Return a model from a folder of safetensors."""
     folder = Path(resolve_model(name))
-    if not folder.is_dir():
-        raise InputError(f"{name} is no model folder here; download it first, as with: hf download {name} --local-dir DIR")
-    if not any(folder.glob("*.safetensors")):
+    if not any(folder.rglob("*.safetensors")):
         raise InputError(f"{folder} holds no safetensors, and nothing else is read; save its weights as safetensors first")
     return load_encoder(ModelSettings(name=name))
 
@@ -104,6 +103,9 @@ def _refuse_difference(first: Loaded, other: Loaded, first_name: str, name: str)
     for key, before in traits[0].items():
         if before != traits[1][key]:
             raise InputError(f"{first_name} and {name} are used differently: {key} is {before!r} and {traits[1][key]!r}")
+    layers = [described_layers(loaded[0]) for loaded in (first, other)]
+    if layers[0] != layers[1]:
+        raise InputError(f"{first_name} and {name} have other layers behind their pooling: {layers[0]} and {layers[1]}")
     if first[1].get_vocab() != other[1].get_vocab():
         raise InputError(f"{first_name} and {name} have different vocabularies; only models of one tokenizer can be merged")
 

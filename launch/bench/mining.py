@@ -25,7 +25,8 @@ from launch.output import messages
 from launch.ranks import on_ranks
 from trainer.data.datasets import open_dataset
 from trainer.encoder.encode import ENCODE_TOKENS, ENCODE_TOKENS_CUDA, encode_rows
-from trainer.encoder.model import Encoder, ModelSettings, load_encoder, resolve_model
+from trainer.encoder.model import Encoder, ModelSettings, load_encoder
+from trainer.encoder.source import resolve_model
 from trainer.encoder.tokens import TokenTable, tokenize
 from trainer.encoder.topk import BestOf, tile_shape
 from trainer.errors import InputError

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.encoder.model import resolve_model
+from trainer.encoder.source import resolve_model
 from trainer.errors import InputError
 from trainer.world import World
 

@@ -16,7 +16,7 @@ from trainer.data.cache import tables_asked_for
 from trainer.data.datasets import open_data
 from trainer.encoder import model as model_module
 from trainer.encoder.model import ModelSettings, load_encoder, load_text_rules
-from trainer.encoder.tokens import _tokenizer_content
+from trainer.encoder.tokenizer import tokenizer_content
 from trainer.errors import InputError
 from trainer.handoff.weights import newest_checkpoint
 from trainer.train import train
@@ -85,4 +85,4 @@ def test_the_rules_of_texts_are_those_of_the_model_and_no_weight_is_read(tmp_pat
     monkeypatch.setattr(model_module, "load_backbone", lambda *_: pytest.fail("weights were read"))
     (tmp_path / family / "model.safetensors").unlink()
     found, found_traits = load_text_rules(settings)
-    assert found_traits == traits and _tokenizer_content(found) == _tokenizer_content(tokenizer)
+    assert found_traits == traits and tokenizer_content(found) == tokenizer_content(tokenizer)

@@ -182,3 +182,16 @@ def test_a_folder_that_exists_is_left_alone(folders, tmp_path):
 def test_a_name_that_is_no_folder_says_how_to_get_one(tmp_path):
     with pytest.raises(InputError, match="some/model is no model folder here; download it first"):
         merge_models(tmp_path / "out", ["some/model", "some/model"])
+
+
+def test_models_whose_layers_compute_otherwise_are_not_merged(tmp_path):
+    encoder, tokenizer, traits = load_encoder(ModelSettings(name=str(write_tiny_encoder(tmp_path / "start")), projection=8))
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        save_encoder(tmp_path / name, encoder, tokenizer, traits)
+        dense = tmp_path / name / "2_Dense" / "config.json"
+        dense.write_text(
+            dense.read_text().replace("linear.Identity", "activation.Tanh" if name == "other" else "linear.Identity")
+        )
+    with pytest.raises(InputError, match=r"have other layers behind their pooling: .*Identity.* and .*Tanh"):
+        merge_models(tmp_path / "out", [str(tmp_path / "one"), str(tmp_path / "other")])

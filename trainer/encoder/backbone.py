@@ -4,36 +4,43 @@ Whatever family it is, its dropout is ours (dropout.py), nothing is cached betwe
 a gradient, for data parallelism waits for all of them.
 """
 
-import inspect
-from typing import Any
+from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
+from trainer.encoder.architecture import load_config, without_pooler
 from trainer.encoder.dropout import ATTENTION, replace_dropout
+from trainer.encoder.peft_folder import add_to_weights, base_of, transformer_of
 from trainer.encoder.settings import ModelSettings
+from trainer.encoder.tensors import refused_pickle
 from trainer.errors import InputError
 
+UNLIMITED = 1 << 20  # tokens: positions that are counted from one another have no last one
 # what the families call it
 DROPOUT_NAMES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "hidden_dropout", "attention_dropout", "dropout",
                  "embedding_dropout", "mlp_dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop")  # fmt: skip
 
 
-def load_backbone(source: str, settings: ModelSettings, is_empty: bool = False) -> PreTrainedModel:
-    """Return the model in a folder or of a hub name, float32 or quantised; raises InputError and what transformers raises.
+def load_backbone(source: str, settings: ModelSettings, is_empty: bool = False, **arguments) -> PreTrainedModel:
+    """Return the model in a folder, float32 or quantised; raises InputError and what transformers raises.
 
     is_empty: its parameters are on the meta device, and only its configuration is read.
+    arguments: what the folder of a model gives its configuration.
     """
-    config = _with_dropout(load_config(source), settings.dropout)
+    base = base_of(source)
+    config = _with_dropout(load_config(source, **arguments), settings.dropout)
     if is_empty:
         with init_empty_weights(include_buffers=False):
-            model = AutoModel.from_config(config, dtype=torch.float32, **_without_pooler(config))
+            model = AutoModel.from_config(config, dtype=torch.float32, **without_pooler(config))
     else:
-        model = AutoModel.from_pretrained(
-            source, config=config, dtype=torch.float32, **_without_pooler(config), **quantization(settings)
-        )
+        model = _read_weights(source if base is None else transformer_of(base), config, settings)
+        if base is not None:
+            if settings.quantize is not None:
+                raise InputError(f"{source} holds adapters, which 4-bit weights cannot take in; leave model.quantize out")
+            model = add_to_weights(model, source)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # keys and values of a text that nobody goes on writing
     if settings.quantize is not None:
@@ -53,29 +60,14 @@ def load_backbone(source: str, settings: ModelSettings, is_empty: bool = False) 
     return model
 
 
-def bare_backbone(source: str, settings: ModelSettings) -> PreTrainedModel:
+def bare_backbone(source: str, settings: ModelSettings, **arguments) -> PreTrainedModel:
     """Return the model without weights, on the meta device: its shapes and its configuration, as the job asks for."""
-    config = load_config(source)
+    config = load_config(source, **arguments)
     with torch.device("meta"):
-        model = AutoModel.from_config(config, **_without_pooler(config))
+        model = AutoModel.from_config(config, **without_pooler(config))
     if settings.attention is not None and is_decoder(model):
         model.config.is_causal = settings.attention == "causal"
     return model
-
-
-def load_config(source: str) -> PretrainedConfig:
-    """Return the configuration of a model that turns token ids into states; raises InputError for others."""
-    config = AutoConfig.from_pretrained(source)
-    if config.is_encoder_decoder:
-        raise InputError(
-            f"{source} is an encoder with a decoder ({config.model_type}), expected one of the two; set model.name to another"
-        )
-    kind = _kind(config)
-    if getattr(kind, "main_input_name", "input_ids") != "input_ids":
-        raise InputError(
-            f"{source} ({config.model_type}) reads {kind.main_input_name}, expected a model of texts; set model.name to another"
-        )
-    return config
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
@@ -116,10 +108,11 @@ def layers_of(module: nn.Module) -> list[nn.Module]:
 
 
 def max_positions(model: PreTrainedModel) -> int:
-    """Return the length of the longest text that the model takes, in tokens."""
+    """Return the length of the longest text that the model takes, in tokens; UNLIMITED where it counts none."""
     table = _position_table(model)
     if table is None:
-        return getattr(model.config, "max_position_embeddings", 512)
+        recorded = getattr(model.config, "max_position_embeddings", None) or 0
+        return recorded if recorded > 0 else UNLIMITED
     # RoBERTa and its kin count from the number behind the padding's.
     return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
 
@@ -170,24 +163,38 @@ def keep_to_one_product(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
+def _read_weights(source: str, config: PretrainedConfig, settings: ModelSettings) -> PreTrainedModel:
+    """Return the model in a folder with all of its weights; raises InputError where some are missing."""
+    try:
+        model, found = AutoModel.from_pretrained(
+            source,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **without_pooler(config),
+            **quantization(settings),
+        )
+    except Exception as error:
+        told = refused_pickle(Path(source), error)
+        if told is None:
+            raise
+        raise told from error
+    missing = sorted(name for name in found["missing_keys"] if "pooler" not in name)
+    if missing:  # transformers fills them with random numbers
+        raise InputError(
+            f"{source} has no weights for {len(missing)} tensors of a {type(model).__name__}, such as {missing[0]}; "
+            "set model.name to a whole model of that type"
+        )
+    return model
+
+
 def _with_dropout(config: PretrainedConfig, dropout: float | None) -> PretrainedConfig:
     if dropout is not None:
         for name in DROPOUT_NAMES:
             if hasattr(config, name):
                 setattr(config, name, dropout)
     return config
-
-
-def _without_pooler(config: PretrainedConfig) -> dict:
-    """Return the argument that leaves a pooler out: it takes no part in an embedding."""
-    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(_kind(config)).parameters else {}
-
-
-def _kind(config: PretrainedConfig) -> Any:
-    """Return the class of a configuration's model."""
-    if type(config) not in MODEL_MAPPING:
-        raise InputError(f"models of type {config.model_type} have no token states; set model.name to an encoder or a decoder")
-    return MODEL_MAPPING[type(config)]
 
 
 def _position_table(model: nn.Module) -> nn.Embedding | None:

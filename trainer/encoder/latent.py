@@ -31,7 +31,7 @@ class LatentAttention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, states_nLD: Tensor, mask_nL: Tensor) -> Tensor:
+    def forward(self, states_nLD: Tensor, mask_nL: Tensor, real_nL: Tensor | None = None) -> Tensor:
         """Return the (n, D) mean over the real tokens."""
         states_nLD = states_nLD + self.out(self._attend(self.norm(states_nLD)))
         return mean(states_nLD + self.mlp(self.mlp_norm(states_nLD)), mask_nL)

@@ -10,40 +10,32 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from trainer.encoder.backbone import bare_backbone, is_causal, load_backbone, load_config, max_positions
-from trainer.encoder.dense import Dense, save_dense
+from trainer.encoder.architecture import load_config
+from trainer.encoder.backbone import bare_backbone, is_causal, load_backbone
 from trainer.encoder.latent import LatentAttention
+from trainer.encoder.layers import Dropout, Layer, save_layer, width_behind
 from trainer.encoder.lora import add_adapters, merged_weights
-from trainer.encoder.pooling import POOLINGS
+from trainer.encoder.opened import describe, latent_pooling, layers_behind, open_tokenizer, shared_traits
+from trainer.encoder.pooling import num_poolings, pooling_of
+from trainer.encoder.recorded import TRAITS_FILE, Recorded
 from trainer.encoder.settings import ModelSettings, Traits
-from trainer.encoder.source import cannot_load, read_json, resolve_model
-from trainer.encoder.st_folder import (
-    LATENT_FOLDER,
-    TOWER_FOLDERS,
-    checked_traits,
-    dense_folder,
-    not_expressed,
-    read_dense_layers,
-    read_traits,
-    tower_folders,
-    write_description,
-    write_router,
-)
-from trainer.encoder.tokenizer import append_eos, check_belongs, load_tokenizer
+from trainer.encoder.source import cannot_load
+from trainer.encoder.st_writer import LATENT_FOLDER, TOWER_FOLDERS, layer_folder, not_expressed, write_description, write_router
 from trainer.encoder.towers import SIDES, Encoder, TwoTowers
+from trainer.encoder.traits import settle_traits, settle_width
 from trainer.errors import InputError
 
 log = logging.getLogger(__name__)
 
-TRAITS_FILE = "negpool.json"
 # Of weights that no folder has: every rank and every start must draw the same ones.
 NEW_WEIGHTS_SEED = 0
 
@@ -56,29 +48,32 @@ def load_encoder(settings: ModelSettings, is_empty: bool = False) -> tuple[Encod
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    source = resolve_model(settings.name)
-    folders = tower_folders(source)
-    if folders and settings.towers == "one":
+    towers = describe(settings)
+    if len(towers) == 2 and settings.towers == "one":
         raise InputError(f'{settings.name} has two towers; leave model.towers out, or set it to "two"')
-    if not folders and settings.towers != "two":
-        return _load_tower(source, settings, is_empty)
-    query, passage = (_load_tower(folder, settings, is_empty) for folder in folders or (source, source))
-    return TwoTowers(query[0], passage[0]).train(), *query[1:]
+    if len(towers) == 1 and settings.towers != "two":
+        return _load_tower(towers[0], settings, is_empty)
+    query, passage = (_load_tower(recorded, settings, is_empty) for recorded in (towers[0], towers[-1]))
+    return TwoTowers(query[0], passage[0]).train(), query[1], shared_traits(query, passage, settings.name)
 
 
-def _load_tower(source: str, settings: ModelSettings, is_empty: bool) -> tuple[Encoder, PreTrainedTokenizerBase, Traits]:
+def _load_tower(recorded: Recorded, settings: ModelSettings, is_empty: bool) -> tuple[Encoder, PreTrainedTokenizerBase, Traits]:
     try:
-        model, tokenizer = load_backbone(source, settings, is_empty), load_tokenizer(source)
+        model = load_backbone(recorded.transformer, settings, is_empty, **recorded.config_args)
+        tokenizer = open_tokenizer(recorded)
     except Exception as error:
         raise cannot_load(settings.name, error) from error
-    traits = _settle_texts(source, settings, model, tokenizer)
+    traits = settle_traits(recorded, settings, model, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(NEW_WEIGHTS_SEED)
         if settings.lora_rank:
             add_adapters(model, settings)
-        pool = _latent(source, settings, model) if traits.pooling == "latent" else POOLINGS[traits.pooling]
-        dense = _dense(source, settings, model)
-    encoder = Encoder(model, pool, dense, traits.normalize, settings.compile).train()
+        pool = latent_pooling(recorded, settings, model) if traits.pooling == "latent" else pooling_of(traits.pooling)
+        width = num_poolings(traits.pooling) * model.config.hidden_size
+        layers = layers_behind(recorded, settings, width)
+    traits = settle_width(traits, settings, width_behind(layers, width))
+    assert pool is not None, "an unknown one was refused with the traits"
+    encoder = Encoder(model, pool, layers, traits, settings.compile).train()
     return _emptied(encoder) if is_empty else encoder, tokenizer, traits
 
 
@@ -90,34 +85,29 @@ def _emptied(encoder: Encoder) -> Encoder:
     return encoder
 
 
-def _settle_texts(source: str, settings: ModelSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Traits:
-    """Return the traits of a model whose weights are not looked at, and let its tokenizer end texts as they ask for."""
-    check_belongs(tokenizer, model, settings.name)
-    recorded = _recorded(source, settings)
-    traits = _traits(settings, recorded, model, tokenizer.model_max_length)
-    ends_new_pooling = traits.pooling == "last" and "pooling" not in recorded and tokenizer.eos_token is not None
-    if ends_new_pooling if settings.append_eos is None else settings.append_eos:
-        append_eos(tokenizer)
-    return traits
-
-
 def load_text_rules(settings: ModelSettings) -> tuple[PreTrainedTokenizerBase, Traits]:
-    """Return the tokenizer and the traits that `load_encoder` returns, without reading a weight; raises InputError."""
+    """Return the tokenizer and the traits that `load_encoder` returns, without reading a weight; raises InputError.
+
+    But for `Traits.width`, which does not reach texts.
+    """
     transformers_logging.set_verbosity_error()
-    source = resolve_model(settings.name)
-    source = (tower_folders(source) or [source])[0]
-    try:
-        model, tokenizer = bare_backbone(source, settings), load_tokenizer(source)
-    except Exception as error:
-        raise cannot_load(settings.name, error) from error
-    return tokenizer, _settle_texts(source, settings, model, tokenizer)
+    towers = []
+    for recorded in describe(settings, with_weights=False):
+        try:
+            model = bare_backbone(recorded.transformer, settings, **recorded.config_args)
+            tokenizer = open_tokenizer(recorded)
+        except Exception as error:
+            raise cannot_load(settings.name, error) from error
+        towers.append((tokenizer, settle_traits(recorded, settings, model, tokenizer)))
+    (tokenizer, traits), (_, of_passages) = towers[0], towers[-1]
+    return tokenizer, replace(traits, max_passage_tokens=of_passages.max_passage_tokens)
 
 
 def check_model(name: str) -> None:
     """Raise InputError if a name leads to no model; reads its configuration, not its weights."""
     try:
-        source = resolve_model(name)
-        load_config((tower_folders(source) or [source])[0])
+        for recorded in describe(ModelSettings(name=name, pooling="mean"), with_weights=False):
+            load_config(recorded.transformer, **recorded.config_args)
     except Exception as error:
         raise cannot_load(name, error) from error
 
@@ -159,11 +149,12 @@ def _save_tower(
     with _as_if_not_quantized(tower.model):
         tower.model.save_pretrained(folder, state_dict=_below(plain, "model."))
     tokenizer.save_pretrained(folder)
-    write_description(folder, traits, tower.state_width, len(tower.dense))
+    layers: list[Layer] = list(tower.dense)  # type: ignore[arg-type]
+    write_description(folder, traits, tower.state_width, [type(layer).__name__ for layer in layers])
     if isinstance(tower.pool, LatentAttention):
         tower.pool.save(folder / LATENT_FOLDER, _below(plain, "pool."))
-    for i, dense in enumerate(tower.dense):
-        save_dense(folder / dense_folder(i), dense, _below(plain, f"dense.{i}."))  # type: ignore[arg-type]
+    for i, layer in enumerate(layers):
+        save_layer(folder / layer_folder(i, type(layer).__name__), layer, _below(plain, f"dense.{i}."))
     _write_traits(folder, traits, lost)
 
 
@@ -177,10 +168,23 @@ def weights_digest(encoder: Encoder, weights: Mapping[str, Tensor] | None = None
 
     weights: as `save_encoder` takes them.
     """
-    digest = hashlib.sha256(json.dumps([encoder.normalize, is_causal(encoder.side("query").model)]).encode())
+    decides: list[Any] = [encoder.normalize, is_causal(encoder.side("query").model)]
+    layers, cut = described_layers(encoder), encoder.side("query").cut
+    if any(layers) or cut is not None:
+        decides += [layers, cut]
+    digest = hashlib.sha256(json.dumps(decides).encode())
     state = encoder.state_dict() if weights is None else weights
     hash_tensors(digest, merged_weights(encoder, dict(sorted(state.items()))))
     return digest.hexdigest()
+
+
+def described_layers(encoder: Encoder) -> list:
+    """Return what the layers behind the pooling are, weights aside, of the encoder or of each of two."""
+    sides = [encoder.side(side) for side in (SIDES if encoder.has_two_towers else SIDES[:1])]
+    return [
+        [[type(layer).__name__, layer.config()] for layer in side.dense if not isinstance(layer, Dropout)]  # type: ignore[operator]
+        for side in sides
+    ]
 
 
 def hash_tensors(digest: "hashlib._Hash", tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -188,61 +192,6 @@ def hash_tensors(digest: "hashlib._Hash", tensors: Iterable[tuple[str, Tensor]])
     for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-
-
-def _recorded(source: str, settings: ModelSettings) -> dict:
-    """Return the traits that the folder records, ours before sentence-transformers'."""
-    own = read_json(source, TRAITS_FILE)
-    if own:
-        found = {field.name: own[field.name] for field in fields(Traits) if field.name in own}
-        return checked_traits(found, f"{source}/{TRAITS_FILE}")
-    return read_traits(source, names_pooling=settings.pooling is None)
-
-
-def _traits(settings: ModelSettings, recorded: dict, model: PreTrainedModel, tokenizer_max: int) -> Traits:
-    """Join what the job says, what the folder says, and the defaults, in this order; raises InputError."""
-    limit = min(max_positions(model), tokenizer_max)
-    default = Traits(
-        pooling="last" if is_causal(model) else "mean",
-        normalize=True,
-        query_prefix="",
-        passage_prefix="",
-        max_query_tokens=limit,
-        max_passage_tokens=limit,
-    )
-    of_traits = {field.name for field in fields(Traits)}
-    chosen = {key: value for key, value in asdict(settings).items() if key in of_traits and value is not None}
-    traits = replace(default, **{**recorded, **chosen})
-    for field in ("max_query_tokens", "max_passage_tokens"):
-        tokens = getattr(traits, field)
-        if not 3 <= tokens <= limit:
-            raise InputError(f"model.{field}={tokens} is not between 3 and {limit}, the longest text that {settings.name} takes")
-    if traits.pooling not in (*POOLINGS, "latent"):
-        raise InputError(f"model.pooling={traits.pooling!r} is unknown; expected one of {', '.join((*POOLINGS, 'latent'))}")
-    return traits
-
-
-def _latent(source: str, settings: ModelSettings, model: PreTrainedModel) -> LatentAttention:
-    """Return the folder's latent attention, or a new one."""
-    if (Path(source) / LATENT_FOLDER).is_dir():
-        try:
-            return LatentAttention.read(Path(source) / LATENT_FOLDER)
-        except Exception as error:
-            raise cannot_load(source, error, LATENT_FOLDER) from error
-    return LatentAttention(model.config.hidden_size, settings.latents)
-
-
-def _dense(source: str, settings: ModelSettings, model: PreTrainedModel) -> list[Dense]:
-    """Return the folder's layers behind the pooling, or the new one that the job asks for."""
-    found = read_dense_layers(source)
-    if settings.projection is None or (found and found[-1].out_width == settings.projection):
-        return found
-    if found:
-        raise InputError(
-            f"model.projection={settings.projection}, but {settings.name} has a projection to {found[-1].out_width}; "
-            "leave model.projection out, or set model.name to a model without"
-        )
-    return [Dense(model.config.hidden_size, settings.projection)]
 
 
 def _plain_weights(encoder: Encoder, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

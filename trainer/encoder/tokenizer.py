@@ -6,7 +6,7 @@ Whatever is changed is part of the tokenizer itself, so the folder that is saved
 import json
 from typing import Any
 
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, normalizers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.errors import InputError
@@ -15,9 +15,15 @@ from trainer.errors import InputError
 LEAST_SHARE_USED = 0.9
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a folder or of a hub name, with a token to pad with."""
-    tokenizer = AutoTokenizer.from_pretrained(source)
+def load_tokenizer(source: str, lower_case: bool = False, **arguments) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a folder, with a token to pad with.
+
+    lower_case: texts are put in small letters before all else, as sentence-transformers' do_lower_case asks for.
+    arguments: what the folder of a model gives its tokenizer.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **arguments)
+    if lower_case:
+        _put_in_small_letters(tokenizer, source)
     if tokenizer.pad_token is None:
         # Padding is masked everywhere, so any token will do.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
@@ -61,6 +67,37 @@ def append_eos(tokenizer: PreTrainedTokenizerBase) -> None:
 def ends_with_eos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether texts end with the end token, cut ones too."""
     return all(tokenizer("a b c d e", truncation=True, max_length=n)["input_ids"][-1] == tokenizer.eos_token_id for n in (3, 99))
+
+
+def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> bytes:
+    """Return what decides a tokenizer's output: its rules and vocabulary, whatever it is called."""
+    if tokenizer.is_fast:
+        # The last call's truncation and padding are part of the serialised rules, and none of their content.
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        return json.dumps({**rules, "truncation": None, "padding": None}, sort_keys=True).encode()
+    return json.dumps([tokenizer.get_vocab(), repr(tokenizer)], sort_keys=True).encode()
+
+
+def num_prompt_tokens(tokenizer: PreTrainedTokenizerBase, prefix: str, max_tokens: int) -> int:
+    """Return how many tokens at the start of a text are its prefix's, what starts a text included.
+
+    Counted as sentence-transformers counts them: by the prefix alone, without what ends it.
+    """
+    if not prefix:
+        return 0
+    ids = tokenizer(prefix, truncation=True, max_length=max_tokens)["input_ids"]
+    return len(ids) - (ids[-1] in tokenizer.all_special_ids)
+
+
+def _put_in_small_letters(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """Let a tokenizer do it, as its saved form will, too; raises InputError for one that cannot."""
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"{source} says do_lower_case, which a {type(tokenizer).__name__} cannot do; set model.name to another model"
+        )
+    backend = tokenizer.backend_tokenizer
+    rules = [] if backend.normalizer is None else [backend.normalizer]
+    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *rules])
 
 
 def _append_to_rules(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -5,6 +5,7 @@ is tokenised twice, and nothing of another tokenizer is ever taken. The texts of
 so finding their table reads none of them.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -26,6 +27,7 @@ from trainer.data.cache import build_once, cache_folder
 from trainer.data.datasets import RetrievalData
 from trainer.encoder.model import Traits
 from trainer.encoder.token_file import TokenFile, write_token_file
+from trainer.encoder.tokenizer import num_prompt_tokens, tokenizer_content
 from trainer.encoder.towers import Side
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,12 @@ class TextRule(NamedTuple):
     first_row: int
     prefix: str  # before texts that have no prompt of their own
     max_tokens: int  # longer texts are cut there, special tokens included
+    include_prompt: bool = True  # whether the prefix's tokens are pooled
+
+    @property
+    def decides(self) -> list:
+        """What of it decides tokens: a rule that pools all of a text is written as it always was."""
+        return list(self[:3] if self.include_prompt else self)
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,7 @@ class TokenTable:
     key_of_row: np.ndarray  # (N,) int64
     row_in_file: np.ndarray | None = None  # (N,) int64; None: as they are
     texts: datasets.Dataset | None = None  # of the whole table
+    prompt_tokens: np.ndarray | None = None  # (N,) int64 tokens at the start that are not pooled; None: all are
 
     def keys(self, rows: np.ndarray) -> np.ndarray:
         """Return 64-bit keys of the rows' token ids, (n,) int64: equal keys, equal tokens."""
@@ -65,16 +74,24 @@ class TokenTable:
             return self
         digest = hashlib.sha256(self.digest.encode() + np.ascontiguousarray(rows, np.int64).tobytes()).hexdigest()
         lengths, keys, in_file = self.lengths[rows], self.key_of_row[rows], self._in_file(rows)
-        return replace(self, digest=digest, lengths=lengths, key_of_row=keys, row_in_file=in_file)
+        prompts = None if self.prompt_tokens is None else self.prompt_tokens[rows]
+        return replace(self, digest=digest, lengths=lengths, key_of_row=keys, row_in_file=in_file, prompt_tokens=prompts)
 
     def pad(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """Return `input_ids` and `attention_mask` of some rows, (n, longest) int64, padded on the right."""
+        """Return `input_ids` and `attention_mask` of some rows, (n, longest) int64, padded on the right.
+
+        And `pooled_mask`, if prompts are left out of the pooling.
+        """
         lengths = self.lengths[rows]
         is_token = np.arange(lengths.max(initial=0)) < lengths[:, None]
         ids = np.full(is_token.shape, self.pad_id, np.int64)
         if len(rows):
             ids[is_token] = self.ids.read(self._in_file(np.asarray(rows)))
-        return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(is_token.astype(np.int64))}
+        padded = {"input_ids": ids, "attention_mask": is_token.astype(np.int64)}
+        if self.prompt_tokens is not None:
+            is_behind = np.arange(ids.shape[1]) >= self.prompt_tokens[rows][:, None]
+            padded["pooled_mask"] = (is_token & is_behind).astype(np.int64)
+        return {name: torch.from_numpy(values) for name, values in padded.items()}
 
     def name(self, row: int) -> str:
         """Return what a person calls the text of a row: its id, where it has one."""
@@ -98,7 +115,7 @@ def tokenize_side(data: RetrievalData, side: str, tokenizer: PreTrainedTokenizer
         names = f"{word}_prefix", f"max_{word}_tokens"
         own = [getattr(source.settings, name) for name in names]
         prefix, limit = [getattr(traits, name) if value is None else value for name, value in zip(names, own, strict=True)]
-        rules.append(TextRule(source.first_row(side), prefix, limit))
+        rules.append(TextRule(source.first_row(side), prefix, limit, traits.include_prompt))
     texts = data.queries if side == "queries" else data.corpus
     return _table(texts, f"tokens of the {side} of {data.path}", data.content[side], tokenizer, rules, data.cache, data.num_proc)
 
@@ -108,11 +125,18 @@ def tokenize_texts(
 ) -> TokenTable:
     """Return the token table of any texts, as a model reads those of a side; made now, or found in the cache by content."""
     prefix, limit = getattr(traits, f"{side}_prefix"), getattr(traits, f"max_{side}_tokens")
-    return tokenize(texts, tokenizer, prefix=prefix, max_tokens=limit, cache=cache)
+    options = {"prefix": prefix, "max_tokens": limit, "include_prompt": traits.include_prompt}
+    return tokenize(texts, tokenizer, **options, cache=cache)
 
 
 def tokenize(
-    texts: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, prefix: str, max_tokens: int, cache: Path | None = None
+    texts: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prefix: str,
+    max_tokens: int,
+    include_prompt: bool = True,
+    cache: Path | None = None,
 ) -> TokenTable:
     """Return the token table of any texts (columns text and perhaps prompt), made now or found in the cache by content."""
     content = hashlib.sha256()
@@ -120,7 +144,7 @@ def tokenize(
         for name in ("text", *(["prompt"] if "prompt" in batch.column_names else [])):
             keys = [0 if text is None else xxhash.xxh3_64_intdigest(text.encode()) for text in batch.column(name).to_pylist()]
             content.update(np.array(keys, np.uint64).tobytes())
-    rules = [TextRule(0, prefix, max_tokens)]
+    rules = [TextRule(0, prefix, max_tokens, include_prompt)]
     return _table(texts, "tokens of given texts", content.hexdigest(), tokenizer, rules, cache_folder(cache), None)
 
 
@@ -133,7 +157,7 @@ def _table(
     cache: Path,
     num_proc: int | None,
 ) -> TokenTable:
-    depends_on = [content, hashlib.sha256(_tokenizer_content(tokenizer)).hexdigest(), rules]
+    depends_on = [content, hashlib.sha256(tokenizer_content(tokenizer)).hexdigest(), [rule.decides for rule in rules]]
     digest = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
     folder = build_once(
         cache / f"tokens-{FORMAT}-{digest[:24]}", what, lambda staging: _build(staging, texts, tokenizer, rules, num_proc)
@@ -141,7 +165,10 @@ def _table(
     lengths, keys = (np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("lengths", "keys"))
     num_truncated = json.loads((folder / "about.json").read_text())["num_truncated"]
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return TokenTable(digest, lengths, num_truncated, pad_id, TokenFile(folder / "tokens.arrow"), keys, texts=texts)
+    file, prompts = TokenFile(folder / "tokens.arrow"), None
+    if not rules[0].include_prompt:  # of one model, so all rules are alike in this
+        prompts = np.load(folder / "prompts.npy", mmap_mode="r", allow_pickle=False)
+    return TokenTable(digest, lengths, num_truncated, pad_id, file, keys, texts=texts, prompt_tokens=prompts)
 
 
 def _build(
@@ -149,7 +176,8 @@ def _build(
 ) -> None:
     datasets.disable_progress_bars()  # they would be drawn into ours
     features = {"input_ids": datasets.List(datasets.Value("int32"))}
-    features |= {name: datasets.Value(kind) for name, kind in (("length", "int64"), ("key", "int64"), ("is_cut", "bool"))}
+    kinds = {"length": "int64", "key": "int64", "is_cut": "bool", "num_prompt": "int64"}
+    features |= {name: datasets.Value(kind) for name, kind in kinds.items()}
     columns = texts.map(
         _encoder(tokenizer, rules),
         batched=True,
@@ -159,7 +187,8 @@ def _build(
         cache_file_name=str(folder / "map.arrow"),
         features=datasets.Features(features),
     ).data
-    for name, column in (("lengths", "length"), ("keys", "key")):
+    kept = {"lengths": "length", "keys": "key"} | ({} if rules[0].include_prompt else {"prompts": "num_prompt"})
+    for name, column in kept.items():
         np.save(folder / f"{name}.npy", columns.column(column).to_numpy(), allow_pickle=False)
     num_truncated = int(np.sum(columns.column("is_cut").to_numpy(zero_copy_only=False)))
     if num_truncated:
@@ -181,12 +210,14 @@ def _num_proc(num_texts: int, num_proc: int | None) -> int | None:
 def _encoder(tokenizer: PreTrainedTokenizerBase, rules: list[TextRule]) -> Callable[..., dict[str, Any]]:
     """Return what turns a batch of texts and their rows into columns."""
     first_rows = [rule.first_row for rule in rules]
+    count = functools.cache(lambda prompt, max_tokens: num_prompt_tokens(tokenizer, prompt, max_tokens))
 
     def encode(batch: dict[str, list], rows: list[int]) -> dict[str, Any]:
         # A source's rows stand together, so a batch has one or two rules.
         starts = [0, *(first - rows[0] for first in first_rows if rows[0] < first <= rows[-1]), len(rows)]
         arrays: list[np.ndarray] = []
         is_cut: list[bool] = []
+        num_prompt: list[int] = []
         for start, stop in itertools.pairwise(starts):
             if start < stop:
                 rule = rules[int(np.searchsorted(first_rows, rows[start], side="right")) - 1]
@@ -195,10 +226,17 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, rules: list[TextRule]) -> Calla
                 whole = [prompt + text for prompt, text in zip(before, batch["text"][start:stop], strict=True)]
                 ids, cut = _encode(tokenizer, whole, rule.max_tokens)
                 arrays, is_cut = arrays + ids, is_cut + cut
-        keys = [xxhash.xxh3_64_intdigest(row.tobytes()) - (1 << 63) for row in arrays]
-        return {"input_ids": arrays, "length": [len(row) for row in arrays], "key": keys, "is_cut": is_cut}
+                num_prompt += [0 if rule.include_prompt else count(prompt, rule.max_tokens) for prompt in before]
+        keys = [_key(row, skipped) for row, skipped in zip(arrays, num_prompt, strict=True)]
+        lengths = [len(row) for row in arrays]
+        return {"input_ids": arrays, "length": lengths, "key": keys, "is_cut": is_cut, "num_prompt": num_prompt}
 
     return encode
+
+
+def _key(ids: np.ndarray, num_prompt: int) -> int:
+    """Return a key of tokens; those that are pooled from another place on are another input."""
+    return xxhash.xxh3_64_intdigest(ids.tobytes() + (num_prompt.to_bytes(4, "little") if num_prompt else b"")) - (1 << 63)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int) -> tuple[list[np.ndarray], list[bool]]:
@@ -209,12 +247,3 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: in
         return ids, [bool(encoding.overflowing) for encoding in encoded.encodings]
     longer = tokenizer(texts, truncation=True, max_length=max_tokens + 1, return_attention_mask=False)["input_ids"]
     return ids, [len(row) > max_tokens for row in longer]
-
-
-def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> bytes:
-    """Return what decides a tokenizer's output: its rules and vocabulary, whatever it is called."""
-    if tokenizer.is_fast:
-        # The last call's truncation and padding are part of the serialised rules, and none of their content.
-        rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        return json.dumps({**rules, "truncation": None, "padding": None}, sort_keys=True).encode()
-    return json.dumps([tokenizer.get_vocab(), repr(tokenizer)], sort_keys=True).encode()

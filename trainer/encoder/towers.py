@@ -1,7 +1,7 @@
 """Token ids to one vector a text: one encoder for both sides, or one for each."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 
 from trainer.encoder.backbone import checkpoint_activations, layers_of, positions, positions_from_mask
 from trainer.encoder.compiled import CompiledLayers
-from trainer.encoder.dense import Dense
+from trainer.encoder.layers import Layer, width_behind
+from trainer.encoder.pooling import Pooling, num_poolings
+from trainer.encoder.settings import Traits
 
 # n rows, L tokens, D width
 Side = Literal["query", "passage"]
@@ -25,22 +27,26 @@ class Encoder(nn.Module):
     def __init__(
         self,
         model: PreTrainedModel,
-        pool: Callable[[Tensor, Tensor], Tensor],
-        dense: Sequence[Dense],
-        normalize: bool,
+        pool: Pooling,
+        layers: Sequence[Layer],
+        traits: Traits,
         is_compiled: bool = False,
     ):
+        """layers: behind the pooling, in their order, of which every embedding then has its first `traits.width` numbers."""
         super().__init__()
         self.model = model
         self.pool = pool
-        self.dense = nn.ModuleList(dense)
-        self.normalize = normalize
+        self.dense = nn.ModuleList(layers)  # all of them: checkpoints know them by this name
+        self.normalize = traits.normalize
+        self._num_poolings = num_poolings(traits.pooling)
+        self.cut = traits.width
         self._compiled = CompiledLayers(model) if is_compiled else None
         self._needs_positions = positions_from_mask(model)
 
     def forward(self, inputs: Mapping[str, Tensor], keep_activations: bool = False) -> Tensor:
         """Return (n, D) embeddings of `input_ids` and `attention_mask`, each (n, L), padded on either side.
 
+        `pooled_mask`, where it is among the inputs, is of the tokens that are pooled: those behind the prompt.
         keep_activations: recompute none in backward, also where the model's layers are set to.
         """
         mask_nL = inputs["attention_mask"]
@@ -49,9 +55,10 @@ class Encoder(nn.Module):
             taken["position_ids"] = positions(mask_nL)
         with self._checkpointing_paused(keep_activations):
             states_nLD = self._run(taken)
-        embedding_nD = self.pool(states_nLD, mask_nL)
-        for dense in self.dense:
-            embedding_nD = dense(embedding_nD)
+        embedding_nD = self.pool(states_nLD, inputs.get("pooled_mask", mask_nL), mask_nL)
+        for layer in self.dense:
+            embedding_nD = layer(embedding_nD)
+        embedding_nD = embedding_nD[:, : self.cut]
         return nn.functional.normalize(embedding_nD, dim=-1) if self.normalize else embedding_nD
 
     def side(self, side: Side) -> "Encoder":
@@ -68,7 +75,18 @@ class Encoder(nn.Module):
 
     @property
     def width(self) -> int:
-        return self.dense[-1].out_width if self.dense else self.state_width  # type: ignore[union-attr, return-value]
+        whole = self.whole_width
+        return whole if self.cut is None else min(self.cut, whole)
+
+    @property
+    def whole_width(self) -> int:
+        """Width of an embedding of which nothing is cut off."""
+        return width_behind(self.dense, self.pooled_width)  # type: ignore[arg-type]
+
+    @property
+    def pooled_width(self) -> int:
+        """Width of what the pooling makes."""
+        return self._num_poolings * self.state_width
 
     @property
     def is_compiled(self) -> bool:

@@ -23,7 +23,7 @@ def test_four_bits_without_adapters_are_refused_before_anything_is_loaded():
 
 def test_unknown_names_in_a_job_are_refused(tmp_path):
     (tmp_path / "job.toml").write_text("")
-    for override in ("model.pooling=max", "model.attention=sideways", "model.quantize=int3"):
+    for override in ("model.pooling=median", "model.attention=sideways", "model.quantize=int3"):
         with pytest.raises(InputError, match=override.replace("=", "='") + "' cannot be used; expected \""):
             read_job(tmp_path / "job.toml", [override])
     job = read_job(tmp_path / "job.toml", ['model.lora_targets=["query", "value"]', "model.lora_rank=4"]).train

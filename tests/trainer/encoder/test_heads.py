@@ -11,8 +11,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from tests.trainer.encoder.families import TEXTS, write_family
 from trainer.encoder.latent import LatentAttention
 from trainer.encoder.model import ModelSettings, load_encoder
-from trainer.encoder.pooling import POOLINGS
-from trainer.encoder.st_folder import POOLING_NAMES
+from trainer.encoder.pooling import MODES, POOLINGS
 from trainer.errors import InputError
 
 
@@ -32,7 +31,7 @@ def padded_states(side):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pooling_is_that_of_sentence_transformers(name, side, dtype):
     states, mask = padded_states(side)
-    theirs = Pooling(8, POOLING_NAMES[name])({"token_embeddings": states.to(dtype), "attention_mask": mask})
+    theirs = Pooling(8, MODES[name][0])({"token_embeddings": states.to(dtype), "attention_mask": mask})
     assert torch.equal(POOLINGS[name](states.to(dtype), mask), theirs["sentence_embedding"])
 
 
@@ -79,18 +78,3 @@ def test_layers_of_a_sentence_transformers_folder_are_read(tmp_path, options):
     assert load(tmp_path / "theirs", projection=7)[0].width == 7
     with pytest.raises(InputError, match=r"model\.projection=8, but .* has a projection to 7; leave model\.projection out"):
         load(tmp_path / "theirs", projection=8)
-
-
-def test_what_sentence_transformers_has_and_we_do_not_is_one_sentence(tmp_path):
-    folder = write_family(tmp_path / "model", "bert")
-    for name, modules in {
-        "max": [Pooling(32, "max")],
-        "two": [Pooling(32, ("mean", "cls"))],
-        "softplus": [Pooling(32), TheirDense(32, 4, activation_function=torch.nn.Softplus())],
-        "residual": [Pooling(32), TheirDense(32, 4, use_residual=True)],
-    }.items():
-        SentenceTransformer(modules=[Transformer(str(folder)), *modules], device="cpu").save(str(tmp_path / name))
-        with pytest.raises(InputError, match=r"expected one of .*; set model\.\w+") as error:
-            load(tmp_path / name)
-        assert "\n" not in str(error.value)
-    assert load(tmp_path / "max", pooling="mean")[2].pooling == "mean"

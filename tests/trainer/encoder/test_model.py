@@ -34,6 +34,8 @@ def test_pooling_sees_the_real_tokens_alone(name, side):
     weights = [torch.arange(1.0, len(r) + 1)[:, None] for r in real]
     wanted = {
         "mean": [r.mean(0) for r in real],
+        "mean_sqrt": [r.sum(0) / len(r) ** 0.5 for r in real],
+        "max": [r.max(0).values for r in real],
         "cls": [r[0] for r in real],
         "last": [r[-1] for r in real],
         "weighted_mean": [(r * w).sum(0) / w.sum() for r, w in zip(real, weights, strict=True)],

@@ -32,8 +32,8 @@ def task_on(data):
                 relevant.setdefault(data.queries[int(query)]["_id"], {})[data.corpus[int(passage)]["_id"]] = int(score)
             queries = data.queries.filter(lambda row: row["_id"] in relevant)
             self.dataset = {"default": {"test": {
-                "corpus": data.corpus.rename_column("_id", "id"),
-                "queries": queries.rename_column("_id", "id"),
+                "corpus": data.corpus.select_columns(["_id", "text"]).rename_column("_id", "id"),
+                "queries": queries.select_columns(["_id", "text"]).rename_column("_id", "id"),
                 "relevant_docs": relevant,
                 "top_ranked": None,
             }}}  # fmt: skip

@@ -106,5 +106,5 @@ def test_a_folder_that_is_not_what_the_job_says_is_one_sentence(tmp_path):
     with pytest.raises(InputError, match=r"has two towers; leave model\.towers out"):
         load(saved, towers="one")
     (saved / "query" / "config.json").unlink()
-    with pytest.raises(InputError, match=r"not a whole model in each of the folders query and document.*set model\.name"):
+    with pytest.raises(InputError, match=r"has no whole model in the folder query; set model\.name"):
         load(saved)
