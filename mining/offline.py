@@ -119,7 +119,7 @@ def _publish_model(run: Path, model: ModelSettings, data_digest: str) -> None:
 
     def write(folder: Path) -> None:
         (folder / "encoder").mkdir()
-        save_encoder(folder / "encoder", encoder, tokenizer, traits)
+        save_encoder(folder / "encoder", encoder, tokenizer, traits, origin={"base": model.name})
 
     _publish(run, {"weights_digest": weights_digest(encoder), "data_digest": data_digest}, write)
 

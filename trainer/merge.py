@@ -139,5 +139,10 @@ def _blend(
 def _publish(out: Path, merged: Loaded, origin: dict[str, Any]) -> dict[str, Any]:
     encoder, tokenizer, traits = merged
     fields = {"merged": origin, "weights_digest": weights_digest(encoder)}
-    publish_version(out, lambda folder: save_encoder(folder, encoder, tokenizer, traits), fields)
+    parts = zip(origin["models"], origin["weights"], strict=True)
+    made = {
+        "base": origin["base"],
+        "merged": f"{origin['how']} of " + ", ".join(f"{weight:g} x {Path(name).name}" for name, weight in parts),
+    }
+    publish_version(out, lambda folder: save_encoder(folder, encoder, tokenizer, traits, origin=made), fields)
     return {"out": str(out), **origin, "weights_digest": fields["weights_digest"]}

@@ -36,15 +36,35 @@ def save(run: Training) -> None:
     with state.average.swapped_in():
         copy_weights(state.parallel, run.plain)
     fields = {"data_digest": run.data.digest, "is_final": is_final, "num_steps": run.num_steps}
+    origin = origin_of(run) if run.world.speaks else {}  # of now: the loop goes on while it is written
 
     def write_encoder(folder: Path) -> dict[str, Any]:
         assert run.plain is not None
-        save_encoder(folder, run.plain, run.tokenizer, run.traits)
+        save_encoder(folder, run.plain, run.tokenizer, run.traits, origin=origin)
         return {"weights_digest": weights_digest(run.plain), **fields}
 
     step, best = state.step, state.early_stop.best_step
     run.saver.save(state, write_encoder if run.world.speaks else None, lambda: prune_checkpoints(run.job, step, best))
     run.metrics.record(state.step, {"event": "saved", "time/save_s": round(time.perf_counter() - started, 4)})
+
+
+def origin_of(run: Training) -> dict[str, Any]:
+    """Return what a model card says of how the model was made: names and numbers, no places."""
+    job, state = run.job, run.state
+    measured = {f"{name}, {found['split']}": found for name, found in evaluations(job).items()}
+    measured |= {} if run.dev is None else {f"on the way, {run.dev['split']}": run.dev}
+    mined = "named by the data" if state.negatives_version is None else f"mined, version {state.negatives_version}"
+    return {
+        "base": job.model.name,
+        "data": ", ".join(source.name or Path(source.settings.path).name for source in run.data.sources),
+        "training queries": run.dataset.num_queries,
+        "objective": job.loss.objective,
+        "queries a step": job.batch.queries,
+        "hard negatives a query": job.negatives.per_query,
+        "negatives": "those of the batch" if job.negatives.per_query == 0 else mined,
+        "steps": state.step,
+        "metrics": {name: {key: value for key, value in found.items() if key != "split"} for name, found in measured.items()},
+    }
 
 
 def prune_checkpoints(job: TrainJob, step: int, best_step: int | None) -> None:
@@ -84,6 +104,7 @@ def evaluate_on_dev(run: Training) -> None:
     if not is_due or state.step == run.num_steps or state.early_stop.last_step == state.step:
         return
     measures = _evaluated(run, settings.dev_split, "evaluating on dev")
+    run.dev = {"step": state.step, "split": settings.dev_split, **measures}
     run.metrics.record(state.step, {f"dev/{key}": value for key, value in measures.items()})
     if run.world.speaks:
         log.info("step %d, dev: %s", state.step, _in_words(measures))

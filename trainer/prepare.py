@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -77,6 +78,7 @@ class Training:
     collapse: Collapse = field(default_factory=Collapse)
     is_at_bound: bool = False  # the learnt temperature, behind the last step
     data_s: float = 0.0  # that the last step took to put its batch together
+    dev: dict[str, Any] | None = None  # the last evaluation in between
     batch_key: str = ""  # of the queries of the last step: equal keys, equal global batches
 
 

@@ -110,10 +110,29 @@ def test_averaged_weights_are_published_and_the_others_resumed(job):
     parts, published = Parts(checkpoint.folder / "state"), load_file(checkpoint.encoder_folder / "model.safetensors")
     differing = 0
     for name, values in published.items():
+        if name.startswith("pooler."):  # zeros, for others
+            continue
         average, last = (parts.read(f"{kind}.model.{name}", 0, values.numel()) for kind in ("average", "parameter"))
         assert torch.equal(values.flatten(), average), name
         differing += not torch.equal(average, last)
     assert differing > 10
+
+
+def test_a_checkpoint_has_a_card_of_what_made_it(job):
+    job = replace(job, eval=EvalSettings(every_steps=2), run=replace(job.run, folder=job.run.folder / "named"))
+    outcome = train(job, world_of())
+    text = (final(job).encoder_folder / "README.md").read_text()
+    for row in (
+        "| base | encoder |",
+        "| data | data |",
+        "| objective | info_nce |",
+        "| steps | 6 |",
+        "| negatives | those of the batch |",
+    ):
+        assert row in text
+    assert f"| untrained, test | 0 | {outcome.evaluations['untrained']['ndcg@10']:.4f} |" in text
+    on_dev = next(line for line in lines(job) if "dev/ndcg@10" in line and line["step"] == 4)
+    assert f"| on the way, dev | 4 | {on_dev['dev/ndcg@10']:.4f} |" in text and str(job.run.folder.parent) not in text
 
 
 def test_a_run_without_gain_on_dev_ends_early_and_stays_ended(job):

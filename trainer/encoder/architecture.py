@@ -4,7 +4,9 @@ import inspect
 import logging
 from typing import Any
 
-from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, PretrainedConfig
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
 from trainer.encoder.peft_folder import base_of, transformer_of
 from trainer.encoder.source import read_json
@@ -52,6 +54,18 @@ def refuse_code(source: str) -> None:
 def without_pooler(config: PretrainedConfig) -> dict:
     """Return the argument that leaves a pooler out: it takes no part in an embedding."""
     return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(kind_of(config)).parameters else {}
+
+
+def untrained_pooler(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return zeros for the pooler that transformers' class has and ours is loaded without.
+
+    Without them whoever loads the folder is told of missing weights, and gets random ones; with zeros a `pooler_output` is 0.
+    """
+    if not without_pooler(model.config):
+        return {}
+    with torch.device("meta"):
+        pooler = getattr(kind_of(model.config)(model.config), "pooler", None)
+    return {} if pooler is None else {f"pooler.{name}": torch.zeros(t.shape) for name, t in pooler.state_dict().items()}
 
 
 def kind_of(config: PretrainedConfig) -> Any:

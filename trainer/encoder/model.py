@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from trainer.encoder.architecture import load_config
+from trainer.encoder.architecture import load_config, untrained_pooler
 from trainer.encoder.backbone import bare_backbone, is_causal, load_backbone
+from trainer.encoder.card import write_card
 from trainer.encoder.latent import LatentAttention
 from trainer.encoder.layers import Dropout, Layer, save_layer, width_behind
 from trainer.encoder.lora import add_adapters, merged_weights
@@ -118,10 +119,12 @@ def save_encoder(
     tokenizer: PreTrainedTokenizerBase,
     traits: Traits,
     weights: Mapping[str, Tensor] | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a folder that sentence-transformers, transformers and we can load; the encoder stays as it is.
 
     weights: `encoder.state_dict()` in whole tensors, where the encoder's own are sharded.
+    origin: what is known of how the model was made, for its card (see card.py).
     Memory: a copy, in the host's memory, of the weights that have adapters.
     """
     plain = _plain_weights(encoder, weights)
@@ -134,6 +137,7 @@ def save_encoder(
         _write_traits(folder, traits, lost)
     else:
         _save_tower(folder, encoder, tokenizer, traits, plain, lost)
+    write_card(folder, traits, encoder.width, origin or {}, lost)
     if lost:
         _warn_once("; ".join(lost))
 
@@ -147,7 +151,7 @@ def _save_tower(
     lost: list[str],
 ) -> None:
     with _as_if_not_quantized(tower.model):
-        tower.model.save_pretrained(folder, state_dict=_below(plain, "model."))
+        tower.model.save_pretrained(folder, state_dict=_below(plain, "model.") | untrained_pooler(tower.model))
     tokenizer.save_pretrained(folder)
     layers: list[Layer] = list(tower.dense)  # type: ignore[arg-type]
     write_description(folder, traits, tower.state_width, [type(layer).__name__ for layer in layers])
