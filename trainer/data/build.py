@@ -35,5 +35,6 @@ def build_source(source: Source, folder: Path, report: Report) -> None:
     judgements = {split: sorted_judgements(np.concatenate(parts)) for split, parts in found.items()}
     for split, judged_rows in judgements.items():
         np.save(folder / f"qrels-{split}.npy", judged_rows, allow_pickle=False)
+    examples.report_without_positive(rows["queries"], list(judgements.values()))
     save_given(folder, np.concatenate(negatives), list(judgements.values()), len(writers["queries"].given_id_keys))
     write_about(folder, examples.form or ("BEIR" if source.kind == "beir" else "records"))

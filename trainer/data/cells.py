@@ -1,11 +1,12 @@
 """Tables of text, line by line: TSV as MS MARCO and TREC write it, without quotes, and CSV with them."""
 
 import csv
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.data.files import read_lines
+from trainer.data.lines import read_lines
 from trainer.data.problems import Problem, Report
 
 SUFFIXES = (".tsv", ".csv", ".txt", ".trec", ".qrels", ".qrel")
@@ -14,7 +15,8 @@ SUFFIXES = (".tsv", ".csv", ".txt", ".trec", ".qrels", ".qrel")
 def read_cells(path: Path, report: Report) -> Iterator[tuple[int, list[str]]]:
     """Yield (line, cells) of a table of text: a line of TSV is split at its tabs, one without tabs at its spaces."""
     if ".csv" in path.suffixes:
-        yield from _quoted_cells(path, report)
+        for number, cells in quoted_rows(path, report):
+            yield number, [cell.strip() for cell in cells]
         return
     has_tabs = None
     for number, line in read_lines(path, report):
@@ -22,8 +24,8 @@ def read_cells(path: Path, report: Report) -> Iterator[tuple[int, list[str]]]:
         yield number, [cell.strip() for cell in line.split("\t")] if has_tabs else line.split()
 
 
-def _quoted_cells(path: Path, report: Report) -> Iterator[tuple[int, list[str]]]:
-    """Yield (first line, cells) of the rows of a CSV file, whose cells may hold lines of their own."""
+def quoted_rows(path: Path, report: Report) -> Iterator[tuple[int, list[str]]]:
+    """Yield (first line, cells) of the rows of a CSV file or of TSV with quotes; a cell may hold lines of its own."""
     csv.field_size_limit(sys.maxsize)
     last = 0
 
@@ -35,20 +37,16 @@ def _quoted_cells(path: Path, report: Report) -> Iterator[tuple[int, list[str]]]
 
     source = lines()
     head = next(source, "")
-    delimiter = max(",;\t", key=head.count)
+    delimiter = "\t" if ".tsv" in path.suffixes else max(",;\t", key=head.count)
     start = 1
     try:
-        for cells in csv.reader(_chained(head, source), delimiter=delimiter, strict=True):
+        for cells in csv.reader(itertools.chain([head], source), delimiter=delimiter, strict=True):
             if any(cells):
-                yield start, [cell.strip() for cell in cells]
+                yield start, cells
             start = last + 1
     except csv.Error as error:
-        report(Problem(path, start, "does not parse", f"the row that begins here is not CSV: {error}"))
-
-
-def _chained(head: str, rest: Iterator[str]) -> Iterator[str]:
-    yield head
-    yield from rest
+        remedy = "double the quotes in a cell and put it in quotes, or save the data as JSON lines"
+        report(Problem(path, start, "does not parse", f"the row that begins here is not CSV: {error}; {remedy}"))
 
 
 def unquoted(cell: str) -> str:

@@ -1,28 +1,34 @@
-"""The files of a data set, record by record: JSON lines, JSON, either compressed, Parquet and Arrow.
+"""The files of a data set, record by record: JSON lines, JSON, CSV and TSV, each packed or not, Parquet and Arrow.
 
 A record comes with its number, the line or the row, so that every problem has a place. One batch is in memory at a time.
 """
 
-import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.data.problems import UNPACKING, Problem, Report, first_byte, open_plain
+from trainer.data.delimited import DELIMITED, read_delimited
+from trainer.data.lines import read_lines
+from trainer.data.problems import Problem, Report, first_byte
 
 BATCH = 1000  # rows of Parquet and Arrow read at once
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".arrow")
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".arrow", *DELIMITED)
 
 Record = tuple[int, dict[str, Any]]
 
 
-def read_records(path: Path, report: Report) -> Iterator[Record]:
-    """Yield (number, record) of the sound records of a file; the number of a line or row, from 1."""
-    if path.suffix in (".parquet", ".arrow"):
+def read_records(path: Path, report: Report, named: Collection[str] = ()) -> Iterator[Record]:
+    """Yield (number, record) of the sound records of a file; the number of a line or row, from 1.
+
+    named: columns that are expected, by numbers where a CSV or TSV file does not name its columns.
+    """
+    if path.name.endswith(DELIMITED):
+        yield from read_delimited(path, report, named)
+    elif path.suffix in (".parquet", ".arrow"):
         yield from _table_records(path, report)
     elif first_byte(path) == b"[":
         yield from _array_records(path, report)
@@ -54,54 +60,6 @@ def _is_unicode(record: Any) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def read_lines(path: Path, report: Report, keeps_blank: bool = False) -> Iterator[tuple[int, str]]:
-    """Yield (number, line) of the lines that are UTF-8, without their ends; blank ones only where asked for."""
-    try:
-        with open_plain(path) as file:
-            for number, raw in enumerate(file, 1):
-                if number == 1:
-                    if what := next((what for start, what in NO_TEXT.items() if raw.startswith(start)), None):
-                        report(Problem(path, 0, "no text", f"this file is {what}, and no text; unpack it, or end its name so"))
-                        return
-                    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                        sentence = "this file is UTF-16; convert it to UTF-8: iconv -f utf-16 -t utf-8 FILE > NEW"
-                        report(Problem(path, 0, "not UTF-8", sentence))
-                        return
-                    raw = raw.removeprefix(codecs.BOM_UTF8)
-                line = _decoded(path, number, raw, report)
-                if line is not None and (keeps_blank or line.strip()):
-                    yield number, line
-    except UNPACKING as error:
-        report(_damaged(path, error))
-    except OSError as error:
-        unread = f"this file cannot be read ({error.strerror}); a data set needs it"
-        report(Problem(path, 0, "missing", unread) if error.strerror else _damaged(path, error))
-
-
-# What files begin with that are named as if they were text.
-NO_TEXT = {b"\x1f\x8b": "a .gz", b"BZh9": "a .bz2", b"\xfd7zXZ": "an .xz", b"\x28\xb5\x2f\xfd": "a .zst"}
-NO_TEXT |= {b"PK\x03\x04": "a .zip", b"PAR1": "a .parquet"}
-
-
-def _decoded(path: Path, number: int, raw: bytes, report: Report) -> str | None:
-    """Return a line as text, None if it is none."""
-    try:
-        line = raw.decode("utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        sentence = f"byte {error.start + 1} of this line is not UTF-8; convert the file: iconv -f latin1 -t utf-8 FILE > NEW"
-        report(Problem(path, number, "not UTF-8", sentence))
-        return None
-    if "\0" in line:
-        report(Problem(path, number, "no text", "this line holds bytes of zero, so the file is no text in UTF-8; convert it"))
-        return None
-    return line
-
-
-def _damaged(path: Path, error: Exception) -> Problem:
-    what = "gzip file" if path.suffix == ".gz" else f"{path.suffix} file"
-    return Problem(path, 0, "ends early", f"this {what} is cut off or damaged ({error}); copy it anew")
 
 
 def _array_records(path: Path, report: Report) -> Iterator[Record]:
@@ -139,6 +97,18 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
             yield from file.iter_batches(BATCH)
         return
     with pa.memory_map(str(path)) as source:
-        for batch in pa.ipc.open_stream(source):
+        for batch in _arrow_batches(source):
             for start in range(0, len(batch), BATCH):
                 yield batch.slice(start, BATCH)
+
+
+def _arrow_batches(source: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
+    """Yield the batches of Arrow's stream, as `datasets` writes it, or of its file, as polars and Feather do."""
+    is_file = source.read(6) == b"ARROW1"
+    source.seek(0)
+    if not is_file:
+        yield from pa.ipc.open_stream(source)
+        return
+    file = pa.ipc.open_file(source)
+    for number in range(file.num_record_batches):
+        yield file.get_batch(number)

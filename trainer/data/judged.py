@@ -25,6 +25,9 @@ class Pairs:
             name: array.array("f") for name in ("score", "teacher")
         }
 
+    def __len__(self) -> int:
+        return len(self._columns["query"])
+
     def add(self, *values: Any) -> None:
         for column, value in zip(self._columns.values(), values, strict=True):
             column.append(value)

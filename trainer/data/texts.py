@@ -43,6 +43,7 @@ class TextWriter:
         self.out = out
         self.id_keys, self.text_keys, self.places = (array.array("Q") for _ in range(3))
         self.has_id = array.array("b")  # whether the file gives the text an id
+        self._prompt_keys = array.array("I")  # 0: no prompt of its own
         self._files: list[Path] = []
         self._rows: list[tuple] = []
         self._table: datasets.Dataset | None = None  # once it is written
@@ -50,8 +51,8 @@ class TextWriter:
 
     def add(self, file: Path, number: int, row_id: str | None, text: "str | Written") -> int:
         """Write a text and return which it is, from 0; a text without id has its content's digest for one, prompt included."""
-        text, *others = Written(text) if isinstance(text, str) else text
-        prompt = others[0]
+        written = Written(text) if isinstance(text, str) else text
+        text, prompt = written.text, written.prompt
         encoded = text.encode()
         self.has_id.append(row_id is not None)
         if row_id is None:
@@ -60,8 +61,9 @@ class TextWriter:
             self._files.append(file)
         self.id_keys.append(key_of(row_id))
         self.text_keys.append(xxhash.xxh3_64_intdigest(encoded))
+        self._prompt_keys.append(0 if prompt is None else xxhash.xxh32_intdigest(prompt.encode()) or 1)
         self.places.append((len(self._files) - 1) << PLACE_BITS | number)
-        self._rows.append((row_id, text, *others))
+        self._rows.append((row_id, *written))
         if len(self._rows) == BATCH:
             self._flush()
         return len(self.id_keys) - 1
@@ -69,16 +71,17 @@ class TextWriter:
     def settle(self, report: Report, may_repeat: bool) -> np.ndarray:
         """Finish the file with one row for each id and return the row of every text that was added, int64.
 
-        may_repeat: an id may come again with the same text; if not, that is a blemish, but in another file. An id with two
-        texts is a problem.
+        may_repeat: an id may come again with the same text and prompt; if not, that is a blemish, but in another file. An id
+        with two texts is a problem.
         """
         self._flush()
         self._writer.close()
         keys = np.array(self.id_keys, np.uint64)
         first = first_of_equal(keys)
         repeated = np.flatnonzero(first != np.arange(len(keys)))
-        texts = np.array(self.text_keys, np.uint64)
-        for again in repeated[(texts[repeated] != texts[first[repeated]]) | (not may_repeat)]:
+        texts, prompts = np.array(self.text_keys, np.uint64), np.array(self._prompt_keys)
+        is_other = np.any([each[repeated] != each[first[repeated]] for each in (texts, prompts)], axis=0)
+        for again in repeated[is_other | (not may_repeat)]:
             self._report_repeated(int(first[again]), int(again), report, may_repeat)
         is_first = first == np.arange(len(keys))
         if not is_first.all():
@@ -106,7 +109,7 @@ class TextWriter:
 
     def _report_repeated(self, first: int, again: int, report: Report, may_repeat: bool) -> None:
         (file, number), (earlier_file, earlier) = self.place(again), self.place(first)
-        is_equal = self.text_keys[again] == self.text_keys[first]
+        is_equal = all(keys[again] == keys[first] for keys in (self.text_keys, self._prompt_keys))
         if is_equal and file != earlier_file:
             return
         self._table = self._table or read_table(self.out)
@@ -117,7 +120,9 @@ class TextWriter:
             sentence = f"_id {row_id!r} stands on {where} already, with the same text; it is read once"
             report(Problem(file, number, "text given twice", sentence, is_blemish=True))
         elif may_repeat:
-            sentence = f"id {row_id!r} has another text than at {where}; give equal ids to equal texts alone"
+            what = "text" if self.text_keys[first] != self.text_keys[again] else "prompt"
+            without = ', or set data.columns = {query_id = ""} to leave them out' if self.out.stem == "queries" else ""
+            sentence = f"id {row_id!r} has another {what} than at {where}; give equal ids to equal texts alone{without}"
             report(Problem(file, number, "two texts of an id", sentence))
         else:
             report(Problem(file, number, "duplicate id", f"_id {row_id!r} stands on {where} already; ids must differ"))

@@ -156,7 +156,7 @@ def test_files_and_parts_named_so_are_splits_and_share_their_texts(tmp_path):
 def test_a_prompt_stands_before_its_query_and_a_title_before_its_text(tmp_path):
     record = flagembedding(0) | {"prompt": "Represent: "}
     data = open_dataset(write_lines(tmp_path / "a.jsonl", [record]), tmp_path / "cache")
-    assert data.queries["text"] == ["Represent: how to sort"]
+    assert data.queries["text"] == ["how to sort"] and data.queries["prompt"] == ["Represent: "]
     record = tevatron(0)
     record["positive_passages"][0]["title"] = "Lists"
     data = open_dataset(write_lines(tmp_path / "b.jsonl", [record]), tmp_path / "cache")
@@ -184,16 +184,22 @@ BAD = {
     "not an object": ([pairs(0), [1]], r"a\.jsonl:2: expected an object"),
     "another form": ([{"text_a": "x", "text_b": "y"}], r"a\.jsonl:1: found the columns text_a, text_b; .*expected BEIR"),
     "misspelt column": ([{"anchr": "x", "positive": "y"}], r"anchor is missing; did you mean it by 'anchr'\?"),
-    "misspelt negative": ([change(pairs(0), negatives="x", negative_1=...)], r"column negatives, .*did you mean negative\?"),
-    "no anchor": ([pairs(0), {"positive": "y"}], r"a\.jsonl:2: anchor is missing; expected a string"),
+    "misspelt negative": (
+        [change(pairs(0), negatve="x", negative_1=...)],
+        r"column negatve, .*looks like a negative",
+    ),
+    "no anchor": ([pairs(0), {"positive": "y"}], r"a\.jsonl:2: found the columns positive; anchor is missing: expected BEIR"),
     "column misspelt later": ([pairs(0), {"anchor": "x", "postive": "y"}], r"positive is missing; .*mean it by 'postive'"),
-    "wrong type": ([pairs(0), change(pairs(1), positive=["y"])], r"a\.jsonl:2: positive is \['y'\]; expected a string"),
-    "empty text": ([pairs(0), change(pairs(1), anchor=" ")], r"a\.jsonl:2: anchor is empty"),
-    "no positive": ([flagembedding(0), change(flagembedding(1), pos=[])], r"a\.jsonl:2: pos is empty; .*or remove it"),
-    "no positive passage": ([change(tevatron(0), positive_passages=[])], r"a\.jsonl:1: positive_passages is empty"),
-    "grade of zero": ([pairs(0) | {"score": 0}], r"a\.jsonl:1: score is 0, so the record has no positive"),
-    "passages of text": ([change(tevatron(0), negative_passages=["x"])], r"negative_passages is .*; expected a list of \{docid"),
-    "pos of text": ([change(flagembedding(0), pos="x")], r"pos is 'x'; expected a list of texts"),
+    "wrong type": ([pairs(0), change(pairs(1), positive=[3])], r"a\.jsonl:2: positive holds 3; expected a text, a list of"),
+    "two anchors": ([change(pairs(0), anchor=["x", "y"])], r"a\.jsonl:1: anchor is \['x', 'y'\]; expected a string"),
+    "passages of numbers": (
+        [change(tevatron(0), negative_passages=[1])],
+        r"negative_passages holds 1; .* list of \{docid",
+    ),
+    "passages without text": (
+        [change(tevatron(0), negative_passages=[{"body": "x"}])],
+        r"negative_passages has a passage",
+    ),
     "score in words": ([change(pairs(0), scores=["a", 1, 2])], r"scores holds 'a'; expected a finite number"),
     "score not finite": ([change(pairs(0), scores=[math.nan, 1, 2])], r"scores holds nan; expected a finite number"),
     "too few scores": ([change(pairs(0), scores=[1])], r"scores is 1 long; expected 3 numbers"),
@@ -227,12 +233,13 @@ def test_bad_records_are_refused_with_file_and_line_and_leave_nothing(tmp_path, 
 
 
 def test_a_problem_in_a_table_names_its_row(tmp_path):
-    path = write_parquet(tmp_path / "a.parquet", [pairs(1), pairs(1) | {"anchor": None}])
-    with pytest.raises(InputError, match=r"a\.parquet, row 2: anchor is missing"):
+    records = [pairs(1, True), pairs(1, True) | {"scores": [0.5]}]
+    path = write_parquet(tmp_path / "a.parquet", records)
+    with pytest.raises(InputError, match=r"a\.parquet, row 2: scores is 1 long"):
         open_dataset(path, tmp_path / "cache")
     assert check_dataset(path).as_json()["problems"][0]["row"] == 2
-    with pytest.raises(InputError, match=r"a\.json, row 2: anchor is missing"):
-        open_dataset(write_array(tmp_path / "a.json", [pairs(1), pairs(1) | {"anchor": None}]), tmp_path / "cache")
+    with pytest.raises(InputError, match=r"a\.json, row 2: scores is 1 long"):
+        open_dataset(write_array(tmp_path / "a.json", records), tmp_path / "cache")
 
 
 def test_a_file_that_ends_early_is_refused(tmp_path):

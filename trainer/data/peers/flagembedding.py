@@ -1,34 +1,55 @@
-"""The form of FlagEmbedding: query, pos, neg, lists of texts [, pos_scores, neg_scores] [, prompt: stands before the query]."""
+"""The form of FlagEmbedding: query, pos, neg, lists of texts [, pos_scores, neg_scores] [, pos_id, neg_id, id] [, type]
+[, prompt: stands before the query].
+"""
 
 from typing import Any
 
-from trainer.data.example import Bad, Example, Text, numbers_of, text_of
+from trainer.data.example import (
+    Bad,
+    Example,
+    Passage,
+    graded,
+    has_teacher,
+    id_of,
+    numbers_of,
+    option_of,
+    passages_of,
+    positives_of,
+    taught,
+    text_of,
+)
 
 
 def parse(record: dict[str, Any]) -> Example:
-    """Return a query with its positives and negatives. Source: FlagEmbedding's fine-tuning data, prompt + query."""
-    sides = {column: _texts(record, column) for column in ("pos", "neg")}
-    if not sides["pos"]:
-        raise Bad("no positive", "pos is empty; give the query a positive or remove it")
-    passages = [Text(None, text) for texts in sides.values() for text in texts]
-    scored = [f"{column}_scores" for column in sides if record.get(f"{column}_scores") is not None]
-    teacher = None
+    """Return a query with its positives and negatives. Source: FlagEmbedding's fine-tuning data."""
+    query = text_of(record, "query")
+    sides = {
+        "pos": _with_ids(positives_of(record, "pos"), record, "pos_id"),
+        "neg": _with_ids(passages_of(record, "neg", 0.0), record, "neg_id"),
+    }
+    scored = [f"{column}_scores" for column in sides if record.get(f"{column}_scores") not in (None, [])]
     if scored:
-        counts = {column: len(texts) for column, texts in sides.items() if texts or f"{column}_scores" in scored}
-        parts = [numbers_of(record, f"{column}_scores", count, column) for column, count in counts.items()]
-        teacher = [score for part in parts for score in part]
-    prompt = record.get("prompt") or ""
-    if not isinstance(prompt, str):
-        raise Bad("prompt is no string", f"prompt is {prompt!r}; expected a string")
-    query = Text(None, prompt + text_of(record, "query"))
-    return Example(query, passages, len(sides["pos"]), 1.0, teacher, "pos_scores and neg_scores" if scored else "")
+        for column, passages in sides.items():
+            if passages or f"{column}_scores" in scored:
+                sides[column] = taught(passages, numbers_of(record, f"{column}_scores", len(passages), column))
+        scored = ["pos_scores and neg_scores"]
+    elif has_teacher(sides["pos"] + sides["neg"]):
+        scored = ["score of passages"]
+    for name, allowed in (("score", "any"), ("label", "whole")):
+        if record.get(name) is not None:
+            sides["pos"] = graded(sides["pos"], record, name, allowed)
+            scored.append(name)
+    about = id_of(record, "id"), option_of(record, "prompt"), option_of(record, "type")
+    return Example(query, sides["pos"] + sides["neg"], " and ".join(scored), *about)
 
 
-def _texts(record: dict[str, Any], column: str) -> list[str]:
+def _with_ids(passages: list[Passage], record: dict[str, Any], column: str) -> list[Passage]:
+    """Return passages with the ids of a column, where it has any."""
     values = record.get(column)
-    if values is None and column == "neg":
-        return []
-    if not isinstance(values, list):
-        found = "missing" if values is None else f"{values!r}"
-        raise Bad(f"{column} is no list", f"{column} is {found}; expected a list of texts")
-    return [text_of({column: value}, column) for value in values]
+    if values is None or values == []:
+        return passages
+    values = values if isinstance(values, list) else [values]
+    if len(values) != len(passages):
+        raise Bad(f"{column} is no list", f"{column} is {len(values)} long; expected an id for each of {len(passages)} texts")
+    ids = [id_of({column: value}, column) for value in values]
+    return [passage._replace(id=own or passage.id) for passage, own in zip(passages, ids, strict=True)]

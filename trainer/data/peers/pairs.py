@@ -1,23 +1,59 @@
-"""The form of sentence-transformers: anchor, positive [, negative | negative_1, negative_2 …] [, score: grade of the pair]
-[, scores: the teacher's, of the positive and of each negative].
+"""The form of sentence-transformers: anchor, positive [, negative, negatives | negative_1, negative_2 …] and scores.
+
+score: any number, label: a whole one, same: 0 or 1; the grade of the positive, which 0 makes a negative.
+title: of the positive. candidates: passages that a list of labels divides, in the place of positive.
+scores: a teacher's, of the positive and of each negative. A positive and a negative are a text each or a list of them.
 """
 
 import re
 from typing import Any
 
-from trainer.data.example import Example, Text, number_of, numbers_of, text_of
+from trainer.data.example import (
+    Bad,
+    Example,
+    Passage,
+    graded,
+    has_teacher,
+    id_of,
+    numbers_of,
+    option_of,
+    passages_of,
+    positives_of,
+    taught,
+    text_of,
+    titled,
+)
 
 NUMBERED = re.compile(r"negative_(\d+)$")
+GRADES = {"score": "any", "label": "whole", "same": "0 and 1"}  # a column, and what it may hold
 
 
 def parse(record: dict[str, Any]) -> Example:
-    """Return an anchor with its positive and its negatives. Source: the column names of sentence-transformers' losses."""
-    names = [name for name in record if name == "negative" or NUMBERED.match(name)]
+    """Return an anchor with its positives and its negatives. Source: the column names of sentence-transformers' losses."""
+    query = text_of(record, "anchor")
+    column = "positive" if "positive" in record else "candidates"
+    positives = positives_of(record, column)
+    if title := option_of(record, "title"):
+        if len(positives) > 1 or positives[0].title_length:
+            raise Bad("title of a list", "title stands beside several passages, or one with a title; give each {title, text}")
+        positives = [titled(positives[0], title)]
+    scored = [name for name in GRADES if record.get(name) is not None]
+    for name in scored:
+        positives = graded(positives, record, name, GRADES[name])
+    if column == "candidates" and isinstance(record[column], list) and not scored:
+        sentence = f'{column} is a list without labels; set data.columns = {{positive = "{column}"}} if all are positives'
+        raise Bad("no label", sentence)
+    passages = positives + _negatives(record)
+    if record.get("scores"):
+        passages = taught(passages, numbers_of(record, "scores", len(passages), "the positive and the negatives"))
+        scored.append("scores")
+    elif has_teacher(passages):
+        scored.append("score of passages")
+    return Example(query, passages, " and ".join(scored), id_of(record, "query_id"), option_of(record, "prompt"))
+
+
+def _negatives(record: dict[str, Any]) -> list[Passage]:
+    names = [name for name in record if name in ("negative", "negatives") or NUMBERED.match(name)]
     names.sort(key=lambda name: int(name.rpartition("_")[2]) if "_" in name else -1)
     # Arrow has a column for every row: null where a row has fewer negatives.
-    names = [name for name in names if record[name] is not None]
-    passages = [Text(None, text_of(record, name)) for name in ("positive", *names)]
-    scored = [name for name in ("score", "scores") if record.get(name) is not None]
-    grade = number_of(record["score"], "score") if "score" in scored else 1.0
-    teacher = numbers_of(record, "scores", len(passages), "the positive and the negatives") if "scores" in scored else None
-    return Example(Text(None, text_of(record, "anchor")), passages, 1, grade, teacher, " and ".join(scored))
+    return [passage for name in names for passage in passages_of(record, name, 0.0)]
