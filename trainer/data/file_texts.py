@@ -15,7 +15,7 @@ import datasets
 import pyarrow as pa
 
 from trainer.data.cache import build_once, cache_folder, file_digest
-from trainer.data.files import SUFFIXES, read_lines, read_records
+from trainer.data.files import KINDS, SUFFIXES, read_lines, read_records
 from trainer.data.problems import Problem, Refusal, Report
 from trainer.data.texts import read_table
 from trainer.errors import InputError
@@ -43,7 +43,7 @@ def read_texts_of(path: Path, side: str, columns: Mapping[str, str], cache: Path
     A text without an id has the number of its line or row for one, from 1.
     """
     if not path.name.endswith(FILES):
-        raise InputError(f"{path} is no file of texts: expected a text on each line (.txt), or records ({', '.join(SUFFIXES)})")
+        raise InputError(f"{path} is no file of texts: expected a text on each line (.txt), or records ({KINDS})")
     cache = cache_folder(cache)
     depends_on = [FORMAT, file_digest(path, cache), path.suffixes, side, dict(columns)]
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()

@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 
 from trainer.data.delimited import DELIMITED, read_delimited
 from trainer.data.lines import read_lines
-from trainer.data.problems import Problem, Report, first_byte
+from trainer.data.problems import PACKED, Problem, Report, first_byte
 
 BATCH = 1000  # rows of Parquet and Arrow read at once
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".arrow", *DELIMITED)
+SUFFIXES = (*(kind + packed for packed in ("", *PACKED) for kind in (".jsonl", ".json")), ".parquet", ".arrow", *DELIMITED)
+KINDS = ".jsonl, .json, .parquet, .arrow, .csv or .tsv, packed (.gz, .bz2, .xz, .zst) or not"  # the same for people
 
 Record = tuple[int, dict[str, Any]]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
-from trainer.data.files import SUFFIXES
+from trainer.data.files import KINDS, SUFFIXES
 from trainer.data.layout import SPLIT_NAMES, Candidate, find_layout, role_of
 from trainer.data.records import FORMS
 from trainer.data.saved import is_saved, saved_files
@@ -21,6 +21,7 @@ from trainer.handoff.rights import unreadable
 SPLIT_FILE = re.compile(rf"({'|'.join(SPLIT_NAMES)})([-_.].*)?$")
 FOLDERS = ("qrels", "corpus", "queries", "data", "default")  # that a data set may have below its own
 NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
+ABOUT = ("dataset_info.json", "dataset_infos.json")  # what the hub writes beside data
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?$|[a-z][\w-]+(:[\w.-]+)?$")
 
 
@@ -59,7 +60,7 @@ def find_source(path: Path, columns: Mapping[str, str] = NO_COLUMNS) -> Source:
 def _find(path: Path, columns: Mapping[str, str]) -> Source:
     if path.is_file():
         if not path.name.endswith(SUFFIXES):
-            raise InputError(f"{path} is no {', '.join(SUFFIXES)}; set data.path to {FORMS}")
+            raise InputError(f"{path} is no {KINDS}; set data.path to {FORMS}")
         return Source(path, "records", {_split_of(path) or "train": [path]})
     if not path.is_dir():
         return _from_hub(path, columns)
@@ -68,17 +69,34 @@ def _find(path: Path, columns: Mapping[str, str]) -> Source:
     if is_saved(path):
         files = {SPLIT_NAMES.get(split or "train", split or "train"): files for split, files in saved_files(path).items()}
         return Source(path, "records", files)
-    return Source(path, "records", _record_files(path))
+    if splits := {file: _split_of(file) for folder in (path, path / "data") for file in _files_in(folder)}:
+        return Source(path, "records", _by_split(splits))
+    return _below(path, columns)
 
 
-def _record_files(path: Path) -> dict[str, list[Path]]:
-    """Return the record files of a folder, or of its folder data, by split."""
-    folders = [path, path / "data"]
-    files = [file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir()) if file.name.endswith(SUFFIXES)]
-    files = [file for file in files if file.is_file() and file.name not in ("dataset_info.json", "dataset_infos.json")]
-    if not files:
-        raise InputError(f"{path} holds no file of a data set; set data.path to {FORMS}, in {', '.join(SUFFIXES)}")
-    splits = {file: _split_of(file) for file in files}
+def _below(path: Path, columns: Mapping[str, str]) -> Source:
+    """Return the data set in the folders below one that has no files itself: a split each, or the only one that has data."""
+    folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
+    by_split: dict[Path, str | None] = {file: _split_of(folder) for folder in folders for file in _files_in(folder)}
+    if by_split and all(by_split.values()):
+        return Source(path, "records", _by_split(by_split))
+    holding = [folder for folder in folders if any(map(_files_in, (folder, *folder.iterdir())))]
+    if len(holding) == 1:
+        return _find(holding[0], columns)
+    if holding:
+        names = ", ".join(folder.name for folder in holding)
+        raise InputError(f"{path} holds the data sets {names}; set data.path to one of them, as {holding[0]}")
+    raise InputError(f"{path} holds no file of a data set; set data.path to {FORMS}, in {KINDS}")
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Return the files of records right in a folder, none if there is no such folder."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [file for file in files if file.name.endswith(SUFFIXES) and file.is_file() and file.name not in ABOUT]
+
+
+def _by_split(splits: dict[Path, str | None]) -> dict[str, list[Path]]:
+    """Return files by the split that each one's name says."""
     if any(splits.values()) and not all(splits.values()):
         odd = next(file for file, split in splits.items() if split is None)
         raise InputError(f"{odd} names no split, and others beside it do; name it train, dev or test, or move it away")

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.tiny import write_tiny_dataset
 from trainer.data.check import check_dataset
 from trainer.data.datasets import open_dataset
 from trainer.errors import InputError
@@ -285,6 +286,20 @@ def test_what_is_no_data_set_is_said_with_the_forms_that_are(tmp_path):
         (tmp_path / "saved" / "state.json").write_text(content)
         with pytest.raises(InputError, match=r"state\.json does not list _data_files of a saved data set"):
             open_dataset(tmp_path / "saved", tmp_path / "cache")
+
+
+def test_folders_below_are_splits_or_the_one_that_has_data(tmp_path):
+    for split in ("train", "validation"):
+        write_lines(tmp_path / "splits" / split / "part-0.jsonl", [pairs(0)])
+    assert sorted(open_dataset(tmp_path / "splits", tmp_path / "cache").qrels) == ["dev", "train"]
+    write_parquet(tmp_path / "config" / "pair" / "train-00000-of-00001.parquet", [pairs(i) for i in range(3)])
+    (tmp_path / "config" / ".cache").mkdir()
+    assert len(open_dataset(tmp_path / "config", tmp_path / "cache").queries) == 2
+    write_tiny_dataset(tmp_path / "tiny" / "tiny")
+    assert open_dataset(tmp_path / "tiny", tmp_path / "cache").form == "BEIR"
+    write_parquet(tmp_path / "config" / "triplet" / "train-00000-of-00001.parquet", [pairs(0)])
+    with pytest.raises(InputError, match=r"config holds the data sets pair, triplet; set data\.path to one of them, as .*pair$"):
+        open_dataset(tmp_path / "config", tmp_path / "cache")
 
 
 def test_a_name_of_the_hub_without_network_is_one_sentence(tmp_path, monkeypatch):
