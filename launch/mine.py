@@ -79,8 +79,8 @@ def _hushed() -> Iterator[None]:
 
 def read_newest(job_file: Path, overrides: list[str], out: Path | None, form: str, show: str | None) -> dict[str, Any]:
     """Write the newest version of a run to a file, or look up a query in it, or both; return what was found."""
-    from mining.export import refuse_file
     from mining.offline import read_mined
+    from trainer.data.record_file import refuse_file
 
     start_logging()
     if out is not None:
@@ -113,7 +113,7 @@ def written_parts(found: dict[str, Any]) -> Group:
     parts += [Sheet("quantiles of scores", ("", *columns), quantiles)] if quantiles else []
     ends = [f"Recall of the index: {audit['recall']:.3f}."] if audit["recall"] is not None and audit["recall"] < 1 else []
     ends += [f"Time: {times}."] if times else []
-    return as_text([*parts, *ends, f"{found['out']}: {found['records']:,} records, form {found['form']}."])
+    return as_text([*parts, *ends, *found["said"], f"{found['out']}: {found['records']:,} records, form {found['form']}."])
 
 
 def shown_parts(found: dict[str, Any]) -> Group:
@@ -146,11 +146,11 @@ def _look(jobs: Jobs, model: str, out: Path | None, show: str | None) -> tuple[A
     Raises InputError for what would only be found out after the mining.
     """
     from launch.named import as_it_is, locate_model
-    from mining.export import refuse_file
     from mining.judgements import read_judgements
     from mining.show import find_query
     from mining.vectors import holds_vectors
     from trainer.data.datasets import open_data
+    from trainer.data.record_file import refuse_file
 
     if out is not None:
         refuse_file(out)
@@ -178,7 +178,7 @@ def _told(mined: "Mined", out: Path | None, form: str, show: str | None) -> dict
     return shown | {
         "out": str(out),
         "form": form,
-        "records": write_negatives(out, form, data, mined.judgements, negatives),
+        **write_negatives(out, form, data, mined.judgements, negatives),
         "data": str(data.path),
         "num_queries": negatives.num_queries,
         "num_passages": len(data.corpus),

@@ -17,6 +17,7 @@ class Judgements:
     query_rows: np.ndarray  # (Q,) int64 rows of queries.jsonl
     positive_indptr: np.ndarray  # (Q + 1,) int64
     positive_rows: np.ndarray  # corpus rows relevant in the training split
+    positive_grades: np.ndarray  # their grades, float32
     text_of_query: np.ndarray  # (Q,) int64: queries of one text have one number, of T
     judged_indptr: np.ndarray  # (T + 1,) int64
     judged_rows: np.ndarray  # corpus rows relevant, in any split, to any query of a text, and those with such a query's id
@@ -51,12 +52,13 @@ class Judgements:
 def read_judgements(data: RetrievalData, train_split: str) -> Judgements:
     """Return the judgements of the queries that have a positive in the training split."""
     query_rows = data.training_queries(train_split)
-    positives = data.positives(query_rows, train_split)
+    indptr, at = data.positive_judgements(query_rows, train_split)
     relevant = [qrels.corpus_rows[qrels.scores > 0] for qrels in data.qrels.values()]
     allowed_N = np.ones(len(data.corpus), bool)
     allowed_N[np.concatenate(relevant)] = False
     train = data.qrels[train_split]
     allowed_N[train.corpus_rows[train.scores > 0]] = True
+    positives = indptr, train.corpus_rows[at], train.scores[at]
     return Judgements(query_rows, *positives, *_judged_by_text(data, query_rows), allowed_N)
 
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from mining.export import Texts, read_rows
+from mining.export import mined_row
 from mining.judgements import Judgements
 from trainer.data.datasets import RetrievalData
+from trainer.data.row import Entry
 from trainer.errors import InputError
 from trainer.handoff.negatives import Negatives
 
@@ -17,7 +18,8 @@ NEAR = 3  # ids that are named in place of one that is not there
 def show_query(data: RetrievalData, judgements: Judgements, negatives: Negatives, query_id: str) -> dict[str, Any]:
     """Return what a version has for a query: texts, ids and scores, best first; raises InputError with ids near to it."""
     place = find_query(data, judgements, query_id)
-    row = read_rows(data, judgements, negatives, slice(place, place + 1))[0]
+    row = mined_row(data, judgements, negatives, place)
+    has_teacher = negatives.teacher_scores is not None
     at = slice(judgements.positive_indptr[place], judgements.positive_indptr[place + 1])
     positive_scores = None if negatives.positive_scores is None else [round(float(s), 6) for s in negatives.positive_scores[at]]
     manifest = negatives.manifest
@@ -28,8 +30,8 @@ def show_query(data: RetrievalData, judgements: Judgements, negatives: Negatives
         "source": manifest.get("source"),
         "checkpoint_step": negatives.checkpoint_step,
         **({} if negatives.clusters is None else {"cluster": int(negatives.clusters[place])}),
-        "positives": _passages(row.positives, positive_scores, row.positive_teacher),
-        "negatives": _passages(row.negatives, row.scores, row.teacher),
+        "positives": _passages(row.positives, positive_scores, row.positive_teacher if has_teacher else None),
+        "negatives": _passages(row.negatives, row.scores, row.teacher if has_teacher else None),
     }
 
 
@@ -50,7 +52,7 @@ def near_ids(asked: str, known: list[str]) -> list[str]:
     return difflib.get_close_matches(asked, alike, n=NEAR, cutoff=0.3) or known[:NEAR]
 
 
-def _passages(texts: list[Texts], scores: list[float] | None, teacher: list[float] | None) -> list[dict[str, Any]]:
+def _passages(texts: list[Entry], scores: list[float] | None, teacher: list[float] | None) -> list[dict[str, Any]]:
     columns = {"score": scores, "teacher_score": teacher}
     known = {name: values for name, values in columns.items() if values is not None}
     passages: list[dict[str, Any]] = [

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from launch.jobfile import read_job
-from mining.export import Row, Texts, read_rows
+from mining.export import mined_row
 from mining.offline import read_mined
+from trainer.data.row import Entry, Row
 
 NUM_QUERIES, NUM_NEGATIVES, NUM_LINES = 10, 4, 6
 
@@ -17,7 +18,7 @@ def read_examples(run: Path) -> tuple[int, list[dict[str, Any]]]:
     mined = read_mined(read_job(run / "job.toml", [f"run.folder={run}"]).mine)
     have = np.flatnonzero(np.diff(mined.negatives.indptr))
     places = have[np.linspace(0, len(have) - 1, min(NUM_QUERIES, len(have))).astype(np.int64)].tolist()
-    rows = [read_rows(mined.data, mined.judgements, mined.negatives, slice(place, place + 1))[0] for place in places]
+    rows = [mined_row(mined.data, mined.judgements, mined.negatives, place) for place in places]
     return mined.negatives.version, [_example(row) for row in rows]
 
 
@@ -30,6 +31,6 @@ def _example(row: Row) -> dict[str, Any]:
     }
 
 
-def _excerpt(text: Texts) -> str:
+def _excerpt(text: Entry) -> str:
     lines = text.text.splitlines()
     return "\n".join(lines[:NUM_LINES]) + ("\n…" if len(lines) > NUM_LINES else "")

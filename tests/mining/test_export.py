@@ -7,11 +7,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from mining.export import FORMS, refuse_file, write_negatives
+from mining.export import FORMS, write_negatives
 from mining.judgements import read_judgements
 from mining.show import show_query
 from tests.tiny import write_tiny_dataset
 from trainer.data.datasets import open_dataset
+from trainer.data.record_file import refuse_file
 from trainer.errors import InputError
 from trainer.handoff.negatives import Negatives
 
@@ -54,14 +55,29 @@ def plain(data, judgements, negatives):
     return found
 
 
+def what_fits(form, queries):
+    """Those with a negative; for sentence-transformers, those with the number that keeps most texts, cut to it."""
+    if form != "sentence-transformers":
+        return {query: (own, drawn) for query, (own, drawn) in queries.items() if drawn}
+
+    def fitting(least):
+        cut = {query: (own, dict(list(drawn.items())[:least])) for query, (own, drawn) in queries.items()}
+        return {query: (own, drawn) for query, (own, drawn) in cut.items() if len(drawn) == least}
+
+    return max((fitting(n) for n in range(1, 5)), key=lambda fit: sum(len(own) * (1 + len(drawn)) for own, drawn in fit.values()))
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 @pytest.mark.parametrize("form", ["sentence-transformers", "tevatron", "flagembedding"])
 def test_texts_are_read_back_with_negatives_and_teacher_scores(mined, tmp_path, form, suffix):
-    data, _, negatives = mined
-    num_records = write_negatives(tmp_path / f"train{suffix}", form, *mined)
+    data, judgements, negatives = mined
+    told = write_negatives(tmp_path / f"train{suffix}", form, *mined)
     back = open_dataset(tmp_path / f"train{suffix}", tmp_path / "cache")
-    expected, texts, queries = plain(*mined), list(back.corpus["text"]), list(back.queries["text"])
-    assert num_records == (len(mined[1].positive_rows) if form == "sentence-transformers" else negatives.num_queries)
+    expected, texts, queries = what_fits(form, plain(*mined)), list(back.corpus["text"]), list(back.queries["text"])
+    num_records = sum(len(own) if form == "sentence-transformers" else 1 for own, _ in expected.values())
+    num_all = len(judgements.positive_rows) if form == "sentence-transformers" else negatives.num_queries
+    assert (told["records"], told["left_out"]) == (num_records, num_all - num_records) and num_records < num_all
+    assert f"{num_all - num_records} of {num_all} records have" in told["said"][0]
     assert set(queries) == set(expected) and [p.name for p in tmp_path.glob("*train*")] == [f"train{suffix}"]
     train, given = back.qrels["train"], back.given
     assert given is not None
@@ -72,7 +88,8 @@ def test_texts_are_read_back_with_negatives_and_teacher_scores(mined, tmp_path, 
         drawn = {texts[i]: s for i, s in zip(given.ids[drawn_at], given.scores[drawn_at], strict=True)}
         assert (own, drawn) == expected[text]
     if form == "tevatron":
-        assert set(back.queries["_id"]) == {data.queries[int(row)]["_id"] for row in mined[1].query_rows}
+        ids = dict(zip(data.queries["text"], data.queries["_id"], strict=True))
+        assert set(back.queries["_id"]) == {ids[text] for text in expected}
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -99,7 +116,7 @@ def test_without_a_teacher_there_are_no_columns_for_one(mined, tmp_path):
             write_negatives(tmp_path / f"{form}{suffix}", form, data, judgements, negatives)
         assert '_scores"' not in (tmp_path / f"{form}.jsonl").read_text().replace("negative_scores", "")
     columns = pq.read_schema(tmp_path / "sentence-transformers.parquet").names
-    assert columns == ["anchor", "positive", "negative_1", "negative_2", "negative_3", "negative_4"]
+    assert columns == ["anchor", "positive", "negative_1", "negative_2", "negative_3"]
 
 
 def test_a_file_that_cannot_be_made_is_refused_and_nothing_is_left(mined, tmp_path):
@@ -108,7 +125,7 @@ def test_a_file_that_cannot_be_made_is_refused_and_nothing_is_left(mined, tmp_pa
     (tmp_path / "ids.jsonl").write_text("precious")
     with pytest.raises(InputError, match="is there already; give --out a new file"):
         refuse_file(tmp_path / "ids.jsonl")
-    with pytest.raises(InputError, match=r"cannot write .*; give --out another file"):
+    with pytest.raises(InputError, match=r"cannot write .*; choose another place for it"):
         write_negatives(tmp_path / "ids.jsonl" / "below.jsonl", "ids", *mined)
     assert [path.name for path in tmp_path.iterdir()] == ["ids.jsonl"] and (tmp_path / "ids.jsonl").read_text() == "precious"
 
@@ -140,7 +157,8 @@ def test_with_margins_to_each_positive_a_record_has_one_and_what_it_admits(mined
     data, judgements, negatives = mined
     margins = {"relative_margin": 0.2, "absolute_margin": "off", "adaptive_margin": "off", "teacher_margin": 0.1}
     each = replace(negatives, manifest={**negatives.manifest, "margins": {"positive": "each", **margins}})
-    num_records = write_negatives(tmp_path / "train.jsonl", form, data, judgements, each)
+    told = write_negatives(tmp_path / "train.jsonl", form, data, judgements, each)
+    num_records = told["records"] + told["left_out"]
     assert num_records == len(judgements.positive_rows) > judgements.num_queries
     texts = data.corpus["_id" if form == "ids" else "text"][:]
     wanted, dropped = [], 0
@@ -152,6 +170,9 @@ def test_with_margins_to_each_positive_a_record_has_one_and_what_it_admits(mined
             wanted.append((texts[judgements.positive_rows[at]], [texts[row] for row in negatives.ids[own][is_below]]))
             dropped += (~is_below).sum()
     records = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    if form != "ids":
+        least, most = (len(of_record(form, records[0])[1]),) * 2 if form == "sentence-transformers" else (1, None)
+        wanted = [(own, drawn[:most]) for own, drawn in wanted if len(drawn) >= least]
     assert [of_record(form, record) for record in records] == wanted and 0 < dropped < len(negatives.ids)
 
 
@@ -164,3 +185,36 @@ def of_record(form, record):
     if form == "tevatron":
         return record["positive_passages"][0]["text"], [passage["text"] for passage in record["negative_passages"]]
     return *record["pos"], record["neg"]
+
+
+def test_prompts_types_titles_and_ids_go_from_the_data_to_every_form(tmp_path):
+    records = [
+        {
+            "query": f"q{n}", "id": f"id {n}", "prompt": f"task {n % 2}: ", "type": "normal",
+            "pos": [f"p{n}"], "pos_id": [f"of {n}"], "neg": ["x", "y"],
+        }
+        for n in range(6)
+    ]  # fmt: skip
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    data = open_dataset(tmp_path / "in.jsonl", tmp_path / "cache")
+    judgements = read_judgements(data, "train")
+    others = [row for row, text in enumerate(data.corpus["text"]) if text in ("x", "y")]
+    mined = Negatives(np.arange(0, 13, 2), np.array(others * 6), np.linspace(0, 1, 12, dtype=np.float32), 1, {})
+    told = {}
+    for form in FORMS:
+        told[form] = write_negatives(tmp_path / f"{form}.jsonl", form, data, judgements, mined)["said"]
+        found = [json.loads(line) for line in (tmp_path / f"{form}.jsonl").read_text().splitlines()]
+        if form == "flagembedding":
+            assert [{name: record[name] for name in records[0] if name != "neg"} for record in found] == [
+                {name: value for name, value in record.items() if name != "neg"} for record in records
+            ]
+        elif form == "tevatron":
+            assert [(record["query_id"], record["prompt"]) for record in found] == [(r["id"], r["prompt"]) for r in records]
+        elif form == "sentence-transformers":
+            assert [record["anchor"] for record in found] == [record["query"] for record in records], "not folded into the text"
+    assert told == {
+        "ids": [],
+        "sentence-transformers": ["sentence-transformers has no place for 6 prompts, 6 types of queries"],
+        "tevatron": ["Tevatron has no place for 6 types of queries"],
+        "flagembedding": [],
+    }

@@ -64,7 +64,7 @@ def judgements():
     rows = np.stack([np.arange(NUM_QUERIES) % 7, np.arange(NUM_QUERIES) % 7 + 20], 1).ravel()
     indptr = np.arange(NUM_QUERIES + 1) * 2
     allowed = np.arange(NUM_PASSAGES) != 39
-    return Judgements(np.arange(NUM_QUERIES) * 3, indptr, rows, np.arange(NUM_QUERIES), indptr, rows, allowed)
+    return Judgements(np.arange(NUM_QUERIES) * 3, indptr, rows, np.ones(len(rows)), np.arange(NUM_QUERIES), indptr, rows, allowed)
 
 
 JUDGED = judgements()

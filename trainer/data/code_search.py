@@ -8,11 +8,9 @@ Source: CodeSearchNet (Husain et al. 2019, arXiv 1909.09436) for the task and th
 
 import ast
 import hashlib
-import json
 import logging
 import os
 import re
-import shutil
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,7 +18,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.data.peers.beir import write_judgements, write_texts
+from trainer.data.row import Entry
 from trainer.errors import InputError
+from trainer.handoff.beside import made_whole, refuse_full
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +51,7 @@ def build_code_search(
     max_functions: stop adding groups of functions at this many.
     Raises InputError if `out` holds something, a source is missing, or too few functions are found to split.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} is not empty; give --out a new folder, or delete that one")
+    refuse_full(out)
     functions, counts = collect_functions(sources, max_functions, seed)
     groups = group_functions(functions)
     chosen = _choose_groups(groups, max_functions, seed)
@@ -60,15 +60,8 @@ def build_code_search(
         raise InputError(
             f"only {len(functions)} documented functions found, too few to split; give --source a folder with more code"
         )
-    staging = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        staging.mkdir(parents=True)
-        counts |= _write(staging, splits)
-        if out.exists():
-            out.rmdir()
-        os.rename(staging, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with made_whole(out) as folder:
+        counts |= _write(folder, splits)
     return counts
 
 
@@ -221,21 +214,18 @@ def _split_groups(groups: list[list[Function]], seed: int) -> dict[str, list[lis
 
 def _write(folder: Path, splits: dict[str, list[list[Function]]]) -> dict[str, int]:
     """Write BEIR's files: one query for each distinct docstring, one document for each function."""
-    (folder / "qrels").mkdir()
-    query_ids: dict[str, str] = {}
+    (folder / "qrels").mkdir(parents=True)
+    queries: dict[str, Entry] = {}
+    corpus: list[Entry] = []
     counts: dict[str, int] = {}
-    with open(folder / "corpus.jsonl", "w") as corpus, open(folder / "queries.jsonl", "w") as queries:
-        for split, groups in splits.items():
-            functions = sorted((f for group in groups for f in group), key=lambda f: f.id)
-            with open(folder / "qrels" / f"{split}.tsv", "w") as qrels:
-                qrels.write("query-id\tcorpus-id\tscore\n")
-                for function in functions:
-                    if function.query not in query_ids:
-                        query_ids[function.query] = f"q{len(query_ids)}"
-                        line = {"_id": query_ids[function.query], "text": function.query}
-                        queries.write(json.dumps(line) + "\n")
-                        counts[f"{split}_queries"] = counts.get(f"{split}_queries", 0) + 1
-                    corpus.write(json.dumps({"_id": function.id, "title": "", "text": function.code}) + "\n")
-                    qrels.write(f"{query_ids[function.query]}\t{function.id}\t1\n")
-            counts["functions"] = counts.get("functions", 0) + len(functions)
+    for split, groups in splits.items():
+        functions, num_before = sorted((f for group in groups for f in group), key=lambda f: f.id), len(queries)
+        for function in functions:
+            queries.setdefault(function.query, Entry(f"q{len(queries)}", function.query))
+            corpus.append(Entry(function.id, function.code))
+        counts[f"{split}_queries"] = len(queries) - num_before
+        counts["functions"] = counts.get("functions", 0) + len(functions)
+        write_judgements(folder / "qrels" / f"{split}.tsv", ((queries[f.query].id, f.id, 1) for f in functions))
+    write_texts(folder / "corpus.jsonl", corpus)
+    write_texts(folder / "queries.jsonl", queries.values())
     return counts

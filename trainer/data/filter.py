@@ -5,17 +5,16 @@ together are far from each other and fall out. Source: E5 (Wang et al. 2022, arX
 million. Other positives of the query do not count against a pair.
 """
 
-import json
 import logging
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from trainer.data.convert import write_collection
 from trainer.data.datasets import RetrievalData
+from trainer.data.survey import lost_in_collection, say_lost
 from trainer.encoder.missing import Texts, encode_missing
 from trainer.encoder.model import Encoder, Traits, weights_digest
 from trainer.encoder.shards import DEFAULTS, EncodeSettings, Shards, open_shards
@@ -23,7 +22,7 @@ from trainer.encoder.tokens import tokenize_side
 from trainer.encoder.topk import merge_top_k, top_k
 from trainer.encoder.towers import SIDES
 from trainer.errors import InputError
-from trainer.handoff.manifest import disk_error
+from trainer.handoff.beside import made_whole, refuse_full
 from trainer.handoff.pins import Pins
 
 log = logging.getLogger(__name__)
@@ -77,33 +76,16 @@ def find_consistent(
     return Consistency(split, places, is_kept, pool_rows)
 
 
-def refuse_full(out: Path) -> None:
-    """Raise InputError if something would be overwritten."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} is not empty; give --out a new folder, or delete that one")
-
-
 def write_filtered(data: RetrievalData, found: Consistency, out: Path) -> None:
     """Write the data set in BEIR's form without the pairs that fell out, whole or not at all; other splits as they are."""
     refuse_full(out)
     if not found.is_kept.any():
         raise InputError(f"no pair of {data.path} stays; set --top-k higher, --pool lower, or take another --model")
-    staging = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        (staging / "qrels").mkdir(parents=True)
-        for name, texts in (("corpus", data.corpus), ("queries", data.queries)):
-            with open(staging / f"{name}.jsonl", "w", encoding="utf-8") as file:
-                for row in texts:
-                    file.write(json.dumps({"_id": row["_id"], "title": "", "text": row["text"]}, ensure_ascii=False) + "\n")
-        for split in data.qrels:
-            _write_judgements(data, split, found, staging / "qrels" / f"{split}.tsv")
-        if out.exists():
-            out.rmdir()
-        os.rename(staging, out)
-    except OSError as error:
-        raise disk_error(error, out) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    for sentence in say_lost(lost_in_collection(data), "BEIR"):
+        log.warning("%s", sentence)
+    places = {split: _kept_places(data, split, found) for split in data.qrels}
+    with made_whole(out) as beside:
+        write_collection(beside, data, places)
 
 
 def _within_top_k(
@@ -141,16 +123,12 @@ def _within_top_k(
     return is_kept
 
 
-def _write_judgements(data: RetrievalData, split: str, found: Consistency, path: Path) -> None:
+def _kept_places(data: RetrievalData, split: str, found: Consistency) -> np.ndarray:
+    """Return which judgements of a split stay: those of a query that lost its positives go with them."""
     qrels = data.qrels[split]
     is_kept = np.ones(len(qrels.scores), bool)
     if split == found.split:
         is_kept[found.places] = found.is_kept
         with_positive = np.unique(qrels.query_rows[is_kept & (qrels.scores > 0)])
         is_kept &= np.isin(qrels.query_rows, with_positive)
-    kept = np.flatnonzero(is_kept)
-    queries, passages = data.queries.select(qrels.query_rows[kept]), data.corpus.select(qrels.corpus_rows[kept])
-    with open(path, "w", encoding="utf-8") as file:
-        file.write("query-id\tcorpus-id\tscore\n")
-        for query, passage, score in zip(queries["_id"], passages["_id"], qrels.scores[kept], strict=True):
-            file.write(f"{query}\t{passage}\t{score:g}\n")
+    return np.flatnonzero(is_kept)

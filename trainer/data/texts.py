@@ -54,9 +54,10 @@ class TextWriter:
         written = Written(text) if isinstance(text, str) else text
         text, prompt = written.text, written.prompt
         encoded = text.encode()
-        self.has_id.append(row_id is not None)
-        if row_id is None:
-            row_id = xxhash.xxh3_128_hexdigest(encoded if prompt is None else f"{prompt}\0{text}".encode())
+        made_id = xxhash.xxh3_128_hexdigest(encoded if prompt is None else f"{prompt}\0{text}".encode())
+        # One that we made, and wrote into a file that comes back, is none that anybody gave.
+        self.has_id.append(row_id not in (None, made_id))
+        row_id = row_id or made_id
         if not self._files or self._files[-1] is not file:
             self._files.append(file)
         self.id_keys.append(key_of(row_id))

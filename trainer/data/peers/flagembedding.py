@@ -2,7 +2,10 @@
 [, prompt: stands before the query].
 """
 
+from collections.abc import Iterator
 from typing import Any
+
+import pyarrow as pa
 
 from trainer.data.example import (
     Bad,
@@ -18,6 +21,7 @@ from trainer.data.example import (
     taught,
     text_of,
 )
+from trainer.data.row import NUMBERS, TEXTS, Contents, Row
 
 
 def parse(record: dict[str, Any]) -> Example:
@@ -41,6 +45,32 @@ def parse(record: dict[str, Any]) -> Example:
             scored.append(name)
     about = id_of(record, "id"), option_of(record, "prompt"), option_of(record, "type")
     return Example(query, sides["pos"] + sides["neg"], " and ".join(scored), *about)
+
+
+def write(row: Row, has: Contents) -> Iterator[dict[str, Any]]:
+    """Yield one record a query, with prompt, type and ids under the names of FlagEmbedding's own files.
+
+    Its readers take a null for the word None, so where other queries have a prompt, an empty one stands for none; likewise
+    "normal", FlagEmbedding's own default, for a type.
+    """
+    sides = {"pos": row.positives, "neg": row.negatives}
+    record: dict[str, Any] = {"query": row.query.text}
+    record |= {name: [passage.text for passage in passages] for name, passages in sides.items()}
+    if has.teacher:
+        record |= {"pos_scores": row.positive_teacher, "neg_scores": row.teacher}
+    if has.prompts:
+        record["prompt"] = row.query.prompt or ""
+    if has.types:
+        record["type"] = row.query.type or "normal"
+    yield record | {f"{name}_id": [passage.id for passage in passages] for name, passages in sides.items()} | {"id": row.query.id}
+
+
+def columns(has: Contents) -> dict[str, pa.DataType]:
+    """Return what `write` fills."""
+    types = {"query": pa.string(), "pos": TEXTS, "neg": TEXTS, "pos_scores": NUMBERS, "neg_scores": NUMBERS}
+    types |= {"prompt": pa.string(), "type": pa.string(), "pos_id": TEXTS, "neg_id": TEXTS, "id": pa.string()}
+    is_there = {"pos_scores": has.teacher, "neg_scores": has.teacher, "prompt": has.prompts, "type": has.types}
+    return {name: kind for name, kind in types.items() if is_there.get(name, True)}
 
 
 def _with_ids(passages: list[Passage], record: dict[str, Any], column: str) -> list[Passage]:

@@ -6,7 +6,10 @@ scores: a teacher's, of the positive and of each negative. A positive and a nega
 """
 
 import re
+from collections.abc import Iterator
 from typing import Any
+
+import pyarrow as pa
 
 from trainer.data.example import (
     Bad,
@@ -23,6 +26,7 @@ from trainer.data.example import (
     text_of,
     titled,
 )
+from trainer.data.row import NUMBERS, Contents, Row
 
 NUMBERED = re.compile(r"negative_(\d+)$")
 GRADES = {"score": "any", "label": "whole", "same": "0 and 1"}  # a column, and what it may hold
@@ -50,6 +54,28 @@ def parse(record: dict[str, Any]) -> Example:
     elif has_teacher(passages):
         scored.append("score of passages")
     return Example(query, passages, " and ".join(scored), id_of(record, "query_id"), option_of(record, "prompt"))
+
+
+def write(row: Row, has: Contents) -> Iterator[dict[str, Any]]:
+    """Yield one record for each positive, with its query's negatives.
+
+    sentence-transformers takes one column of scores for labels and all others for texts: a teacher's, or grades.
+    """
+    for place, positive in enumerate(row.positives):
+        record: dict[str, Any] = {"anchor": row.query.text, "positive": positive.text}
+        record |= {f"negative_{number}": text.text for number, text in enumerate(row.negatives, 1)}
+        if has.teacher:
+            record["scores"] = [row.positive_teacher[place], *row.teacher]
+        elif has.grades:
+            record["score"] = row.grades[place]
+        yield record
+
+
+def columns(has: Contents) -> dict[str, pa.DataType]:
+    """Return what `write` fills."""
+    names = ["anchor", "positive", *(f"negative_{number}" for number in range(1, has.num_negatives + 1))]
+    scores = {"scores": NUMBERS} if has.teacher else {"score": pa.float32()} if has.grades else {}
+    return {name: pa.string() for name in names} | scores
 
 
 def _negatives(record: dict[str, Any]) -> list[Passage]:
