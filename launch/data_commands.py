@@ -1,5 +1,6 @@
 """`negpool data`: the commands. Heavy imports stand inside them, so that `--help` answers at once."""
 
+import enum
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -72,6 +73,45 @@ def data_prepare(
         print_json(found)
     else:
         results().print(describe(found), markup=False)
+    return 0
+
+
+class WrittenForm(enum.StrEnum):
+    """What `data convert` writes; names as in trainer/data/convert.py."""
+
+    beir = "beir"
+    sentence_transformers = "sentence-transformers"
+    tevatron = "tevatron"
+    flagembedding = "flagembedding"
+
+
+@data_app.command("convert")
+@with_short(COLUMNS)
+def data_convert(
+    data: Data,
+    out: Annotated[Path, typer.Argument(help="beir: folder to make; else FILE.jsonl or .parquet, or folder of a file a split")],
+    *,
+    overrides: OfData = None,
+    form: Annotated[WrittenForm, typer.Option(help="to write")],
+    split: Annotated[str | None, typer.Option(help="only this one; default: all")] = None,
+    negatives: Annotated[
+        int | None, typer.Option(min=0, help="that each record has at least, in sentence-transformers exactly; 0: none")
+    ] = None,
+    short: Sequence[str] = (),
+    as_json: Json = False,
+) -> int:
+    """Write a data set in another form, as other trainers read it; what that form has no place for is counted and said."""
+    from launch.named import read_settings
+    from trainer.data.convert import convert_data, refuse_out, told
+
+    start_logging()
+    refuse_out(out, form.value)
+    opened = read_settings([*(overrides or []), *short], data).open_data()
+    found = convert_data(opened, out, form.value, split, negatives)
+    if as_json:
+        print_json({"out": str(out), "form": form.value, **found})
+    else:
+        results().print("\n".join(told(found, out)), markup=False)
     return 0
 
 

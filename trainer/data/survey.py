@@ -6,6 +6,7 @@ Found by a look at the numbers of all records before the first is written, for t
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+import pyarrow.compute as pc
 
 from trainer.data.datasets import RetrievalData
 from trainer.data.groups import Group
@@ -126,7 +127,11 @@ def count_of(data: RetrievalData, side: str, column: str) -> int:
 
 
 def _num_titles(data: RetrievalData) -> int:
-    return sum(int((np.asarray(chunk) > 0).sum()) for chunk in data.corpus.data.column("title_length").chunks)
+    """Return how many passages have both a title and a text behind it."""
+    corpus = data.corpus.data
+    length = corpus.column("title_length")
+    is_titled = pc.and_(pc.greater(length, 0), pc.less(length, pc.utf8_length(corpus.column("text"))))
+    return pc.sum(is_titled).as_py() or 0
 
 
 def _known(**counts: int) -> dict[str, int]:

@@ -105,7 +105,8 @@ def _text_of(record: dict[str, Any], columns: dict[str, str]) -> Written:
     title, text, prompt = [_string(record, columns.get(name)) for name in ("title", "text", "prompt")]
     joined = f"{title} {text}".strip()
     title_length = len(title.lstrip()) if text.strip() else len(joined)
-    return Written(joined, prompt or None, None, title_length if title.strip() else 0)
+    has_prompt = "prompt" in columns and isinstance(record[columns["prompt"]], str)  # an empty one is no prefix
+    return Written(joined, prompt if has_prompt else None, None, title_length if title.strip() else 0)
 
 
 def _string(record: dict[str, Any], column: str | None) -> str:
