@@ -216,6 +216,7 @@ def test_data_filter_writes_a_data_set_of_the_pairs_that_stay(root, tmp_path):
 
 def test_data_check_reads_records_and_names_line_and_forms(root, tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"anchor": "a", "positive": "b"}\n{"anchor": "a"}\n')
-    assert "pairs.jsonl:2: positive is missing" in call(root, "data", "check", tmp_path / "pairs.jsonl", exit_code=2)[0]
-    (tmp_path / "notes.csv").write_text("")
-    assert "notes.csv is no .jsonl" in call(root, "data", "check", tmp_path / "notes.csv", exit_code=2)[1]
+    said = call(root, "data", "check", tmp_path / "pairs.jsonl", exit_code=2)[0]
+    assert "pairs.jsonl:2: found the columns anchor; positive is missing" in said and said.endswith("1 problem\n")
+    (tmp_path / "notes.txt").write_text("")
+    assert "notes.txt is no .jsonl" in call(root, "data", "check", tmp_path / "notes.txt", exit_code=2)[1]

@@ -52,7 +52,7 @@ class DataReport:
         lines += [*_shown(self.blemishes), *_shown(self.refused)]
         if self.blemishes:
             lines.append(f"{len(self.blemishes)} blemishes, which training lives with; data.strict=true refuses them")
-        lines.append("no problems" if not self.refused else f"{len(self.refused)} problems")
+        lines.append("no problems" if not self.refused else f"{len(self.refused)} problem" + "s" * (len(self.refused) > 1))
         return "\n".join(lines)
 
 

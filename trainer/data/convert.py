@@ -103,6 +103,9 @@ def _judged(data: RetrievalData, split: str, at: np.ndarray) -> Iterator[tuple[s
         block = at[start : start + BATCH]
         ids = queries[qrels.query_rows[block]]["_id"], corpus[qrels.corpus_rows[block]]["_id"]
         yield from zip(*ids, numbers(qrels.scores[block]), strict=True)
+    # Documents that are not there stay so, under names of ours: ideal lists and recall count them.
+    absent = queries[qrels.absent_query_rows]["_id"], (f"absent-{split}-{n}" for n in range(len(qrels.absent_scores)))
+    yield from zip(*absent, numbers(qrels.absent_scores), strict=True)
 
 
 def _all_entries(data: RetrievalData, side: str) -> Iterator[Entry]:

@@ -109,7 +109,6 @@ def lost_in_collection(data: RetrievalData) -> dict[str, int]:
     scores = [qrels.teacher for qrels in data.qrels.values()] + ([] if data.given is None else [data.given.scores])
     return _known(
         types=count_of(data, "queries", "type"),
-        absent=sum(len(qrels.absent_scores) for qrels in data.qrels.values()),
         negatives=0 if data.given is None else len(data.given.ids),
         scores=sum(int(np.isfinite(each).sum()) for each in scores),
     )

@@ -297,3 +297,19 @@ def test_an_id_that_no_judgement_can_name_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"the id 'a\\tb' holds a tab or a line break"):
         convert_data(data, tmp_path / "out", "beir")
     assert not (tmp_path / "out").exists()
+
+
+def test_absent_documents_stay_absent_in_beirs_form(tmp_path):
+    folder = beir(tmp_path / "data")
+    with open(folder / "qrels/test.tsv", "a") as file:
+        file.write("q3\tnowhere\t2\nq1\tnowhere\t1\nq1\telsewhere\t1\n")
+    data = open_dataset(folder, tmp_path / "cache")
+    convert_data(data, tmp_path / "out", "beir")
+    back = open_dataset(tmp_path / "out", tmp_path / "cache")
+    found, wanted = (sorted(zip(*each, strict=True)) for each in (absent_of(back), absent_of(data)))
+    assert found == wanted and len(found) == 3
+    assert back.evaluated_queries("test").tolist() == data.evaluated_queries("test").tolist()
+
+
+def absent_of(data):
+    return data.qrels["test"].absent_query_rows.tolist(), data.qrels["test"].absent_scores.tolist()
