@@ -53,18 +53,23 @@ def origin_of(run: Training) -> dict[str, Any]:
     job, state = run.job, run.state
     measured = {f"{name}, {found['split']}": found for name, found in evaluations(job).items()}
     measured |= {} if run.dev is None else {f"on the way, {run.dev['split']}": run.dev}
-    mined = "named by the data" if state.negatives_version is None else f"mined, version {state.negatives_version}"
     return {
         "base": job.model.name,
-        "data": ", ".join(source.name or Path(source.settings.path).name for source in run.data.sources),
+        "data": ", ".join(job.sources) or (job.data.path.name if job.data.path.exists() else str(job.data.path)),
         "training queries": run.dataset.num_queries,
         "objective": job.loss.objective,
         "queries a step": job.batch.queries,
         "hard negatives a query": job.negatives.per_query,
-        "negatives": "those of the batch" if job.negatives.per_query == 0 else mined,
+        "negatives": _negatives_in_words(run),
         "steps": state.step,
         "metrics": {name: {key: value for key, value in found.items() if key != "split"} for name, found in measured.items()},
     }
+
+
+def _negatives_in_words(run: Training) -> str:
+    if run.job.negatives.per_query == 0 or (run.state.negatives_version is None and run.data.given is None):
+        return "those of the batch"
+    return "named by the data" if run.state.negatives_version is None else f"mined, version {run.state.negatives_version}"
 
 
 def prune_checkpoints(job: TrainJob, step: int, best_step: int | None) -> None:

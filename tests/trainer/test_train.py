@@ -118,13 +118,14 @@ def test_averaged_weights_are_published_and_the_others_resumed(job):
     assert differing > 10
 
 
-def test_a_checkpoint_has_a_card_of_what_made_it(job):
+def test_a_checkpoint_has_a_card_of_what_made_it(job, root):
     job = replace(job, eval=EvalSettings(every_steps=2), run=replace(job.run, folder=job.run.folder / "named"))
+    job = replace(job, data=replace(job.data, path=root / "more"), negatives=NegativesSettings(first_wait_s=0))
     outcome = train(job, world_of())
     text = (final(job).encoder_folder / "README.md").read_text()
     for row in (
         "| base | encoder |",
-        "| data | data |",
+        "| data | more |",
         "| objective | info_nce |",
         "| steps | 6 |",
         "| negatives | those of the batch |",
