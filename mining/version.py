@@ -13,7 +13,7 @@ from mining.audit import reasons_against, reasons_of_collapse
 from mining.candidates import BM25Retriever, BothRetrievers, DenseRetriever, Retriever
 from mining.clusters import cluster_queries
 from mining.draw import Draw, Drawn
-from mining.encoded import encode_checkpoint
+from mining.encoded import Encoded, encode_checkpoint
 from mining.figures import version_figures
 from mining.filters import Keys
 from mining.indexed import index_passages
@@ -42,7 +42,7 @@ def mine_checkpoint(work: Work, task: Task, checkpoint: Checkpoint) -> None:
     job, ranks, judgements = work.job, work.ranks, work.judgements
     encoded = encode_checkpoint(work, task, checkpoint)
     queries, passages = encoded.queries, encoded.passages
-    ranks.decide(lambda: refuse(reasons_of_collapse({"queries": queries.first(), "passages": passages.first()})))
+    ranks.decide(lambda: refuse(reasons_of_collapse(_some_embeddings(encoded))))
     indexed = index_passages(work, task, encoded)
     ranks.decide(lambda: refuse(reasons_against(job.audit, indexed.settings.factory, indexed.recall)))
     dense = DenseRetriever(ranks, judgements, queries, passages, indexed.indexes, job.search.top_k)
@@ -59,6 +59,15 @@ def mine_checkpoint(work: Work, task: Task, checkpoint: Checkpoint) -> None:
     publish_drawn(work, task, drawn, indexed.recall, clusters, about)
     if ranks.speaks:
         indexed.centroids.prune()
+
+
+def _some_embeddings(encoded: Encoded) -> dict[str, np.ndarray]:
+    """Return some embeddings of queries and of passages, of different inputs as far as these are known."""
+    found = {"queries": encoded.queries.first(), "passages": encoded.passages.first()}
+    for keys in encoded.keys[:1]:
+        of_side = {"queries": keys.query_Q, "passages": keys.passage_N}
+        found = {side: rows[np.unique(of_side[side][: len(rows)], return_index=True)[1]] for side, rows in found.items()}
+    return found
 
 
 def draw(
