@@ -191,15 +191,19 @@ def _check_health(run: Training, health: dict[str, Any]) -> None:
 
     health: of the evaluation, on rank 0.
     """
-    spreads = [value for name, value in health.items() if name.startswith("health/spread/")]  # a side's texts may all be equal
-    if run.state.step == 0 or not run.world.broadcast(bool(spreads) and max(spreads) < LEAST_SPREAD):
+    if run.state.step == 0:
+        return
+    # Of the wider side: all texts of one may be equal.
+    spreads = [value for name, value in health.items() if name.startswith("health/spread/")]
+    spread = run.world.broadcast(max(spreads, default=1.0))
+    if spread >= LEAST_SPREAD:
         return
     run.saver.wait()
     good = last_good(run.job.run.folder, run.state.early_stop.best_step or 0)
     raise MustNotGoOn(
         f"step {run.state.step}: the model has collapsed: all evaluated texts have nearly one embedding, with a mean cosine of "
-        f"{1 - max(spreads, default=0):.4f}; {good}; set a lower optim.lr, now {run.job.optim.lr:g}, or a longer optim.warmup_share, and "
-        "go on from there in a new run.folder"
+        f"{1 - spread:.4f}; {good}; set a lower optim.lr, now {run.job.optim.lr:g}, or a longer optim.warmup_share, and go on from "
+        "there in a new run.folder"
     )
 
 
