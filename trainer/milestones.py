@@ -202,8 +202,8 @@ def _check_health(run: Training, health: dict[str, Any]) -> None:
     good = last_good(run.job.run.folder, run.state.early_stop.best_step or 0)
     raise MustNotGoOn(
         f"step {run.state.step}: the model has collapsed: all evaluated texts have nearly one embedding, with a mean cosine of "
-        f"{1 - spread:.4f}; {good}; set a lower optim.lr, now {run.job.optim.lr:g}, or a longer optim.warmup_share, and go on from "
-        "there in a new run.folder"
+        f"{1 - spread:.4f}; {good}; set a lower optim.lr, now {run.job.optim.lr:g}, or a longer optim.warmup_share, and go on "
+        "from there in a new run.folder"
     )
 
 
