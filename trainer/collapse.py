@@ -9,6 +9,14 @@ SHARE = 1 / 20  # of the widest spread that a run had: what dropout alone makes 
 STEPS = 5  # in a row
 
 
+def in_words(step: int, found: str, good: str, lr: float) -> str:
+    """Return the sentence that ends a run. found: what the embeddings are like; good: which checkpoint to go on from."""
+    return (
+        f"step {step}: the model has collapsed: {found}; {good}; set a lower optim.lr, now {lr:g}, or a longer "
+        "optim.warmup_share, and go on from there in a new run.folder"
+    )
+
+
 class Collapse:
     """Follows the spread of the embeddings of each step. The same on all ranks."""
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from trainer.collapse import LEAST_SPREAD
+from trainer.collapse import LEAST_SPREAD, in_words
 from trainer.encoder.model import save_encoder, weights_digest
 from trainer.encoder.shards import KEEP_ENCODINGS, prune_shards
 from trainer.encoder.towers import Encoder
@@ -199,12 +199,9 @@ def _check_health(run: Training, health: dict[str, Any]) -> None:
     if spread >= LEAST_SPREAD:
         return
     run.saver.wait()
+    found = f"all evaluated texts have nearly one embedding, with a mean cosine of {1 - spread:.4f}"
     good = last_good(run.job.run.folder, run.state.early_stop.best_step or 0)
-    raise MustNotGoOn(
-        f"step {run.state.step}: the model has collapsed: all evaluated texts have nearly one embedding, with a mean cosine of "
-        f"{1 - spread:.4f}; {good}; set a lower optim.lr, now {run.job.optim.lr:g}, or a longer optim.warmup_share, and go on "
-        "from there in a new run.folder"
-    )
+    raise MustNotGoOn(in_words(run.state.step, found, good, run.job.optim.lr))
 
 
 def _prune(shards: Path, keep: int) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from gradcache import NotFinite
+from trainer.collapse import in_words
 from trainer.errors import InputError, MustNotGoOn
 from trainer.last_good import last_good
 from trainer.optim import set_learning_rate
@@ -71,12 +72,12 @@ def check_collapsed(run: Training, spread: float | None) -> None:
     assert spread is not None
     run.saver.wait()
     step, steps = run.state.step, run.collapse.num_steps
-    raise MustNotGoOn(
-        f"step {step}: the model has collapsed: for {steps} steps all texts have nearly one embedding, with a mean cosine of "
-        f"{1 - spread:.3f}, and {1 - run.collapse.widest:.3f} where they were furthest apart; "
-        f"{last_good(run.job.run.folder, step - steps - 1)}; set a lower optim.lr, now {run.job.optim.lr:g}, or a longer "
-        "optim.warmup_share, and go on from there in a new run.folder"
+    found = (
+        f"for {steps} steps all texts have nearly one embedding, with a mean cosine of {1 - spread:.3f}, and "
+        f"{1 - run.collapse.widest:.3f} where they were furthest apart"
     )
+    good = last_good(run.job.run.folder, step - steps - 1)
+    raise MustNotGoOn(in_words(step, found, good, run.job.optim.lr))
 
 
 def not_finite(run: Training, error: NotFinite) -> Exception:
