@@ -139,7 +139,7 @@ class Collection:
         for at in np.sort(without):
             names = names or read_table(self._folder / "queries.arrow")
             name = names[int(judged["query"][at])]["_id"]
-            sentence = f"query {name!r} has no document with a score above 0, so it is in no mean"
+            sentence = f"query {name!r} has no document with a score above 0, so it is neither trained on nor evaluated"
             self._report(Problem(*self._place(files, judged["place"][at]), "no positive", sentence, is_blemish=True))
 
     @staticmethod

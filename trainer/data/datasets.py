@@ -1,7 +1,8 @@
 """Data sets of any form as memory-mapped Arrow tables and row numbers; several sources become one.
 
 The files are read and checked once; the tables are kept under the digest of the files' content, so a changed file is read
-again and an unchanged one is opened in milliseconds. A data set with any problem is refused whole.
+again and an unchanged one is opened in milliseconds. A data set with a problem is refused whole; one with
+blemishes, which can be lived with, opens without what is blemished, and says so once.
 """
 
 import hashlib
