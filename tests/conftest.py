@@ -29,3 +29,13 @@ def _logging_as_it_was():
         if handler not in handlers:
             root.removeHandler(handler)
     root.setLevel(level)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _environment_as_it_was():
+    """Give the next file the environment that this one got: a rank's place left there would make later tests look for others."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
