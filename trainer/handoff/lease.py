@@ -1,9 +1,10 @@
 """Leases: which of several processes, on any machine, does a piece of work. The first takes it, and renews it while it works.
 
 A lease ends when its holder lets go, when the holder is known to be dead, or when it was not renewed for LEASE_S by the clock
-of the file server. A lease only saves work: who loses one unawares does nothing wrong by finishing, for what comes of it is
-published whole, and the first one stays. A lease is a file that names its holder. The next holder makes the next file, which
-only one process can, and never replaces the last.
+of the file server; within NAMED_S if it names no holder, who was killed between making the file and writing to it. A lease
+only saves work: who loses one unawares does nothing wrong by finishing, for what comes of it is published whole, and the
+first one stays. A lease is a file that names its holder. The next holder makes the next file, which only one process can, and
+never replaces the last.
 """
 
 import contextlib
@@ -16,11 +17,14 @@ import socket
 import time
 from pathlib import Path
 
+import psutil
+
 from trainer.handoff.clock import seconds_since_written
 from trainer.handoff.manifest import disk_error, write_atomically
 
 LEASE = ".lease-"
 LEASE_S = 120.0  # longer than a batch takes, and compiling what encodes it; what a machine that died holds up its last pieces
+NAMED_S = 5.0  # longer than it takes to write a line into a new file
 ME = {"host": socket.gethostname(), "pid": os.getpid(), "start": secrets.token_hex(4)}  # a container's pids are all alike
 
 
@@ -70,9 +74,10 @@ def take_lease(folder: Path, name: str) -> Lease | None:
             if age_s is None:  # let go of just now
                 return None
             holder = _read(path)
-            if age_s < LEASE_S and "failed" in holder:
+            is_held = age_s < (LEASE_S if holder else NAMED_S)
+            if is_held and "failed" in holder:
                 raise WorkFailed(holder["failed"]) from None
-            if age_s < LEASE_S and not _is_dead(holder):
+            if is_held and not _is_dead(holder):
                 if not os.access(folder, os.W_OK):  # its holder cannot even let go
                     raise disk_error(OSError(errno.EROFS, os.strerror(errno.EROFS)), path) from None
                 return None
@@ -96,18 +101,20 @@ def _me() -> dict:
 
 
 def _is_dead(holder: dict) -> bool:
-    """Tell whether a holder was a process of this machine that is no more."""
+    """Tell whether a holder was a process of this machine that is no more.
+
+    One that was killed stays in the list of processes until its parent asks for its end, which in a container may be never.
+    """
     if holder.get("host") != ME["host"]:
         return False
     if holder["pid"] == os.getpid():
         return holder["start"] != ME["start"]
     try:
-        os.kill(holder["pid"], 0)
-    except ProcessLookupError:
+        return psutil.Process(holder["pid"]).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return True
-    except PermissionError:
-        pass
-    return False
+    except psutil.Error:  # it is there, and not ours to ask
+        return False
 
 
 def _read(path: Path) -> dict:

@@ -6,6 +6,7 @@ import signal
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -95,19 +96,36 @@ def test_a_shard_that_another_holds_is_waited_for(root, tmp_path):
     assert num_rows == texts.shards.num_rows - len(texts.shards.rows(1))
 
 
-@pytest.mark.parametrize("why", ["its process is dead", "it was not renewed"])
+@pytest.mark.parametrize(
+    "why", ["its process is dead", "nobody asked for its process's end", "it was not renewed", "it was killed before it wrote"]
+)
 def test_a_shard_whose_holder_is_gone_is_encoded_by_another(root, tmp_path, why, monkeypatch):
     texts = texts_in(root, tmp_path)
-    if why == "its process is dead":
+    if "process" in why:
         if (child := os.fork()) == 0:
             texts.shards.lease(1)
             os.kill(os.getpid(), signal.SIGKILL)
-        os.waitpid(child, 0)
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # it is a zombie now
+        if why == "its process is dead":
+            os.waitpid(child, 0)
     else:
         texts.shards.lease(1)
         (left,) = texts.shards.folder.glob(".lease-*")
-        os.utime(left, (0, time.time() - lease.LEASE_S - 1))
-    assert encode_missing([texts]) == texts.shards.num_rows
+        seconds = lease.LEASE_S
+        if why == "it was killed before it wrote":
+            left.write_text("")
+            seconds = lease.NAMED_S
+        os.utime(left, (0, time.time() - seconds - 1))
+
+    def wait(seconds):
+        raise AssertionError("the holder that is gone is waited for")
+
+    monkeypatch.setattr(missing, "time", SimpleNamespace(monotonic=time.monotonic, sleep=wait))
+    try:
+        assert encode_missing([texts]) == texts.shards.num_rows
+    finally:
+        if why == "nobody asked for its process's end":
+            os.waitpid(child, 0)
     assert texts.shards.missing() == [] and not list(texts.shards.folder.glob(".lease-*"))
 
 
