@@ -12,7 +12,6 @@ from typing import Any
 
 import typer
 
-from launch.local import TrainerDied
 from trainer.errors import EXIT_REFUSED, EXIT_STOPPED, TOLD, InputError, exit_code
 from trainer.handoff.manifest import disk_error, is_disk_error
 from trainer.handoff.rights import unreadable
@@ -43,7 +42,7 @@ def main() -> None:
         code = EXIT_REFUSED
     except (typer.Abort, KeyboardInterrupt):
         code = EXIT_STOPPED
-    except (*TOLD, TrainerDied) as error:
+    except TOLD as error:
         code = _say(error)
     except Exception as error:
         if not is_disk_error(error):

@@ -48,7 +48,6 @@ VARIANTS: dict[str, dict[str, Any]] = {  # what a step may be told; all must giv
 
 def check_job(job: Path, overrides: list[str], ranks: int, queries: int) -> dict[str, Any]:
     """Return what was found; `ok` says whether all gradients agree."""
-    read_job(job, overrides)  # a bad job is refused before any process starts
     if ranks == 1 and "RANK" not in os.environ:
         found = check_here(str(job), overrides, queries)
         assert found is not None

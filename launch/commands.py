@@ -13,7 +13,6 @@ from rich.markup import escape
 
 from launch.bench_commands import bench_app
 from launch.data_commands import data_app
-from launch.imports import lasting_imports
 from launch.looking_commands import looking_app
 from launch.model_commands import model_app
 from launch.options import SHORT, AllowChange, JobCommand, JobFile, Json, Overrides, quoted, with_short
@@ -35,12 +34,16 @@ app.add_typer(bench_app, name="bench")
 @app.command(cls=JobCommand)
 def run(job: JobFile, overrides: Overrides = None, allow_change: AllowChange = False, as_json: Json = False) -> int:
     """Train and mine together on this machine, with one live view."""
-    messages().print(f"[dim]negpool run {escape(str(job))}: reading the job and the data[/dim]")  # imports take seconds
+    from launch.early import check_early, mpiexec_path
     from launch.jobfile import read_job
+
+    jobs = read_job(job, overrides or [])
+    check_early(jobs)
+    mpiexec_path()
+    messages().print(f"[dim]negpool run {escape(str(job))}: reading the data[/dim]")  # imports take seconds
     from launch.main_job import run_main_job
 
     start_logging()
-    jobs = read_job(job, overrides or [])
     outcome = run_main_job(jobs, job, messages(), allow_change)
     if as_json:
         print_json(outcome)
@@ -50,8 +53,7 @@ def run(job: JobFile, overrides: Overrides = None, allow_change: AllowChange = F
 @app.command(cls=JobCommand)
 def train(job: JobFile, overrides: Overrides = None, allow_change: AllowChange = False, as_json: Json = False) -> int:
     """Train only; under torchrun, accelerate launch or deepspeed on several ranks."""
-    with lasting_imports():
-        from launch.sides import train_side
+    from launch.sides import train_side
 
     outcome = train_side(job, overrides or [], allow_change)
     if as_json and outcome is not None:
@@ -93,8 +95,7 @@ def mine(
     as_json: Json = False,
 ) -> int:
     """Mine for a run; or with any model, to a file; or show what was mined. Under mpiexec or srun on several ranks."""
-    with lasting_imports():
-        from launch.mine import Stopped, mine_model, read_newest, shown_parts, written_parts
+    from launch.mine import Stopped, mine_model, read_newest, shown_parts, written_parts
 
     job, overrides = _job_and_overrides([*(words or []), *short], data)
     if any(override.startswith("model.") for override in short):
@@ -167,7 +168,11 @@ def submit(
     as_json: Json = False,
 ) -> int:
     """Submit trainers and miner to Slurm."""
+    from launch.early import check_early
     from launch.jobfile import read_job
+
+    jobs = read_job(job, overrides or [])
+    check_early(jobs)
     from launch.submit import Size
     from launch.submit import submit as submit_job
 
@@ -184,7 +189,7 @@ def submit(
         together=together,
         options=tuple(sbatch or ()),
     )
-    found = submit_job(read_job(job, overrides or []), size, dry_run, allow_change)
+    found = submit_job(jobs, size, dry_run, allow_change)
     if as_json:
         print_json(found)
     else:
@@ -204,11 +209,16 @@ def check(
     as_json: Json = False,
 ) -> int:
     """Prove that a job's gradients are exact: cached, tiled and on several ranks against one graph; exit 1 if not."""
+    from launch.early import check_early
+    from launch.jobfile import read_job
+
+    words = [*(overrides or []), *([f"parallel.backend={backend}"] if backend else [])]
+    check_early(read_job(job, words), mines=False)
     from launch.check import check_job
     from launch.tables import as_text, check_parts
 
     start_logging()
-    found = check_job(job, [*(overrides or []), *([f"parallel.backend={backend}"] if backend else [])], ranks, queries)
+    found = check_job(job, words, ranks, queries)
     if as_json:
         print_json(found)
     else:

@@ -64,11 +64,15 @@ def data_prepare(
     as_json: Json = False,
 ) -> int:
     """Make all tables that a job's run reads (texts, judgements, tokens of both sides), before ranks are rented."""
-    from launch.ahead import describe, make_tables
+    from launch.early import check_early
     from launch.jobfile import read_job
 
+    jobs = read_job(job, overrides or [])
+    check_early(jobs, mines=False)
+    from launch.ahead import describe, make_tables
+
     start_logging()
-    found = make_tables(read_job(job, overrides or []), verify)
+    found = make_tables(jobs, verify)
     if as_json:
         print_json(found)
     else:

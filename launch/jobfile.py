@@ -6,6 +6,7 @@ A key that no section knows is refused with the nearest one that exists; a value
 import dataclasses
 import difflib
 import json
+import re
 import tomllib
 import typing
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ Job = TypeVar("Job")
 # Where and by how many something is made, not what.
 HOW = {("data", "cache"), ("data", "num_proc"), ("encode", "device"), ("run", "trackers")}
 SOURCES = "sources"  # the one section of sections, [sources.NAME]
+SHORT_NAME = 3  # letters: one wrong letter is much of such a name, as in optim.le
 MAY_CHANGE = {"launch", "mine", "parallel", "chunk", "checkpoint", "eval"}  # sections, from one start of a run to the next
 
 
@@ -135,14 +137,25 @@ def _apply(table: dict, override: str) -> None:
 def _refuse_unknown_sections(table: dict, path: Path) -> None:
     for section, values in table.items():
         if section not in SECTIONS:
-            raise InputError(f"{path}: unknown section [{section}]; {_nearest(section, SECTIONS)}")
+            what = f"section [{section}]" if isinstance(values, dict) else f"key {section} outside of all sections"
+            raise InputError(f"{path}: unknown {what}; {_nearest(section, SECTIONS, _homes(section))}")
         if not isinstance(values, dict):
             raise InputError(f"{path}: {section} is {values!r}, expected a section [{section}] with keys")
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+def _nearest(name: str, known: Sequence[str], elsewhere: Sequence[str]) -> str:
+    """Return what a person may have meant by an unknown name: its home in other sections, a known one like it, or any of them."""
+    if elsewhere:
+        return f"it belongs to another section: {' or '.join(elsewhere)}"
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5 if len(name) <= SHORT_NAME else 0.7)
     return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+
+
+def _homes(key: str) -> list[str]:
+    """Return the settings of all sections, but of the sources, that have a name for their key."""
+    fields = {field.name: field.type for job in (TrainJob, MineJob, LaunchJob) for field in dataclasses.fields(job)}
+    sections = {name: section for name, section in fields.items() if dataclasses.is_dataclass(section)}
+    return [f"{name}.{key}" for name, section in sections.items() if key in {field.name for field in dataclasses.fields(section)}]
 
 
 def _build(job_class: type[Job], table: dict, path: Path) -> Job:
@@ -160,7 +173,7 @@ def _sentence(job_class: type, error: Any, path: Path) -> str:
     *outer, last = error["loc"]
     if error["type"] == "unexpected_keyword_argument":
         name, hint = _setting_at(job_class, outer)
-        return f"{path}: unknown key {name}.{last}; {_nearest(str(last), list(typing.get_type_hints(hint)))}"
+        return f"{path}: unknown key {name}.{last}; {_nearest(str(last), list(typing.get_type_hints(hint)), _homes(str(last)))}"
     name, hint = _setting_at(job_class, error["loc"])
     if error["type"] == "missing":
         is_part = len(error["loc"]) > name.count(".") + 1
@@ -169,7 +182,9 @@ def _sentence(job_class: type, error: Any, path: Path) -> str:
         return f"{name} is missing; set it in the job file or as {name}=…"
     if error["type"] in ("dataclass_type", "dict_type"):
         return f"{path}: {name} is {error['input']!r}, expected a section [{name}] with keys"
-    return f"{name}={error['input']!r} cannot be used; expected {in_words(hint)}"
+    close = difflib.get_close_matches(str(error["input"]), re.findall(r'"([^"]+)"', in_words(hint)), n=1, cutoff=0.7)
+    meant = f"; did you mean {close[0]}?" if close else ""
+    return f"{name}={error['input']!r} cannot be used; expected {in_words(hint)}{meant}"
 
 
 def _setting_at(job_class: Any, place: Sequence[int | str]) -> tuple[str, Any]:

@@ -7,7 +7,6 @@ again that died, and on Ctrl-C asks both to stop and waits. Whoever kills the su
 import contextlib
 import ctypes
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,11 +18,22 @@ from typing import Literal
 import psutil
 from rich.markup import escape
 
+from launch.early import mpiexec_path
 from launch.plan import LaunchSettings, Plan
 from launch.restarts import Ended, Past, Start, Verdict, verdict
 from launch.srun import outside_slurm
 from launch.view import View
-from trainer.errors import EXIT_MUST_NOT_GO_ON, EXIT_REFUSED, EXIT_STOPPED, FINISHED, STOPPED, InputError, MustNotGoOn, RunInUse
+from trainer.errors import (
+    EXIT_MUST_NOT_GO_ON,
+    EXIT_REFUSED,
+    EXIT_STOPPED,
+    FINISHED,
+    STOPPED,
+    InputError,
+    MachineFailed,
+    MustNotGoOn,
+    RunInUse,
+)
 from trainer.handoff.claim import is_claimed
 from trainer.handoff.retry import patiently
 from trainer.metrics import forget_status, read_status
@@ -32,7 +42,7 @@ POLL_S = 0.5
 STOP_GRACE_S = 60.0  # for a checkpoint to be written, before a side is killed
 
 
-class TrainerDied(Exception):
+class TrainerDied(MachineFailed):
     """The trainer died more often than it may be started again; the message says where its last words are."""
 
 
@@ -172,11 +182,7 @@ def sides(run: Path, job_file: Path, plan: Plan) -> tuple[Side, Side]:
 
 def mpi_command(num_ranks: int) -> list[str]:
     """Return the words that start `num_ranks` MPI processes; raises InputError where MPI is missing."""
-    beside = Path(sys.executable).parent / "mpiexec"  # the PyPI wheel puts it there
-    mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
-    if mpiexec is None:
-        raise InputError("no mpiexec found for the miner; install one: pip install 'negpool[mpi]'")
-    alone = [*outside_slurm(), mpiexec]
+    alone = [*outside_slurm(), mpiexec_path()]
     words = [*alone, "-n", str(num_ranks)]
     help_text = subprocess.run([*alone, "--version"], capture_output=True, text=True).stdout
     if "Open MPI" in help_text or "OpenRTE" in help_text or "prte" in help_text.lower():

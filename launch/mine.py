@@ -12,6 +12,8 @@ from rich.console import Console, Group
 from rich.text import Text
 
 from launch.agree import check_mpi_world
+from launch.early import check_early, is_alone
+from launch.imports import lasting_imports
 from launch.jobfile import Jobs, read_job
 from launch.output import messages, start_logging
 from launch.sides import stop_without_parent
@@ -39,15 +41,18 @@ def mine_model(
     model: a model, a folder of vectors, or "bm25".
     Raises Stopped on every rank if one was asked to stop. Collective over MPI's world.
     """
-    from mpi4py import MPI
+    jobs = read_job(job_file, overrides)
+    if is_alone():
+        check_early(jobs, trains=False)
+    with lasting_imports():
+        from mpi4py import MPI
 
-    from mining.offline import offline_run, read_mined
-    from mining.ranks import Ranks
-    from mining.service import run_service
+        from mining.offline import offline_run, read_mined
+        from mining.ranks import Ranks
+        from mining.service import run_service
 
     world = MPI.COMM_WORLD
     start_logging(world.rank)
-    jobs = read_job(job_file, overrides)
     stop_without_parent()
     check_mpi_world(world.size, os.environ, MPI.Get_library_version().split(",")[0])
     settings, shards = Ranks(world, lambda: False).decide(lambda: _look(jobs, model, out, show))
@@ -79,13 +84,14 @@ def _hushed() -> Iterator[None]:
 
 def read_newest(job_file: Path, overrides: list[str], out: Path | None, form: str, show: str | None) -> dict[str, Any]:
     """Write the newest version of a run to a file, or look up a query in it, or both; return what was found."""
+    jobs = read_job(job_file, overrides)
     from mining.offline import read_mined
     from trainer.data.record_file import refuse_file
 
     start_logging()
     if out is not None:
         refuse_file(out)
-    return _told(read_mined(read_job(job_file, overrides).mine), out, form, show)
+    return _told(read_mined(jobs.mine), out, form, show)
 
 
 def written_parts(found: dict[str, Any]) -> Group:

@@ -7,8 +7,7 @@ from pathlib import Path
 from launch.jobfile import read_job
 from launch.options import quoted
 from trainer.data.datasets import RetrievalData, open_data
-from trainer.encoder.settings import ModelSettings
-from trainer.encoder.shards import EncodeSettings
+from trainer.encoder.settings import EncodeSettings, ModelSettings
 from trainer.encoder.source import refuse_no_name
 from trainer.errors import InputError
 from trainer.handoff.manifest import NotReadable, TornVersion

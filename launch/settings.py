@@ -21,7 +21,7 @@ def all_settings(section: str | None) -> dict[str, dict[str, Any]]:
     """Return each section's `about` and `settings`, of one section or of all; raises InputError for an unknown one."""
     fields = {field.name: field for job in (TrainJob, MineJob, LaunchJob) for field in dataclasses.fields(job)}
     if section is not None and section not in fields:
-        near = difflib.get_close_matches(section, fields, n=1, cutoff=0.4) or [", ".join(fields)]
+        near = difflib.get_close_matches(section, fields, n=1, cutoff=0.7) or [", ".join(fields)]
         raise InputError(f"there is no section {section}; did you mean {near[0]}?")
     names = fields if section is None else [section]
     return {name: _describe(SourceSettings if name == SOURCES else fields[name].type) for name in names}

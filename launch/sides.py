@@ -6,31 +6,40 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from launch.agree import agree, check_mpi_world
+from launch.early import check_early, is_alone
+from launch.imports import lasting_imports
 from launch.jobfile import Jobs, read_job, refuse_other_job, write_job
 from launch.output import start_logging
 from launch.srun import world_of_trainers
 from launch.versions import write_environment
-from trainer.errors import TOLD, RunInUse
+from trainer.errors import TOLD, InputError, RunInUse
 from trainer.handoff.manifest import disk_error, is_disk_error
-from trainer.state import Outcome
+
+if TYPE_CHECKING:
+    from trainer.state import Outcome
+
+FSDP, DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"  # how accelerate tells its processes
 
 
-def train_side(job_file: Path, overrides: list[str], allow_change: bool = False) -> Outcome | None:
+def train_side(job_file: Path, overrides: list[str], allow_change: bool = False) -> "Outcome | None":
     """Train as this rank of the world that the launcher describes; return the outcome on rank 0."""
     os.environ.update(world_of_trainers(os.environ))
     rank = int(os.environ.get("RANK", "0"))
     start_logging(rank)
     stop_without_parent()
-    from trainer.lost_ranks import naming_lost
-    from trainer.train import train
-    from trainer.world import join_world, launched_backend
+    jobs = read_job(job_file, overrides, _launched_backend(os.environ))
+    if is_alone():
+        check_early(jobs, mines=False)
+    with lasting_imports():
+        from trainer.lost_ranks import naming_lost
+        from trainer.train import train
+        from trainer.world import join_world
 
-    jobs = read_job(job_file, overrides, launched_backend(os.environ))
     precision, parallel = jobs.train.precision, jobs.train.parallel
     world = join_world(precision.encode, precision.tf32, jobs.train.model.compile, parallel.timeout_s)
     try:
@@ -44,17 +53,32 @@ def train_side(job_file: Path, overrides: list[str], allow_change: bool = False)
     return outcome if world.speaks else None
 
 
+def _launched_backend(environment: Mapping[str, str]) -> str | None:
+    """Return the parallel.backend that the configuration of `accelerate launch` asks for; None where it leaves that open."""
+    if environment.get(FSDP, "").lower() == "true":
+        if (version := environment.get("FSDP_VERSION", "1")) != "2":
+            raise InputError(f"accelerate's configuration asks for version {version} of FSDP; set fsdp_config: fsdp_version: 2")
+        return "fsdp2"
+    if environment.get(DEEPSPEED, "").lower() == "true":
+        return f"zero{environment.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
+    return None
+
+
 def mine_side(
     job_file: Path, overrides: list[str], once: bool, checkpoint: str | None, metrics_port: int | None
 ) -> Literal["finished", "stopped"]:
     """Mine as this rank of the MPI world; the last three as `run_service` takes them."""
-    from mpi4py import MPI
+    jobs = read_job(job_file, overrides)
+    if is_alone():
+        check_early(jobs, trains=False)
+    with lasting_imports():
+        from mpi4py import MPI
+
+        from mining.service import run_service
 
     rank = MPI.COMM_WORLD.Get_rank()
     start_logging(rank)
-    jobs = read_job(job_file, overrides)
     stop_without_parent()
-    from mining.service import run_service
 
     with _telling(jobs, "miner"):
         check_mpi_world(MPI.COMM_WORLD.Get_size(), os.environ, MPI.Get_library_version().split(",")[0])

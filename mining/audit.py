@@ -4,34 +4,19 @@ A version that fails is not published, and every reason is told.
 """
 
 import numpy as np
-from pydantic import PositiveInt
 
 from mining.filters import KNOWN
 from mining.index import ShardIndex
 from mining.ranks import Ranks
 from mining.sampling import stream
 from mining.search import search_shards
+from mining.settings import AuditSettings
 from trainer.data.shuffle import mix
 from trainer.handoff.negatives import Negatives
-from trainer.ranges import Share, job_section
 
 # 1 - the mean cosine of some passages, or of some queries: less is a model that has collapsed, and what is near means nothing
 MIN_SPREAD = 1e-3
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-
-
-@job_section
-class AuditSettings:
-    """Section `audit`. A version that is beyond one of its limits is not published."""
-
-    num_queries: PositiveInt = 256
-    """Queries that are searched exactly as well, drawn anew for each version."""
-    min_recall: Share = 0.9
-    """Mean share of the exact search.top_k that the index has to find."""
-    max_suspected: Share = 1.0
-    """Share of the unjudged candidates that score as positives do, by filter.relative_margin."""
-    max_without: Share = 1.0
-    """Share of the queries of whose candidates none passed the filters."""
 
 
 def reasons_against(

@@ -4,33 +4,22 @@ Sources: TAS-B (arXiv 2104.06967), NGAME (arXiv 2207.04452) and "Embedding and C
 Contrastive Pretraining" (arXiv 2407.18887).
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import NonNegativeInt
 from torch import Tensor
 
 from mining.encode import Embeddings
 from mining.judgements import Judgements
 from mining.sampling import stream
+from mining.settings import ClusterSettings
 from trainer.errors import InputError
-from trainer.ranges import job_section
 
 ITERATIONS = 20
 POINTS_PER_CENTROID = 256  # k-means is trained on so many at most, drawn by the seed
 TILE = 65536  # rows whose embeddings are in memory at once, but for those that train
 PRODUCTS = 1 << 24  # of points and centroids, computed at once: 64 MB
-
-
-@job_section
-class ClusterSettings:
-    """Section `clusters`: published with a version, for `batch` to draw from."""
-
-    num: NonNegativeInt = 0
-    """Clusters; 0: none."""
-    of: Literal["queries", "passages"] = "queries"
-    """What is clustered; with "passages" a query is where its first positive is."""
 
 
 def check_clusters(settings: ClusterSettings, num_queries: int) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mining.index import AUTO, EXACT, load_faiss, num_gpus_of
+from mining.index import load_faiss, num_gpus_of
+from mining.settings import AUTO, EXACT
 from trainer.encoder.topk import BestOf
 from trainer.handoff.manifest import write_atomically
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mining.filters import FilterSettings, Kept, Keys, OwnTexts, Positives, drop_by_score
+from mining.filters import Kept, Keys, OwnTexts, Positives, drop_by_score, margins_of
 from mining.judgements import Judgements
 from mining.ranks import Ranks
-from mining.rerank import Reranker, RerankSettings, drop_by_cross_encoder
-from mining.sampling import SampleSettings
+from mining.rerank import Reranker, drop_by_cross_encoder
+from mining.settings import FilterSettings, RerankSettings, SampleSettings
 from trainer.handoff.margins import Margins
 from trainer.handoff.negatives import Negatives
 
@@ -32,7 +32,7 @@ class Draw:
 
     @property
     def margins(self) -> Margins:
-        return self.filter.margins("off" if self.reranker is None else self.rerank.margin)
+        return margins_of(self.filter, "off" if self.reranker is None else self.rerank.margin)
 
 
 @dataclass(frozen=True)

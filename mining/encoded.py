@@ -13,9 +13,10 @@ from mining.cost import Load, choose_index
 from mining.disk import plan_disk
 from mining.encode import Embeddings, encode_together, rows_of_block
 from mining.filters import Keys
-from mining.index import AUTO, IndexSettings, bytes_of_passage
+from mining.index import bytes_of_passage
 from mining.passages import Base, drift_sample, earlier_base, keep_base, mean_drift
 from mining.plan import MemoryPlan, Sizes, held_now, memory_limit, plan_memory
+from mining.settings import AUTO, IndexSettings
 from mining.vectors import VECTORS, copy_vectors
 from mining.watch import Task
 from mining.work import ENCODING, Work

@@ -6,72 +6,25 @@ comes first; the rules on ranks and scores follow, and guess which of the rest a
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from trainer.errors import InputError
-from trainer.handoff.margins import Margin, Margins, Which
-from trainer.ranges import job_section
+from mining.settings import FilterSettings
+from trainer.handoff.margins import Margins
+from trainer.handoff.settings import Margin, Which
 
 KNOWN = ("judged", "equal_texts", "duplicates")  # dropped for what is known of them, not for a guess
 
 
-@job_section
-class FilterSettings:
-    """Section `filter`: which candidates may become negatives.
-
-    Judged positives, of any split, and documents with the query's own id are always dropped.
-    """
-
-    equal_texts: bool = True
-    """Drop texts equal to a positive or to the query itself."""
-    duplicates: bool = True
-    """Of several candidates with one text keep the first."""
-    range_min: NonNegativeInt = 0
-    """The first place that is kept among the candidates left by the filters above, from 0: NV-Retriever begins at 10; with
-    range_max a band (SciNCL).
-    """
-    range_max: PositiveInt | Literal["off"] = "off"
-    """The first place that is too far."""
-    max_score: float | Literal["off"] = "off"
-    """Keep s < max_score (NV-Retriever's TopK-Abs, 0.7)."""
-    min_score: float | Literal["off"] = "off"
-    """Keep s >= min_score."""
-    positive: Which = "lowest"
-    """Which of several positives decides, of which training draws one; s_pos below is its score, c_pos of rerank.margin the
-    cross-encoder's: the lowest; the best, which lets negatives pass that score above another positive; or each: a candidate
-    stays that keeps all margins to one of them, and the trainer leaves it out where it draws another (samplers go by the best).
-    """
-    relative_margin: NonNegativeFloat | Literal["off"] = 0.05
-    """Keep s < s_pos - |s_pos| * margin (NV-Retriever's TopK-PercPos, sign-safe)."""
-    absolute_margin: float | Literal["off"] = "off"
-    """Keep s < s_pos - margin (NV-Retriever's TopK-MarginPos); a negative one lets scores up to so much above pass (UniME, -0.1).
-    """
-    adaptive_margin: tuple[NonNegativeFloat, NonNegativeFloat] | Literal["off"] = "off"
-    """With [m, n] keep s < s_pos - (m + n * |s_pos|), a margin that follows the positive's score (the idea of LG-ANNA)."""
-    when_empty: Literal["random", "lowest", "none"] = "random"
-    """What a query gets of which nothing passed: passages drawn from the whole corpus, its candidates of the lowest scores
-    whatever their rank, or nothing, and the trainer has in-batch negatives only. The rules on scores hold for all of them: a
-    place stays empty rather than break one.
-    """
-
-    def __post_init__(self) -> None:
-        if self.range_max != "off" and self.range_max <= self.range_min:
-            raise InputError(f"filter.range_max={self.range_max} must be more than filter.range_min={self.range_min}")
-        if self.max_score != "off" and self.min_score != "off" and not self.min_score < self.max_score:
-            raise InputError(f"filter.min_score={self.min_score} must be less than filter.max_score={self.max_score}")
-
-    def margins(self, teacher_margin: Margin = "off") -> Margins:
-        """Return the margins that hold; teacher_margin: rerank.margin."""
-        return Margins(
-            positive=self.positive,
-            relative_margin=self.relative_margin,
-            absolute_margin=self.absolute_margin,
-            adaptive_margin=self.adaptive_margin,
-            teacher_margin=teacher_margin,
-        )
+def margins_of(settings: FilterSettings, teacher_margin: Margin = "off") -> Margins:
+    """Return the margins that hold; teacher_margin: rerank.margin."""
+    return Margins(
+        positive=settings.positive,
+        relative_margin=settings.relative_margin,
+        absolute_margin=settings.absolute_margin,
+        adaptive_margin=settings.adaptive_margin,
+        teacher_margin=teacher_margin,
+    )
 
 
 @dataclass(frozen=True)

@@ -14,28 +14,16 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
-from pydantic import PositiveInt
 
 from mining.centroids import Centroids
 from mining.encode import Embeddings
+from mining.settings import EXACT, IndexSettings
 from trainer.encoder.topk import BestOf
 from trainer.errors import InputError
-from trainer.ranges import job_section
 
 log = logging.getLogger(__name__)
 
-EXACT, AUTO = "exact", "auto"
 GPU_MAX_K = 2048  # of FAISS
-
-
-@job_section
-class IndexSettings:
-    """Section `index`: what finds the nearest passages."""
-
-    factory: str = EXACT
-    """Either "exact", "auto", or a FAISS factory string for each block of shards: "Flat", "IVF64,Flat", "IVF64,SQ8", …"""
-    nprobe: PositiveInt = 16
-    """Cells of an IVF index that a query looks into; more: slower, better recall."""
 
 
 class ShardIndex(Protocol):

@@ -7,7 +7,8 @@ from mining.audit import audit_recall, audit_sample
 from mining.centroids import Centroids
 from mining.encode import Embeddings, rows_of_block
 from mining.encoded import Encoded
-from mining.index import AUTO, EXACT, IndexSettings, ShardIndex, build_indexes
+from mining.index import ShardIndex, build_indexes
+from mining.settings import AUTO, EXACT, IndexSettings
 from mining.watch import Task
 from mining.work import Work
 

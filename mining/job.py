@@ -1,45 +1,23 @@
 """What a mining service is told: the sections of a job file that the miner reads."""
 
 from dataclasses import field
-from typing import Annotated
 
-from annotated_types import Ge, Interval
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
-
-from mining.audit import AuditSettings
-from mining.clusters import ClusterSettings
-from mining.filters import FilterSettings
-from mining.index import IndexSettings
-from mining.passages import Mode
-from mining.rerank import RerankSettings
-from mining.sampling import SampleSettings
-from mining.search import SearchSettings
-from trainer.encoder.shards import KEEP_ENCODINGS, EncodeSettings
+from mining.settings import (
+    AuditSettings,
+    ClusterSettings,
+    FilterSettings,
+    IndexSettings,
+    MineSettings,
+    RerankSettings,
+    SampleSettings,
+    SearchSettings,
+)
+from trainer.encoder.settings import EncodeSettings
 from trainer.errors import InputError
 from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings, Sources
 from trainer.ranges import job_section
 
 ALL_ENCODINGS = 1 << 30  # as mine.keep_encodings: embeddings that are not of this run alone, none of which is deleted
-
-
-@job_section
-class MineSettings:
-    """Section `mine`: the service itself."""
-
-    poll_s: PositiveFloat = 1.0
-    """Seconds between two looks for a new checkpoint."""
-    bm25_top_k: NonNegativeInt = 50
-    """Candidates of version 0, which is there before any checkpoint; 0: no version 0."""
-    keep_versions: PositiveInt = 3
-    """Newest versions kept; pinned ones stay, and all while negatives.schedule is set."""
-    memory_gib: PositiveFloat | None = None
-    """GiB that a rank may take; None: half of what is free, shared by the machine's ranks."""
-    passages: Mode = "fresh"
-    """Whose embeddings of passages: each checkpoint's, the first one's, or earlier ones till they drift."""
-    max_drift: Annotated[float, Interval(ge=0, le=2)] = 0.01
-    """With passages = "drift": 1 - mean cosine to the earlier embeddings up to which they are kept."""
-    keep_encodings: Annotated[int, Ge(2)] = KEEP_ENCODINGS
-    """Sets of embeddings kept in shards/, youngest first; a refresh makes two, of queries and of passages."""
 
 
 @job_section

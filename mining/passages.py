@@ -9,7 +9,6 @@ import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -19,7 +18,6 @@ from trainer.handoff.manifest import PINS, pin, write_atomically
 
 log = logging.getLogger(__name__)
 
-Mode = Literal["fresh", "frozen", "drift"]
 HOLDER, PIN_S = "base", 30 * 24 * 3600.0  # renewed by every refresh; a service may be away for that long
 SAMPLE_SHARE, MIN_SAMPLE = 0.01, 128  # of the passages, for the drift
 

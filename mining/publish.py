@@ -10,6 +10,7 @@ import numpy as np
 from mining.audit import overlap_with, reasons_against, score_quantiles, suspected_share
 from mining.clusters import describe_clusters
 from mining.draw import Drawn
+from mining.filters import margins_of
 from mining.job import MineJob
 from mining.judgements import Judgements
 from trainer.handoff.claim import Claim
@@ -90,7 +91,7 @@ def publish(
         "search": {"top_k": job.mine.bm25_top_k} if checkpoint is None else asdict(job.search),
         "filter": {**asdict(job.filter), "dropped": drawn.dropped},
         "rerank": asdict(job.rerank) if job.rerank.model else None,
-        "margins": None if checkpoint is None else asdict(job.filter.margins(job.rerank.margin)),
+        "margins": None if checkpoint is None else asdict(margins_of(job.filter, job.rerank.margin)),
         "sample": {**asdict(job.sample), "seed": job.run.seed},
         "clusters": describe_clusters(job.clusters, clusters),
         "counts": drawn.counts,

@@ -8,17 +8,16 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from annotated_types import Ge
-from pydantic import PositiveInt
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from mining.filters import Kept
 from mining.search import SHARE_ROWS
+from mining.settings import RerankSettings
 from trainer.data.datasets import RetrievalData
 from trainer.encoder.backbone import max_positions
 from trainer.encoder.model import hash_tensors
@@ -26,30 +25,8 @@ from trainer.encoder.source import cannot_load, resolve_model
 from trainer.encoder.tokenizer import load_tokenizer
 from trainer.errors import InputError
 from trainer.handoff.margins import ceiling
-from trainer.ranges import job_section
 
 BATCH_TOKENS = 4096  # padded tokens in one forward, on a CPU core or a GPU
-
-
-@job_section
-class RerankSettings:
-    """Section `rerank`: a cross-encoder that scores the candidates and the positives."""
-
-    model: str = ""
-    """Folder or hub name of any AutoModelForSequenceClassification; empty: none."""
-    top_k: PositiveInt = 50
-    """Of the candidates that passed the filters, the best so many are scored; the others are dropped."""
-    max_tokens: Annotated[int, Ge(8)] = 512
-    """Tokens of query and passage together; the longer of both is cut."""
-    margin: float | Literal["off"] = "off"
-    """Keep c < c_pos - margin, c_pos the cross-encoder's score of the positive that filter.positive names (in logits)."""
-    max_score: float | Literal["off"] = "off"
-    """Keep c < max_score (in logits)."""
-
-    def __post_init__(self) -> None:
-        for name in ("margin", "max_score"):
-            if getattr(self, name) != "off" and not self.model:
-                raise InputError(f"rerank.{name}={getattr(self, name)} needs a cross-encoder; set rerank.model to one")
 
 
 @dataclass

@@ -5,56 +5,14 @@ four numbers decides. So the draw is the same for any number of ranks, tiles and
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
+from mining.settings import SampleSettings
 from trainer.data.shuffle import mix
-from trainer.ranges import Share, job_section
 
 RANDOM_STREAM = np.uint64(0x52414E44)  # keeps the rows drawn from the whole corpus apart from the noise of candidates
 DENSE_ONLY = ("simans", "simans_laplace", "softmax")  # their constants are for scores of embeddings, not for BM25's
-
-
-@job_section
-class SampleSettings:
-    """Section `sample`: which of the candidates that passed the filters become negatives."""
-
-    method: Literal["uniform", "top", "top1", "simans", "simans_laplace", "softmax"] = "uniform"
-    """Which of the candidates that passed: any (ANCE), the best, the best one and any of the others (NV-Retriever, with
-    pool = 10), those that score near the positive (SimANS, in two forms), or by a softmax of the scores.
-    """
-    num_negatives: PositiveInt = 16
-    """Negatives of each query; fewer where fewer passed."""
-    pool: PositiveInt | Literal["all"] = "all"
-    """The best so many that passed are drawn from."""
-    simans_a: NonNegativeFloat = 200.0
-    """SimANS: p ~ exp(-a (s - s_pos - b)^2), s_pos of the positive that filter.positive names, of "each" the best. The paper's
-    a = 0.5 is for raw dot products of some tens; on unit vectors, whose loss divides scores by 0.05, the same curve has
-    a = 0.5 / 0.05^2.
-    """
-    simans_b: float = 0.0
-    """The b of both forms of SimANS."""
-    laplace_a: NonNegativeFloat = 60.0
-    """The other form of SimANS: p ~ exp(-a |s - s_pos - b|); a = 3 on raw dot products, 3 / 0.05 on unit vectors."""
-    softmax_temperature: PositiveFloat = 0.05
-    """The softmax: p ~ exp(s / temperature)."""
-    random_share: Share = 0.0
-    """Share of the negatives that is drawn from the whole corpus instead (STAR)."""
-    replace: Literal["all", "easy"] = "all"
-    """With "easy" a negative of the last version stays unless its score has fallen: easy_ratio * now < at first, and
-    |now| < easy_below (Conan).
-    """
-    easy_ratio: PositiveFloat = 1.15
-    """See replace."""
-    easy_below: float = 0.8
-    """See replace."""
-
-    @property
-    def num_random(self) -> int:
-        """How many of a query's negatives come from the whole corpus."""
-        return round(self.random_share * self.num_negatives)
 
 
 def choose_candidates(

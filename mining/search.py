@@ -6,25 +6,13 @@ so what comes out does not depend on the number of ranks.
 """
 
 import numpy as np
-from pydantic import NonNegativeInt, PositiveInt
 
 from mining.index import ShardIndex
 from mining.ranks import Ranks
 from trainer.encoder.topk import BestOf, best_of_keys
-from trainer.ranges import job_section
 
 QUERY_TILE = 4096  # queries searched at once; with k = 200 each rank holds some 20 MB of results
 SHARE_ROWS = 32  # queries that never go to different ranks: what is computed of them together does not depend on the ranks
-
-
-@job_section
-class SearchSettings:
-    """Section `search`: how many candidates a query gets."""
-
-    top_k: PositiveInt = 200
-    """Candidates of each query (ANCE: 200)."""
-    bm25_top_k: NonNegativeInt = 0
-    """Candidates that BM25 adds to these; the encoder scores them, too."""
 
 
 def search_shards(ranks: Ranks, indexes: list[ShardIndex], query_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

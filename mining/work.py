@@ -12,12 +12,13 @@ import torch
 from mining.clusters import check_clusters
 from mining.encode import TokenCache
 from mining.figures import ages, version_figures
-from mining.index import EXACT, load_faiss
+from mining.index import load_faiss
 from mining.job import MineJob
 from mining.judgements import Judgements, read_judgements
 from mining.publish import claim_negatives, last_version
 from mining.ranks import Ranks
 from mining.rerank import Reranker, open_reranker
+from mining.settings import EXACT
 from mining.sources import changed_files, claim_data
 from mining.state import Refresh, write_refresh
 from mining.watch import HOLDER, PIN_S, Task, Watch

@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from trainer.data.datasets import RetrievalData
 from trainer.encoder.missing import Texts, encode_missing
 from trainer.encoder.model import Encoder, Traits, weights_digest
-from trainer.encoder.shards import DEFAULTS, EncodeSettings, Shards, open_shards
+from trainer.encoder.settings import EncodeSettings
+from trainer.encoder.shards import DEFAULTS, Shards, open_shards
 from trainer.encoder.tokens import tokenize_side
 from trainer.encoder.topk import merge_top_k, top_k
 from trainer.encoder.towers import SIDES

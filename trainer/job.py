@@ -1,6 +1,7 @@
 """What a training run is told: the sections of a job file that the trainer reads."""
 
-import difflib
+import itertools
+from collections.abc import Collection
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,14 +9,11 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from gradcache import OBJECTIVES
-from gradcache.widths import check_widths
-from trainer.data.sampler import Mode
 from trainer.deepspeed_file import read_deepspeed
 from trainer.early_stop import StopSettings
 from trainer.encoder.settings import ModelSettings
 from trainer.errors import InputError
-from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings, Sources, SourceSettings
+from trainer.handoff.settings import DataSettings, Mode, NegativesSettings, Objective, RunSettings, Sources, SourceSettings
 from trainer.ranges import Precision, Share, job_section
 
 # Of a source's settings, those that say nothing in a mode.
@@ -103,8 +101,8 @@ class ParallelSettings:
 class LossSettings:
     """Section `loss`: what embeddings are trained towards."""
 
-    objective: str = "info_nce"
-    """What a query's scores become: a name in gradcache.OBJECTIVES."""
+    objective: Objective = "info_nce"
+    """What a query's scores become."""
     symmetric: bool = False
     """Also passage -> query, mean of both directions."""
     same_side: bool = False
@@ -128,14 +126,19 @@ class LossSettings:
                 f"loss.temperature={self.temperature}, where a learnt one starts, is below loss.min_temperature="
                 f"{self.min_temperature}; set one of them to the other"
             )
-        try:
-            if self.widths is not None:
-                check_widths(self.widths, self.width_weights)
-        except ValueError as error:
-            raise InputError(f"loss.{error}") from error
-        if self.widths is None and self.width_weights is not None:
-            raise InputError(f"loss.width_weights={list(self.width_weights)} weighs nothing; set loss.widths, too")
-        check_objective("loss.objective", self.objective)
+        self._check_widths()
+
+    def _check_widths(self) -> None:
+        widths, weights = self.widths, self.width_weights
+        if widths is None and weights is not None:
+            raise InputError(f"loss.width_weights={list(weights)} weighs nothing; set loss.widths, too")
+        if widths is not None and (not widths or any(wide <= narrow for wide, narrow in itertools.pairwise(widths))):
+            expected = "expected one or more that fall, each at least 1, as in [384, 192, 96]"
+            raise InputError(f"loss.widths are {list(widths)}; {expected}")
+        if widths is not None and weights is not None and len(weights) != len(widths):
+            raise InputError(
+                f"loss.width_weights are {list(weights)}; expected one above 0 for each of loss.widths={list(widths)}"
+            )
 
     def check_model(self, width: int) -> None:
         """Raise InputError if embeddings of a width cannot be cut as asked for."""
@@ -255,6 +258,17 @@ class TrainJob:
         self._check_schedule()
         self._check_sources()
 
+    def check_splits(self, splits: Collection[str], data: object) -> None:
+        """Raise InputError for a split that the run needs and its data does not have; splits: those that `data` has."""
+        needed = {"data.train_split": self.data.train_split}
+        if self.eval.every_steps is not None:
+            needed["eval.dev_split"] = self.eval.dev_split
+        for setting, split in needed.items():
+            if split not in splits:
+                there = ", ".join(sorted(splits)) or "none"
+                instead = "" if setting == "data.train_split" else ", or leave eval.every_steps out"
+                raise InputError(f"{setting}={split!r} is no split of {data}, which has {there}; set it to one of them{instead}")
+
     def _check_schedule(self) -> None:
         for entry in self.negatives.schedule:
             if entry.checkpoint % self.checkpoint.every_steps:
@@ -266,8 +280,6 @@ class TrainJob:
     def _check_sources(self) -> None:
         mode, idle = self.batch.mode, IDLE_IN_MODE[self.batch.mode]
         for name, source in self.sources.items():
-            if source.objective is not None:
-                check_objective(f"sources.{name}.objective", source.objective)
             for key in idle:
                 value = getattr(source, key)
                 if value != getattr(SourceSettings(path=source.path), key):
@@ -276,10 +288,3 @@ class TrainJob:
                         f'sources.{name}.{key}={value!r} has no effect with batch.mode="{mode}"; '
                         f"set batch.mode to {others}, or take it away"
                     )
-
-
-def check_objective(setting: str, objective: str) -> None:
-    """Raise InputError for an unknown objective."""
-    if objective not in OBJECTIVES:
-        near = difflib.get_close_matches(objective, OBJECTIVES, n=2, cutoff=0.4) or list(OBJECTIVES)
-        raise InputError(f"{setting}={objective!r} is unknown; did you mean {' or '.join(near)}?")

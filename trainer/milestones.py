@@ -11,7 +11,8 @@ from typing import Any, cast
 
 from trainer.collapse import LEAST_SPREAD, in_words
 from trainer.encoder.model import save_encoder, weights_digest
-from trainer.encoder.shards import KEEP_ENCODINGS, prune_shards
+from trainer.encoder.settings import KEEP_ENCODINGS
+from trainer.encoder.shards import prune_shards
 from trainer.encoder.towers import Encoder
 from trainer.errors import InputError, MachineFailed, MustNotGoOn
 from trainer.evaluate import evaluate

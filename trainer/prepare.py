@@ -227,8 +227,7 @@ def claim_run(job: TrainJob, world: World) -> Claim:
 
 def check_sizes(job: TrainJob, data: RetrievalData, num_ranks: int) -> None:
     """Raise InputError where the data, the batches and the ranks do not fit together, or a split to decide by is missing."""
-    if job.eval.every_steps is not None:
-        data.evaluated_queries(job.eval.dev_split)
+    job.check_splits(data.qrels, data.path)
     rows = data.training_queries(job.data.train_split)
     batches = [("batch.queries", job.batch.queries, data.path, len(rows))]
     if job.batch.mode != "mixed":

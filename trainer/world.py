@@ -10,7 +10,7 @@ import datetime
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -19,12 +19,11 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import KwargsHandler
 
-from trainer.errors import TOLD, InputError, exit_code
+from trainer.errors import TOLD, exit_code
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-FSDP, DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"  # how accelerate tells its processes
 # Of accelerate's variables, those that say where processes run; all others say what they compute, or share the model out.
 PLACES = {  # of accelerate's variables, those that say where processes run; the others say what they compute
     "ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE",
@@ -109,17 +108,6 @@ class World:
 
 # torch 2.13 renamed the argument; the old name is the one that all versions we support know.
 warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-
-
-def launched_backend(environment: Mapping[str, str]) -> str | None:
-    """Return the parallel.backend that the configuration of `accelerate launch` asks for; None where it leaves that open."""
-    if environment.get(FSDP, "").lower() == "true":
-        if (version := environment.get("FSDP_VERSION", "1")) != "2":
-            raise InputError(f"accelerate's configuration asks for version {version} of FSDP; set fsdp_config: fsdp_version: 2")
-        return "fsdp2"
-    if environment.get(DEEPSPEED, "").lower() == "true":
-        return f"zero{environment.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
-    return None
 
 
 def take_arithmetic(environment: MutableMapping[str, str], encode: str, tf32: bool, compiles: bool) -> list[str]:

@@ -16,11 +16,12 @@ from launch.bench.machine import peak_resident_bytes, tiled_product
 from launch.ranks import answer
 from mining.encode import Embeddings, encode_together
 from mining.index import ExactIndex, ShardIndex
-from mining.job import MineJob, MineSettings
+from mining.job import MineJob
 from mining.plan import GIB
 from mining.ranks import Ranks
 from mining.search import search_shards
 from mining.service import run_service
+from mining.settings import MineSettings
 from trainer.data.datasets import open_dataset
 from trainer.encoder.missing import Texts
 from trainer.encoder.model import ModelSettings, load_encoder, save_encoder, weights_digest

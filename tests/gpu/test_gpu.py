@@ -7,7 +7,8 @@ import torch
 from gradcache import OBJECTIVES, Batch, NoSync, Temperature, Tower, cached_step, probe_budget, reference_step
 from gradcache.masks import mask_passages
 from gradcache.tiles import evaluate_tiles
-from mining.index import ExactIndex, FaissIndex, IndexSettings, build_indexes
+from mining.index import ExactIndex, FaissIndex, build_indexes
+from mining.settings import IndexSettings
 from tests.gradcache.test_step import build, make_batch, named
 from tests.gradients import assert_same_gradients
 from tests.mining.test_index import NoCentroids

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from mining.audit import AuditSettings, audit_sample, jaccard, recall_of_each, suspected_share
+from mining.audit import audit_sample, jaccard, recall_of_each, suspected_share
+from mining.settings import AuditSettings
 
 
 def test_recall_is_the_share_of_the_exact_ids_found():

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from mining.clusters import ClusterSettings, check_clusters, cluster_queries, describe_clusters, k_means
+from mining.clusters import check_clusters, cluster_queries, describe_clusters, k_means
+from mining.settings import ClusterSettings
 from tests.mining.test_refresh import JUDGED
 from trainer.errors import InputError
 

@@ -17,7 +17,8 @@ from trainer.data.datasets import open_dataset
 from trainer.encoder.encode import encode_rows
 from trainer.encoder.missing import Texts
 from trainer.encoder.model import ModelSettings, load_encoder
-from trainer.encoder.shards import EncodeSettings, open_shards
+from trainer.encoder.settings import EncodeSettings
+from trainer.encoder.shards import open_shards
 from trainer.encoder.tokens import tokenize
 
 

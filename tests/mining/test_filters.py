@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from mining.filters import (
-    FilterSettings,
     Kept,
     Keys,
     OwnTexts,
@@ -14,14 +13,16 @@ from mining.filters import (
     drop_known,
     is_first_of_its_key,
     is_listed,
+    margins_of,
 )
+from mining.settings import FilterSettings
 from trainer.errors import InputError
 
 
 def drop(settings, kept, scores, positive):
     """What the miner does with what is not known to be wrong."""
     drop_by_rank(settings, kept)
-    drop_by_score(settings, settings.margins(), kept, scores, positive)
+    drop_by_score(settings, margins_of(settings), kept, scores, positive)
 
 
 def table(seed, high, shape=(30, 12)):
@@ -119,7 +120,7 @@ def test_each_keeps_what_one_positive_admits_by_all_margins_at_once(seed):
     indptr = np.concatenate([[0], np.cumsum(counts)])
     positive, teacher = random.normal(size=(2, indptr[-1])).astype(np.float32)
     scores, asked = random.normal(size=(2, 20, 6)).astype(np.float32)
-    margins = FilterSettings(relative_margin=0.1, absolute_margin=0.2).margins(teacher_margin=0.3)
+    margins = margins_of(FilterSettings(relative_margin=0.1, absolute_margin=0.2), teacher_margin=0.3)
     found = Positives(indptr, positive, teacher).any_admits(margins, scores, asked)
     plain = [
         [

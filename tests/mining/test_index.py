@@ -6,7 +6,8 @@ import torch
 
 from mining.audit import recall_of_each
 from mining.centroids import Centroids
-from mining.index import IndexSettings, build_indexes, bytes_of_passage
+from mining.index import build_indexes, bytes_of_passage
+from mining.settings import IndexSettings
 from trainer.encoder.topk import BestOf, best_of_keys, top_k
 from trainer.errors import InputError
 

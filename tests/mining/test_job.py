@@ -5,13 +5,11 @@ import sys
 
 import pytest
 
-from mining.job import MineJob, MineSettings
-from mining.sampling import SampleSettings
-from mining.search import SearchSettings
+from mining.job import MineJob
+from mining.settings import MineSettings, SampleSettings, SearchSettings
 from tests.ranks import PRELOAD
 from trainer.errors import InputError
-from trainer.handoff.negatives import ScheduleEntry
-from trainer.handoff.settings import NegativesSettings
+from trainer.handoff.settings import NegativesSettings, ScheduleEntry
 
 
 def test_more_negatives_than_candidates_are_refused():

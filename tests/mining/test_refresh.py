@@ -10,12 +10,11 @@ from mpi4py import MPI
 
 from mining.candidates import with_others
 from mining.draw import Draw
-from mining.filters import FilterSettings, Keys
+from mining.filters import Keys
 from mining.judgements import Judgements
 from mining.ranks import Ranks
 from mining.refresh import draw_negatives
-from mining.rerank import RerankSettings
-from mining.sampling import SampleSettings
+from mining.settings import FilterSettings, RerankSettings, SampleSettings
 from mining.tiles import KeptTiles
 from trainer.encoder.topk import top_k
 from trainer.handoff.negatives import Negatives

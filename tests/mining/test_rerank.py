@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from mining.filters import Kept
-from mining.rerank import RerankSettings, drop_by_cross_encoder, open_reranker
+from mining.rerank import drop_by_cross_encoder, open_reranker
 from mining.search import SHARE_ROWS, share_of
+from mining.settings import RerankSettings
 from tests.tiny import VOCABULARY, write_tiny_cross_encoder, write_tiny_dataset, write_tiny_encoder
 from trainer.data.datasets import open_dataset
 from trainer.errors import InputError

@@ -13,11 +13,10 @@ import pytest
 import torch
 
 from mining.draw import Draw
-from mining.filters import FilterSettings, Keys
+from mining.filters import Keys
 from mining.judgements import read_judgements
 from mining.refresh import draw_negatives
-from mining.rerank import RerankSettings
-from mining.sampling import SampleSettings
+from mining.settings import FilterSettings, RerankSettings, SampleSettings
 from mining.tiles import KeptTiles
 from tests.mining.run import make_job, publish_checkpoint, rows_of
 from tests.mining.services import start_service

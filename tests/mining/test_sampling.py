@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from mining.sampling import (
-    SampleSettings,
     choose_candidates,
     gumbel_noise,
     is_easy,
     lowest_candidates,
     random_numbers,
 )
+from mining.settings import SampleSettings
 from tests.mining.test_refresh import JUDGED
 
 NUM_QUERIES, NUM_CANDIDATES = 20_000, 6

@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 
 from mining.draw import Draw
-from mining.filters import FilterSettings
 from mining.ranks import Stopped
 from mining.refresh import draw_negatives
-from mining.rerank import RerankSettings
-from mining.sampling import SampleSettings
+from mining.settings import FilterSettings, RerankSettings, SampleSettings
 from mining.tiles import KeptTiles, Part
 from tests.mining.test_refresh import JUDGED, KEYS, RANKS, SCORES, Matrix
 

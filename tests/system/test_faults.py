@@ -30,8 +30,8 @@ from trainer.encoder.model import load_encoder
 from trainer.encoder.shards import Shards
 from trainer.evaluate import evaluate
 from trainer.handoff.manifest import MANIFEST, _size_and_hash, open_version, read_latest, versions
-from trainer.handoff.negatives import ScheduleEntry, publish_negatives
-from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings
+from trainer.handoff.negatives import publish_negatives
+from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings, ScheduleEntry
 from trainer.handoff.weights import checkpoint_name, checkpoints_folder, open_checkpoint
 from trainer.job import (
     BatchSettings,

@@ -21,8 +21,8 @@ from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from trainer.data.datasets import open_dataset
 from trainer.errors import EXIT_MUST_NOT_GO_ON, MustNotGoOn
 from trainer.handoff.manifest import open_version, versions
-from trainer.handoff.negatives import ScheduleEntry, publish_negatives
-from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings
+from trainer.handoff.negatives import publish_negatives
+from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings, ScheduleEntry
 from trainer.handoff.weights import newest_checkpoint
 from trainer.job import (
     BatchSettings,

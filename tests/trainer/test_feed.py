@@ -13,8 +13,8 @@ from tests.ranks import run_ranks
 from tests.trainer.worlds import world_of
 from trainer.errors import MachineFailed
 from trainer.feed import NegativesFeed
-from trainer.handoff.negatives import ScheduleEntry, negatives_folder, publish_negatives
-from trainer.handoff.settings import NegativesSettings
+from trainer.handoff.negatives import negatives_folder, publish_negatives
+from trainer.handoff.settings import NegativesSettings, ScheduleEntry
 from trainer.world import World
 
 

@@ -19,12 +19,11 @@ from trainer.data.clusters import Clusters
 from trainer.data.sampler import Order, SourceOrder, step_parts
 from trainer.early_stop import StopSettings
 from trainer.encoder.model import load_encoder
-from trainer.encoder.settings import ModelSettings
-from trainer.encoder.shards import KEEP_ENCODINGS
+from trainer.encoder.settings import KEEP_ENCODINGS, ModelSettings
 from trainer.errors import InputError, MustNotGoOn
 from trainer.handoff.manifest import versions
-from trainer.handoff.negatives import ScheduleEntry, publish_negatives
-from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings, SourceSettings
+from trainer.handoff.negatives import publish_negatives
+from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings, ScheduleEntry, SourceSettings
 from trainer.handoff.weights import open_checkpoint
 from trainer.job import (
     BatchSettings,

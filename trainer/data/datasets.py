@@ -23,7 +23,7 @@ from trainer.data.judged import ABSENT, SIDES
 from trainer.data.problems import Blemishes, Refusal
 from trainer.data.texts import read_table
 from trainer.errors import InputError
-from trainer.handoff.settings import DataSettings, Sources, SourceSettings
+from trainer.handoff.settings import DataSettings, Sources, SourceSettings, columns_of, places_of
 
 log = logging.getLogger(__name__)
 
@@ -174,11 +174,6 @@ def open_dataset(
     return _open_tables(path, cache, folder, digest)
 
 
-def columns_of(settings: DataSettings, source: SourceSettings) -> Mapping[str, str]:
-    """Return the columns by which a source is read."""
-    return settings.columns if source.columns is None else source.columns
-
-
 def _build(source: Source, folder: Path) -> None:
     report = Refusal()
     build_source(source, folder, report)
@@ -191,8 +186,7 @@ def data_files(settings: DataSettings, sources: Sources) -> dict[str, str]:
     What comes from a hub by name has no files that a person changes, and none here.
     """
     cache = cache_folder(settings.cache)
-    paths = [(source.path, columns_of(settings, source)) for source in sources.values()] or [(settings.path, settings.columns)]
-    found = [find_source(path, columns).files for path, columns in paths if path.exists()]
+    found = [find_source(path, columns).files for path, columns in places_of(settings, sources) if path.exists()]
     return {str(file): file_digest(file, cache) for files in found for listed in files.values() for file in listed}
 
 

@@ -42,6 +42,11 @@ class Source:
             return self.files
         return {name.removeprefix("records-"): files for name, files in self.files.items() if name.startswith("records-")}
 
+    @property
+    def splits(self) -> set[str]:
+        """The splits that the names of the files say; reading them may leave one out in which nothing is relevant."""
+        return set(self.files) if self.kind == "records" else {name.partition("-")[2] for name in self.files} - {""}
+
 
 def find_source(path: Path, columns: Mapping[str, str] = NO_COLUMNS) -> Source:
     """Return the files of the data set at a path; raises InputError with what was found and the forms known.

@@ -8,8 +8,9 @@ from trainer.data.clusters import read_clusters
 from trainer.data.collate import TrainingSet
 from trainer.data.conflicts import Conflicts
 from trainer.data.datasets import RetrievalData
-from trainer.data.sampler import Mode, Order, SourceOrder
+from trainer.data.sampler import Order, SourceOrder
 from trainer.errors import InputError
+from trainer.handoff.settings import Mode
 
 
 def build_order(

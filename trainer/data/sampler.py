@@ -17,7 +17,7 @@ for the epoch. Clusters and conflicts look at a window of some batches at once, 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,8 +25,8 @@ from trainer.data.clusters import ClusteredEpoch, Clusters, members_of, pack_clu
 from trainer.data.conflicts import Conflicts, separate
 from trainer.data.shuffle import key_of, mix
 from trainer.data.stream import Stream
+from trainer.handoff.settings import Mode
 
-Mode = Literal["mixed", "homogeneous", "tasks"]
 TURNS, WINDOWS, CLUSTERS = 2, 3, 4  # keep the draws of one epoch apart; stream.py has the first ones
 FEWEST_BATCHES, MOST_BATCHES = 8, 64  # of a window: few queries to hold, many batches among which to keep copies apart
 WINDOW_ROWS = 1 << 20  # of a window, where the two above leave a choice

@@ -9,14 +9,16 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import xxhash
 
 from trainer.data.problems import Problem, Report, has_rows, place_of
+
+if TYPE_CHECKING:
+    import datasets
 
 BATCH = 10_000  # texts written at once
 PLACE_BITS = 40  # of the number of a line or row; the file stands above
@@ -134,8 +136,10 @@ def key_of(row_id: str) -> int:
     return xxhash.xxh3_64_intdigest(row_id.encode())
 
 
-def read_table(path: Path) -> datasets.Dataset:
+def read_table(path: Path) -> "datasets.Dataset":
     """Return a table of ids and texts, memory-mapped."""
+    import datasets  # a second, which those who only look at names of files should not pay
+
     return datasets.Dataset.from_file(str(path))
 
 

@@ -1,18 +1,9 @@
 """Which device encodes: the one that is asked for, or what there is."""
 
-import re
-
 import torch
 
+from trainer.encoder.settings import check_device
 from trainer.errors import InputError
-
-EXPECTED = "expected cpu, cuda or cuda:N"
-
-
-def check_device(name: str) -> None:
-    """Raise InputError for what is no name of a device."""
-    if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", name):
-        raise InputError(f'encode.device="{name}" (--device) is no device that encodes; {EXPECTED}')
 
 
 def choose_device(asked: str | None, local_rank: int = 0) -> torch.device:

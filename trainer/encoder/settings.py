@@ -1,12 +1,15 @@
-"""Which encoder a job asks for, and what a reader must know to use the weights that come out."""
+"""Which encoder a job asks for, how it encodes, and what a reader must know to use the weights that come out."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from trainer.errors import InputError
-from trainer.ranges import Rate, job_section
+from trainer.ranges import Precision, Rate, job_section
+
+KEEP_ENCODINGS = 4  # fingerprints that stay where nobody says how many: a refresh makes two, and so does an evaluation
 
 
 @job_section
@@ -61,6 +64,40 @@ class ModelSettings:
             raise InputError(
                 f'model.quantize="{self.quantize}" freezes the weights; set model.lora_rank to train adapters beside them'
             )
+
+
+@job_section
+class EncodeSettings:
+    """Section `encode`: how the miner and commands encode; a run's own evaluation goes by the defaults, and shares what has
+    them.
+    """
+
+    dtype: Precision = "fp32"
+    """What the encoder multiplies in; bf16: several times faster on GPUs."""
+    stored: Literal["fp32", "fp16"] = "fp32"
+    """What embeddings are on disk; fp16: half the disk and half the reading."""
+    device: str | None = None
+    """Where: cpu, cuda or cuda:N; None: each rank on a GPU of its machine, where there is one."""
+
+    def __post_init__(self) -> None:
+        if self.device is not None:
+            check_device(self.device)
+
+    @property
+    def numbers(self) -> dict[str, str]:
+        """What of it decides an embedding; the device counts by what it is (see `numerics`)."""
+        return {"dtype": self.dtype, "stored": self.stored}
+
+    @property
+    def stored_type(self) -> str:
+        """What numpy calls the embeddings on disk."""
+        return "float32" if self.stored == "fp32" else "float16"
+
+
+def check_device(name: str) -> None:
+    """Raise InputError for what is no name of a device."""
+    if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", name):
+        raise InputError(f'encode.device="{name}" (--device) is no device that encodes; expected cpu, cuda or cuda:N')
 
 
 @dataclass(frozen=True, kw_only=True)

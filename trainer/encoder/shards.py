@@ -13,14 +13,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from trainer.encoder.device import check_device
 from trainer.encoder.encode import DTYPES, encode_rows, token_budget
+from trainer.encoder.settings import EncodeSettings
 from trainer.encoder.tokens import TokenTable
 from trainer.encoder.towers import Encoder, Side
 from trainer.errors import NotFiniteEmbedding
@@ -36,38 +36,8 @@ from trainer.handoff.manifest import (
     remove_torn,
 )
 from trainer.handoff.pins import Pins
-from trainer.ranges import Precision, job_section
 
 NAME = "shard-"
-KEEP_ENCODINGS = 4  # fingerprints that stay where nobody says how many: a refresh makes two, and so does an evaluation
-
-
-@job_section
-class EncodeSettings:
-    """Section `encode`: how the miner and commands encode; a run's own evaluation goes by the defaults, and shares what has
-    them.
-    """
-
-    dtype: Precision = "fp32"
-    """What the encoder multiplies in; bf16: several times faster on GPUs."""
-    stored: Literal["fp32", "fp16"] = "fp32"
-    """What embeddings are on disk; fp16: half the disk and half the reading."""
-    device: str | None = None
-    """Where: cpu, cuda or cuda:N; None: each rank on a GPU of its machine, where there is one."""
-
-    def __post_init__(self) -> None:
-        if self.device is not None:
-            check_device(self.device)
-
-    @property
-    def numbers(self) -> dict[str, str]:
-        """What of it decides an embedding; the device counts by what it is (see `numerics`)."""
-        return {"dtype": self.dtype, "stored": self.stored}
-
-    @property
-    def stored_type(self) -> type[np.floating]:
-        """What numpy calls the embeddings on disk."""
-        return np.float32 if self.stored == "fp32" else np.float16
 
 
 DEFAULTS = EncodeSettings()

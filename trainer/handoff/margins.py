@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-Which = Literal["lowest", "best", "each"]
-Margin = float | Literal["off"]
+from trainer.handoff.settings import Margin, Which
 
 
 @dataclass(frozen=True, kw_only=True)

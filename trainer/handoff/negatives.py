@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import NonNegativeInt
 
 from trainer.handoff.manifest import TornVersion, open_version, publish_version, write_latest
 from trainer.handoff.margins import Margins
-from trainer.ranges import job_section
 
 BLOCK = 1 << 16  # numbers of a table that are looked at together: half a megabyte
 
@@ -65,16 +63,6 @@ class Negatives:
     def checkpoint_step(self) -> int | None:
         """Step of the checkpoint that these negatives were mined from; None for BM25."""
         return self.manifest.get("checkpoint_step")
-
-
-@job_section
-class ScheduleEntry:
-    """One fixed swap: negatives of the checkpoint at one step come into force at another."""
-
-    checkpoint: NonNegativeInt
-    """Step of the checkpoint to mine."""
-    step: NonNegativeInt
-    """First step that uses the negatives mined from it."""
 
 
 def negatives_folder(run: Path) -> Path:

@@ -1,5 +1,6 @@
 """The sections of a job that both sides of a run read."""
 
+from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Literal
@@ -7,8 +8,12 @@ from typing import Literal
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from trainer.errors import InputError
-from trainer.handoff.negatives import ScheduleEntry
 from trainer.ranges import job_section
+
+Mode = Literal["mixed", "homogeneous", "tasks"]  # how the queries of several sources share the batches
+Objective = Literal["info_nce", "info_nce_multi"]  # the names in gradcache.OBJECTIVES, known without torch
+Which = Literal["lowest", "best", "each"]  # of a query's positives, the one that its negatives are held to
+Margin = float | Literal["off"]
 
 
 @job_section
@@ -71,13 +76,33 @@ class SourceSettings:
     """Its queries in one step, over all ranks; not in batch.mode "mixed"."""
     temperature: PositiveFloat | None = None
     """As loss.temperature."""
-    objective: str | None = None
+    objective: Objective | None = None
     """As loss.objective."""
     loss_weight: PositiveFloat = 1.0
     """Weight of its loss in a step of several sources."""
 
 
 Sources = dict[str, SourceSettings]  # by name, in the order of the job file
+
+
+def columns_of(settings: DataSettings, source: SourceSettings) -> Mapping[str, str]:
+    """Return the columns by which a source is read."""
+    return settings.columns if source.columns is None else source.columns
+
+
+def places_of(settings: DataSettings, sources: Sources) -> list[tuple[Path, Mapping[str, str]]]:
+    """Return the path of each data set of a job, with the columns by which it is read."""
+    return [(source.path, columns_of(settings, source)) for source in sources.values()] or [(settings.path, settings.columns)]
+
+
+@job_section
+class ScheduleEntry:
+    """One fixed swap: negatives of the checkpoint at one step come into force at another."""
+
+    checkpoint: NonNegativeInt
+    """Step of the checkpoint to mine."""
+    step: NonNegativeInt
+    """First step that uses the negatives mined from it."""
 
 
 @job_section

@@ -9,8 +9,8 @@ import pytest
 from trainer.errors import InputError
 from trainer.handoff.manifest import TornVersion, read_latest
 from trainer.handoff.margins import Margins
-from trainer.handoff.negatives import BLOCK, ScheduleEntry, negatives_folder, open_negatives, publish_negatives
-from trainer.handoff.settings import NegativesSettings
+from trainer.handoff.negatives import BLOCK, negatives_folder, open_negatives, publish_negatives
+from trainer.handoff.settings import NegativesSettings, ScheduleEntry
 
 INDPTR, IDS, SCORES = np.array([0, 2, 2, 3]), np.array([5, 1, 0]), np.array([0.5, 0.25, -0.125], np.float32)
 

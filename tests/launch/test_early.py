@@ -1,0 +1,96 @@
+"""A job that cannot run is refused before torch is loaded, by every command that takes one."""
+
+import subprocess
+import sys
+from typing import get_args
+
+import pytest
+
+from gradcache import OBJECTIVES
+from launch.early import check_early
+from launch.jobfile import read_job
+from tests.tiny import write_tiny_dataset
+from trainer.errors import InputError
+from trainer.handoff.settings import Objective
+
+HEAVY = ("torch", "transformers", "datasets", "pandas", "faiss", "accelerate", "mpi4py.MPI")
+# Runs one command after another in one process: what one of them imports shows at it and at all that follow.
+RUN = f"""
+import sys
+from launch.__main__ import main
+for words in eval(sys.argv[1]):
+    sys.argv = ["negpool", *words]
+    try:
+        main()
+    except SystemExit as end:
+        print(end.code, *(name for name in {HEAVY} if name in sys.modules), sep=" ")
+"""
+
+
+def test_nothing_heavy_is_imported_for_a_job_that_cannot_be_used(tmp_path):
+    bad = tmp_path / "bad.toml"
+    bad.write_text('[data]\npath = "no/such/folder"\n')
+    commands = [["run"], ["train"], ["mine"], ["mine", "--show", "3"], ["check"], ["submit"], ["data", "prepare"]]
+    words = [[*command, "nosuch.toml"] for command in commands]
+    words += [[*command, str(bad), "optim.le=1"] for command in commands]
+    words += [[*command, str(bad)] for command in commands if "--show" not in command]
+    words += [["settings", "optimm"], ["--help"], ["settings", "--json"]]
+    ran = subprocess.run([sys.executable, "-c", RUN, repr(words)], capture_output=True, text=True, cwd=tmp_path)
+    codes = [line for line in ran.stdout.splitlines() if line[:1].isdigit()]
+    assert codes == [*["2"] * (len(words) - 2), "0", "0"], ran.stdout + ran.stderr
+    told = [line for line in ran.stderr.splitlines() if line.startswith("negpool: ")]
+    assert len(told) == len(words) - 2 and "Traceback" not in ran.stderr
+    assert sum("there is no job file nosuch.toml" in line for line in told) == 7
+    assert sum("unknown key optim.le; did you mean lr?" in line for line in told) == 7
+    assert sum("there is no data set in no/such/folder" in line for line in told) == 6
+
+
+def test_the_names_of_objectives_are_those_of_gradcache():
+    assert get_args(Objective) == tuple(OBJECTIVES)
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory):
+    root = tmp_path_factory.mktemp("early")
+    (write_tiny_dataset(root / "data") / "qrels" / "dev.tsv").unlink()
+    (root / "model").mkdir()
+    (root / "model" / "config.json").write_text("{}")
+    return [f"data.path={root / 'data'}", f"model.name={root / 'model'}", f"run.folder={root / 'run'}"]
+
+
+@pytest.mark.parametrize(
+    "overrides, sentence",
+    [
+        (
+            ["eval.every_steps=5"],
+            r"eval\.dev_split='dev' is no split of .*data, which has test, train; set it to one of them, or leave",
+        ),
+        (["eval.every_steps=5", "eval.dev_split=tests"], r"eval\.dev_split='tests' is no split of .*data, which has test, train"),
+        (["data.train_split=trian"], r"data\.train_split='trian' is no split of .*data, which has test, train; set it to one of"),
+        (["model.name=no/such/model"], r"model\.name='no/such/model' is not a model that can be loaded"),
+        (["rerank.model=no/such/model"], r"rerank\.model='no/such/model' is not a model that can be loaded"),
+        (["sources.a.path=no/such/a", "sources.b.path=no/b"], "there is no data set in no/such/a"),
+    ],
+)
+def test_what_files_and_names_tell_is_said_at_once(names, overrides, sentence):
+    data = [] if any(override.startswith("sources.") for override in overrides) else names[:1]
+    with pytest.raises(InputError, match=sentence):
+        check_early(read_job(None, [*data, *names[1:], *overrides]))
+
+
+def test_a_job_that_can_run_passes(names):
+    check_early(read_job(None, [*names, "eval.every_steps=5", "eval.dev_split=test", "stop.patience=2"]))
+
+
+@pytest.mark.parametrize(
+    "override, sentence",
+    [
+        ("parallel.backend=zero2", r'parallel\.backend="zero2" needs deepspeed, which is not installed; run: pip install'),
+        ("model.lora_rank=4", r"model\.lora_rank=4 needs peft, which is not installed; run: pip install 'negpool\[lora\]'"),
+        ("index.factory=Flat", r"index\.factory='Flat' needs faiss, which is not installed"),
+    ],
+)
+def test_a_package_that_a_setting_needs_is_asked_for(names, monkeypatch, override, sentence):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=sentence):
+        check_early(read_job(None, [*names, override]))
