@@ -25,6 +25,7 @@ def start_logging(rank: int = 0) -> None:
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # its caches and fonts concern nobody
     for package in ("launch", "trainer", "mining", "gradcache"):
         logging.getLogger(package).setLevel(logging.INFO if rank == 0 else logging.WARNING)
 

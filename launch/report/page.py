@@ -1,17 +1,21 @@
 """`negpool report`: one page about a run that needs nothing but a browser, and its pictures as files beside it."""
 
 import importlib.resources
-import time
 import tomllib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 
-from launch.output import MEASURE_TITLES, ROW_TITLES
+from launch.output import MEASURE_TITLES
+from launch.report.before_after import measures_of_each, read_before_after
+from launch.report.drawing import Pictures, as_png, as_svg
 from launch.report.examples import read_examples
 from launch.report.history import History, read_history
-from launch.report.plots import as_png, as_svg, draw_all
+from launch.report.plots import draw_all
+from launch.report.standing import Row, differences_of, rows_of, state_of, verdict_of, warnings_of
 from launch.status import reading, run_status
 from launch.view import clock
 from trainer.errors import InputError
@@ -20,11 +24,48 @@ from trainer.handoff.manifest import disk_error
 
 def write_report(run: Path, out: Path | None) -> Path:
     """Write the page and its pictures into a folder, by default RUN/report; return the page's path. Raises InputError."""
-    folder = out or run / "report"
     with reading(run):
         status, history = run_status(run), read_history(run)
-        pictures = draw_all(history)
-        page = render(run, status, history, [(name, title, as_svg(figure, name)) for name, (title, figure) in pictures.items()])
+        job_text = (run / "job.toml").read_text()
+        job, rows = tomllib.loads(job_text), rows_of(status, history)
+        pictures = draw_all(history, rows, job.get("stop", {}).get("measure", "ndcg@10"))
+        page = render(
+            "page.html",
+            name=run.resolve().name,
+            model=job["model"]["name"],
+            data=", ".join(source["path"] for source in job.get("sources", {}).values()) or job["data"]["path"],
+            state=state_of(status),
+            verdict=verdict_of(status),
+            warnings=warnings_of(status),
+            tiles=_tiles(history, rows),
+            rows=rows,
+            differences=differences_of(status, rows),
+            num_queries=(status["results"] or {}).get("num_test_queries"),
+            figures=inlined(pictures),
+            job=job_text,
+            environment=_text_of(run / "environment.json"),
+            **_or_reason("examples", lambda: read_examples(run)),
+            **_or_reason("changes", lambda: read_before_after(run, measures_of_each(run))),
+        )
+    return write_page(out or run / "report", page, pictures)
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a page from a template of this folder; what it looks like is in it."""
+    folder = importlib.resources.files("launch.report")
+    loader = jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8"))
+    jinja = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=loader)
+    jinja.undefined = jinja2.StrictUndefined
+    return jinja.get_template(template).render(measures=MEASURE_TITLES, **values)
+
+
+def inlined(pictures: Pictures) -> list[tuple[str, str, str]]:
+    """Return name, title and SVG of each picture."""
+    return [(name, title, as_svg(figure, name)) for name, (title, figure) in pictures.items()]
+
+
+def write_page(folder: Path, page: str, pictures: Pictures) -> Path:
+    """Write a page and its pictures; return the page's path. Raises InputError or MachineFailed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, (_, figure) in pictures.items():
@@ -35,74 +76,34 @@ def write_report(run: Path, out: Path | None) -> Path:
     return folder / "index.html"
 
 
-def render(run: Path, status: dict[str, Any], history: History, figures: list[tuple[str, str, str]]) -> str:
-    """Return the page."""
-    job_text = (run / "job.toml").read_text()
-    job = tomllib.loads(job_text)
-    version: int | None = None
-    examples: list[dict[str, Any]] = []
-    reason = ""
+def _or_reason(name: str, read: Callable[[], Any]) -> dict[str, Any]:
+    """Return what was read under a name for the page, or why there is nothing."""
     try:
-        version, examples = read_examples(run)
+        return {name: read(), f"no_{name}": ""}
     except InputError as error:
-        reason = str(error)
-    environment = run / "environment.json"
-    source = importlib.resources.files("launch.report").joinpath("page.html").read_text(encoding="utf-8")
-    template = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined).from_string(source)
-    return template.render(
-        name=run.resolve().name,
-        model=job["model"]["name"],
-        data=", ".join(source["path"] for source in job["sources"].values()) or job["data"]["path"],
-        state=_state(status, history),
-        tiles=_tiles(status, history),
-        results=_results(status, history),
-        measures=MEASURE_TITLES,
-        figures=figures,
-        version=version,
-        examples=examples,
-        no_examples=reason,
-        job=job_text,
-        environment=environment.read_text() if environment.exists() else "not recorded",
-    )
+        return {name: None, f"no_{name}": str(error)}
 
 
-def _state(status: dict[str, Any], history: History) -> str:
-    trainer = status["trainer"]
-    if not trainer:
-        return "not started"
-    when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(trainer["heartbeat"]))
-    return f"{trainer.get('phase', 'starting')} at step {trainer.get('step', 0)} of {trainer.get('num_steps', '?')}, {when} UTC"
+def _text_of(path: Path) -> str:
+    return path.read_text() if path.exists() else "not recorded"
 
 
-def _tiles(status: dict[str, Any], history: History) -> list[tuple[str, str]]:
+def _tiles(history: History, rows: Iterable[Row]) -> list[tuple[str, str]]:
+    values = {row.name: row.values for row in rows}
     tiles = []
-    results = _results(status, history)
-    if results:
-        last = list(results)[-1]
-        tiles.append((f"{results[last]['mrr@10']:.3f}", f"MRR@10, {last}"))
+    if "trained" in values:
+        tiles.append((f"{values['trained']['mrr@10']:.3f}", "MRR@10, trained model"))
     if history.steps:
-        last_step = history.steps[max(history.steps)]
-        seconds = sum(line["time/step_s"] for line in history.steps.values())
-        tokens = sorted(line["tokens_per_rank_per_s"] for line in history.steps.values())[len(history.steps) // 2]
+        (*_, loss), rates = history.of_steps("loss")[1], history.of_steps("tokens_per_rank_per_s")[1]
         tiles += [
-            (f"{max(history.steps):,}", "steps"),
-            (f"{last_step['loss']:.3f}", "loss of the last step"),
-            (clock(seconds), "spent in steps"),
-            (f"{tokens:,.0f}", "tokens a second and rank"),
+            (f"{max(history.steps):,}", "step" + "s" * (max(history.steps) != 1)),
+            (f"{loss:.3f}", "loss of the last step"),
+            (clock(sum(history.of_steps("time/step_s")[1])), "spent in steps"),
         ]
-    tiles.append((str(len(history.swaps)), "versions of negatives used"))
-    recall = [line["audit"]["recall"] for line in history.versions.values() if line["audit"].get("recall") is not None]
+        tiles += [(f"{np.median(rates):,.0f}", "tokens per second and rank")] if rates else []
+    tiles.append((str(len(history.swaps)), "swap" + "s" * (len(history.swaps) != 1) + " of negatives"))
+    audits = [line.get("audit") or {} for line in history.versions.values()]
+    recall = [audit["recall"] for audit in audits if audit.get("recall") is not None]
     if recall:
         tiles.append((f"{min(recall):.3f}", "lowest audited recall"))
     return tiles
-
-
-def _results(status: dict[str, Any], history: History) -> dict[str, dict[str, float]]:
-    """Return the test measures by the name of what was evaluated: the run's results, or what its evaluations say so far."""
-    found = status["results"] or {}
-    rows = {ROW_TITLES.get(name, name): found[name] for name in ("bm25", "untrained", "trained") if name in found}
-    if rows:
-        return rows
-    titles = {0: ROW_TITLES["untrained"], max(history.steps, default=-1): ROW_TITLES["trained"]}
-    measured = {step: line for step, line in history.measures.items() if "eval/mrr@10" in line and step in titles}
-    return {titles[step]: {key: line[f"eval/{key}"] for key in MEASURE_TITLES} for step, line in measured.items()}

@@ -1,20 +1,65 @@
-"""What a report makes of a run's logs: the last word of a step counts, torn lines do not, swaps and versions are found."""
+"""What a report makes of a run: the last word of a step counts, what is there is shown, what is not is said in a sentence."""
 
 import json
+import logging
+import re
+import shutil
+import warnings
 
+import matplotlib.text
+import numpy as np
+import pytest
+
+from launch.jobfile import read_job
+from launch.report.before_after import measures_of_each, places, read_before_after
+from launch.report.drawing import MOST_POINTS, as_svg, picture, thinned
+from launch.report.examples import excerpt, read_examples
 from launch.report.history import read_history
-from launch.report.plots import as_svg, draw_all
+from launch.report.page import write_report
+from launch.report.plots import draw_all
+from launch.report.standing import rows_of, verdict_of, warnings_of
+from launch.status import run_status
+from mining.judgements import read_judgements
+from tests.launch.run_folders import BETTER, published, row, step, write_each, write_json, write_lines, write_run
+from tests.tiny import write_tiny_dataset
+from trainer.data.datasets import open_data
+from trainer.data.row import Entry
+from trainer.errors import InputError
+from trainer.handoff.negatives import publish_negatives
+
+# Reciprocal places of the first relevant passage of eight test queries; 0: not among the first hundred.
+BEFORE, AFTER = [1, 1, 1 / 2, 1 / 3, 0, 1, 1, 1], [1, 1 / 10, 1, 1 / 3, 1 / 4, 1, 1, 1]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_tiny_dataset(tmp_path_factory.mktemp("report") / "data")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, data):
+    """A run with all that a report can show, and its page."""
+    intervals = {"trained": {"mrr@10": [0.5, 0.7]}, "trained - untrained": {name: [0.05, 0.25] for name in row(0)}}
+    verdict = BETTER | {"warnings": [{"kind": "hard", "sentence": "Hardly any negative is hard."}]}
+    more = {"last": row(0.55), "steps": {"trained": 8, "last": 10}, "intervals": intervals, "verdict": verdict}
+    run = write_run(tmp_path_factory.mktemp("whole") / "run", data, **more)
+    write_each(run, untrained=BEFORE, trained=AFTER)
+    of_miner = [{"kind": "hard", "sentence": "Hardly any negative is hard.", "step": 4}]
+    write_json(run / "status" / "miner.json", {"phase": "watching", "warnings": of_miner, "refused": "recall 0.5"})
+    trainer = json.loads((run / "status" / "trainer.json").read_text())
+    of_trainer = [{"kind": "dev", "sentence": "Dev fell.", "step": 8}]
+    write_json(run / "status" / "trainer.json", trainer | {"warnings": of_trainer})
+    return run, write_report(run, None)
 
 
 def write_logs(run, trainer=(), miner=()):
-    (run / "logs").mkdir()
-    for name, lines in (("metrics", trainer), ("miner", miner)):
-        (run / "logs" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(run / "logs" / "metrics.jsonl", trainer)
+    write_lines(run / "logs" / "miner.jsonl", miner)
 
 
-def step(number, loss, **values):
-    times = {f"time/{part}_s": 0.1 for part in ("encode", "loss", "backward", "data")} | {"time/step_s": 0.5}
-    return {"step": number, "loss": loss, "tokens_per_rank_per_s": 100.0, "memory/peak_gib": 1.0, **times, **values}
+def standing(run):
+    status = run_status(run)
+    return verdict_of(status), warnings_of(status), rows_of(status, read_history(run))
 
 
 def test_a_step_that_was_done_twice_counts_as_it_was_done_last(tmp_path):
@@ -26,27 +71,164 @@ def test_a_step_that_was_done_twice_counts_as_it_was_done_last(tmp_path):
 
 def test_swaps_evaluations_and_versions_are_found(tmp_path):
     swap = {"step": 2, "event": "negatives swapped", "negatives/version": 1}
-    published = {
-        "step": 0,
-        "event": "published",
-        "version": 1,
-        "dropped": {"judged": 3},
-        "audit": {"recall": None},
-        "seconds": {},
-    }
-    write_logs(tmp_path, [{"step": 0, "dev/ndcg@10": 0.5}, step(1, 1.0), swap, {"step": 1, "event": "saved"}], [published])
+    lines = [{"step": 0, "dev/ndcg@10": 0.5}, step(1, 1.0), swap, {"step": 1, "event": "saved"}]
+    write_logs(tmp_path, lines, [published(1)])
     history = read_history(tmp_path)
     assert history.swaps == [(2, 1)] and history.of_measures("dev/ndcg@10") == ([0], [0.5])
-    assert history.versions[1]["dropped"] == {"judged": 3}
+    assert history.versions[1]["dropped"] == {"equal_texts": 3}
 
 
 def test_pictures_are_drawn_of_what_is_there(tmp_path):
     write_logs(tmp_path, [step(number, 1 / number) for number in range(1, 200)])
-    pictures = draw_all(read_history(tmp_path))
-    assert list(pictures) == ["loss", "throughput", "step_time", "memory"]
+    pictures = draw_all(read_history(tmp_path), [], "ndcg@10")
+    assert list(pictures) == ["loss", "gradient", "throughput", "step_time", "memory"]
     svg = as_svg(pictures["loss"][1], "loss")
     assert svg.startswith("<svg") and 'id="loss-' in svg and 'href="#loss-' in svg
+    assert draw_all(read_history(tmp_path / "nothing"), [], "ndcg@10") == {}
 
 
-def test_a_run_without_a_step_has_no_pictures(tmp_path):
-    assert draw_all(read_history(tmp_path)) == {}
+def test_every_picture_has_a_title_labels_with_units_and_a_legend_of_several_lines(tmp_path, data):
+    run = write_run(tmp_path / "run", data)
+    status, history = run_status(run), read_history(run)
+    pictures = draw_all(history, rows_of(status, history), "mrr@10")
+    assert {"quality", "scores", "filters", "audit", "refresh"} <= pictures.keys()
+    for name, (title, figure) in pictures.items():
+        (axes,) = figure.axes
+        assert axes.get_title(loc="left") == title and axes.get_xlabel() and axes.get_ylabel(), name
+        labels = axes.get_legend_handles_labels()[1]
+        assert bool(figure.legends) == (len(labels) > 1), name
+    legend = [text.get_text() for text in pictures["quality"][1].legends[0].findobj(matplotlib.text.Text)]
+    wanted = ("BM25, test: 0.300", "untrained model, test: 0.450", "trained model, test: 0.600", "dev queries, while training")
+    assert set(wanted) <= set(legend)
+
+
+def test_scores_of_bm25_are_not_drawn_beside_those_of_a_model(tmp_path):
+    write_logs(tmp_path, [], [published(0, "bm25"), published(1)])
+    (axes,) = draw_all(read_history(tmp_path), [], "ndcg@10")["scores"][1].axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["v1"]
+
+
+def test_a_long_line_is_thinned_and_keeps_its_peaks():
+    values = [1.0] * 100_000
+    values[54_321] = 9.0
+    places, kept = thinned((list(range(100_000)), values))
+    assert len(kept) <= MOST_POINTS and kept[places.index(54_321)] == 9.0 and places == sorted(places)
+
+
+def test_drawing_says_nothing_whatever_a_run_is_called(caplog):
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+        warnings.simplefilter("error")
+        with picture("検索 $x^$ \N{GREEK SMALL LETTER ALPHA}", "step", "score") as (figure, axes):
+            axes.plot([1], [float("nan")], label="\U00010380")
+        as_svg(figure, "name")
+    assert caplog.messages == []
+
+
+def test_the_verdict_and_the_warnings_of_a_run_come_first(whole):
+    run, page = whole
+    verdict, warned, _ = standing(run)
+    assert (verdict.level, verdict.sentence) == ("better", BETTER["sentence"])
+    assert warned == [
+        ("results", "Hardly any negative is hard."),
+        ("trainer", "Dev fell. (step 8)"),
+        ("miner", "The miner gave a version up: recall 0.5"),
+    ]
+    text = page.read_text()
+    assert text.index(BETTER["sentence"]) < text.index("Dev fell.") < text.index('id="results"') < text.index("<svg")
+
+
+@pytest.mark.parametrize(
+    ("trainer", "words"),
+    [
+        ({}, "has not started"),
+        ({"phase": "training", "step": 3, "num_steps": 10}, "not ended: its trainer is training, at step 3 of 10"),
+        ({"phase": "stopped", "step": 3, "num_steps": 10}, "stopped and saved at step 3 of 10"),
+        ({"phase": "must not go on", "step": 3, "num_steps": 9, "error": "it collapsed."}, "only have got worse: it collapsed."),
+        ({"phase": "failed", "step": 3, "num_steps": 9, "error": "a rank was lost"}, "with an error: a rank was lost."),
+        ({"phase": "finished", "step": 9, "num_steps": 9}, "holds no verdict"),
+    ],
+)
+def test_a_run_without_a_verdict_says_where_it_stands(tmp_path, data, trainer, words):
+    run = write_run(tmp_path / "run", data)
+    (run / "results.json").unlink()
+    write_json(run / "status" / "trainer.json", trainer)
+    assert words in standing(run)[0].sentence
+
+
+def test_best_and_last_are_rows_with_steps_and_intervals(whole):
+    run, page = whole
+    titles = [(each.title, each.step) for each in standing(run)[2]]
+    assert titles[2:] == [("trained model, best on dev", 8), ("trained model, last step", 10)]
+    table = re.search(r'<table id="results">.*?</table>', page.read_text(), re.DOTALL)[0]
+    assert "0.500…0.700" in table and "+0.150" in table and "+0.050…+0.250" in table and "step 8" in table
+
+
+def test_the_same_queries_are_shown_before_and_after(whole, data):
+    run, page = whole
+    found = read_before_after(run, measures_of_each(run))
+    assert (found.num_better, found.num_worse, found.num_same) == (2, 1, 5)
+    assert [(each["before"], each["after"]) for each in found.queries] == [("2", "1"), ("not in 100", "4"), ("1", "10")]
+    query = json.loads((data / "queries.jsonl").read_text().splitlines()[10])  # the second test query of q4, q10, …
+    assert found.queries[2]["query"]["text"] == query["text"]
+    assert "better for 2" in page.read_text() and query["text"] in page.read_text()
+
+
+def test_places_beyond_the_tenth_are_known_roughly():
+    each_QM = np.array([[0.3, 1 / 7, 1, 1], [0, 0, 0, 0.5], [0, 0, 0, 0]])
+    assert places(each_QM).tolist() == [7, 50, 1000]
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY nonsense", np.lib.format.magic(1, 0)])
+def test_a_file_of_single_queries_that_cannot_be_read_is_named(tmp_path, content):
+    (tmp_path / "evaluations").mkdir()
+    (tmp_path / "evaluations" / "untrained.npy").write_bytes(content)
+    with pytest.raises(InputError, match=r"nothing is known of single queries: .*untrained\.npy cannot be read"):
+        measures_of_each(tmp_path)
+
+
+def test_a_run_of_which_little_is_there_has_a_page_that_says_so(tmp_path, data):
+    run = write_run(tmp_path / "run", data)
+    shutil.rmtree(run / "logs")
+    (run / "results.json").unlink()
+    text = write_report(run, tmp_path / "out").read_text()
+    for words in ("nothing is known of single queries", "has no negatives for this data", "No step has been taken yet"):
+        assert words in text, words
+
+
+def test_examples_have_the_scores_of_positives_beside_those_of_negatives(tmp_path, data):
+    run = write_run(tmp_path / "run", data)
+    judgements = read_judgements(open_data(read_job(run / "job.toml", []).mine.data, {}), "train")
+    num_queries, num_positives = judgements.num_queries, len(judgements.positive_rows)
+    indptr, ids = np.arange(num_queries + 1) * 2, np.tile([3, 7], num_queries)
+    scores = np.tile(np.array([0.25, 0.5], np.float32), num_queries)
+    positive_scores = np.linspace(0.6, 0.9, num_positives, dtype=np.float32)
+    publish_negatives(run, 1, indptr, ids, scores, {"source": "model"}, positive_scores=positive_scores)
+    found = read_examples(run)
+    assert (found.version, found.scores) == (1, "the model's") and len(found.queries) == 8
+    first, last = found.queries[0], found.queries[-1]
+    of_first = positive_scores[: judgements.positive_indptr[1]].tolist()
+    assert [each["score"] for each in first["positives"]] == sorted(of_first, reverse=True) and len(of_first) == 2
+    assert last["positives"][-1]["score"] == pytest.approx(positive_scores[-1])
+    assert [each["score"] for each in first["negatives"]] == [0.5, 0.25], "the hardest first"
+
+
+def test_an_excerpt_is_short_and_code_is_known_by_its_indentation():
+    prose, code = Entry("a", "Title and a " + "very " * 1000, title_length=5), Entry("b", "def f():\n    return 1")
+    assert excerpt(prose)["title"] == "Title" and excerpt(prose)["text"].startswith("and a very")
+    assert len(excerpt(prose)["text"]) < 700 and excerpt(prose)["text"].endswith("…") and not excerpt(prose)["is_indented"]
+    assert excerpt(code) == {"title": "", "text": "def f():\n    return 1", "is_indented": True}
+
+
+def test_queries_of_other_data_are_not_compared(tmp_path, data):
+    run = write_run(tmp_path / "run", data)
+    write_each(run, untrained=[1.0] * 3, trained=[1.0] * 3)
+    with pytest.raises(InputError, match=r"about 3 queries, and .* has 8"):
+        read_before_after(run, measures_of_each(run))
+
+
+def test_a_page_needs_no_network_and_explains_its_pictures(whole):
+    text = whole[1].read_text()
+    assert not re.findall(r'(?:src|href)="(?!#)', text), "all is inside"
+    assert set(re.findall(r'<figure id="(\w+)"', text)) == {path.stem for path in whole[1].parent.glob("*.png")}
+    for term in ("nDCG@10", "95 % interval", "norm of the gradient", "age", "suspected false negatives", "overlap with"):
+        assert f"<dt>{term}" in text, term
