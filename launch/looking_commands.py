@@ -1,4 +1,4 @@
-"""`negpool status`, `settings`, `report` and `doctor`: commands that look. Heavy imports stand inside them."""
+"""`negpool status`, `settings`, `report`, `compare` and `doctor`: commands that look. Heavy imports stand inside them."""
 
 from pathlib import Path
 from typing import Annotated
@@ -80,4 +80,31 @@ def report(
         print_json({"page": str(page), "pictures": sorted(str(path) for path in page.parent.glob("*.png"))})
     else:
         results().print(f"{page}", markup=False)
+    return 0
+
+
+@looking_app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="run folders")],
+    out: Annotated[Path | None, typer.Option(help="folder for a page with plots; pictures beside it")] = None,
+    as_json: Json = False,
+) -> int:
+    """Compare runs: the settings that differ, results, time and speed; with --out also as a page with plots."""
+    from launch.compare import compare_runs, read_runs
+    from launch.compare_tables import compare_parts
+    from launch.tables import as_text
+
+    start_logging()
+    runs = read_runs(folders)
+    found = compare_runs(runs)
+    if out is not None:
+        from launch.report.comparison import write_comparison
+
+        page = write_comparison(runs, found, out)
+        found |= {"page": str(page), "pictures": sorted(str(path) for path in page.parent.glob("*.png"))}
+    if as_json:
+        print_json(found)
+    else:
+        results().print(as_text(compare_parts(found)))
+        results().print(found.get("page", ""), markup=False) if out else None
     return 0
