@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from launch.jobfile import HOW
+from launch.report.before_after import measures_of_each
 from launch.report.history import History, read_history
 from launch.report.standing import Row, Verdict, rows_of, verdict_of
 from launch.status import has_ended, reading, run_status
@@ -64,7 +65,17 @@ def _read_run(folder: Path, name: str) -> Run:
         table = tomllib.loads((folder / "job.toml").read_text(encoding="utf-8"))
         job = {f"{section}.{key}": value for section, values in table.items() for key, value in values.items()}
         rows = rows_of(status, history)
-        return Run(name, folder, status, history, rows, verdict_of(status), job, _data_digest(folder), _each(folder))
+        return Run(
+            name,
+            folder,
+            status,
+            history,
+            rows,
+            verdict_of(status),
+            job,
+            _data_digest(folder),
+            measures_of_each(folder, "trained"),
+        )
 
 
 def _names(folders: list[Path]) -> list[str]:
@@ -83,14 +94,6 @@ def _data_digest(folder: Path) -> str | None:
         except TornVersion:
             continue
     return None
-
-
-def _each(folder: Path) -> np.ndarray | None:
-    try:
-        each_QM = np.load(folder / "evaluations" / "trained.npy", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    return each_QM if each_QM.ndim == 2 and each_QM.shape[1] == len(MEASURES) else None
 
 
 def _facts(run: Run) -> dict[str, Any]:

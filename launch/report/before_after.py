@@ -1,9 +1,10 @@
 """The same test queries before and after training: at which place the first relevant passage stood, and where it stands now.
 
-Evaluations keep the measures of each query (`evaluations/NAME.npy`), and MRR@10 of one query is one divided by that place. So
-nothing is encoded here; the price is that below the tenth place only "up to 100" is known.
+Evaluations keep the measures of each query (`each` in `evaluations/NAME.json`), and MRR@10 of one query is one divided by that
+place. So nothing is encoded here; the price is that below the tenth place only "up to 100" is known.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,17 @@ class BeforeAfter:
     queries: list[dict[str, Any]]  # query, passage, before, after; those that rose first
 
 
-def read_before_after(run: Path, measures: dict[str, np.ndarray]) -> BeforeAfter:
-    """Return the comparison; measures: those of each query by NAMES. Raises InputError where the data cannot be read."""
+def read_before_after(run: Path) -> BeforeAfter:
+    """Return the comparison; raises InputError where the run has kept nothing of each query, or its data cannot be read."""
+    measures = {name: measures_of_each(run, name) for name in NAMES}
+    for name, found in measures.items():
+        if found is None:
+            where = f"{run / 'evaluations' / name}.json"
+            raise InputError(f"nothing is known of single queries in {where}; evaluations of earlier versions did not keep it")
     train = read_job(run / "job.toml", [f"run.folder={run}"]).train
     data, split = open_data(train.data, train.sources), train.eval.split
     query_rows = data.evaluated_queries(split)
-    before_Q, after_Q = (places(measures[name]) for name in NAMES)
+    before_Q, after_Q = (places(found) for found in measures.values() if found is not None)
     if not len(before_Q) == len(after_Q) == len(query_rows):
         raise InputError(f"{run}/evaluations is about {len(before_Q)} queries, and {data.path} has {len(query_rows)} in {split}")
     # By what a person gains: from the third place to the first is more than from the tenth to the eighth.
@@ -53,20 +59,13 @@ def read_before_after(run: Path, measures: dict[str, np.ndarray]) -> BeforeAfter
     )
 
 
-def measures_of_each(run: Path) -> dict[str, np.ndarray]:
-    """Return the measures of each query by name, (Q, M); raises InputError if the run has not kept them."""
-    found = {}
-    for name in NAMES:
-        path = run / "evaluations" / f"{name}.npy"
-        try:
-            found[name] = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(
-                f"nothing is known of single queries: {path} cannot be read; runs of earlier versions did not keep it"
-            ) from error
-        if found[name].ndim != 2 or found[name].shape[1] != len(MEASURES):
-            raise InputError(f"{path} has the shape {found[name].shape}; expected a row for each query, {len(MEASURES)} measures")
-    return found
+def measures_of_each(run: Path, name: str) -> np.ndarray | None:
+    """Return what an evaluation has kept of each query, (Q, M), columns as in MEASURES; None: nothing that can be read."""
+    try:
+        each = json.loads((run / "evaluations" / f"{name}.json").read_text())["each"]
+        return np.array([each[measure] for measure in MEASURES], np.float64).T
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def places(each_QM: np.ndarray) -> np.ndarray:

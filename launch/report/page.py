@@ -10,7 +10,7 @@ import jinja2
 import numpy as np
 
 from launch.output import MEASURE_TITLES
-from launch.report.before_after import measures_of_each, read_before_after
+from launch.report.before_after import read_before_after
 from launch.report.drawing import Pictures, as_png, as_svg
 from launch.report.examples import read_examples
 from launch.report.history import History, read_history
@@ -28,7 +28,8 @@ def write_report(run: Path, out: Path | None) -> Path:
         status, history = run_status(run), read_history(run)
         job_text = (run / "job.toml").read_text()
         job, rows = tomllib.loads(job_text), rows_of(status, history)
-        pictures = draw_all(history, rows, job.get("stop", {}).get("measure", "ndcg@10"))
+        results = status["results"] or {}
+        pictures = draw_all(history, rows, results.get("measure") or job.get("stop", {}).get("measure", "ndcg@10"))
         page = render(
             "page.html",
             name=run.resolve().name,
@@ -40,12 +41,12 @@ def write_report(run: Path, out: Path | None) -> Path:
             tiles=_tiles(history, rows),
             rows=rows,
             differences=differences_of(status, rows),
-            num_queries=(status["results"] or {}).get("num_test_queries"),
+            num_queries=results.get("num_test_queries"),
             figures=inlined(pictures),
             job=job_text,
             environment=_text_of(run / "environment.json"),
             **_or_reason("examples", lambda: read_examples(run)),
-            **_or_reason("changes", lambda: read_before_after(run, measures_of_each(run))),
+            **_or_reason("changes", lambda: read_before_after(run)),
         )
     return write_page(out or run / "report", page, pictures)
 

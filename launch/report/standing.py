@@ -64,19 +64,21 @@ def _where_it_stands(status: dict[str, Any]) -> Verdict:
 
 def warnings_of(status: dict[str, Any]) -> list[tuple[str, str]]:
     """Return what the verdict and both sides warn of, as (who, sentence), each sentence once."""
-    said = [("results", each) for each in ((status["results"] or {}).get("verdict") or {}).get("warnings") or []]
-    said += [(side, each) for side in ("trainer", "miner") for each in status[side].get("warnings") or []]
-    found: dict[str, str] = {}
-    for who, each in said:
-        at = f" (step {each['step']:,})" if each.get("step") is not None else ""
-        if not any(sentence.startswith(each["sentence"]) for sentence in found):
-            found[each["sentence"] + at] = who
+    of_side = {
+        each["sentence"]: (side, each.get("step")) for side in ("trainer", "miner") for each in status[side].get("warnings") or []
+    }
+    verdict = (status["results"] or {}).get("verdict") or {}
+    of_verdict = [each["sentence"] for each in verdict.get("warnings") or []]
+    found = []
+    for sentence in dict.fromkeys([*of_verdict, *of_side]):
+        who, step = of_side.get(sentence, ("results", None))
+        found.append((who, sentence if step is None else f"{sentence} (step {step:,})"))
     miner = status["miner"]
     if miner.get("refused"):
-        found.setdefault(f"The miner gave a version up: {miner['refused']}", "miner")
+        found.append(("miner", f"A version was given up: {miner['refused']}"))
     if miner.get("error") and has_ended(miner):
-        found.setdefault(f"The miner has ended with an error: {miner['error']}", "miner")
-    return [(who, sentence) for sentence, who in found.items()]
+        found.append(("miner", f"It has ended with an error: {miner['error']}"))
+    return found
 
 
 def rows_of(status: dict[str, Any], history: History) -> list[Row]:

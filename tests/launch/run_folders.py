@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from launch.jobfile import read_job, write_job
 from trainer.data.datasets import open_data
 
@@ -62,6 +60,6 @@ def write_run(run: Path, data: Path, overrides: list[str] | None = None, **resul
 
 def write_each(run: Path, **reciprocal: list[float]) -> None:
     """Write what evaluations keep of each query: the reciprocal place as every measure, so 0 is not found at all."""
-    (run / "evaluations").mkdir(exist_ok=True)
     for name, values in reciprocal.items():
-        np.save(run / "evaluations" / f"{name}.npy", np.repeat(np.array(values)[:, None], len(MEASURES), 1))
+        each = {measure: values for measure in MEASURES}
+        write_json(run / "evaluations" / f"{name}.json", {"step": 10, "split": "test", **row(0.5), "each": each})

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from launch.jobfile import read_job
-from launch.report.before_after import measures_of_each, places, read_before_after
+from launch.report.before_after import places, read_before_after
 from launch.report.drawing import MOST_POINTS, as_svg, picture, thinned
 from launch.report.examples import excerpt, read_examples
 from launch.report.history import read_history
@@ -40,7 +40,8 @@ def data(tmp_path_factory):
 def whole(tmp_path_factory, data):
     """A run with all that a report can show, and its page."""
     intervals = {"trained": {"mrr@10": [0.5, 0.7]}, "trained - untrained": {name: [0.05, 0.25] for name in row(0)}}
-    verdict = BETTER | {"warnings": [{"kind": "hard", "sentence": "Hardly any negative is hard."}]}
+    of_verdict = {"hard": "Hardly any negative is hard.", "few": "The queries are few."}
+    verdict = BETTER | {"warnings": [{"kind": kind, "sentence": sentence} for kind, sentence in of_verdict.items()]}
     more = {"last": row(0.55), "steps": {"trained": 8, "last": 10}, "intervals": intervals, "verdict": verdict}
     run = write_run(tmp_path_factory.mktemp("whole") / "run", data, **more)
     write_each(run, untrained=BEFORE, trained=AFTER)
@@ -129,9 +130,10 @@ def test_the_verdict_and_the_warnings_of_a_run_come_first(whole):
     verdict, warned, _ = standing(run)
     assert (verdict.level, verdict.sentence) == ("better", BETTER["sentence"])
     assert warned == [
-        ("results", "Hardly any negative is hard."),
+        ("miner", "Hardly any negative is hard. (step 4)"),
+        ("results", "The queries are few."),
         ("trainer", "Dev fell. (step 8)"),
-        ("miner", "The miner gave a version up: recall 0.5"),
+        ("miner", "A version was given up: recall 0.5"),
     ]
     text = page.read_text()
     assert text.index(BETTER["sentence"]) < text.index("Dev fell.") < text.index('id="results"') < text.index("<svg")
@@ -165,7 +167,7 @@ def test_best_and_last_are_rows_with_steps_and_intervals(whole):
 
 def test_the_same_queries_are_shown_before_and_after(whole, data):
     run, page = whole
-    found = read_before_after(run, measures_of_each(run))
+    found = read_before_after(run)
     assert (found.num_better, found.num_worse, found.num_same) == (2, 1, 5)
     assert [(each["before"], each["after"]) for each in found.queries] == [("2", "1"), ("not in 100", "4"), ("1", "10")]
     query = json.loads((data / "queries.jsonl").read_text().splitlines()[10])  # the second test query of q4, q10, …
@@ -178,12 +180,12 @@ def test_places_beyond_the_tenth_are_known_roughly():
     assert places(each_QM).tolist() == [7, 50, 1000]
 
 
-@pytest.mark.parametrize("content", [b"", b"\x93NUMPY nonsense", np.lib.format.magic(1, 0)])
-def test_a_file_of_single_queries_that_cannot_be_read_is_named(tmp_path, content):
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"each": {"mrr@10": [1]}}', '{"each": {"mrr@10": "x"}}'])
+def test_an_evaluation_that_kept_nothing_of_each_query_is_named(tmp_path, content):
     (tmp_path / "evaluations").mkdir()
-    (tmp_path / "evaluations" / "untrained.npy").write_bytes(content)
-    with pytest.raises(InputError, match=r"nothing is known of single queries: .*untrained\.npy cannot be read"):
-        measures_of_each(tmp_path)
+    (tmp_path / "evaluations" / "untrained.json").write_text(content)
+    with pytest.raises(InputError, match=r"nothing is known of single queries in .*untrained\.json"):
+        read_before_after(tmp_path)
 
 
 def test_a_run_of_which_little_is_there_has_a_page_that_says_so(tmp_path, data):
@@ -223,7 +225,7 @@ def test_queries_of_other_data_are_not_compared(tmp_path, data):
     run = write_run(tmp_path / "run", data)
     write_each(run, untrained=[1.0] * 3, trained=[1.0] * 3)
     with pytest.raises(InputError, match=r"about 3 queries, and .* has 8"):
-        read_before_after(run, measures_of_each(run))
+        read_before_after(run)
 
 
 def test_a_page_needs_no_network_and_explains_its_pictures(whole):
