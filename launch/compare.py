@@ -33,6 +33,7 @@ class Run:
     history: History
     rows: list[Row]
     verdict: Verdict
+    warnings: list[str]
     job: dict[str, Any]  # by section.key
     data_digest: str | None
     each_QM: np.ndarray | None  # the trained model's measures of each test query
@@ -103,6 +104,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "name": run.name,
         "run": str(run.folder),
         "verdict": {"level": run.verdict.level, "sentence": run.verdict.sentence},
+        "warnings": run.warnings,
         "phase": trainer.get("phase"),
         "results": {row.name: row.values for row in run.rows},
         "intervals": {row.name: row.intervals for row in run.rows if row.intervals},

@@ -106,5 +106,6 @@ def compare(
         print_json(found)
     else:
         results().print(as_text(compare_parts(found)))
-        results().print(found.get("page", ""), markup=False) if out else None
+        if out is not None:
+            results().print(found["page"], markup=False)
     return 0

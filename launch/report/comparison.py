@@ -57,13 +57,14 @@ def draw_comparison(runs: list[Run]) -> Pictures:
 def _quality(axes: Axes, runs: list[Run], measure: str, over_time: bool) -> None:
     """Draw dev as a line and the trained model on the test queries as a diamond, and what all runs have alike to compare with."""
     for run, (colour, style) in zip(runs, _looks(runs), strict=True):
-        at = minutes_at(run) if over_time else {}
-        steps, values = run.history.of_measures(f"dev/{measure}")
-        axes.plot([at.get(int(s), s) if over_time else s for s in steps], values, f"o{style}", color=colour, markersize=4,
-                  label=f"{label_of(run)}, dev" if steps else None)  # fmt: skip
+        at = minutes_at(run) if over_time else {step: step for step in (0, *run.history.steps)}
+        course = [
+            (at[int(step)], value) for step, value in zip(*run.history.of_measures(f"dev/{measure}"), strict=True) if step in at
+        ]
+        if course:
+            axes.plot(*zip(*course, strict=True), f"o{style}", color=colour, markersize=4, label=f"{label_of(run)}, dev")
         if (row := run.row("trained")) is not None:
-            step = row.step if row.step is not None else max(run.history.steps, default=0)
-            place = at.get(step, 0.0) if over_time else step
+            place = at.get(row.step if row.step is not None else max(at), 0)
             test = f"{label_of(run)}, trained, test"
             axes.plot([place], [row.values[measure]], "D", color=colour, markersize=7, markeredgecolor="black", label=test)
     for name, (colour, style) in REFERENCES.items():
