@@ -14,7 +14,7 @@ import numpy as np
 from launch.jobfile import HOW
 from launch.report.before_after import measures_of_each
 from launch.report.history import History, read_history
-from launch.report.standing import Row, Verdict, rows_of, verdict_of
+from launch.report.standing import Row, Verdict, rows_of, verdict_of, warnings_of
 from launch.status import has_ended, reading, run_status
 from trainer.errors import InputError
 from trainer.evaluate import MEASURES
@@ -65,17 +65,17 @@ def _read_run(folder: Path, name: str) -> Run:
         status, history = run_status(folder), read_history(folder)
         table = tomllib.loads((folder / "job.toml").read_text(encoding="utf-8"))
         job = {f"{section}.{key}": value for section, values in table.items() for key, value in values.items()}
-        rows = rows_of(status, history)
         return Run(
-            name,
-            folder,
-            status,
-            history,
-            rows,
-            verdict_of(status),
-            job,
-            _data_digest(folder),
-            measures_of_each(folder, "trained"),
+            name=name,
+            folder=folder,
+            status=status,
+            history=history,
+            rows=rows_of(status, history),
+            verdict=verdict_of(status),
+            warnings=[sentence for _, sentence in warnings_of(status)],
+            job=job,
+            data_digest=_data_digest(folder),
+            each_QM=measures_of_each(folder, "trained"),
         )
 
 

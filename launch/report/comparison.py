@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from launch.compare import Run
 from launch.compare_tables import compare_parts
 from launch.output import MEASURE_TITLES
-from launch.report.drawing import COLOURS, LINES, Pictures, picture, running_median, thinned, whole_steps
+from launch.report.drawing import COLOURS, LINES, Pictures, picture, running_median, whole_steps
 from launch.report.page import inlined, render, write_page
 from launch.tables import Sheet
 from trainer.errors import InputError
@@ -47,7 +47,7 @@ def draw_comparison(runs: list[Run]) -> Pictures:
     if any(run.history.steps for run in runs):
         with picture("Loss, running median", "step", "loss, mean over queries (nats)") as (figure, axes):
             for run, (colour, style) in zip(runs, _looks(runs), strict=True):
-                course = running_median(thinned(run.history.of_steps("loss")))
+                course = running_median(run.history.of_steps("loss"))
                 axes.plot(*course, color=colour, linestyle=style, linewidth=2, label=label_of(run))
             whole_steps(axes)
         found["loss"] = "Loss, running median", figure

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
 from launch.report.history import Series
 
@@ -35,7 +35,7 @@ STYLE: dict[Any, Any] = {
 }
 SIZE = (6.0, 3.5)  # inches
 SMOOTH = 0.05  # share of a line whose median is shown at each of its places
-MOST_POINTS = 1000  # of a line: more make a page slow, and nobody sees them
+MOST_POINTS = 600  # of a line: more make a page slow, and nobody sees them
 MOST_NAMES = 12  # along an axis
 
 Pictures = dict[str, tuple[str, Figure]]  # title and figure, by name
@@ -104,9 +104,9 @@ def as_svg(figure: Figure, name: str) -> str:
 
 def draw_noisy(axes: Axes, series: Series, colour: str) -> None:
     """Draw each value of a noisy line faintly, and the running median."""
-    series = thinned(series)
-    axes.plot(*series, color=colour, alpha=0.35, linewidth=1, label="each step")
-    axes.plot(*running_median(series), color=colour, linewidth=2, label="running median")
+    dot = "o" if len(series[0]) == 1 else ""
+    axes.plot(*thinned(series), color=colour, alpha=0.35, linewidth=1, label="each step")
+    axes.plot(*running_median(series), color=colour, linewidth=2, marker=dot, label="running median")
     whole_steps(axes)
 
 
@@ -131,7 +131,15 @@ def name_places(axes: Axes, names: Sequence[str]) -> None:
 
 def whole_steps(axes: Axes) -> None:
     """Number the steps of the lower axis by whole numbers."""
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+
+
+def log_scale(axes: Axes) -> None:
+    """Make the upright axis logarithmic, with plain numbers: powers are typeset, which names of runs must not be."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def thinned(series: Series) -> Series:
@@ -147,7 +155,8 @@ def thinned(series: Series) -> Series:
 
 
 def running_median(series: Series) -> Series:
-    """Return the running median of a line."""
+    """Return the median of SMOOTH of a line around some of its places, at most MOST_POINTS."""
     places, values = series
     reach = max(2, round(len(values) * SMOOTH / 2))
-    return places, [float(np.nanmedian(values[max(0, i - reach) : i + reach + 1])) for i in range(len(values))]
+    kept = np.unique(np.linspace(0, len(values) - 1, min(len(values), MOST_POINTS)).astype(int)).tolist()
+    return [places[i] for i in kept], [float(np.nanmedian(values[max(0, i - reach) : i + reach + 1])) for i in kept]

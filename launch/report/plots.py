@@ -17,6 +17,7 @@ from launch.report.drawing import (
     Wanted,
     draw_noisy,
     draw_wanted,
+    log_scale,
     thinned,
     whole_steps,
 )
@@ -92,7 +93,7 @@ def _gradient(axes: Axes, history: History) -> None:
     steps, values = history.of_steps("grad_norm")
     draw_noisy(axes, (steps, values), BLUE)
     if min(values) > 0 and max(values) > 30 * min(values):
-        axes.set_yscale("log")
+        log_scale(axes)
     else:
         axes.set_ylim(bottom=0)
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from launch.report.drawing import BLUE, GREEN, RED, Pictures, Wanted, draw_stack, draw_wanted, name_places
 from launch.report.history import History
@@ -53,6 +53,7 @@ def _filters(axes: Axes, counters: OfVersion) -> None:
     filters = sorted({name for dropped in counters.values() for name in dropped})
     parts = {name.replace("_", " "): [dropped.get(name, 0) for dropped in counters.values()] for name in filters}
     draw_stack(axes, _names(counters), parts)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from launch.jobfile import read_job
 from launch.report.before_after import places, read_before_after
-from launch.report.drawing import MOST_POINTS, as_svg, picture, thinned
+from launch.report.drawing import MOST_POINTS, as_svg, picture, running_median, thinned
 from launch.report.examples import excerpt, read_examples
 from launch.report.history import read_history
 from launch.report.page import write_report
@@ -114,6 +114,26 @@ def test_a_long_line_is_thinned_and_keeps_its_peaks():
     values[54_321] = 9.0
     places, kept = thinned((list(range(100_000)), values))
     assert len(kept) <= MOST_POINTS and kept[places.index(54_321)] == 9.0 and places == sorted(places)
+
+
+def test_a_running_median_is_that_of_the_whole_line():
+    values = np.random.default_rng(0).random(20_000)
+    places, medians = running_median((list(range(20_000)), values.tolist()))
+    assert len(places) <= MOST_POINTS and (places[0], places[-1]) == (0, 19_999)
+    at = len(places) // 2
+    assert medians[at] == np.median(values[places[at] - 500 : places[at] + 501]), "a twentieth of the line"
+
+
+def test_numbers_of_an_axis_are_numbers(tmp_path):
+    """Also of a logarithmic one, although names of runs are not typeset."""
+    write_logs(tmp_path, [step(number, 1.0, grad_norm=10.0**-number) for number in range(1, 5)])
+    figure = draw_all(read_history(tmp_path), [], "ndcg@10")["gradient"][1]
+    as_svg(figure, "gradient")
+    shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert "0.01" in shown and not any("$" in text for text in shown)
+    write_logs(tmp_path, [step(1, 1.0)])
+    (axes,) = draw_all(read_history(tmp_path), [], "ndcg@10")["loss"][1].axes
+    assert all(place == round(place) for place in axes.get_xticks())
 
 
 def test_drawing_says_nothing_whatever_a_run_is_called(caplog):
