@@ -15,6 +15,8 @@ from trainer.errors import InputError
 
 REFERENCES = {"bm25": (COLOURS[-1], "--"), "untrained": (COLOURS[-1], ":")}
 
+MOST_LETTERS = 24  # of a name in a legend
+
 
 def write_comparison(runs: list[Run], found: dict[str, Any], out: Path) -> Path:
     """Write the page and its pictures into a folder; return the page's path. Raises InputError."""
@@ -88,8 +90,9 @@ def minutes_at(run: Run) -> dict[int, float]:
 
 
 def label_of(run: Run) -> str:
-    """Return a name for a legend, which leaves out what begins with an underscore."""
-    return f" {run.name}" if run.name.startswith("_") else run.name
+    """Return a name for a legend: short, and without an underscore in front, for what begins so is left out there."""
+    name = run.name if len(run.name) <= MOST_LETTERS else f"{run.name[: MOST_LETTERS // 2]}…{run.name[-MOST_LETTERS // 2 + 1 :]}"
+    return f" {name}" if name.startswith("_") else name
 
 
 def _looks(runs: list[Run]) -> list[tuple[str, str]]:

@@ -69,7 +69,8 @@ def picture(title: str, x_label: str, y_label: str) -> Iterator[tuple[Figure, Ax
         yield figure, axes
         handles, labels = axes.get_legend_handles_labels()
         if len(labels) > 1:
-            columns = 2 if max(map(len, labels)) > 18 else 3
+            longest = max(map(len, labels))
+            columns = 1 if longest > 36 else 2 if longest > 18 else 3
             figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 

@@ -1,6 +1,7 @@
 """What `negpool compare` says of two runs: what differs, which is better query by query, and what stands in the way."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from launch.__main__ import main
 from launch.compare import compare_runs, read_runs
 from launch.compare_tables import compare_parts
 from launch.report.comparison import draw_comparison, minutes_at, write_comparison
+from launch.report.drawing import as_png
 from launch.report.page import write_report
 from launch.tables import Sheet
 from tests.launch.run_folders import BETTER, row, write_each, write_run
@@ -88,6 +90,17 @@ def test_every_run_is_a_line_over_steps_and_over_time(runs):
     over_time = {line.get_label(): line.get_xydata() for line in pictures["quality_time"][1].axes[0].lines}
     np.testing.assert_allclose(over_time["first, dev"], [[4 * 0.5 / 60, 0.4], [8 * 0.5 / 60, 0.5]])
     assert minutes_at(read[0])[10] == pytest.approx(5 / 60)
+
+
+def test_legends_name_every_run_and_fit_into_the_picture(runs):
+    names = ("_base", "a run with a name that is far too long for any legend that was ever drawn")
+    read = [replace(run, name=name) for run, name in zip(read_runs(runs), names, strict=True)]
+    figure = draw_comparison(read)["quality"][1]
+    as_png(figure)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()][::2] == [" _base, dev", "a run with a… ever drawn, dev", "BM25, test"]
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y0 >= 0
 
 
 def test_a_page_shows_tables_and_pictures(runs, tmp_path):
