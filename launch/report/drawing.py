@@ -70,7 +70,7 @@ def picture(title: str, x_label: str, y_label: str) -> Iterator[tuple[Figure, Ax
         handles, labels = axes.get_legend_handles_labels()
         if len(labels) > 1:
             longest = max(map(len, labels))
-            columns = 1 if longest > 36 else 2 if longest > 18 else 3
+            columns = 1 if longest > 42 else 2 if longest > 18 else 3
             figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
