@@ -49,9 +49,9 @@ def run(tmp_path_factory):
 
 
 def names_in(found, outer=""):
-    """Yield the names of all values of a line: of a value with parts, the names of its parts behind a dot."""
+    """Yield the names of all values of a line: of a value with parts, the names of its parts behind an arrow."""
     for name, value in found.items():
-        yield from names_in(value, f"{outer}{name}.") if isinstance(value, dict) else [f"{outer}{name}"]
+        yield from names_in(value, f"{outer}{name} → ") if isinstance(value, dict) else [f"{outer}{name}"]
 
 
 def lines(run, name):
