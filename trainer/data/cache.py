@@ -44,10 +44,10 @@ def cache_folder(cache: Path | None) -> Path:
 def build_once(folder: Path, what: str, build: Callable[[Path], None]) -> Path:
     """Return `folder`, made by `build(staging)` unless it is there whole; other processes wait for the one that builds.
 
-    The lock saves work and nothing depends on it: each process stages its own, hashes it and publishes it with a manifest,
-    and what is already there and whole is kept. So without locks between nodes a table is made twice, and never torn.
-    At every opening the sizes of all files are compared with the manifest, their hashes are not: a hundred gigabytes at each
-    start of each rank would take minutes. `negpool data prepare --verify` compares those, too.
+    The lock only saves work: each process builds a copy of its own, hashes it and publishes it with a manifest, and a whole
+    copy that is there already stays. So where nodes do not see each other's locks a table may be made twice, but is never
+    torn. Opening compares the sizes of all files with the manifest, and not the hashes, because hashing a hundred gigabytes at
+    each start of each rank would take minutes. `negpool data prepare --verify` compares the hashes, too.
     what: the table for people, as "tokens of the corpus". Raises InputError when the disk is full.
     """
     made = False
@@ -106,7 +106,7 @@ def clear_stale(cache: Path) -> None:
 
 @contextlib.contextmanager
 def _alone(lock: Path) -> Iterator[None]:
-    """Hold a lock; where a folder has none, go on without."""
+    """Hold a lock during the block; where the file system has no locks, go on without one."""
     held = FileLock(lock)
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -124,8 +124,8 @@ def _alone(lock: Path) -> Iterator[None]:
 def file_digest(path: Path, cache: Path) -> str:
     """Return the SHA-256 of a file, remembered under its path, size and time of change.
 
-    As `make` and `git` do. What was written in the last seconds is read again the next time, too: a second change may
-    leave the same time.
+    `make` and `git` recognise unchanged files in the same way. A file that changed in the last seconds is read again the next
+    time, because a second change within that time would leave the time of change as it is.
     """
     try:
         about = path.stat()

@@ -1,9 +1,9 @@
 """Clusters of training queries, and batches made of whole clusters.
 
-Who clusters writes one file, whole or not at all; who trains reads it between two epochs. A cluster is cut only where no
-batch has room for all of it, or where a window of batches ends, so an epoch has as many steps, of the same sizes, as
-without clusters. What is held are eight bytes a query for an assignment as long as it is in force, and for an epoch some
-sixteen a cluster.
+The miner writes the clusters into one file, whole or not at all; the trainer reads the file between two epochs. A cluster is
+cut only if no batch has room for all of it, or where a window of batches ends. So an epoch has as many steps, of the same
+sizes, as without clusters. Memory: eight bytes a query for the assignment in force, and some sixteen bytes a cluster for an
+epoch.
 """
 
 import bisect
@@ -41,7 +41,7 @@ def write_clusters(path: Path, clusters: Clusters) -> None:
 
 
 def read_clusters(path: Path, num_queries: int) -> Clusters:
-    """Return an assignment; raises InputError if the file is no such thing, or of other queries."""
+    """Return an assignment; raises InputError if the file holds none, or one for other queries."""
     try:
         with np.load(path, allow_pickle=False) as found:
             of_query, version = found["of_query"], int(found["version"])
@@ -105,7 +105,7 @@ def members_of(of_query: np.ndarray, first: int) -> Members:
 
 
 def pack_clusters(cluster_n: np.ndarray, batch: int, generator: np.random.Generator) -> np.ndarray:
-    """Return an order of n places in which each slice of `batch` is made of whole clusters as far as they fit.
+    """Return an order of n places; each slice of `batch` places holds whole clusters, as far as they fit.
 
     cluster_n: cluster of each place. The largest go first, each into the batch that it fills best (best-fit decreasing);
     one that fits nowhere is cut. Ties and the order of batches are random.

@@ -167,7 +167,7 @@ def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, prefix: str, lines: 
     documented = node.body[0]
     assert documented.end_lineno is not None
     kept = lines[node.lineno - 1 : documented.lineno - 1] + lines[documented.end_lineno : node.end_lineno]
-    # What stands before the docstring on its first line, or after it on its last, is part of no function we take.
+    # Functions with code before the docstring on its first line, or after it on its last, are not taken.
     indent = len(lines[node.lineno - 1]) - len(lines[node.lineno - 1].lstrip())
     code = "".join(line[indent:] if line[:indent].isspace() or indent == 0 else line for line in kept).strip("\n")
     num_lines = sum(bool(line.strip()) for line in kept)

@@ -1,7 +1,7 @@
 """A collection on its way to tables: texts of both sides with ids, and judgements by id, in files of their own.
 
-Judgements of documents that are not there stay in ideal lists and recall, as trec_eval has it. Judgements of queries that
-are not there fall out, and so does a split in which nothing relevant is there; all of it is reported.
+Judgements of documents that the corpus lacks still count in ideal lists and in recall, as in trec_eval. Judgements of queries
+that are missing are dropped, and so is a split without any relevant document in the corpus; all of it is reported.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
 """What the columns of a record mean: read by the names that they have, or by those that data.columns gives them.
 
-A role is what a column may be: the query, its positives, its negatives, … data.columns maps our name of a role to a column
-of the file, or to "" where the file has none; nothing else is then read in that role. What is not read is named, and refused
-where its name looks like a role that nothing was said about.
+A role is the meaning of a column: the query, its positives, its negatives, … data.columns maps our name of a role to a column
+of the file, or to "" where the file has none; no other column is then read in that role. Columns that are not read are
+reported; one whose name looks like a role is refused unless data.columns says what it is.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Several sources as one: their tables one after the other, their rows renumbered.
 
-A passage that two sources have under one id, with the same text, is one passage; queries stay apart, for each belongs to
-its source's prefix, batch and loss. An id that stands for two texts is refused.
+A passage that two sources have under one id, with the same text, is one passage; queries stay apart, because each has the
+prefix, the batch and the loss of its source. An id with two texts is refused.
 """
 
 import json

@@ -1,8 +1,9 @@
-"""Queries that should not meet in one batch: equal ones, and those that share a positive.
+"""Keeps queries out of each other's batch that are equal, or share a positive.
 
-The loss masks their columns anyway; apart, each has a whole batch of negatives. Those that clash change places with
-others, at random, until none clash or the rounds are over: more copies than batches cannot be kept apart. All queries are
-looked at once, after that only those that still clash and those that they might change places with.
+In one batch the loss would mask their columns; in different batches each has a whole batch of negatives. Queries that clash
+swap places with random others, until none clash or the rounds are over. If a text has more copies than there are batches, some
+copies must meet. The first round looks at all queries, later ones only at those that still clash and at those with which they
+might swap.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ FEW = 1000  # pairs of a query and a batch that may be looked at however few cla
 
 @dataclass(frozen=True, eq=False)
 class Conflicts:
-    """What queries may have in common: two that share a content key clash. Tables that are there anyway; nothing is copied."""
+    """The content keys by which queries clash: two queries clash if they share one. Refers to tables that exist already,
+    without a copy.
+    """
 
     query_keys: np.ndarray  # (num_queries,) int64, of each query's own text
     positive_indptr: np.ndarray  # (num_queries + 1,) int64
@@ -50,7 +53,7 @@ def separate(rows: np.ndarray, batch: int, conflicts: Conflicts, generator: np.r
 
 
 class _Seats:
-    """Who sits where, and which keys each batch holds. A query is named by the place that it had at first."""
+    """Which query is at which place, and which keys each batch holds. A query is known by the place that it had at the start."""
 
     def __init__(self, num_queries: int, batch: int, owner: np.ndarray, key: np.ndarray):
         self.query_at = np.arange(num_queries)
@@ -73,13 +76,13 @@ class _Seats:
         return found
 
     def may_part(self, query_m: np.ndarray) -> np.ndarray:
-        """Return which queries share a key with another one of their batch, and have none that every batch has, (m,) bool."""
+        """Return which queries clash within their batch and can be helped: they have no key that every batch has, (m,) bool."""
         who, codes = self._codes(query_m, self._place_of[query_m] // self._batch)
         is_everywhere = self._spread[codes % self._num_keys] == self._num_batches
         return _any(who, self._count(codes) > 1, len(query_m)) & ~_any(who, is_everywhere, len(query_m))
 
     def targets(self, query_m: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """Return a place for each query to go to: any one while there are many, then one in a batch without its keys."""
+        """Return a place for each query to move to: a random one while many clash, later one in a batch without its keys."""
         num_places = len(self.query_at)
         if len(query_m) * self._num_batches > max(self._num_first, FEW):
             return generator.integers(num_places, size=len(query_m))
@@ -92,14 +95,15 @@ class _Seats:
         return first + (generator.random(len(query_m)) * np.minimum(self._batch, num_places - first)).astype(np.int64)
 
     def swap(self, query_m: np.ndarray, other_m: np.ndarray) -> None:
-        """Let queries change places with others, those pairs that nothing in either batch speaks against."""
+        """Swap pairs of queries, where neither of a pair clashes with anything in its new batch."""
         _, first = np.unique(other_m, return_index=True)  # each other one once, and none that has to go itself
         first = first[~np.isin(other_m[first], query_m)]
         query_m, other_m = query_m[first], other_m[first]
         movers = np.concatenate([query_m, other_m])
         to = np.concatenate([self._place_of[other_m], self._place_of[query_m]])
         who, codes = self._codes(movers, to // self._batch)
-        # What leaves in this round counts as there still: who leaves is not settled before all have been looked at.
+        # A query that leaves in this round still counts in its batch, because which ones leave is known only when all have been
+        # checked.
         is_bad = _any(who, (self._count(codes) > 0) | (_times(codes) > 1), len(movers))
         is_good = ~(is_bad[: len(query_m)] | is_bad[len(query_m) :])
         moved = np.concatenate([is_good, is_good])

@@ -48,4 +48,4 @@ def _raw_rows(path: Path, report: Report) -> Iterator[tuple[int, list[str]]]:
 
 
 def _ignore(problem: Problem) -> None:
-    """Take no notice: whoever reads the file reports it."""
+    """Ignore the problem here; the code that reads the file for its rows reports it."""

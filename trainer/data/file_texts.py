@@ -1,6 +1,6 @@
 """The texts of one file in its order, row by row: lines of a plain file, or a column of records.
 
-Nothing is left out and nothing joined, so that a row stays what it was: an empty text is one, and ids may repeat. A query's own
+Nothing is left out or joined, so rows keep their numbers: an empty text counts as a text, and ids may repeat. A query's own
 prompt (FlagEmbedding's column) stands in the place of the prefix, as in a data set.
 """
 

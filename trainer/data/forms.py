@@ -1,4 +1,4 @@
-"""What kind of data set stands at a path: found by what is there, never told.
+"""Finds out what kind of data set is at a path, from the files that are there; no setting says it.
 
 A folder of a collection, as BEIR has it; a folder that `save_to_disk` of Hugging Face `datasets` wrote; files of records,
 or a folder of them; or the name of a data set of the hub. Files named train, dev (validation) or test are those splits.

@@ -1,6 +1,6 @@
 """Queries of the tables with passages that may stand together in a record: by numbers first, then with their texts.
 
-Numbers cost nothing to look at twice; texts are read some queries at a time.
+The numbers may be read several times, which is cheap; texts are read for some queries at a time.
 """
 
 from collections.abc import Iterator, Sequence

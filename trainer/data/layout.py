@@ -1,7 +1,7 @@
 """The files of a collection in a folder, by their names: which hold the corpus, the queries, the judgements of each split.
 
-BEIR's names, MS MARCO's, those of the hub's folders, and the like. A file whose name says only a split is told by what it
-holds. What is not read is named.
+BEIR's names, MS MARCO's, those of the hub's folders, and the like. If a name says only the split, the file's content decides.
+Files that are not read are reported.
 """
 
 import re
@@ -181,7 +181,7 @@ def _first(file: Path) -> dict[str, Any]:
 
 
 def _ignore(problem: Problem) -> None:
-    """Take no notice: whoever reads the file reports it."""
+    """Ignore the problem here; the code that reads the file for its texts reports it."""
 
 
 def _by_split(entries: list[Candidate]) -> Iterator[tuple[str, Candidate]]:

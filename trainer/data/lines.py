@@ -1,4 +1,4 @@
-"""Files of text, line by line, packed or not; what is no text in UTF-8 is said."""
+"""Files of text, line by line, packed or not; a file that is not text in UTF-8 is reported."""
 
 import codecs
 from collections.abc import Iterator

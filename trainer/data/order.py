@@ -1,4 +1,4 @@
-"""The order of a job's data: sources and their batches, clusters, queries that should not meet."""
+"""The order of a job's data: sources and their batches, clusters, and queries that are kept out of each other's batch."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What is wrong with a data set, with file and place: what a person must mend, and blemishes that can be lived with.
+"""What is wrong with a data set, with file and place: problems that a person must mend, and blemishes.
 
 One set of rules for two readers: `open_dataset` stops at the first problem and counts blemishes, `check_dataset` collects all.
 """

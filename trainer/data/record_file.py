@@ -1,7 +1,7 @@
 """A file of records in the form of another trainer, JSON lines or Parquet: what its records have, and which of them fit.
 
-Trainers end at records that differ: sentence-transformers where one has fewer negatives than the others of its batch, Tevatron
-and FlagEmbedding where one has none. So all records of a file are alike, and what does not fit is left out and counted.
+Other trainers crash where records differ: sentence-transformers if one has fewer negatives than the others of its batch,
+Tevatron and FlagEmbedding if one has none. So all records of a file are alike; those that do not fit are left out and counted.
 """
 
 import json

@@ -60,7 +60,7 @@ class Order:
     # Of all training queries. A new assignment must come into force with an epoch: within one, queries would come twice.
     clusters: Clusters | None = None
     conflicts: Conflicts | None = None  # queries that are kept out of each other's batch as far as it goes
-    # Pieces that the next step asks for again, one of a kind and source: nothing that could not be computed anew.
+    # Results that the next step needs again, one of each kind and source; all of them could be computed anew.
     kept: dict[tuple[str, int | None], tuple[Any, Any]] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -135,7 +135,7 @@ def _num_batches(order: Order, source: int | None) -> int:
 
 
 def _turn(order: Order, epoch: int, step: int) -> tuple[int, int]:
-    """Return whose turn a step of an epoch is, and which of its batches; those of a source come in their order."""
+    """Return which source a step of an epoch takes, and which batch of that source; batches of one source come in order."""
     lengths = [_num_batches(order, source) for source in range(len(order.sources))]
     block, at = divmod(step, BLOCK_TURNS)
     before, after = (_even_counts(lengths, min((block + i) * BLOCK_TURNS, sum(lengths))) for i in (0, 1))
@@ -196,7 +196,7 @@ def _clustered(order: Order, source: int | None, epoch: int) -> ClusteredEpoch:
 
 
 def _kept(order: Order, kind: str, source: int | None, which: Any, make: Callable[[], Any]) -> Any:
-    """Return what make() gives; it is kept until another one of its kind and source is asked for."""
+    """Return the result of make(), and keep it until another one of the same kind and source is asked for."""
     slot = kind, source
     if slot not in order.kept or order.kept[slot][0] != which:
         order.kept[slot] = which, make()

@@ -15,8 +15,9 @@ ROUNDS = 8  # of the Feistel network; of fewer than ten things not all orders ar
 def shuffle(place_n: np.ndarray, num: int | np.ndarray, key: np.ndarray) -> np.ndarray:
     """Return what stands at some places of a permutation of `num` things, (n,) int64.
 
-    A place is two digits, to which a function of the other one is added in turn; where that leaves the range, it is done
-    again. Source: Black & Rogaway 2002, "Ciphers with arbitrary finite domains", generalised Feistel and cycle walking.
+    A place is written with two digits. In turn, a function of one digit is added to the other; if the result is out of range,
+    the rounds are repeated on it. Source: Black & Rogaway 2002, "Ciphers with arbitrary finite domains", generalised Feistel
+    and cycle walking.
     """
     return _walk(_forward, place_n, num, key)
 

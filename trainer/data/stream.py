@@ -1,7 +1,7 @@
 """The queries of an epoch by their places in it, computed for the places that are asked for.
 
-A source is an endless row of its own epochs, each with every query once, in an order of its own; an epoch of all takes the
-next part of every source's row.
+A source repeats its own epochs without end; each has every query once, in a new order. An epoch over all sources takes the
+next part of each source's sequence.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """What a data set has that a file may hold: which columns its records get, and what a form has no place for.
 
-Found by a look at the numbers of all records before the first is written, for the columns of a file are the same for all.
+It is found by looking through all records before the first is written, because all records of a file have the same columns.
 """
 
 from collections.abc import Iterable, Iterator
@@ -104,7 +104,7 @@ class Survey:
 def lost_in_collection(data: RetrievalData) -> dict[str, int]:
     """Return how many there are of what BEIR has no place for.
 
-    Negatives are not written as judgements of 0: nobody has judged them, and what is read as judged is no negative.
+    Negatives are not written as judgements of 0, because nobody has judged them, and a judgement of 0 is not read as a negative.
     """
     scores = [qrels.teacher for qrels in data.qrels.values()] + ([] if data.given is None else [data.given.scores])
     return _known(

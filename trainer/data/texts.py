@@ -57,7 +57,7 @@ class TextWriter:
         text, prompt = written.text, written.prompt
         encoded = text.encode()
         made_id = xxhash.xxh3_128_hexdigest(encoded if prompt is None else f"{prompt}\0{text}".encode())
-        # One that we made, and wrote into a file that comes back, is none that anybody gave.
+        # An id that we made, and that came back in a file that we wrote, does not count as given by the user.
         self.has_id.append(row_id not in (None, made_id))
         row_id = row_id or made_id
         if not self._files or self._files[-1] is not file:
