@@ -1,9 +1,9 @@
 """How the trainer takes over new negatives: verified in the background, switched at one step on all ranks.
 
-Before a step all ranks exchange one small message. Rank 0 names a version; it comes into force at the first step before
-which every rank said that it had verified and mapped it. So all switch together, and nobody waits for the miner. Only
-version 0, the versions of a fixed schedule and, if the job says so, younger ones than too old ones are waited for, before a
-step and never inside one.
+Before a step all ranks exchange one small message. Rank 0 names a version; it comes into force at the first step before which
+every rank has said that it verified and mapped the version. So all ranks switch at the same step, and training does not wait
+for the miner. There are three exceptions, and all of them wait before a step, never inside one: version 0, the versions of a
+fixed schedule, and, with negatives.when_stale="wait", a version that is young enough.
 """
 
 import logging
@@ -40,7 +40,8 @@ class NegativesFeed:
         is_used: bool = True,
         data_digest: str | None = None,
     ):
-        """should_stop: may differ between ranks; one rank's yes stops all. given: the data's own, where none are mined.
+        """should_stop: ranks may answer differently; if one says yes, all stop. given: negatives that the data names, used
+        until mined ones are there.
 
         is_used: False: no version is ever looked for.
         data_digest: of the data that versions must have been mined from; None: any.
@@ -98,7 +99,7 @@ class NegativesFeed:
         return self._given if falls_back else self.in_force
 
     def take_back(self, version: int, back_to: int | None) -> None:
-        """Never use a version again, and go back to an earlier one; None: to none. Every rank calls it."""
+        """Never use a version again, and go back to an earlier one, or for None to in-batch negatives. Every rank calls it."""
         self._taken_back[version] = back_to
         if self._version() != version:
             return
@@ -111,7 +112,7 @@ class NegativesFeed:
         """Stop the background thread and let go of the versions in use."""
         self._closed.set()
         if self._fetcher.is_alive():
-            # Left to itself it may be the last to hold the process group, while Python ends: torch aborts then.
+            # If the thread outlived this call, it might hold the process group when Python ends, and torch would abort.
             self._fetcher.join()
 
     def _decide(self, step: int) -> tuple[int, bool]:
@@ -159,7 +160,9 @@ class NegativesFeed:
         return negatives_folder(self._run) / version_name(version)
 
     def _fetch(self) -> None:
-        """Verify and map the wanted version, and keep those in use pinned, until closed. All file work is done here."""
+        """Until closed, verify and map the version that is wanted, and keep the versions in use pinned. This thread does the
+        slow work on files.
+        """
         said: set[int] = set()
         awaited: set[int] = set()
         pinned: dict[int, float] = {}  # version -> when
@@ -176,7 +179,9 @@ class NegativesFeed:
             unpin(self._folder(version), "trainer")
 
     def _look(self, said: set[int], awaited: set[int], pinned: dict[int, float]) -> None:
-        """Fetch what is wanted and not there; said, awaited, pinned: versions that were called torn, and so on."""
+        """Fetch the version that is wanted, unless it is fetched already. said, awaited: versions about which a message was
+        logged, so that it is logged once. pinned: when each version was pinned last.
+        """
         wanted = self._wanted
         self._keep_pinned(pinned, wanted)
         if wanted == NONE or (self._fetched is not None and self._fetched.version == wanted):
@@ -194,7 +199,7 @@ class NegativesFeed:
                 log.warning("negatives %s not taken: %s", version_name(wanted), torn)
 
     def _keep_pinned(self, pinned: dict[int, float], wanted: int) -> None:
-        """Pin what is in use or about to be, in good time, and let go of all else. Rank 0 only has pins."""
+        """Pin the versions that are in use or wanted, before their pins expire, and remove all other pins. Only rank 0 pins."""
         if not self._world.speaks:
             return
         in_use = {held.version for held in (self._fetched, self.in_force, self._previous) if held is not None}

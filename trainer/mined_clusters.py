@@ -1,7 +1,7 @@
 """Clusters that the miner publishes with its negatives, taken over where an epoch begins.
 
-Within an epoch the assignment stays as it is, or queries would come twice. So it is kept in a file of the epoch, where a run
-that resumes inside the epoch finds it, whatever has been published since.
+Within an epoch the assignment must not change, or queries would come twice. So it is kept in a file of the epoch. A run that
+resumes inside the epoch reads that file, whatever was published since.
 Sources: NGAME (arXiv 2207.04452), which clusters anew as training goes; topic clusters (arXiv 2407.18887).
 """
 

@@ -1,7 +1,7 @@
-"""The transformer below the pooling: encoders and decoders of transformers' families, without parts that take no part.
+"""The transformer below the pooling: encoders and decoders of transformers' families, without unused parts.
 
-Whatever family it is, its dropout is ours (dropout.py), nothing is cached between tokens, and every trained parameter gets
-a gradient, for data parallelism waits for all of them.
+For every family we replace its dropout (dropout.py), and cache nothing between tokens. Every trained parameter gets a
+gradient, because data parallelism waits for all of them.
 """
 
 from pathlib import Path
@@ -42,7 +42,7 @@ def load_backbone(source: str, settings: ModelSettings, is_empty: bool = False, 
                 raise InputError(f"{source} holds adapters, which 4-bit weights cannot take in; leave model.quantize out")
             model = add_to_weights(model, source)
     if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False  # keys and values of a text that nobody goes on writing
+        model.config.use_cache = False  # keys and values are for generating text, which we do not
     if settings.quantize is not None:
         keep_to_one_product(model)
     replace_dropout(model)

@@ -1,6 +1,6 @@
 """The model card of a saved folder: what the model was made from and how, and how others load it.
 
-Its head is YAML that the hub reads. It names nothing of the machine: of a folder only its last name.
+Its head is YAML that the hub reads. It does not disclose the machine: of a folder it gives only the last part of the path.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""A transformer's layers by torch.compile, and without it where it fails, said aloud.
+"""Runs a transformer's layers by torch.compile; where that fails, it warns and runs them without.
 
 Layers are compiled one by one: they share one compilation, FSDP shards them one by one, and parts between them that
 torch.compile does not take do no harm. A seed replays a dropout in the encoding without graph and in the one with graph.
@@ -37,8 +37,8 @@ class CompiledLayers:
     def call(self, run: Callable):
         """Return run(), by compiled layers if they can be had.
 
-        The first call tries both kinds of graph beforehand: a failure between the two encodings of a step, or in the middle
-        of one, would leave them with different draws.
+        The first call tries both kinds of graph before it is needed. If compilation failed between the two encodings of a
+        step, they would draw different dropout.
         """
         if self._layers and not self._is_tried and not torch.is_inference_mode_enabled():
             self._is_tried = True

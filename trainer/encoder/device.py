@@ -1,4 +1,4 @@
-"""Which device encodes: the one that is asked for, or what there is."""
+"""Chooses the device that encodes: the one that the job asks for, else a GPU, else the CPU."""
 
 import torch
 

@@ -1,7 +1,7 @@
 """Embeddings of many texts without gradient, in batches of one token budget after a length sort.
 
-A thread reads and pads the next batch and brings it to the device while one is encoded: on a GPU that is the difference,
-on a CPU it is hardly anything, and does no harm.
+A thread reads and pads the next batch and brings it to the device while one is encoded: this keeps a GPU busy; on a CPU it
+gains hardly anything.
 """
 
 from collections.abc import Callable, Iterator

@@ -163,7 +163,7 @@ def read_layer(source: str, kind: str, path: str) -> Layer:
 
 
 def refuse_unknown(config: dict[str, Any], known: set[str], file: str) -> None:
-    """Raise InputError for a key that says something, we do not know what: it could change the embedding."""
+    """Raise InputError for a key with a value that we do not know: it could change the embedding."""
     unknown = sorted(key for key, value in config.items() if key not in known and value not in (None, False, "", [], {}))
     if unknown:
         raise InputError(

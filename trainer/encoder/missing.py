@@ -1,7 +1,7 @@
-"""What is not encoded yet: found, shared out and encoded, by any number of processes at once, no shard twice.
+"""Finds which shards are not encoded yet, shares them out over any number of processes, and encodes each of them once.
 
-The ranks of an evaluation or of the miner, and both of them side by side, take shards by leases: who is faster takes more, and
-a process that died costs the shards it held. No rank needs to hear of another.
+The ranks of an evaluation, those of the miner, or both at once take shards by leases. A faster process takes more shards. If a
+process dies, only the shards that it held are lost, and others encode them. Ranks need not know of each other.
 """
 
 import time
@@ -103,7 +103,7 @@ class _Encoding:
         self.on_progress(self.done, self.total)
 
     def end(self) -> None:
-        """Wait for what is being written, and leave the rest to others."""
+        """Wait until the shards at work are written, and release the others for other processes."""
         try:
             self._wait_for_writer()
         finally:
@@ -111,7 +111,7 @@ class _Encoding:
                 lease.release()
 
     def _missing(self, pieces: list[Piece]) -> list[Piece]:
-        """Return what is not there, what nobody holds first; one list of each folder."""
+        """Return the pieces that are missing, those without a lease first; lists each folder once."""
         found = {texts: texts.shards.missing_and_leased() for texts in {piece.texts for piece in pieces}}
         left = []
         for piece in pieces:
@@ -123,7 +123,7 @@ class _Encoding:
         return [piece for _, piece in sorted(left, key=lambda item: item[0])]
 
     def _encode_free(self, pieces: list[Piece]) -> set[Piece]:
-        """Encode what can be had, until the list is old; return what that was."""
+        """Encode the pieces whose lease is free, until the list is out of date; return these pieces."""
         encoded: set[Piece] = set()
         until = time.monotonic() + LISTED_S
         for piece in pieces:
@@ -132,7 +132,8 @@ class _Encoding:
             if lease is not None:
                 self._encode(piece, lease)
                 encoded.add(piece)
-            # Of those that others hold one is asked for at a time: it is waited for in any case, and may be a dead one's.
+            # Of the shards that others hold, only one is asked for at a time: this process has to wait for them anyway, and the
+            # holder may be dead.
             if is_held or time.monotonic() > until:
                 break
         return encoded

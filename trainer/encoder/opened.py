@@ -1,4 +1,4 @@
-"""A model's folder, opened: what it says, its tokenizer, and what stands behind its transformer."""
+"""Opens a model's folder: what it records, its tokenizer, and the layers behind its transformer."""
 
 from dataclasses import asdict, replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What stands before a text: the prompts that a folder records, and those that a known family wants and nobody gave."""
+"""Prompts before texts: those that a folder records; warns where a known family wants some and none is set."""
 
 import functools
 import logging

@@ -1,7 +1,8 @@
 """What a model's folder says of its use: pooling, layers behind it, normalisation, prompts, lengths, width.
 
-Ours say it in negpool.json, those of sentence-transformers in five files, some of which have had other names. All of it is
-taken, or refused by the name of the file and the key: an embedding that is nearly the model's is worse than none.
+Ours say it in negpool.json, those of sentence-transformers in five files, some of which have had other names. Every key is
+either followed, or refused with the name of its file: an embedding that differs a little from the model's own is worse than an
+error.
 """
 
 from dataclasses import dataclass, field, fields

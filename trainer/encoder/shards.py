@@ -150,7 +150,7 @@ def open_shards(
     """Return the shards of a token table under given weights; makes their folder.
 
     encoder: one that encodes as those of the weights do: on the same device, by the same products.
-    pins: what is to hold the folder. None: another rank does, or nobody deletes from this root.
+    pins: protects the folder from deletion. None: another rank protects it, or nothing is ever deleted below this root.
     """
     shard_rows = rows_of_shard(len(tokens.lengths))
     part = encoder.part(side)  # of two towers
@@ -176,8 +176,8 @@ def numerics(encoder: Encoder) -> dict[str, Any]:
     """Return what decides how an encoder computes, beside its weights: what a job or the kind of machine chooses.
 
     TensorFloat-32 and 4-bit layers move an embedding by a thousandth; another device or a compiler moves its last bits,
-    and two halves of a table that were made differently would not rank equal texts alike. Left out is what an upgrade of a
-    library may change in the last bits: an embedding is as good as before, and a corpus would be encoded anew for nothing.
+    and two halves of a table that were made differently would not rank equal texts alike. Versions of libraries are left out:
+    an upgrade may change the last bits, the embedding is as good as before, and encoding the corpus again would gain nothing.
     """
     device = next(encoder.parameters()).device
     on_gpu = device.type == "cuda"

@@ -59,7 +59,9 @@ def _package_folder(name: str) -> Path:
 
 
 def refuse_no_name(name: str, setting: str = "model.name") -> None:
-    """Raise InputError for what is neither a folder of a model nor a name that a hub or a package could have; asks nobody."""
+    """Raise InputError for a name that is neither a folder of a model nor a possible name on a hub or of a package; does not
+    use the network.
+    """
     place = os.path.expanduser(name)
     if (told := unreadable(place)) is not None:
         raise InputError(told)

@@ -71,7 +71,9 @@ def _entries(source: str) -> list[Module]:
 
 
 def _module(source: str, kind: str, path: str) -> Module:
-    """Return a module by the name of its class; raises InputError for a class of nobody's and a path out of the folder."""
+    """Return a module by the name of its class; raises InputError for an unknown class and for a path that leads out of the
+    folder.
+    """
     if os.path.isabs(path) or ".." in Path(path).parts:
         raise InputError(f"{source} has a module at {path}, outside of the folder; set model.name to a whole model")
     name = kind.rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""Token ids of many texts: computed once, kept in Arrow, memory-mapped ever after.
+"""Token ids of many texts: computed once, kept in an Arrow file, and memory-mapped from then on.
 
 A table is found again by a digest of the texts, the tokenizer's content, the prefixes and the maximum lengths, so nothing
 is tokenised twice, and nothing of another tokenizer is ever taken. The texts of an opened data set have a digest already,
@@ -46,7 +46,9 @@ class TextRule(NamedTuple):
 
     @property
     def decides(self) -> list:
-        """What of it decides tokens: a rule that pools all of a text is written as it always was."""
+        """The fields that decide the tokens. A rule that pools the whole text is written as in earlier versions, so that their
+        tables are found.
+        """
         return list(self[:3] if self.include_prompt else self)
 
 

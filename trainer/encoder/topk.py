@@ -1,8 +1,8 @@
 """Exact search: the k best passages of each query, by (score descending, id ascending), on any device.
 
-One tile of scores is held at a time. What cannot be among the k best is thrown away by one comparison of a group's largest
-score with the k-th best so far, so that the product is nearly all of the work: selecting from every score would take longer
-than the product itself. A score and an id are kept as one integer whose order is the wanted one. The order is total, so the
+One tile of scores is held at a time. One comparison of a group's largest score with the k-th best so far drops what cannot be
+among the k best. So nearly all of the time goes into the product; selecting from every score would take longer than the
+product. A score and an id are kept as one integer whose order is the wanted one. The order is total, so the
 result does not depend on how the passages were cut into parts, but for the last bits of a product.
 """
 
@@ -107,7 +107,9 @@ def top_k(
 
 @contextlib.contextmanager
 def _whole_products(device: torch.device) -> Iterator[None]:
-    """Multiply all bits of float32 meanwhile, also where training goes by TensorFloat-32: near scores would change places."""
+    """Use full float32 products during the block, also if training uses TensorFloat-32, which would swap passages with nearly
+    equal scores.
+    """
     if device.type != "cuda":
         yield
         return
@@ -121,7 +123,9 @@ def _whole_products(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _side_by_side(num_tiles: int, device: torch.device) -> Iterator[Callable[..., Iterator]]:
-    """Yield a map over tiles. On a CPU threads take tiles of their own: on the same one they would meet at every operation."""
+    """Yield a map over tiles. On a CPU each thread takes whole tiles, because threads that share a tile wait for each other at
+    every operation.
+    """
     num_threads = torch.get_num_threads()
     num_workers = min(num_threads, num_tiles) if device.type == "cpu" else 1
     if num_workers <= 1:
@@ -140,7 +144,7 @@ def tile_shape(k: int, device_type: str) -> tuple[int, int]:
 
 
 def _rows_of(passage_ND: np.ndarray, rows_n: np.ndarray) -> np.ndarray:
-    """Return some rows, as they are where they stand together: a copy is made of them anyway."""
+    """Return some rows; consecutive ones as a view, because the caller copies them anyway."""
     first, last = int(rows_n[0]), int(rows_n[-1])
     return passage_ND[first : last + 1] if last - first + 1 == len(rows_n) else passage_ND[rows_n]
 

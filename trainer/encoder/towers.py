@@ -134,7 +134,7 @@ class TwoTowers(Encoder):
 
     def forward(self, inputs: Mapping[str, Tensor], keep_activations: bool = False, side: Side | None = None) -> Tensor:
         """Return (n, D) embeddings of one side's texts, as `Encoder.forward` does."""
-        if side is None:  # neither tower is a default: the wrong one would learn, and nobody would see it
+        if side is None:  # no tower is the default, because a mistake would train the wrong one without any sign of it
             raise ValueError(f"two towers must be told whose texts these are: side={' or '.join(SIDES)}")
         return self.side(side)(inputs, keep_activations)
 
