@@ -1,7 +1,7 @@
 """What the ranks tell each other before the loss, and the errors that all of them raise together.
 
-A problem of one rank has to end the step on every rank, or the others would wait for it: it travels with the numbers of
-rows that the gather needs anyway.
+A problem of one rank has to end the step on every rank, or the others would wait for it. So it is sent together with the
+numbers of rows, which the gather needs anyway.
 """
 
 from dataclasses import dataclass
@@ -73,7 +73,7 @@ def agree(batch: Batch, encoding: Encoding, num_halved: int, group: dist.Process
 
 
 def _spread(embedding_nD: Tensor, num_queries: int) -> int:
-    """Return 1 - the mean cosine among queries or among passages, the more of the two, in SPREAD_UNIT; -1 without pairs.
+    """Return 1 - the mean cosine among queries or among passages, the larger of the two, in SPREAD_UNIT; -1 without pairs.
 
     Cost: n x D, by the sum of unit vectors.
     """

@@ -14,8 +14,8 @@ from torch import Tensor
 class Tower:
     """What one encoder encodes in this step on this rank.
 
-    Where a backend communicates in forwards (FSDP, ZeRO-3) a rank may be asked to `load` no rows: it then returns any input
-    that the encoder takes, for a forward that keeps the others company.
+    Where a backend communicates in forwards (FSDP, ZeRO-3) a rank may be asked to `load` no rows. It then returns any input
+    that the encoder takes, because every rank has to take part in the forward.
     """
 
     encode: Callable[[Any], Tensor]  # inputs of one chunk -> (m, D) embeddings, with a graph when grad mode is on

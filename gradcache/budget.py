@@ -134,6 +134,6 @@ def saved_bytes(forward: Callable[[], Any]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = forward()  # alive until all is counted, or a storage's address could be given out twice
+        kept = forward()  # keeps storages alive until all are counted, because a freed address could be used again
     del kept
     return sum(storages.values())

@@ -19,8 +19,8 @@ def plan_chunks(lengths: Tensor, max_tokens: int) -> list[Tensor]:
     """Return the rows of each chunk, (m,) int64 each, longest rows first.
 
     lengths: (n,) tokens of each row, on the CPU.
-    max_tokens: rows times the longest row of a chunk stay within it; a single longer row is a chunk by itself, which is
-    said once.
+    max_tokens: rows times the longest row of a chunk stay within it; a single longer row is a chunk by itself, and a warning
+    is logged once.
     """
     if max_tokens < 1:
         raise ValueError(f"chunk_tokens={max_tokens} must be at least 1")

@@ -1,4 +1,4 @@
-"""Rows of all ranks and back: one collective each way, uneven numbers of rows, zero included.
+"""Rows of all ranks and back: one collective each way; ranks may have different numbers of rows, or none.
 
 Only detached tensors travel, outside autograd: the backward of a gather is the reduce-scatter below, called once for all
 tiles. Rows are padded to the largest rank, because gloo and NCCL move equal parts fastest.
@@ -97,7 +97,7 @@ def _as_bytes(values_nC: Tensor) -> Tensor:
 
 
 def _from_bytes(bytes_NC: Tensor, dtype: torch.dtype) -> Tensor:
-    # Memory of its own, because a view of another type asks for aligned memory.
+    # A copy, because a view as another type needs aligned memory.
     values = torch.empty(len(bytes_NC), bytes_NC.shape[1] // dtype.itemsize, dtype=dtype, device=bytes_NC.device)
     values.view(torch.uint8).copy_(bytes_NC)
     return values

@@ -1,9 +1,10 @@
 """Ranks that are gone: what those say that waited for them, and how a rank that fails tells them why.
 
-A rank that fails leaves its reason in the store where the ranks once met, and goes. A collective of the others breaks then, or
-ends at its time limit, and they look there: no collective is added. One that was killed leaves nothing; it is known by not having
-noticed the failure itself. Under NCCL a collective returns before it is done, and what breaks it is never raised where it was
-called; whoever trains with it asks `told_failure` from a thread.
+A rank that fails writes its reason into the store through which the ranks met at the start, and ends. The next collective of
+the others then breaks, or reaches its time limit, and they read the reason in the store; no further collective is needed. A
+rank that was killed writes nothing; it is the one that has not reported the failure of the collective. Under NCCL a collective
+returns before it is done, and its error is never raised where it was called; so a trainer that uses NCCL calls `told_failure`
+from a thread.
 """
 
 import contextlib
@@ -24,7 +25,9 @@ class LostRank(RuntimeError):
 
 @contextlib.contextmanager
 def naming_lost_ranks(group: dist.ProcessGroup | None) -> Iterator[None]:
-    """Turn a backend's words for a broken collective into LostRank; leave any other error, as it is, where the others look."""
+    """Turn a backend's error about a broken collective into LostRank; write any other error into the store, and raise it as it
+    is.
+    """
     try:
         yield
     except LostRank:
@@ -44,7 +47,7 @@ def is_of_collective(error: BaseException) -> bool:
 
 
 def tell_failure(error: BaseException) -> None:
-    """Leave why this rank fails where the others look; the first rank that fails is the one that is told."""
+    """Write into the store why this rank fails; only the first rank that fails is kept there."""
     words = str(error).strip().splitlines()[:1]
     reason = f"rank {dist.get_rank()} failed: {': '.join([type(error).__name__, *words])}"
     with contextlib.suppress(RuntimeError):  # the store lived on a rank that is gone
@@ -57,9 +60,9 @@ def told_failure() -> str | None:
 
 
 def _who_is_lost(group: dist.ProcessGroup, error: Exception) -> str:
-    """Return what a rank has told, or which ranks have not noticed the failure: those are dead, or stuck somewhere else.
+    """Return the reason that a rank has written, or which ranks have not reported the failure: those are dead, or hang elsewhere.
 
-    They meet in the store, because the group itself is broken now, whatever its backend.
+    The ranks use the store for this, because the group itself is broken now, whatever its backend.
     """
     ranks, words = dist.get_process_group_ranks(group), str(error).strip().splitlines()[0]
     with contextlib.suppress(RuntimeError):  # the store lived on a rank that is gone

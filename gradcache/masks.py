@@ -38,14 +38,14 @@ def mask_passages(target_B: Tensor, positive_keys_BM: Tensor, passage_keys_N: Te
 def mask_queries(target_B: Tensor, row_keys_B: Tensor, query_keys_N: Tensor, positive_keys_NK: Tensor) -> Masks:
     """Return the masks of passages against queries: a passage's positives are the queries that have its key among theirs.
 
-    Of queries of one text it is enough that one of them has it.
+    Of several queries with one text, one that has it is enough.
     """
     rows, columns = _equal_keys(row_keys_B[:, None], positive_keys_NK)
     return _masks(target_B, _first_columns(query_keys_N), rows, columns)
 
 
 def add_same_side(masks: Masks, num_columns: int, row_keys_BM: Tensor, column_keys_NK: Tensor, text_keys_N: Tensor) -> Masks:
-    """Return masks whose columns go on, behind the first `num_columns`, with rows of the same side.
+    """Return masks with further columns behind the first `num_columns`: the rows of the same side.
 
     Of those a column is no negative of a row if they have a key in common. text_keys_N: the columns' content keys, each
     text counts once.

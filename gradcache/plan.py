@@ -34,7 +34,7 @@ class Chunk:
         return len(self.rows) * int(self.lengths.max()) if len(self.rows) else 0
 
     def halves(self) -> list["Chunk"]:
-        """Return two chunks of half the rows, with draws of their own."""
+        """Return two chunks of half the rows; each draws its own dropout."""
         parts = [t.tensor_split(2) for t in (self.rows, self.places, self.lengths)]
         return [replace(self, rows=r, places=p, lengths=n, seed=replay_seed(self.seed, i))
                 for i, (r, p, n) in enumerate(zip(*parts, strict=True))]  # fmt: skip

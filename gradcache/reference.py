@@ -1,6 +1,6 @@
 """The same step in one process and one graph: the oracle for `cached_step`.
 
-Written plainly, for being right and not for size: all ranks' batches, the full score matrix, masks by comparing keys one by
+Written to be obviously right, not to be fast or small: all ranks' batches, the full score matrix, masks by comparing keys one by
 one, autograd for everything. Shares with the step only the plan of chunks and their seeds, so that both draw the same
 dropout, and the objective, which has its own tests.
 """

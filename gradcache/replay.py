@@ -28,7 +28,7 @@ def replay_seed(*counters: int) -> int:
 
 @contextlib.contextmanager
 def borrowed_generators() -> Iterator[None]:
-    """Give the caller's generators back as they were, once a step."""
+    """Use the random generators during the block, and put them back into the state that the caller left them in."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         yield

@@ -27,7 +27,7 @@ from gradcache.temperature import Temperature
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What a step found, and what it cost. Without another word: on this rank."""
+    """What a step found, and what it cost; figures are of this rank unless they say otherwise."""
 
     loss: float  # mean over the queries of all ranks
     num_queries: int  # of all ranks
@@ -73,12 +73,12 @@ def cached_step(
     scaler: of float16 training; gradients come out times its scale, the temperature's too, as behind `scaler.scale(loss)`.
     weight: factor of the gradients, not of the reported loss.
     is_last: False where other parts of the same update follow, such as the batches of other tasks: their gradients add up
-    on each rank, and the part that is last synchronises them, once. Parts should differ in `seed`, or they draw alike.
+    on each rank, and the part that is last synchronises them, once. Give parts different seeds, or they draw equal dropout.
     Mixed precision is the encoder's: let it run under autocast, or this whole call; the loss is computed outside of it.
     Collective: every rank of group calls it once a step or part, also with zero rows. The number of collectives does not
     depend on the number of chunks. Raises, on every rank alike and before any gradient: ValueError if no rank has a query or the
-    towers' widths differ, NotFinite for a broken embedding; LostRank where a rank is gone. What one rank alone raises,
-    the others tell as the reason of their LostRank.
+    towers' widths differ, NotFinite for a broken embedding; LostRank where a rank is gone. If one rank alone raises an error,
+    the others raise LostRank with that error as the reason.
     """
     device = temperature.log_scale.device
     rank = 0 if group is None else group.rank()
@@ -138,5 +138,5 @@ def _equalized(
 
 def _now_s(device: torch.device) -> float:
     if device.type == "cuda":
-        torch.cuda.synchronize(device)  # otherwise a phase would be charged with what an earlier one queued
+        torch.cuda.synchronize(device)  # otherwise the time of work that an earlier phase queued would count for this one
     return time.perf_counter()

@@ -20,7 +20,7 @@ class GradientSync(Protocol):
     communicates_in_forward: bool  # every rank must then make as many forwards and backwards, in one order
 
     def hold(self) -> None:
-        """Before the first forward of a step or part: no backward reduces gradients from here on."""
+        """Called before the first forward of a step or part: from here on no backward reduces gradients."""
 
     def backward(self, surrogate: Tensor) -> None:
         """Run a backward that is not the last one of a step. surrogate: a scalar; without a graph for a frozen tower."""
@@ -42,7 +42,7 @@ class GradientSync(Protocol):
 
 
 class NoSync:
-    """One process. Modules are needed only to go on when a backward runs out of memory."""
+    """One process. The modules are needed only to repeat a backward that ran out of memory."""
 
     communicates_in_forward = False
 
@@ -140,8 +140,8 @@ class DDPSync(NoSync):
     def _arm(self, module: DistributedDataParallel, surrogate: Tensor) -> Tensor:
         """Return what the module's synchronising backward starts from.
 
-        DDP arms itself in the forward that precedes a backward. Here the forward of the last backward may date from
-        before the loss, others ran backward in between, and a rank without rows made none.
+        DDP arms itself in the forward that precedes a backward. Here the last backward may belong to a forward from before the
+        loss, other backwards ran in between, and a rank without rows made no forward at all.
         """
         start = reach_parameters(surrogate, module)
         module.require_backward_grad_sync = True

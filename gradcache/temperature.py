@@ -11,7 +11,7 @@ class Temperature(nn.Module):
 
     When it is learnable, `cached_step` sets its gradient to the true one of the global loss, the same on every rank; it
     must not be part of a module that a parallel backend synchronises. Call `bound` behind each update of the optimizer:
-    left to itself it falls further and further on pairs that are easily told apart, until scores overflow.
+    without it the temperature falls without end where pairs are easily told apart, until scores overflow.
     Source of the parameter and its bound: CLIP (Radford et al. 2021, arXiv 2103.00020).
     """
 

@@ -1,7 +1,7 @@
-"""Going on when a chunk does not fit into memory: half as many rows at once, or its graph on the host.
+"""What is done when a chunk does not fit into memory: half as many rows at once, or its graph in the host's memory.
 
-Before the loss a chunk may be halved freely. Behind it, it has to draw the same dropout as before: only a chunk that draws
-nothing may be halved; the graph of any other is moved to the host's memory while it waits for its backward.
+Before the loss any chunk may be halved. After the loss a chunk has to draw the same dropout as before, so only a chunk without
+random draws may be halved; the graph of any other chunk is kept in the host's memory until its backward.
 """
 
 import logging
@@ -45,7 +45,7 @@ def encode_or_halve(chunk: Chunk, *, with_graph: bool, may_halve: bool) -> list[
             raise
         if not may_halve or (len(chunk.rows) < 2 and not with_graph):
             raise out_of_memory(chunk) from error
-    # Outside of the handler, whose traceback would hold on to what did not fit.
+    # This stands outside of the handler, because the traceback would keep the tensors that did not fit.
     if with_graph:
         log.warning("out of memory: the graph of a chunk of %d tokens is not kept", chunk.num_padded_tokens)
         return encode_or_halve(chunk, with_graph=False, may_halve=may_halve)
