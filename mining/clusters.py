@@ -1,4 +1,4 @@
-"""Clusters of the training queries, for batches whose texts are near to each other: k-means on the miner's embeddings.
+"""Clusters of the training queries by k-means on the miner's embeddings, for batches of similar texts.
 
 Sources: TAS-B (arXiv 2104.06967), NGAME (arXiv 2207.04452) and "Embedding and Clustering Your Data Can Improve
 Contrastive Pretraining" (arXiv 2407.18887).

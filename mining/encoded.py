@@ -100,7 +100,7 @@ def _choose_base(
 
 
 def _encode(work: Work, checkpoint: Checkpoint, texts: list[Texts], width: int) -> None:
-    """Encode what is missing, after the room that it takes was told. Collective."""
+    """Report the room on disk that is needed, then encode what is missing. Collective."""
     num_tokens = 0
     if work.ranks.speaks:
         rows = [(each.tokens, each.shards.rows(shard)) for each in texts for shard in each.shards.missing()]

@@ -14,7 +14,7 @@ from trainer.errors import InputError
 
 log = logging.getLogger(__name__)
 
-LOOPBACK = "127.0.0.1"  # whoever should see more than this machine puts a proxy in front, which can ask who they are
+LOOPBACK = "127.0.0.1"  # to serve other machines, put a proxy in front that can ask for a password
 GAUGES = {
     "version": "version of the negatives at work",
     "done": "of the phase at work, on rank 0",

@@ -1,4 +1,4 @@
-"""Passages drawn from the whole corpus, for queries whose candidates do not suffice or are not wanted alone.
+"""Draws passages from the whole corpus: for queries with too few candidates, and where sample.random_share asks for random ones.
 
 The rules on scores hold for them as for candidates: one that a rule drops is drawn again, and after ROUNDS of draws its place
 stays empty. What a query gets is a function of seed, version and query, whatever rank or tile it is in.
@@ -20,9 +20,8 @@ ROUNDS = 8
 def add_random(
     draw: Draw, ranks: Ranks, retriever: Retriever, share: Share, table: Table, is_empty_Q: np.ndarray, go_on: GoOn
 ) -> Table:
-    """Return the table with random passages: a share of all negatives, and all of a query of whose candidates none passed.
-
-    That one of them is a positive which nobody judged is as likely as in a batch. Collective.
+    """Return the table with random passages: a share of all negatives, and all negatives of a query of which no candidate
+    passed. A random passage is a positive that nobody judged as rarely as one in a batch is. Collective.
     """
     falls_back_Q = is_empty_Q & (draw.filter.when_empty == "random")
     lacking_Q = np.where(falls_back_Q, draw.sample.num_negatives, draw.sample.num_random)
@@ -60,7 +59,7 @@ def _round(
     kept = Kept(ids_QR)
     _drop_barred(draw, share, kept, ids_QR, barred)
     drop_known(draw.filter, kept, ids_QR, share.own)
-    # At first no more are scored than needed; then more and more, because the rules drop many.
+    # The first round scores no more than needed; later rounds score more, because the rules drop many.
     kept.narrow("spare", kept.mask_QK.cumsum(1) <= (number + 1) * lacking_Q[:, None])
     tried_QR = kept.mask_QK
     scores_QR = retriever.score(share.places, np.where(tried_QR, ids_QR, -1))

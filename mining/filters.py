@@ -1,8 +1,8 @@
 """Which candidates may become negatives: pure functions of a table of candidates, one mask each, each counted.
 
 A row of the table holds one query's candidates, best first; -1 marks an empty place. Every filter sees what the earlier
-ones kept, so the counters add up to what was dropped. What is known of a candidate (judged, an equal text, a duplicate)
-comes first; the rules on ranks and scores follow, and guess which of the rest are positives that nobody has judged.
+ones kept, so the counters add up to what was dropped. Filters on what is known come first (judged, an equal text, a
+duplicate). The rules on ranks and scores follow; they guess which of the rest are positives that nobody has judged.
 """
 
 from dataclasses import dataclass
@@ -37,7 +37,9 @@ class Keys:
 
 @dataclass(frozen=True)
 class OwnTexts:
-    """What belongs to each of Q queries, so it is no negative of theirs. Queries of one text have one list, L in all."""
+    """The passages that belong to each of Q queries, and so are no negatives of it. Queries with one text share a list; there
+    are L lists.
+    """
 
     list_of_Q: np.ndarray  # (Q,) int64
     indptr: np.ndarray  # (L + 1,) int64
@@ -47,7 +49,7 @@ class OwnTexts:
 
 @dataclass(frozen=True)
 class Positives:
-    """What the positives of Q queries score, in CSR form, each query with one at least; None: nobody knows (BM25)."""
+    """The scores of the positives of Q queries, in CSR form, at least one a query; None: unknown, as for BM25."""
 
     indptr: np.ndarray  # (Q + 1,) int64
     scores: np.ndarray | None  # (p,) float32
@@ -101,7 +103,9 @@ def drop_known(settings: FilterSettings, kept: Kept, ids_QK: np.ndarray, own: Ow
 
 
 def drop_by_rank(settings: FilterSettings, kept: Kept) -> None:
-    """Drop what is too early among the candidates left, and may well be a positive, or too far away to teach anything."""
+    """Drop candidates by their place among those left: the first ones, which may be positives, and those too far away to teach
+    anything.
+    """
     if settings.range_min or settings.range_max != "off":
         place_QK = kept.mask_QK.cumsum(1) - 1
         last = place_QK.shape[1] if settings.range_max == "off" else settings.range_max
@@ -111,7 +115,7 @@ def drop_by_rank(settings: FilterSettings, kept: Kept) -> None:
 def drop_by_score(
     settings: FilterSettings, margins: Margins, kept: Kept, scores_QK: np.ndarray, positive_score_Q: np.ndarray | None
 ) -> None:
-    """Drop what scores as a positive may, or too low.
+    """Drop candidates that score as high as a positive, or too low.
 
     positive_score_Q: score of the positive that decides for each query; None: no scores to compare with (BM25), and no rules.
     """

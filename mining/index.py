@@ -1,6 +1,6 @@
 """One index over each block of shards: exact search in torch, or any FAISS index by its factory string, on a GPU if there is one.
 
-FAISS is an extra of the installation: exact search, the default, does without.
+FAISS is an extra of the installation; exact search, the default, does not need it.
 
 An index per block of shards, not per rank, makes the result independent of the number of ranks; the price is that IVF trains
 its centroids on one block. Passages that must not be found are left out of the index, not filtered afterwards.

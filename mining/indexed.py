@@ -1,4 +1,4 @@
-"""An index over all passages that finds enough of them, or the exact search that needs none."""
+"""Builds an index over all passages whose recall is high enough, or falls back to exact search."""
 
 import logging
 from dataclasses import dataclass, replace

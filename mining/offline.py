@@ -107,7 +107,7 @@ def _make_run(job: MineJob, model: ModelSettings | Path | None, shards: Path | N
 
 
 def clean_left(cache: Path) -> None:
-    """Delete the folders of miners that were killed: old enough to have been claimed, and claimed by nobody now."""
+    """Delete the folders of miners that were killed: those old enough to have been claimed by a service, and without one now."""
     for run in cache.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
             if time.time() - run.stat().st_mtime > CLAIMED_AFTER_S and not is_claimed(run, "miner"):

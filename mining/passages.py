@@ -1,8 +1,8 @@
-"""Whose embeddings of the passages a version is mined with: the new checkpoint's, or those of an earlier one.
+"""Chooses the checkpoint whose embeddings of passages a version is mined with: the new one, or an earlier one.
 
 Encoding the corpus is most of a refresh. `frozen` pays for it once, as ADORE does (Zhan et al. 2021, arXiv 2104.08051):
 only queries are encoded anew. `drift` looks at a sample first and keeps the earlier embeddings while they have hardly
-moved. Which ones a version took is written before it is published, so that a version that is made again takes the same.
+moved. The choice is written down before a version is published, so that a version that is made again makes the same choice.
 """
 
 import json

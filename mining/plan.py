@@ -1,8 +1,8 @@
 """The memory of a rank of the service, planned before anything is encoded or searched.
 
-Counted is what the process itself takes: what it holds already, and the largest of its phases. Embeddings are memory-mapped
-and let go shard by shard: one shard counts, the rest is the system's page cache, which gives way. What grows with the
-number of queries is cut into tiles that fit.
+The plan counts what the process holds already, and the largest of its phases. Embeddings are memory-mapped and released shard
+by shard, so one shard counts; the others are in the system's page cache, which the system frees when it needs memory. What
+grows with the number of queries is cut into tiles that fit into the limit.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""The ranks of the service: waits that sleep, decisions of one for all, errors that leave nobody behind.
+"""The ranks of the service: they sleep while they wait, one decides for all, and an error of one ends the work of all.
 
 MPI's blocking collectives spin at full speed until the last rank arrives. Here all ranks first meet with a test and a
 sleep, and the collective that follows is over at once: on a machine shared with the trainer that is worth a core.
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 NAP_S, LONGEST_NAP_S = 0.0005, 0.05  # between two looks at whether all ranks have come
-NAP_SHARE = 0.02  # of what was waited already: who comes last waits no longer than that for the others to wake
+NAP_SHARE = 0.02  # of the time waited already; so the rank that comes last waits only that much longer for the others to wake
 STOP_PATIENCE_S = 60.0  # for the others to come, after a request to stop: a rank that died never does
 FAREWELL_S = 30.0  # for MPI's own end, once all ranks have come to it
 TAG_STOP, TAG_CALL_OFF = 75, 76
@@ -173,7 +173,7 @@ class Ranks:
             raise GivenUp(causes[0])
 
     def _take_back(self) -> None:
-        """Receive the word that the work was called off, which every rank has heard of by now."""
+        """Receive the message that the work was called off, after every rank has seen it."""
         if not self.speaks:
             self._comm.recv(source=0, tag=TAG_CALL_OFF)
 
@@ -181,8 +181,8 @@ class Ranks:
 def leave_mpi(code: int) -> None:
     """End MPI, and with it the process, with `code`, if that takes longer than FAREWELL_S. Collective over MPI's world.
 
-    All is done and told by then. A library that hangs in its end, as Open MPI's may once in a thousand times
-    (open-mpi/ompi#10117), would hold a node until the time limit.
+    By then all work is done and reported. Without this, a library that hangs while it ends, as Open MPI does in about one of a
+    thousand runs (open-mpi/ompi#10117), would occupy a node until its time limit.
     """
     from mpi4py import MPI
 

@@ -1,4 +1,4 @@
-"""A cross-encoder's scores of (query, passage) pairs: they filter candidates, and teach whoever trains on the table.
+"""A cross-encoder's scores of (query, passage) pairs: they filter candidates, and are published with the negatives.
 
 Scores are logits, before any sigmoid: of one label, or of the second of two over the first. Pairs are scored in blocks of
 neighbouring queries, sorted by length within a block; a block is one rank's, so no bit depends on the number of ranks.

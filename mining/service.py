@@ -1,7 +1,7 @@
 """The mining service: watch, encode, index, audit, search, publish, and again.
 
-It never waits for the trainer nor the trainer for it; they meet in the run folder. It may be killed at any moment: what
-was encoded stays, and the version that was being made (see version.py) is made again, to the same bytes.
+Neither it nor the trainer waits for the other; they exchange files through the run folder. It may be killed at any moment:
+embeddings that are on disk stay, and the version that was being made (see version.py) is made again, with the same bytes.
 """
 
 import logging
@@ -74,7 +74,7 @@ def run_service(
 
 
 def _told(caught: BaseException, job: MineJob) -> BaseException:
-    """Return what the person is told: all ranks give up alike, and a disk says what it refused."""
+    """Return the error to show: the cause, where all ranks gave up together, and a sentence for what a disk refused."""
     if isinstance(caught, GivenUp):
         return caught.cause
     if is_disk_error(caught) and not isinstance(caught, TOLD):
@@ -103,7 +103,9 @@ def _serve(job: MineJob, ranks: Ranks, once: bool, checkpoint: str | None, metri
 
 
 def make_version(work: Work, task: Task) -> bool:
-    """Make a version and return whether its weights need no other look: published, or refused for good. Collective."""
+    """Make a version; return whether its checkpoint is done with, because the version was published or refused for good.
+    Collective.
+    """
     work.begin(task)
     cause: Exception | None = None
     try:
@@ -113,7 +115,7 @@ def make_version(work: Work, task: Task) -> bool:
             mine_checkpoint(work, task, task.checkpoint)
     except GivenUp as given_up:
         cause = given_up.cause
-    # Whether it was published or refused: of either a corpus of embeddings would stay.
+    # Done for published and for refused versions, because both leave embeddings of the whole corpus.
     work.ranks.decide(partial(prune_embeddings, work))
     is_done = cause is None or work.ranks.decide(partial(give_up, work, task, cause))
     work.finish(is_done)
@@ -162,8 +164,8 @@ def next_task(work: Work, once: bool, given: str | None) -> Task | None:
             if begun is not None and (begun.version, begun.checkpoint) == (version, checkpoint.folder.name):
                 work.settled_version = version  # a killed service's: it is finished first
             return Task(version, checked(work, checkpoint), is_only=once)
-        # Nobody will take what could still be mined after the trainer's last step. One that was killed or stopped has not
-        # said that it is done, and may come back.
+        # After the trainer's last step no negatives are needed any more. A trainer that was killed or stopped has not written
+        # that it is done, and may be started again.
         trainer = read_status(run, "trainer")
         if once or trainer.get("phase") == "finished" or trainer.get("training_done"):
             log.info("nothing more to mine: %s", "no new checkpoint" if once else f"trained to step {trainer.get('step')}")

@@ -37,7 +37,7 @@ def changed_files(files: dict[str, str], job: MineJob) -> list[str]:
     """Return which of some files are not what they were, those that are gone included."""
     try:
         return _changed(files, data_files(job.data, job.sources))
-    except InputError:  # a data set without one of its files is none; which one is gone, the names say
+    except InputError:  # without one of its files the data set cannot be opened; name the files that are gone
         return [path for path in files if not Path(path).exists()]
 
 

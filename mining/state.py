@@ -1,4 +1,4 @@
-"""What a killed service must know to publish the same version again: which one it was, and from which checkpoint.
+"""What a service that was killed needs in order to make the same version again: its number and its checkpoint.
 
 Everything else is on disk already (shards) or follows from the seed.
 """

@@ -1,6 +1,6 @@
-"""Negatives that are drawn and not published yet, kept tile by tile: a killed service searches for the other queries only.
+"""Keeps negatives that are drawn and not yet published, so that a killed service searches only for the other queries.
 
-What is drawn for a query depends on nothing but what `about` names, so a part may come from a service of any number of ranks.
+What is drawn for a query depends only on what `about` names, so a service with another number of ranks can use the parts.
 """
 
 import contextlib

@@ -2,7 +2,7 @@
 
 A folder holds `queries.npy` and `passages.npy`, each (rows, D) floats with a row for every query and passage of the data set
 in its order, which is checked where `queries.ids.txt` and `passages.ids.txt` stand beside them. Scores are inner products.
-They are copied into shards, so that all that follows is what embeddings meet.
+They are copied into shards; from there on they are treated as embeddings are.
 """
 
 import hashlib

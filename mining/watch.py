@@ -1,4 +1,4 @@
-"""What is mined next. Rank 0 alone looks; the others hear what it found.
+"""Finds what is mined next. Only rank 0 looks into the run folder, and tells the others.
 
 Without a schedule that is the newest whole checkpoint, unless it was mined already; with one, version i + 1 comes from
 entry i, and is waited for, so that a run can be repeated to the bit.
@@ -39,7 +39,7 @@ class Task:
 
 
 class Watch:
-    """Rank 0's view of the checkpoints; remembers what it looked at, so that waiting costs no reading."""
+    """Rank 0's view of the checkpoints; it remembers which ones it has read, so that waiting reads no files."""
 
     def __init__(self, job: MineJob):
         self._job = job
@@ -53,7 +53,7 @@ class Watch:
 
         done_digest: weights that need no mining: those of the last version, or those just refused.
         begun: what a killed service was making; it is finished first.
-        takes_final: whether the checkpoint of the last step is mined too, after which nobody trains.
+        takes_final: whether the checkpoint of the last step is mined too, although no training follows.
         """
         if begun is not None and begun.version == version:
             found = self._open(checkpoints_folder(self._run) / begun.checkpoint)
@@ -96,7 +96,7 @@ class Watch:
         return newer.manifest["weights_digest"] != checkpoint.manifest["weights_digest"]
 
     def look_again(self) -> None:
-        """Forget what was seen: it may have been deleted, or come back, without a trace in names and times."""
+        """Forget which checkpoints were read: they may have been deleted or written again with the same names and times."""
         self._seen = None
 
     def _there(self) -> str:

@@ -1,4 +1,4 @@
-"""A service at work: what stays the same from version to version, and how it tells the outside."""
+"""The state of a running service that all versions share, and how it reports its progress."""
 
 import contextlib
 import logging
@@ -72,9 +72,9 @@ class Work:
 
     @contextlib.contextmanager
     def phase(self, name: str, **amounts: int) -> Iterator[None]:
-        """Tell the status and the state which phase begins, and keep its seconds when it is through.
+        """Write into the status and the state which phase begins, and record its seconds when it ends.
 
-        amounts: of work for all ranks together, such as tokens=1000; their rates are told.
+        amounts: of work for all ranks together, such as tokens=1000; rates are computed from them.
         """
         assert self.task is not None
         checkpoint, started = self.task.checkpoint, time.monotonic()
@@ -94,7 +94,9 @@ class Work:
         self.metrics.record(step or 0, {"event": "phase", **figures, **self.ages()})
 
     def progress(self, done: int, total: int) -> None:
-        """Tell how far a phase is on this rank; raises Superseded if it is not far, and better work has come."""
+        """Report how far a phase is on this rank; raises Superseded if it is less than half done and a newer checkpoint is
+        there.
+        """
         self.status.update(done=done, total=total, **self._rates(done / max(1, total)))
         self.keep_alive()
         if self.ranks.speaks and 2 * done < total and self._is_superseded():
@@ -114,7 +116,7 @@ class Work:
                 self.pins.renew()
 
     def finish(self, is_done: bool = True) -> None:
-        """Let go of the checkpoint; is_done: it was mined or refused, and needs no other look."""
+        """Unpin the checkpoint; is_done: it was mined or refused, and is not looked at again."""
         if self.task is not None and self.task.checkpoint is not None and self.ranks.speaks:
             if is_done:
                 self.done_digest = self.task.checkpoint.manifest["weights_digest"]
@@ -140,7 +142,7 @@ class Work:
 
     @contextlib.contextmanager
     def warning(self, effect: str) -> Iterator[None]:
-        """Say what follows of a small file that cannot be written, and go on."""
+        """Log the effect where a small file cannot be written in the block, and go on."""
         try:
             yield
         except (InputError, MachineFailed, OSError) as error:
@@ -174,7 +176,7 @@ def open_work(job: MineJob, ranks: Ranks, claim: Claim) -> Work:
         files = ranks.decide(lambda: claim_data(job, data))
         judgements = ranks.together(lambda: read_judgements(data, job.data.train_split))
     if job.index.factory != EXACT:
-        ranks.together(lambda: load_faiss(job.index.factory))  # now, and not when the corpus is encoded
+        ranks.together(lambda: load_faiss(job.index.factory))  # a missing FAISS is reported before the corpus is encoded
     sizes = judgements.num_queries, len(data.corpus)
     ranks.decide(lambda: check_clusters(job.clusters, judgements.num_queries))
     ranks.decide(lambda: claim_negatives(run, *sizes))
