@@ -10,8 +10,8 @@ import pytest
 from mpi4py import MPI
 
 from mining.exporter import GAUGES
-from mining.filters import FilterSettings
 from mining.service import run_service
+from mining.settings import FilterSettings
 from tests.mining.run import as_job, make_job
 from tests.tiny import write_tiny_encoder
 from tests.trainer.worlds import world_of

@@ -9,7 +9,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from trainer.errors import InputError
 from trainer.ranges import Precision, Rate, job_section
 
-KEEP_ENCODINGS = 4  # fingerprints that stay where nobody says how many: a refresh makes two, and so does an evaluation
+KEEP_ENCODINGS = 4  # fingerprints that are kept by default; a refresh makes two, and so does an evaluation
 
 
 @job_section
