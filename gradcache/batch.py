@@ -1,4 +1,4 @@
-"""What one rank brings to a step: rows to encode, and which of them belong together."""
+"""The rows that one rank encodes in a step, and which of them belong together."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

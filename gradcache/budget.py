@@ -38,7 +38,7 @@ class Budget:
     keep_graphs: int | Literal["all"]
 
     def halved(self) -> "Budget":
-        """Return the budget after a chunk has not fitted."""
+        """Return a smaller budget, after a chunk did not fit into memory."""
         return Budget(max(1, self.chunk_tokens // 2), 0)
 
 

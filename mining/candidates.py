@@ -1,6 +1,6 @@
-"""Where candidates come from: search with the encoder, BM25, what the last version had; and the score of any pair.
+"""Finds candidates with the encoder, with BM25 and in the last version, and scores any pair of query and passage.
 
-Whatever found a candidate, its score is the encoder's, so that margins and samplers compare like with like.
+Every candidate is scored by the encoder, whichever search found it, so that margins and samplers compare scores of one kind.
 """
 
 from dataclasses import dataclass
@@ -69,14 +69,14 @@ class DenseRetriever:
         step = max(1, PAIRS_BYTES // (8 * self.passages.width))
         for start in range(0, len(scores), step):
             pairs = slice(start, start + step)
-            # A pair's sum does not depend on the pairs beside it, as a matrix product's may.
+            # The sum of a pair does not depend on which other pairs are in the batch; that of a matrix product may.
             scores[pairs] = (self.queries.read(query_places[pairs]) * self.passages.read(passage_rows[pairs])).sum(1)
         return scores
 
 
 @dataclass
 class BM25Retriever:
-    """Words. One index in memory, on rank 0, whatever the number of ranks; it takes seconds where encoding takes minutes."""
+    """Search by words. Rank 0 alone holds one index in memory; it takes seconds where encoding takes minutes."""
 
     ranks: Ranks
     judgements: Judgements

@@ -1,7 +1,7 @@
 """Centroids of IVF indexes, kept from refresh to refresh: embeddings move slowly, and so do the places where they are dense.
 
-Those that were trained while version v was made stand in their folder and are the start of all later versions, until some
-are trained anew. What is made of a version again, after a kill, starts from the same ones.
+Centroids that were trained for a version are kept in its folder, and later versions start from them, until new ones are
+trained. A version that is made again after its service was killed starts from the same centroids.
 """
 
 import hashlib

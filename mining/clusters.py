@@ -52,7 +52,7 @@ def k_means(table: Embeddings, rows: np.ndarray, num: int, seed: int) -> np.ndar
     """Return the nearest of `num` centroids for each of the rows of a table, (n,) int64."""
     order = np.random.default_rng(seed).permutation(len(rows))[: num * POINTS_PER_CENTROID]
     point_nD = torch.from_numpy(table.read(rows[np.sort(order)]))
-    # The first ones of the permutation are a random sample; where they stand among the sorted rows is their rank.
+    # The first rows of the permutation are a random sample; their places among the sorted rows are their ranks.
     centroid_KD = point_nD[torch.from_numpy(np.searchsorted(np.sort(order), order[:num]))]
     for _ in range(ITERATIONS):
         nearest_n, distance_n = nearest(point_nD, centroid_KD)
@@ -71,7 +71,7 @@ def nearest(point_nD: Tensor, centroid_KD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _means(point_nD: Tensor, nearest_n: Tensor, distance_n: Tensor, centroid_KD: Tensor) -> Tensor:
-    """Return the mean of each centroid's points; one that has none moves to a point that is far from its own."""
+    """Return the mean of each centroid's points; a centroid without points moves to a point that is far from its centroid."""
     count_K = torch.bincount(nearest_n, minlength=len(centroid_KD))
     mean_KD = torch.zeros_like(centroid_KD).index_add_(0, nearest_n, point_nD) / count_K.clamp(min=1)[:, None]
     empty = torch.nonzero(count_K == 0)[:, 0]

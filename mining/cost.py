@@ -1,8 +1,8 @@
 """What `index.factory = "auto"` means: the cheaper of exact search and an IVF index, by rates measured on this machine.
 
-Below tens of millions of passages exact search is often the cheaper one, because an index must be trained and filled anew
-for every checkpoint; what decides is how many queries share that. The choice stands in the run folder from then on: it
-depends on measured times, and the versions of a run must not.
+Below tens of millions of passages exact search is often cheaper, because an index has to be trained and filled anew for every
+checkpoint, and only many queries make up for that. The choice is kept in the run folder, because it depends on measured times,
+and the versions of a run must not depend on these.
 """
 
 import json
@@ -28,7 +28,7 @@ PASSAGES_OF_CELL = 39  # least that FAISS wants to train a centroid from
 
 @dataclass(frozen=True)
 class Load:
-    """What is to be searched, by one rank after the other; the costs of both ways fall with the number of ranks."""
+    """The amount of search, as for one rank; with more ranks the costs of both ways fall alike."""
 
     num_queries: int
     num_passages: int

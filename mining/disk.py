@@ -1,4 +1,4 @@
-"""The room that a service takes on the run's disk, told before it is taken."""
+"""Computes how much of the run's disk a service needs, before it writes."""
 
 import logging
 import shutil
@@ -36,7 +36,7 @@ class DiskPlan:
 
 
 def plan_disk(job: MineJob, num_queries: int, num_passages: int, width: int, num_missing: int) -> DiskPlan:
-    """Return what a service takes, and warn if this refresh will not find the room.
+    """Return how much disk a service needs, and warn if there is too little for this refresh.
 
     num_missing: texts that are to be encoded.
     """

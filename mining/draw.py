@@ -1,4 +1,4 @@
-"""What a draw of negatives is made of: its rules, one rank's queries of a tile, and the table that comes out."""
+"""The parts of a draw of negatives: its rules, one rank's queries of a tile, and the resulting table."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ GoOn = Callable[[float], None]  # told which share of a tile's pairs is done
 
 @dataclass(frozen=True)
 class Draw:
-    """What negatives are drawn by, and for whom."""
+    """The rules by which negatives are drawn, and the queries that get them."""
 
     filter: FilterSettings
     sample: SampleSettings
@@ -76,14 +76,15 @@ def ask_teacher(
 
 
 def hold_to_scores(draw: Draw, share: Share, kept: Kept, scores_QK: np.ndarray) -> None:
-    """Drop what a rule on the encoder's scores forbids."""
+    """Drop the candidates that a rule on the encoder's scores forbids."""
     drop_by_score(draw.filter, draw.margins, kept, scores_QK, share.positive_score_Q)
 
 
 def hold_to_teacher(
     draw: Draw, ranks: Ranks, share: Share, kept: Kept, ids_QK: np.ndarray, scores_QK: np.ndarray, go_on: GoOn
 ) -> np.ndarray:
-    """Drop what a rule on the cross-encoder's scores forbids, or no positive admits where each counts by itself.
+    """Drop the candidates that a rule on the cross-encoder's scores forbids; with filter.positive="each" also those that no
+    positive admits.
 
     Returns the cross-encoder's scores of what was left before, (Q, K), NaN elsewhere. Collective where there is a cross-encoder.
     """

@@ -1,4 +1,4 @@
-"""What a person should know of a data set before training on it: its statistics, and every problem with file and line."""
+"""Reports on a data set before training: its statistics, and every problem with file and line."""
 
 import tempfile
 from collections import Counter

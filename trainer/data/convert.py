@@ -1,4 +1,4 @@
-"""A data set of any form, written in another: what a form has no place for is left out, counted and said.
+"""Writes a data set of any form in another form; what that form has no place for is left out, counted and reported.
 
 Everything streams from the tables, and what is written is whole or absent.
 """

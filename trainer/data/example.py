@@ -1,4 +1,4 @@
-"""What one record of a file says, whatever its form: a query, its passages, their grades and scores.
+"""The contents of one record that was read, from files of any form: a query, its passages, their grades and scores.
 
 A passage is a text, or an object with a text and perhaps a title, an id, a label and a teacher's score.
 """

@@ -80,7 +80,9 @@ def _find(path: Path, columns: Mapping[str, str]) -> Source:
 
 
 def _below(path: Path, columns: Mapping[str, str]) -> Source:
-    """Return the data set in the folders below one that has no files itself: a split each, or the only one that has data."""
+    """Return the data set in the subfolders of a folder without files: each subfolder is a split, or only one of them has
+    data.
+    """
     folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
     by_split: dict[Path, str | None] = {file: _split_of(folder) for folder in folders for file in _files_in(folder)}
     if by_split and all(by_split.values()):

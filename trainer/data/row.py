@@ -1,4 +1,4 @@
-"""What one record of a file gets, whatever its form: a query with its positives, its negatives and their scores."""
+"""The contents of one record, for files of any form: a query with its positives, its negatives and their scores."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

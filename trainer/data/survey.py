@@ -1,4 +1,4 @@
-"""What a data set has that a file may hold: which columns its records get, and what a form has no place for.
+"""Finds which columns the records of a file get, and what of a data set its form has no place for.
 
 It is found by looking through all records before the first is written, because all records of a file have the same columns.
 """
