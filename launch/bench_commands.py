@@ -25,7 +25,10 @@ def bench_step(
     out: Out = None,
     as_json: Json = False,
 ) -> int:
-    """Measure a training step against sentence-transformers' cached loss; half an hour on two cores."""
+    """Measure a step against sentence-transformers' cached loss.
+
+    It takes half an hour on two cores.
+    """
     from launch.bench.step import bench_step as run_bench
     from launch.ranks import on_ranks
     from launch.tables import step_parts
@@ -48,7 +51,10 @@ def bench_loss(
     out: Out = None,
     as_json: Json = False,
 ) -> int:
-    """Measure the loss and its gradients against the three matrix products it needs; ten minutes on two cores."""
+    """Measure the loss against the matrix products in it.
+
+    Three products are needed, gradients included. It takes ten minutes on two cores.
+    """
     from launch.bench.loss import bench_loss as run_bench
     from launch.tables import loss_parts
 
@@ -68,7 +74,10 @@ def bench_mining(
     out: Out = None,
     as_json: Json = False,
 ) -> int:
-    """Measure encoding, exact search, two ranks, an idle miner and a large one; ten minutes on two cores."""
+    """Measure encoding, exact search, and a service at work.
+
+    Two ranks, an idle miner and a large one. It takes ten minutes on two cores.
+    """
     from launch.bench.mining import bench_mining as run_bench
     from launch.tables import mining_parts
 

@@ -13,14 +13,15 @@ from rich.markup import escape
 
 from launch.bench_commands import bench_app
 from launch.data_commands import data_app
+from launch.help import Commands
 from launch.looking_commands import looking_app
 from launch.model_commands import model_app
-from launch.options import SHORT, AllowChange, JobCommand, JobFile, Json, Overrides, quoted, with_short
+from launch.options import SHORT, AllowChange, JobCommand, JobFile, Json, Overrides, quoted, setting_argument, with_short
 from launch.output import messages, print_json, results, start_logging
 from trainer.errors import EXIT_FAILED, EXIT_STOPPED, InputError
 
 app = typer.Typer(
-    help="Train dense retrievers with very large pools of negatives, mined while you train.",
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -31,9 +32,26 @@ app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 
 
+def _say_version(is_asked: bool) -> None:
+    if is_asked:
+        from launch.versions import library_version
+
+        results().print(f"negpool {library_version('negpool') or 'of a checkout that is not installed'}")
+        raise typer.Exit
+
+
+@app.callback()
+def negpool(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Train dense retrievers with large pools of negatives, mined while you train."""
+
+
 @app.command(cls=JobCommand)
 def run(job: JobFile, overrides: Overrides = None, allow_change: AllowChange = False, as_json: Json = False) -> int:
-    """Train and mine together on this machine, with one live view."""
+    """Train and mine together on this machine, with a live view."""
     from launch.early import check_early, mpiexec_path
     from launch.jobfile import read_job
 
@@ -52,7 +70,10 @@ def run(job: JobFile, overrides: Overrides = None, allow_change: AllowChange = F
 
 @app.command(cls=JobCommand)
 def train(job: JobFile, overrides: Overrides = None, allow_change: AllowChange = False, as_json: Json = False) -> int:
-    """Train only; under torchrun, accelerate launch or deepspeed on several ranks."""
+    """Train only, on one rank or on those of a launcher.
+
+    Launchers are torchrun, srun, accelerate launch and deepspeed, with -m negpool.
+    """
     from launch.sides import train_side
 
     outcome = train_side(job, overrides or [], allow_change)
@@ -73,28 +94,35 @@ class Form(enum.StrEnum):
 @app.command(cls=JobCommand)
 @with_short(SHORT)
 def mine(
-    words: Annotated[list[str] | None, typer.Argument(metavar="[JOB.toml] [section.key=value]...", help="job, settings")] = None,
+    words: Annotated[
+        list[str] | None, setting_argument("job file, where there is one; settings", metavar="[JOB.toml] [section.key=value]...")
+    ] = None,
     once: Annotated[bool, typer.Option("--once", help="one refresh from the newest checkpoint, then exit")] = False,
     model: Annotated[
         str | None,
-        typer.Option(help='mine with this, without a run: model, run, "bm25", or a folder with queries.npy and passages.npy'),
+        typer.Option(metavar="MODEL", help='without a run: model, run, "bm25", or folder of queries.npy and passages.npy'),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="data set; default: the job's data.path")] = None,
     out: Annotated[
         Path | None, typer.Option(help="write what was mined, or a run's newest negatives, to FILE.jsonl or .parquet")
     ] = None,
-    form: Annotated[Form, typer.Option(help="of --out: ids, or texts as other trainers read them")] = Form.ids,
+    form: Annotated[
+        Form, typer.Option(metavar="FORM", help="of --out: ids, sentence-transformers, tevatron or flagembedding")
+    ] = Form.ids,
     show: Annotated[str | None, typer.Option(metavar="QUERY_ID", help="show a query, its positives and its negatives")] = None,
     checkpoint: Annotated[
-        str | None, typer.Option(metavar="step-00000200", help="one refresh from this checkpoint, mined before or not, then exit")
+        str | None, typer.Option(metavar="NAME", help="one refresh from this one, such as step-00000200, then exit")
     ] = None,
     metrics_port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="figures for Prometheus on this port of 127.0.0.1; 0: any free one")
+        int | None, typer.Option(min=0, max=65535, metavar="PORT", help="figures for Prometheus on 127.0.0.1; 0: any free port")
     ] = None,
     short: Sequence[str] = (),
     as_json: Json = False,
 ) -> int:
-    """Mine for a run; or with any model, to a file; or show what was mined. Under mpiexec or srun on several ranks."""
+    """Mine hard negatives for a run, or with any model to a file.
+
+    With --show it shows what was mined. Under mpiexec or srun several ranks share the work.
+    """
     from launch.mine import Stopped, mine_model, read_newest, shown_parts, written_parts
 
     job, overrides = _job_and_overrides([*(words or []), *short], data)
@@ -167,7 +195,7 @@ def submit(
     allow_change: AllowChange = False,
     as_json: Json = False,
 ) -> int:
-    """Submit trainers and miner to Slurm."""
+    """Submit trainers and miner to a Slurm cluster."""
     from launch.early import check_early
     from launch.jobfile import read_job
 
@@ -208,7 +236,10 @@ def check(
     queries: Annotated[int, typer.Option(min=2, help="of the compared step; its reference holds all graphs")] = 32,
     as_json: Json = False,
 ) -> int:
-    """Prove that a job's gradients are exact: cached, tiled and on several ranks against one graph; exit 1 if not."""
+    """Prove that a job's gradients are exact.
+
+    The cached and tiled step, on several ranks, is compared with one graph in one process; exit 1 if they differ.
+    """
     from launch.early import check_early
     from launch.jobfile import read_job
 

@@ -11,7 +11,7 @@ from launch.options import COLUMNS, SHORT, Data, JobFile, Json, OfData, Override
 from launch.output import print_json, results, start_logging
 from trainer.errors import EXIT_REFUSED
 
-data_app = typer.Typer(help="Build and check data sets.", no_args_is_help=True)
+data_app = typer.Typer(help="Check, convert, filter, prepare and build data sets.", no_args_is_help=True)
 
 
 @data_app.command("code")
@@ -24,7 +24,7 @@ def data_code(
     seed: Annotated[int, typer.Option(help="of the choice and of the split")] = 0,
     as_json: Json = False,
 ) -> int:
-    """Build the embedded data set: docstring -> function, from Python code on this machine."""
+    """Build a data set of docstrings and functions from Python code."""
     from trainer.data.code_search import build_code_search
 
     start_logging()
@@ -39,8 +39,9 @@ def data_code(
 @data_app.command("check")
 @with_short(COLUMNS)
 def data_check(path: Data, overrides: OfData = None, short: Sequence[str] = (), as_json: Json = False) -> int:
-    """Print a data set's statistics, and every blemish and problem with file and line; exit 2 if there is a problem.
+    """Print statistics, and every problem with file and line.
 
+    Exit 2 if there is a problem. Blemishes are what training lives with;
     data.strict=true makes a problem of every blemish.
     """
     from launch.named import read_settings
@@ -63,7 +64,10 @@ def data_prepare(
     verify: Annotated[bool, typer.Option("--verify", help="also compare the hash of every file with its manifest's")] = False,
     as_json: Json = False,
 ) -> int:
-    """Make all tables that a job's run reads (texts, judgements, tokens of both sides), before ranks are rented."""
+    """Make the tables that a job reads, before ranks are rented.
+
+    Texts, judgements, and the tokens of both sides.
+    """
     from launch.early import check_early
     from launch.jobfile import read_job
 
@@ -104,7 +108,10 @@ def data_convert(
     short: Sequence[str] = (),
     as_json: Json = False,
 ) -> int:
-    """Write a data set in another form, as other trainers read it; what that form has no place for is counted and said."""
+    """Write a data set in the form of another trainer.
+
+    What that form has no place for is counted and said.
+    """
     from launch.named import read_settings
     from trainer.data.convert import convert_data, refuse_out, told
 
@@ -134,7 +141,10 @@ def data_filter(
     short: Sequence[str] = (),
     as_json: Json = False,
 ) -> int:
-    """Write a data set without the pairs that a model does not find again among random passages (E5's filter)."""
+    """Drop the pairs that a model does not find again.
+
+    Each passage competes with random ones for its query, as in E5's filter.
+    """
     from launch.models import filter_data
     from launch.named import read_settings
 

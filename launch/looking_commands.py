@@ -18,7 +18,10 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="show it anew every second until the run has ended")] = False,
     as_json: Json = False,
 ) -> int:
-    """Say where a run stands: both sides, their speed, the age of the negatives, the last evaluation, the time left."""
+    """Say where a run stands, and what is wrong with it.
+
+    Both sides, their speed, the age of the negatives, the last evaluation, the time left.
+    """
     from launch.status import describe_run, run_status, watch_run
 
     found = watch_run(folder, messages() if as_json else results()) if watch else run_status(folder)
@@ -34,15 +37,14 @@ def settings(
     section: Annotated[str | None, typer.Argument(metavar="[SECTION]", help="as in section.key; default: all")] = None,
     as_json: Json = False,
 ) -> int:
-    """List what a job file can set, with types, defaults and units."""
-    from launch.settings import all_settings, settings_parts
-    from launch.tables import as_text
+    """List what a job file can set, with types and defaults."""
+    from launch.settings import all_settings, settings_text
 
     found = all_settings(section)
     if as_json:
         print_json(found)
     else:
-        results().print(as_text(settings_parts(found)))
+        results().print(settings_text(found))
     return 0
 
 
@@ -51,7 +53,10 @@ def doctor(
     folder: Annotated[Path, typer.Option(help="where runs will live; under mpiexec or srun seen from all nodes")] = Path("runs"),
     as_json: Json = False,
 ) -> int:
-    """Look for MPI, GPUs, NCCL, FAISS, Slurm and a sound shared folder; exit 1 if something needed is missing or wrong."""
+    """Say what this machine has and lacks.
+
+    MPI, GPUs, NCCL, FAISS, Slurm, a sound shared folder; exit 1 if something needed is missing or wrong.
+    """
     from launch.doctor import examine
     from launch.tables import as_text, doctor_parts
 
@@ -71,7 +76,10 @@ def report(
     out: Annotated[Path | None, typer.Option(help="folder to make or renew; default: RUN/report")] = None,
     as_json: Json = False,
 ) -> int:
-    """Write one page about a run, with plots and examples, that needs nothing but a browser; pictures beside it."""
+    """Write a page about a run, with plots and examples.
+
+    It needs nothing but a browser; its pictures stand beside it.
+    """
     from launch.report.page import write_report
 
     start_logging()

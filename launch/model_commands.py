@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 from rich.markup import escape
 
-from launch.options import SHORT, Data, Json, Model, Settings, split_words, with_short
+from launch.options import SHORT, Data, Json, Model, Settings, setting_argument, split_words, with_short
 from launch.output import measures_table, print_json, results, start_logging
 from trainer.errors import InputError
 
@@ -17,14 +17,17 @@ model_app = typer.Typer()
 @model_app.command("eval")
 @with_short(SHORT)
 def evaluate(
-    model: Annotated[str, typer.Argument(help='model folder, run folder, hub name, package, or "bm25"')],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help='model folder, run folder, hub name, package, or "bm25"')],
     data: Data,
     overrides: Settings = None,
     split: Annotated[str, typer.Option(help="qrels/NAME.tsv")] = "test",
     short: Sequence[str] = (),
     as_json: Json = False,
 ) -> int:
-    """Print nDCG@10, MRR@10 and recall; under torchrun the corpus is sharded over the ranks."""
+    """Print nDCG@10, MRR@10 and recall of a model on a data set.
+
+    Under torchrun or srun the corpus is shared out over the ranks.
+    """
     from launch.models import evaluate_model
     from launch.named import read_settings
 
@@ -43,7 +46,7 @@ def search(
     data: Data,
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[WORDS]... [section.key=value]...", help="what to look for; settings as elsewhere"),
+        setting_argument("what to look for; settings", "model", "data", "encode", metavar="[WORDS]... [section.key=value]..."),
     ] = None,
     query_id: Annotated[
         str | None, typer.Option(metavar="ID", help="ask with this query of the data set, in place of words")
@@ -52,7 +55,10 @@ def search(
     short: Sequence[str] = (),
     as_json: Json = False,
 ) -> int:
-    """Show what the model finds for a question in words, or for a query of the data set."""
+    """Show what a model finds for words, or for a query of the data.
+
+    The data set is encoded once, and kept for the next search.
+    """
     from launch.models import search_corpus
     from launch.named import read_settings
 
@@ -95,11 +101,10 @@ def encode(
     short: Sequence[str] = (),
     as_json: Json = False,
 ) -> int:
-    """Write the embeddings of a file's texts, or of a data set's queries or passages, in their order.
+    """Write the embeddings of texts, with their ids.
 
-    Of a data set, queries.npy and passages.npy in one folder are what `negpool mine --model FOLDER` takes.
-
-    Under torchrun several ranks share the work.
+    The texts are those of a file, or the queries or passages of a data set, in their order. Of a data set, queries.npy and
+    passages.npy in one folder are what `negpool mine --model FOLDER` takes. Under torchrun or srun several ranks share the work.
     """
     from launch.embed import encode_to_file
     from launch.named import read_settings
@@ -123,7 +128,7 @@ def merge(
     weights: Annotated[str | None, typer.Option(help="one number for each model, as in 2,1,1; default: equal")] = None,
     as_json: Json = False,
 ) -> int:
-    """Average the weights of models of one architecture into one model."""
+    """Average the weights of several models into one."""
     from launch.models import merge_named_models
 
     start_logging()

@@ -18,16 +18,30 @@ from typer.core import TyperCommand
 from trainer.errors import InputError
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="job file")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="a setting; sections below")]
+
+
+def setting_argument(help: str, *sections: str, metavar: str = "[section.key=value]...") -> Any:
+    """Return an argument of settings that a shell completes; sections: that it takes, all where none is named."""
+
+    def complete(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+        from launch.completion import offers
+
+        given = ctx.params.get("overrides") or ctx.params.get("words") or []
+        return offers(incomplete, [str(word) for word in given], sections)
+
+    return typer.Argument(metavar=metavar, help=help, autocompletion=complete)
+
+
+Overrides = Annotated[list[str] | None, setting_argument("settings; their sections are below")]
 Settings = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[section.key=value]...", help="a setting of model, data or encode; see negpool settings SECTION"),
+    setting_argument("settings of model, data or encode; see negpool settings SECTION", "model", "data", "encode"),
 ]
 OfData = Annotated[
-    list[str] | None, typer.Argument(metavar="[data.key=value]...", help="a setting of data; see negpool settings data")
+    list[str] | None, setting_argument("settings of data; see negpool settings data", "data", metavar="[data.key=value]...")
 ]
-Model = Annotated[str, typer.Argument(help="model folder, run folder, hub name or package")]
-Data = Annotated[Path, typer.Argument(help="data set: BEIR folder, record files, saved data set or name of the hub")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="model folder, run folder, hub name or package")]
+Data = Annotated[Path, typer.Argument(metavar="DATA", help="folder in BEIR's form, record files, saved data set or hub name")]
 Rounds = Annotated[int, typer.Option(min=1, help="turns of everybody; medians are shown")]
 Peer = Annotated[bool, typer.Option(help="measure sentence-transformers, too")]
 Out = Annotated[Path | None, typer.Option(help="folder for a report: JSON, Markdown and a picture")]
@@ -67,7 +81,14 @@ def quoted(text: str) -> str:
 
 
 COLUMNS = {
-    "columns": Short("data.columns", str, "columns of the files, by our names", "query=question,positive=answer", None, _columns)
+    "columns": Short(
+        "data.columns",
+        str,
+        "columns of the files, as in query=question,positive=answer",
+        "OURS=THEIRS,…",
+        None,
+        _columns,
+    )
 }
 SHORT = COLUMNS | {
     "query_prefix": Short("model.query_prefix", str, "text before every query"),
@@ -75,7 +96,7 @@ SHORT = COLUMNS | {
     "max_query_tokens": Short("model.max_query_tokens", int, "tokens of a query, special ones included"),
     "max_passage_tokens": Short("model.max_passage_tokens", int, "tokens of a passage"),
     "width": Short("model.width", int, "keep the first so many numbers of an embedding"),
-    "pooling": Short("model.pooling", str, "what becomes of a text's tokens", "mean|cls|last|…"),
+    "pooling": Short("model.pooling", str, "what becomes of a text's tokens", "mean|cls|…"),
     "precision": Short("encode.dtype", str, "of the products (default: fp32)", "fp32|bf16|fp16"),
     "device": Short("encode.device", str, "default: a GPU where there is one", "cpu|cuda|cuda:N"),
 }
@@ -117,7 +138,6 @@ class JobCommand(TyperCommand):
         """Print the help, and the sections as soon as the modules that hold them are imported, which takes seconds."""
         super().format_help(ctx, formatter)
         from launch.output import results
-        from launch.settings import section_parts
-        from launch.tables import as_text
+        from launch.settings import section_text
 
-        results().print(as_text(section_parts()))
+        results().print(section_text())

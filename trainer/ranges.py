@@ -59,6 +59,8 @@ def _choices(hint: Any) -> Iterator[str]:
     elif origin is tuple:
         items = ", ".join("…" if item is ... else in_words(item) for item in arguments)
         yield f"[{items}]"
+    elif origin is dict:
+        yield f"{{name = {in_words(arguments[1])}, …}}"
     elif dataclasses.is_dataclass(hint):
         hints = typing.get_type_hints(hint, include_extras=True)
         yield "{" + ", ".join(f"{name} = {in_words(value)}" for name, value in hints.items()) + "}"
