@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from gradcache import OBJECTIVES, Batch, StepResult, Temperature, cached_step, reference_step
 from launch.bench.machine import measured
+from launch.counted import counted
 from launch.jobfile import read_job
 from launch.ranks import answer, on_ranks
 from trainer.backends import parallelize
@@ -72,7 +73,7 @@ def _check(job: TrainJob, world: World, num_queries: int) -> dict[str, Any] | No
     job.loss.check_model(encoder.width)
     dataset = tokenized(job, data, tokenizer, traits)
     if dataset.num_queries < num_queries:
-        raise InputError(f"{data.path} has {dataset.num_queries} training queries; set batch.queries lower")
+        raise InputError(f"{data.path} has {counted(dataset.num_queries, 'training query')}; set batch.queries lower")
     plain = copy.deepcopy(encoder).to(world.device) if world.speaks else None
     parallel = parallelize(encoder, world, job.parallel, OptimSettings())
     step = _Step(job, world, dataset, len(data.corpus), num_queries, encoder.has_two_towers)

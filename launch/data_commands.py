@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from launch.counted import counted
 from launch.options import COLUMNS, SHORT, Data, JobFile, Json, OfData, Overrides, Settings, with_short
 from launch.output import print_json, results, start_logging
 from trainer.errors import EXIT_REFUSED
 
+FILTERED = {"pairs": "pair", "queries": "query", "pool": "random passage"}
 data_app = typer.Typer(help="Check, convert, filter, prepare and build data sets.", no_args_is_help=True)
 
 
@@ -154,8 +156,9 @@ def data_filter(
     if as_json:
         print_json({"out": str(out), **counts})
     else:
+        pairs, queries, pool = (counted(counts[n], word) for n, word in FILTERED.items())
         results().print(
-            f"{out}: {counts['kept']:,} of {counts['pairs']:,} pairs stay, {counts['dropped']:,} dropped; "
-            f"{counts['queries_kept']:,} of {counts['queries']:,} queries; compared with {counts['pool']:,} random passages"
+            f"{out}: {counts['kept']:,} of {pairs} stay, {counts['dropped']:,} dropped; "
+            f"{counts['queries_kept']:,} of {queries}; compared with {pool}"
         )
     return 0

@@ -20,6 +20,8 @@ from typing import Any, Literal
 import filelock
 import psutil
 
+from launch.counted import counted
+
 Verdict = Literal["ok", "absent", "missing", "wrong"]
 NEEDED = ("torch", "transformers", "accelerate", "datasets", "mpi4py", "bm25s", "ir-measures")
 OPTIONAL = {
@@ -224,7 +226,7 @@ def _on_all_nodes(world: Any, folder: Path) -> Finding:
     if blind:
         text = f"{', '.join(sorted(set(blind)))} did not see what others wrote to {folder}"
         return Finding("folder on all nodes", "wrong", text, "set run.folder to a folder that all nodes share")
-    return Finding("folder on all nodes", "ok", f"{len(names)} ranks on {', '.join(hosts)} see each other's files")
+    return Finding("folder on all nodes", "ok", f"{counted(len(names), 'rank')} on {', '.join(hosts)} see each other's files")
 
 
 def _locks_on_all_nodes(world: Any, folder: Path) -> Finding:

@@ -12,6 +12,7 @@ from rich.console import Console, Group
 from rich.text import Text
 
 from launch.agree import check_mpi_world
+from launch.counted import counted
 from launch.early import check_early, is_alone
 from launch.imports import lasting_imports
 from launch.jobfile import Jobs, read_job
@@ -99,7 +100,7 @@ def written_parts(found: dict[str, Any]) -> Group:
     candidates = found["counts"]["candidates"]
     rows = [("candidates", candidates), *((f"dropped: {name}", number) for name, number in found["dropped"].items())]
     sheet = Sheet(
-        f"{found['num_queries']:,} queries, {found['num_passages']:,} passages",
+        f"{counted(found['num_queries'], 'query')}, {counted(found['num_passages'], 'passage')}",
         ("", "number", "of the candidates"),
         [(name.replace("_", " "), f"{number:,}", f"{number / max(1, candidates):.1%}") for name, number in rows],
     )

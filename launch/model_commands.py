@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 from rich.markup import escape
 
+from launch.counted import counted
 from launch.options import SHORT, Data, Json, Model, Settings, setting_argument, split_words, with_short
 from launch.output import measures_table, print_json, results, start_logging
 from trainer.errors import InputError
@@ -113,9 +114,11 @@ def encode(
     if found is not None and as_json:
         print_json({"model": model, "data": str(data), **found})
     elif found is not None:
-        kind = "queries" if found["side"] == "query" else "passages"
         ids = f"; ids in {found['ids']}" if found["ids"] else ""
-        results().print(f"{out}: {found['texts']:,} {kind} of {data}, {found['width']} numbers each{ids}", markup=False)
+        results().print(
+            f"{out}: {counted(found['texts'], found['side'])} of {data}, {counted(found['width'], 'number')} each{ids}",
+            markup=False,
+        )
     return 0
 
 
@@ -136,5 +139,7 @@ def merge(
     if as_json:
         print_json(found)
     else:
-        results().print(f"{out}: {len(models)} models, merged by {how}; SentenceTransformer and AutoModel load it", markup=False)
+        results().print(
+            f"{out}: {counted(len(models), 'model')}, merged by {how}; SentenceTransformer and AutoModel load it", markup=False
+        )
     return 0

@@ -16,6 +16,7 @@ from types import FrameType
 
 import psutil
 
+from launch.counted import counted
 from launch.imports import lasting_imports
 from launch.plan import LaunchSettings
 from launch.srun import first_host, port_of
@@ -46,7 +47,8 @@ class Place:
             ) from None
         if num_tasks != num_nodes:
             raise InputError(
-                f"srun started {num_tasks} launchers on {num_nodes} nodes, expected one on each, which starts the ranks; "
+                f"srun started {counted(num_tasks, 'launcher')} on {counted(num_nodes, 'node')}, expected one on each, "
+                "which starts the ranks; "
                 "set --ntasks-per-node=1"
             )
         return cls(

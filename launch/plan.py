@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pydantic import NonNegativeInt, PositiveInt
 
+from launch.counted import counted
 from trainer.ranges import job_section
 
 
@@ -33,9 +34,9 @@ class Plan:
 
     def __str__(self) -> str:
         sides = (("trainer", self.train_ranks, self.train_gpus), ("miner", self.mine_ranks, self.mine_gpus))
-        shares = (f"{_count(ranks, name + ' rank')}{' on GPU ' if gpus else ''}{','.join(gpus)}" for name, ranks, gpus in sides)
+        shares = (f"{counted(ranks, name + ' rank')}{' on GPU ' if gpus else ''}{','.join(gpus)}" for name, ranks, gpus in sides)
         shared = "; the miner shares the trainer's GPU" if set(self.train_gpus) & set(self.mine_gpus) else ""
-        return f"{', '.join(shares)}, {_count(self.threads, 'thread')} each{shared}"
+        return f"{', '.join(shares)}, {counted(self.threads, 'thread')} each{shared}"
 
 
 def share_out(settings: LaunchSettings, cores: int, gpus: tuple[str, ...]) -> Plan:
@@ -58,7 +59,3 @@ def cores_and_gpus(environment: Mapping[str, str]) -> tuple[int, tuple[str, ...]
     names = [name.strip() for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     count = torch.cuda.device_count()
     return len(os.sched_getaffinity(0)), tuple(names[:count]) if names else tuple(str(number) for number in range(count))
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + "s" * (number != 1)

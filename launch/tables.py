@@ -8,6 +8,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from launch.counted import counted
+
 
 @dataclass(frozen=True)
 class Sheet:
@@ -39,7 +41,9 @@ def as_markdown(parts: Sequence[Part]) -> str:
 def check_parts(found: dict[str, Any]) -> list[Part]:
     """Return the variants, one a row, the groups of the worst of them, and two sentences."""
     offload = ", offload" if found["offload"] else ""
-    title = f"{found['model']}, {found['queries']} queries, {_count(found['ranks'], 'rank')}, {found['backend']}{offload}"
+    title = (
+        f"{found['model']}, {counted(found['queries'], 'query')}, {counted(found['ranks'], 'rank')}, {found['backend']}{offload}"
+    )
     columns = ("", "ratio off by", "cosine", "chunks", "GiB", "tokens/s a rank", "padding", "twice")
     rows: list[tuple[str, ...]] = []
     for name, row in found["variants"].items():
@@ -75,7 +79,7 @@ def check_parts(found: dict[str, Any]) -> list[Part]:
 def step_parts(found: dict[str, Any]) -> list[Part]:
     """Return everybody's step, ours against a plain one, and memory against the batch."""
     title = (
-        f"{found['pairs_per_rank']} pairs a rank, {_count(found['ranks'], 'rank')}, texts up to {found['max_tokens']} tokens, "
+        f"{found['pairs_per_rank']} pairs a rank, {counted(found['ranks'], 'rank')}, texts up to {found['max_tokens']} tokens, "
         f"{found['precision']}, {_machine(found)}, medians of {found['rounds']}"
     )
     parts: list[Part] = [_times(title, found["steps"])]
@@ -165,12 +169,8 @@ def _times(title: str, rows: dict[str, dict[str, float]]) -> Sheet:
     return Sheet(title, ("", "seconds", "ratio", "peak GiB", "of matmul rate"), cells)
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + "s" * (number != 1)
-
-
 def _machine(found: dict[str, Any]) -> str:
-    return found["device"] + (f", {_count(found['threads'], 'thread')}" if "threads" in found else "")
+    return found["device"] + (f", {counted(found['threads'], 'thread')}" if "threads" in found else "")
 
 
 def _rich(sheet: Sheet) -> Table:

@@ -21,6 +21,7 @@ from gradcache.chunks import plan_chunks
 from launch.bench.idle import measure_idle
 from launch.bench.machine import describe, matmul_rate, seconds_of, tiled_product
 from launch.bench.mining_ranks import prepare_service
+from launch.counted import counted
 from launch.output import messages
 from launch.ranks import on_ranks
 from trainer.data.datasets import open_dataset
@@ -60,7 +61,7 @@ def bench_mining(data: str, model: str, texts: int, max_tokens: int, rounds: int
     idle = {**measure_idle(Path(data), model, rounds), "wanted": WANTED["idle"]}
     found = {**describe(device), "rounds": rounds, "encoding": encoding, "search": search, "ranks": ranks, "idle": idle}
     if passages:
-        messages().print(f"[dim]a service with {passages:,} passages: some minutes[/dim]")
+        messages().print(f"[dim]a service with {counted(passages, 'passage')}: some minutes[/dim]")
         with tempfile.TemporaryDirectory() as folder:
             prepare_service(Path(folder), model, passages)
             memory = on_ranks("launch.bench.mining_ranks", 1, mpi=True, what="memory", folder=folder)
@@ -75,7 +76,7 @@ def _encoding(
     encoder.eval().to(device)
     corpus = open_dataset(path, None).corpus
     if len(corpus) < num_texts:
-        raise InputError(f"{path} has {len(corpus)} documents, fewer than {num_texts}; lower --texts")
+        raise InputError(f"{path} has {counted(len(corpus), 'document')}, fewer than {num_texts}; lower --texts")
     texts = corpus.select(np.linspace(0, len(corpus) - 1, num_texts).astype(int).tolist())
     tokens = tokenize(texts, tokenizer, prefix="", max_tokens=max_tokens)
     rows = np.arange(num_texts)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradcache import Batch, Tower
+from launch.counted import counted
 from trainer.data.datasets import RetrievalData
 from trainer.encoder.tokens import TokenTable
 from trainer.errors import InputError
@@ -62,4 +63,4 @@ def distinct_pairs(data: RetrievalData, num_pairs: int) -> np.ndarray:
                 pairs.append((int(row), passage))
             if len(pairs) == num_pairs:
                 return np.array(pairs)
-    raise InputError(f"{data.path} has {len(pairs)} pairs of distinct texts, fewer than {num_pairs}; lower --queries")
+    raise InputError(f"{data.path} has {counted(len(pairs), 'pair')} of distinct texts, fewer than {num_pairs}; lower --queries")

@@ -51,7 +51,8 @@ class DataReport:
         ]
         lines += [*_shown(self.blemishes), *_shown(self.refused)]
         if self.blemishes:
-            lines.append(f"{len(self.blemishes)} blemishes, which training lives with; data.strict=true refuses them")
+            number = f"{len(self.blemishes)} blemish" + "es" * (len(self.blemishes) > 1)
+            lines.append(f"{number}, which training lives with; data.strict=true refuses blemishes")
         lines.append("no problems" if not self.refused else f"{len(self.refused)} problem" + "s" * (len(self.refused) > 1))
         return "\n".join(lines)
 
