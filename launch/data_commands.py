@@ -156,9 +156,9 @@ def data_filter(
     if as_json:
         print_json({"out": str(out), **counts})
     else:
-        pairs, queries, pool = (counted(counts[n], word) for n, word in FILTERED.items())
+        num_pairs, num_queries, size = (counted(counts[n], word) for n, word in FILTERED.items())
         results().print(
-            f"{out}: {counts['kept']:,} of {pairs} stay, {counts['dropped']:,} dropped; "
-            f"{counts['queries_kept']:,} of {queries}; compared with {pool}"
+            f"{out}: {counts['kept']:,} of {num_pairs} stay, {counts['dropped']:,} dropped; "
+            f"{counts['queries_kept']:,} of {num_queries}; compared with {size}"
         )
     return 0

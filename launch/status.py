@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 
+from launch.counted import counted
 from launch.output import MEASURE_TITLES
-from launch.view import clock, miner_line, trainer_line
+from launch.phases import clock, miner_line, next_swap, trainer_line, warnings_of
 from mining.figures import ages
 from trainer.errors import ENDED, FAILED, InputError
 from trainer.handoff.manifest import read_latest
@@ -72,21 +73,30 @@ def _describe(status: dict[str, Any]) -> str:
     lines = [
         f"[bold]{status['run']}[/bold]   checkpoint {status['checkpoint'] or 'none'}   negatives {status['negatives'] or 'none'}"
     ]
-    for side, line in (("trainer", trainer_line), ("miner", miner_line)):
+    for side in ("trainer", "miner"):
         said = status[side]
         if not said:
             lines.append(f"{side:<8} not started")
             continue
-        text, _, _, counts = line(said)
         silent_s = said["heartbeat_age_s"] or 0.0
+        line = trainer_line(said, silent_s) if side == "trainer" else miner_line(said, status["trainer"], silent_s)
         note = f"   [red]silent for {clock(silent_s)}[/red]" if silent_s > SILENT_AFTER_S and not has_ended(said) else ""
-        lines.append(f"{side:<8} {text}   {counts}{note}")
+        lines.append(f"{side:<8} {escape('   '.join((line.text, *line.figures[:3])))}{note}")
         why = [f"[red]{escape(said['error'])}[/red]"] if has_ended(said) and said.get("error") else []
-        lines += [f"{'':<8} {line}" for line in (*why, *FIGURES[side](said))]
-    if results := status["results"]:
-        rows = (name for name in ("bm25", "untrained", "trained") if name in results)
-        lines.append("MRR@10   " + "   ".join(f"{name} {results[name]['mrr@10']:.3f}" for name in rows))
-    return "\n".join(lines)
+        told = [f"[yellow]{escape(sentence)}[/yellow]" for sentence in warnings_of(said)]
+        lines += [f"{'':<8} {line}" for line in (*why, *told, *FIGURES[side](said))]
+    if follows := next_swap(status["trainer"], status["miner"]):
+        lines.append(f"{'':<8} {follows}")
+    return "\n".join([*lines, *_results_lines(status["results"] or {})])
+
+
+def _results_lines(results: dict[str, Any]) -> list[str]:
+    """Return the last evaluation of all models, and the verdict on the run."""
+    rows = [name for name in ("bm25", "untrained", "trained", "last") if name in results]
+    measured = ["MRR@10   " + "   ".join(f"{name} {results[name]['mrr@10']:.3f}" for name in rows)] if rows else []
+    verdict = results.get("verdict") or {}
+    colour = {"better": "green", "unclear": "yellow"}.get(verdict.get("level", ""), "red")
+    return [*measured, *([f"[{colour}]{escape(verdict['sentence'])}[/{colour}]"] if verdict.get("sentence") else [])]
 
 
 def watch_run(run: Path, console: Console) -> dict[str, Any]:
@@ -113,9 +123,9 @@ def trainer_figures(trainer: dict[str, Any]) -> list[str]:
     if trainer.get("tokens_per_rank_per_s") is not None:
         now.append(f"{trainer['tokens_per_rank_per_s']:,.0f} tokens/s a rank")
     if trainer.get("negatives_age_steps") is not None:
-        now.append(f"negatives in force {trainer['negatives_age_steps']} steps old")
+        now.append(f"negatives in force {counted(trainer['negatives_age_steps'], 'step')} old")
     if trainer.get("skipped"):
-        now.append(f"[red]{trainer['skipped']} updates left out, their gradients were not finite[/red]")
+        now.append(f"[red]{counted(trainer['skipped'], 'update')} left out: gradients were not finite[/red]")
     if trainer.get("temperature_at_bound"):
         now.append("the temperature is at loss.min_temperature")
     last = trainer.get("last_evaluation")
@@ -134,7 +144,7 @@ def miner_figures(miner: dict[str, Any]) -> list[str]:
     if miner.get("recall") is not None:
         rates.append(f"recall {miner['recall']:.3f}")
     steps = (("negatives_age_steps", "newest negatives"), ("checkpoint_age_steps", "checkpoint"))
-    old = [f"{what} {miner[name]} steps old" for name, what in steps if name in miner]
+    old = [f"{what} {counted(miner[name], 'step')} old" for name, what in steps if name in miner]
     dropped = [f"{name} {count:,}" for name, count in miner.get("dropped", {}).items() if count]
     lines = ["   ".join(rates), "   ".join(old), "dropped: " + ", ".join(dropped) if dropped else ""]
     refused = f"[red]given up: {escape(miner['refused'])}[/red]" if miner.get("refused") else ""

@@ -1,12 +1,22 @@
-"""What a person sees of a run: two live bars in a terminal, plain lines elsewhere, and every event as a line."""
+"""What a person sees of a run: two live lines in a terminal, plain ones elsewhere, and every event as a line that stays."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
+from launch.phases import clock, miner_line, next_swap, trainer_line, warnings_of
+
+__all__ = ["View", "clock"]
 PLAIN_EVERY_S = 15.0  # where there is no terminal to redraw
+BAR_FROM, BAR = 90, 20  # columns of a terminal from which there is room for bars, and theirs
+BESIDE = 10  # columns of a line that its side and the spaces take
 
 
 class View:
@@ -15,82 +25,87 @@ class View:
     def __init__(self, console: Console):
         self._console = console
         self._started = time.monotonic()
-        self._progress = Progress(
-            TextColumn("[bold]{task.fields[side]:<8}"),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[counts]}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._bars = {
-            side: self._progress.add_task("starting", side=side, counts="", total=None) for side in ("trainer", "miner")
-        }
-        self._swaps_said: int | None = None
-        self._versions_said: set[int] = set()
+        self._status: dict[str, Mapping[str, Any]] = {"trainer": {}, "miner": {}}
+        self._heard: dict[str, tuple[Any, float]] = {side: (None, self._started) for side in self._status}
+        self._said: set[tuple[str, str]] = set()  # warnings, by side
+        self._swaps_said = 0
+        self._start_of_trainer: Any = None
         self._plain_said = 0.0
+        self._live = Live(console=console, transient=True, refresh_per_second=2, get_renderable=self._lines)
 
     def __enter__(self) -> "View":
-        self._progress.start()
+        if self._console.is_terminal:
+            self._live.start()
         return self
 
     def __exit__(self, *_) -> None:
-        self._progress.stop()
+        self._live.stop()
 
     def say(self, text: str) -> None:
         """Print one line that stays, with the time since the start."""
-        self._progress.console.print(f"[dim]{clock(time.monotonic() - self._started):>6}[/dim]  {text}", highlight=False)
+        elapsed = f"{clock(time.monotonic() - self._started):>6}"
+        if not self._console.is_terminal:
+            self._console.print(f"[dim]{elapsed}[/dim]  {text}", highlight=False, soft_wrap=True)
+            return
+        line = Table.grid(padding=(0, 2, 0, 0))  # wrapped below itself, not below the time
+        line.add_row(Text(elapsed, style="dim"), Text.from_markup(text))
+        self._console.print(line, soft_wrap=False)
 
-    def show(self, trainer: dict[str, Any], miner: dict[str, Any]) -> None:
+    def show(self, trainer: Mapping[str, Any], miner: Mapping[str, Any]) -> None:
         """Redraw from what the two sides last said."""
-        self._say_swaps(trainer.get("swaps", []), miner)
-        lines = {"trainer": trainer_line(trainer), "miner": miner_line(miner)}
-        for side, (text, done, total, counts) in lines.items():
-            self._progress.update(self._bars[side], description=text, completed=done, total=total, counts=counts)
-        due = time.monotonic() - self._plain_said > PLAIN_EVERY_S
-        if not self._console.is_terminal and due:
-            self._plain_said = time.monotonic()
-            for side, (text, _, _, counts) in lines.items():
-                self.say(f"{side:<8}{text}  {counts}".rstrip())
+        now = time.monotonic()
+        for side, status in (("trainer", trainer), ("miner", miner)):
+            if status.get("heartbeat") != self._heard[side][0] or not status:
+                self._heard[side] = (status.get("heartbeat"), self._heard[side][1] if not status else now)
+            self._status[side] = status
+        self._say_start(trainer)
+        self._say_swaps(trainer.get("swaps") or [])
+        self._say_warnings()
+        if not self._console.is_terminal and now - self._plain_said > PLAIN_EVERY_S:
+            self._plain_said = now
+            for side, line in self._both().items():
+                self.say(escape(f"{side:<8}{line.fitted(1000)}"))
 
-    def _say_swaps(self, swaps: list[list[int]], miner: dict[str, Any]) -> None:
-        if self._swaps_said is None:  # a resumed run has said the old ones
-            self._swaps_said = 0
+    def _both(self) -> dict[str, Any]:
+        now = time.monotonic()
+        ago = {side: now - heard for side, (_, heard) in self._heard.items()}
+        trainer, miner = self._status["trainer"], self._status["miner"]
+        return {"trainer": trainer_line(trainer, ago["trainer"]), "miner": miner_line(miner, trainer, ago["miner"])}
+
+    def _lines(self) -> RenderableType:
+        """Return a line for each side, and one with the time and what comes next; none is wider than the terminal."""
+        has_bars = self._console.width >= BAR_FROM
+        table = Table.grid(padding=(0, 2, 0, 0), expand=False)
+        table.add_column(width=7, no_wrap=True)
+        if has_bars:
+            table.add_column(width=BAR)
+        table.add_column(no_wrap=True, overflow="ellipsis")
+        room = self._console.width - BESIDE - (BAR + 2 if has_bars else 0)
+        for side, line in self._both().items():
+            bar = [ProgressBar(total=line.total or 100, completed=line.done, width=BAR, pulse=False)] if has_bars else []
+            table.add_row(Text(side, style="bold"), *bar, Text(line.fitted(room)))
+        last = f"{clock(time.monotonic() - self._started):>7}  {next_swap(self._status['trainer'], self._status['miner'])}"
+        return Group(table, Text(last, style="dim", no_wrap=True, overflow="ellipsis"))
+
+    def _say_start(self, trainer: Mapping[str, Any]) -> None:
+        """Say from where a resumed trainer goes on; what it had swapped in before is old."""
+        start, step = trainer.get("pid"), trainer.get("resumed_step")
+        if step is None or start == self._start_of_trainer:
+            return
+        self._start_of_trainer, self._swaps_said = start, trainer.get("swaps_before", 0)
+        if step:
+            swaps = (trainer.get("swaps") or [])[: self._swaps_said]
+            self.say(f"going on from step {step}" + (f", with negatives v{swaps[-1][1]}" if swaps else ""))
+
+    def _say_swaps(self, swaps: list[list[int]]) -> None:
         for step, version in swaps[self._swaps_said :]:
             origin = "from BM25" if version == 0 else "from the miner"
             self.say(f"[green]step {step}: negatives v{version} {origin} swapped in[/green]")
         self._swaps_said = max(self._swaps_said, len(swaps))
 
-
-def trainer_line(status: dict[str, Any]) -> tuple[str, int, int | None, str]:
-    """Return (text, done, total, counts) of the trainer."""
-    phase = status.get("phase", "starting")
-    if phase == "training" and "loss" in status:  # a full disk keeps the least
-        text = f"training   loss {status['loss']:.3f}   negatives {_version(status)}"
-        left = f"{status['step']}/{status['num_steps']} steps, about {clock(status['eta_s'])} left"
-        return text, status["step"], status["num_steps"], left
-    total = status.get("total") if phase.startswith("evaluating") else None
-    done = status.get("done", 0) if total else 0
-    return phase, done, total, f"{done}/{total} texts a rank" if total else ""
-
-
-def miner_line(status: dict[str, Any]) -> tuple[str, int, int | None, str]:
-    """Return (text, done, total, counts) of the miner."""
-    phase = status.get("phase", "starting")
-    step = status.get("checkpoint_step")
-    text = phase if step is None or phase.startswith("watch") else f"{phase}, checkpoint of step {step}"
-    total, done = status.get("total"), status.get("done") or 0
-    return text, done, total, f"{done}/{total}" if total else ""
-
-
-def clock(seconds: float) -> str:
-    """Return seconds as 1:05 or 2:03:09."""
-    minutes, second = divmod(int(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
-
-
-def _version(status: dict[str, Any]) -> str:
-    swaps = status.get("swaps") or []
-    return f"v{swaps[-1][1]}" if swaps else "in-batch only"
+    def _say_warnings(self) -> None:
+        for side, status in self._status.items():
+            for sentence in warnings_of(status):
+                if (side, sentence) not in self._said:
+                    self._said.add((side, sentence))
+                    self.say(f"[yellow]{side}: {escape(sentence)}[/yellow]")

@@ -137,6 +137,8 @@ class Status:
         """Merge values in and write the file, at most every `min_interval_s` unless the phase changed. From any thread."""
         with self._writing:
             changed_phase = values.get("phase", self.values.get("phase")) != self.values.get("phase")
+            if changed_phase:
+                self.values["phase_since"] = time.time()
             self.values |= values
             if changed_phase or time.monotonic() - self._written >= self._min_interval_s:
                 self._write()

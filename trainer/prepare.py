@@ -88,7 +88,7 @@ def prepare(job: TrainJob, world: World) -> Training:
     check_trackers(job.run.trackers)
     claim = claim_run(job, world)
     status: Status | NoStatus = Status(run, "trainer", claim.check) if world.speaks else NoStatus()
-    status.update(phase="preparing", step=0)
+    status.update(phase="reading the data", step=0)
     data = open_data(job.data, job.sources)
     check_sizes(job, data, world.num_ranks)
     checkpoint = world.decide(lambda: newest_to_resume(run))
@@ -98,13 +98,16 @@ def prepare(job: TrainJob, world: World) -> Training:
             "or set run.folder to a new folder"
         )
     set_tf32(job.precision)
+    status.update(phase="loading the model")
     loaded = load(job, world)
     encoder, tokenizer, traits = loaded.encoder, loaded.tokenizer, loaded.traits
     if checkpoint is not None and not is_empty(encoder):
         load_weights(checkpoint, encoder, world)
     job.loss.check_model(encoder.width)
+    status.update(phase="tokenising")
     dataset = tokenized(job, data, tokenizer, traits)
     order = order_of(job, data, dataset)
+    status.update(phase="preparing")
     num_steps = job.optim.steps or max(1, math.ceil(job.optim.epochs * order.steps_per_epoch))
     state = first_state(job, world, loaded)
     if checkpoint is None:
@@ -118,7 +121,7 @@ def prepare(job: TrainJob, world: World) -> Training:
     clusters = MinedClusters(world, run, dataset.num_queries) if job.batch.clusters == "mined" else None
     feed = open_feed(job, world, data, state, lambda: interrupt.is_set() or saver.has_failed(), clusters is not None)
     metrics: Metrics = TrainerMetrics(run, job.run.trackers) if world.speaks else NoMetrics()
-    status.update(step=state.step, num_steps=num_steps)
+    status.update(step=state.step, num_steps=num_steps, **start_figures(job, state))
     return Training(
         job,
         world,
@@ -143,6 +146,12 @@ def prepare(job: TrainJob, world: World) -> Training:
         claim,
         saved_step=None if checkpoint is None else checkpoint.step,
     )
+
+
+def start_figures(job: TrainJob, state: TrainState) -> dict[str, Any]:
+    """Return what the status says of a start: where it begins, what was swapped in before, when the miner gets checkpoints."""
+    told = {"resumed_step": state.step, "swaps": state.swaps, "swaps_before": len(state.swaps)}
+    return told if job.negatives.schedule else told | {"checkpoint_every_steps": job.checkpoint.every_steps}
 
 
 def order_of(job: TrainJob, data: RetrievalData, dataset: TrainingSet) -> Order:

@@ -42,6 +42,7 @@ def train(job: TrainJob, world: World) -> Outcome:
         while state.step < run.num_steps:
             if switch_negatives(run):
                 return stop(run)
+            run.status.update(phase="training")
             started = time.perf_counter()
             result = step(run)
             grad_norm = update(run)
