@@ -191,7 +191,7 @@ def submit(
     max_restarts: Annotated[int, typer.Option(min=0, help="of each job, in a row without a new checkpoint")] = 10,
     together: Annotated[bool, typer.Option("--together", help="one heterogeneous job for both sides")] = False,
     sbatch: Annotated[list[str] | None, typer.Option(help="more of its options: --sbatch=--account=me; repeatable")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the commands and what Slurm thinks of them")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show commands and scripts, and what Slurm thinks of them")] = False,
     allow_change: AllowChange = False,
     as_json: Json = False,
 ) -> int:

@@ -24,6 +24,7 @@ from trainer.encoder.model import check_model
 from trainer.errors import InputError, RunInUse
 from trainer.handoff.manifest import disk_error, write_atomically
 
+NO_SLURM = "Not tried: this machine has no Slurm. Run the same negpool submit on a login node of the cluster."
 EARLY_S = 60  # that Slurm's signals may come before their time
 NUMBER = "TRAIN"  # where a command is shown whose trainers' job has no number yet
 BATCH_FILES = Path(__file__).parent.parent / "slurm"
@@ -64,16 +65,19 @@ class Size:
 def submit(jobs: Jobs, size: Size, dry_run: bool, allow_change: bool = False) -> dict[str, Any]:
     """Submit a job's trainers and miner; return run folder, commands and, unless dry_run, the numbers of the jobs.
 
-    dry_run: everything but the submission itself; Slurm says what it thinks of each command.
+    dry_run: everything but the submission itself. Slurm says what it thinks of each command, where there is one on this machine.
     Raises InputError for what cannot be submitted, RunInUse for a run folder where a job waits or works.
     """
     run = jobs.train.run.folder
     if "\\" in str(run.absolute()):
         raise InputError(f"run.folder={run} has a backslash, and Slurm numbers no logs in such a folder; rename it")
-    _check_slurm(size)
+    has_slurm = shutil.which("sbatch") is not None
+    if has_slurm or not dry_run:
+        _check_slurm(size)
     check_model(jobs.train.model.name)
-    plugin = _mpi_plugin() if size.miner_nodes else None
-    _refuse_live(run)
+    plugin = _mpi_plugin(has_slurm) if size.miner_nodes else None
+    if has_slurm:
+        _refuse_live(run)
     keep_job(jobs, allow_change)
     _check_writable(run / "logs")
     environment = {"NEGPOOL_PYTHON": sys.executable, "NEGPOOL_MAX_RESTARTS": str(size.max_restarts)}
@@ -81,9 +85,10 @@ def submit(jobs: Jobs, size: Size, dry_run: bool, allow_change: bool = False) ->
     environment |= {} if plugin is None else {"NEGPOOL_MPI": plugin}
     found: dict[str, Any] = {"run": str(run)}
     if dry_run:
-        tried = {name: ["sbatch", "--test-only", *words[1:]] for name, words in batch_commands(jobs, size).items()}
-        found["slurm_says"] = {name: " ".join(_sbatch(environment, words)).strip() for name, words in tried.items()}
+        found["slurm_says"] = _slurm_says(jobs, size, environment) if has_slurm else None
         commands = batch_commands(jobs, size, NUMBER)
+        found["scripts"] = {script.name: script.read_text() for words in commands.values() for script in map(Path, words)
+                            if script.parent == BATCH_FILES}  # fmt: skip
     else:
         found["jobs"], commands = _submit_all(jobs, size, environment)
     found["commands"] = {name: _shown(environment, command) for name, command in commands.items()}
@@ -96,9 +101,11 @@ def describe(found: dict[str, Any]) -> str:
     """Return what was submitted, and how to follow and stop it, as lines for a person."""
     run, numbers = shlex.quote(found["run"]), found.get("jobs", {})
     if not numbers:
-        shown = [f"{command}\n  {found['slurm_says'][name]}" for name, command in found["commands"].items()]
+        scripts = [f"# ---- slurm/{name}\n{text}" for name, text in found["scripts"].items()]
+        says = found["slurm_says"] or {}
+        commands = [f"{command}\n  {says.get(name, NO_SLURM)}" for name, command in found["commands"].items()]
         number = [f"{NUMBER} stands for the number of the trainers' job."] if "mine" in found["commands"] else []
-        return "\n".join([*shown, *number, f"Not submitted. {run}/job.toml is what the jobs would run."])
+        return "\n".join([*scripts, *commands, *number, f"Not submitted. {run}/job.toml is what the jobs would run."])
     logs = " ".join(f"{run}/logs/slurm-*-{number}.out" for number in numbers.values())
     return "\n".join(
         [
@@ -164,14 +171,22 @@ def _check_slurm(size: Size) -> None:
         raise InputError(f"this cluster has no partition {size.partition}; it has {', '.join(partitions)}; set --partition")
 
 
-def _mpi_plugin() -> str:
-    """Return srun's plugin for the MPI library behind mpi4py."""
+def _slurm_says(jobs: Jobs, size: Size, environment: dict[str, str]) -> dict[str, str]:
+    """Return what Slurm thinks of each command, which it does not run."""
+    tried = {name: ["sbatch", "--test-only", *words[1:]] for name, words in batch_commands(jobs, size).items()}
+    return {name: " ".join(_sbatch(environment, words)).strip() for name, words in tried.items()}
+
+
+def _mpi_plugin(has_slurm: bool) -> str:
+    """Return srun's plugin for the MPI library behind mpi4py; has_slurm: whether there is a Slurm here that must have it."""
     asked = subprocess.run([sys.executable, "-c", ASK_MPI], capture_output=True, text=True)
     if asked.returncode:
         reason = asked.stderr.strip().splitlines()[-1:] or ["no reason given"]
         raise InputError(f"no MPI for the miner ({reason[0]}); install one: pip install 'negpool[mpi]', or set --miner-nodes 0")
     library = asked.stdout.split(",")[0].strip()
     wanted = mpi_plugin(library)
+    if wanted is not None and not has_slurm:
+        return wanted
     listed = subprocess.run(["srun", "--mpi=list"], capture_output=True, text=True)
     plugins = re.findall(r"^\s*(\w+)$", listed.stdout + listed.stderr, flags=re.MULTILINE)
     if wanted is None or wanted not in plugins:

@@ -142,7 +142,21 @@ def test_a_time_limit_without_room_for_a_checkpoint_is_refused():
 def test_a_machine_without_slurm_is_refused(jobs, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(InputError, match="there is no sbatch here: this machine is no part of a Slurm cluster"):
-        submit(jobs, size(), dry_run=True)
+        submit(jobs, size(), dry_run=False)
+
+
+def test_a_dry_run_needs_no_slurm_and_shows_the_scripts(jobs, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    found = submit(jobs, size(), dry_run=True)
+    assert found["slurm_says"] is None and "jobs" not in found
+    commands = {name: shlex.split(command) for name, command in found["commands"].items()}
+    assert "NEGPOOL_MPI=pmix" in commands["mine"] and {"--nodes=4", "--partition=gpu"} <= set(commands["train"])
+    said = describe(found)
+    for script in ("train.sbatch", "mine.sbatch"):
+        assert (ROOT / "slurm" / script).read_text() in said
+    assert said.count("this machine has no Slurm") == 2 and "Not submitted." in said
+    both = submit(jobs, size(together=True), dry_run=True)
+    assert list(both["scripts"]) == ["train_and_mine.sbatch"]
 
 
 def put_in_path(folder: Path, monkeypatch, shell: str = "sh", **programs: str) -> None:
