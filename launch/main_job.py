@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
+from launch.counted import counted
 from launch.jobfile import Jobs
 from launch.local import supervise
 from launch.models import evaluate_bm25
+from launch.next_steps import next_steps
 from launch.output import ROW_TITLES, measures_table
+from launch.phases import clock
 from launch.plan import Plan, cores_and_gpus, share_out
 from launch.sides import keep_job
-from launch.view import View, clock
+from launch.view import View
 from trainer.data.datasets import open_data
 from trainer.encoder.model import check_model
 from trainer.handoff.manifest import write_atomically
@@ -41,7 +45,7 @@ def run_main_job(jobs: Jobs, job_file: Path, console: Console, allow_change: boo
         console.print(f"Stopped at step {step}, saved. To go on: [bold]negpool run {job_file}[/bold]")
         return {"finished": False, "step": step, "run": str(run)}
     results = collect_results(jobs, data, seconds)
-    _tell_results(console, jobs, results)
+    _tell_results(console, jobs, data, results)
     return {"finished": True, "run": str(run), **results}
 
 
@@ -75,27 +79,21 @@ def _add_seconds(run: Path, seconds: float) -> float:
 def _announcement(jobs: Jobs, data, plan: Plan) -> str:
     train = jobs.train
     num_queries = len(data.training_queries(train.data.train_split))
-    return (
-        f"[bold]{train.run.folder}[/bold]: {num_queries:,} training queries, {len(data.corpus):,} passages from {data.path}.\n"
-        f"{plan}.\n"
-        f"Logs of both sides: {train.run.folder / 'logs'}"
-    )
+    sizes = f"{counted(num_queries, 'training query')}, {counted(len(data.corpus), 'passage')}"
+    return f"[bold]{train.run.folder}[/bold]: {sizes} from {data.path}.\n{plan}.\nLogs of both sides: {train.run.folder / 'logs'}"
 
 
-def _tell_results(console: Console, jobs: Jobs, results: dict[str, Any]) -> None:
+def _tell_results(console: Console, jobs: Jobs, data, results: dict[str, Any]) -> None:
     run = jobs.train.run.folder
-    data = next((source.path for source in jobs.train.sources.values()), jobs.train.data.path)
     names = [name for name in ROW_TITLES if name in results]
     rows = {name: results[name] for name in names}
     if rows:
-        title = f"{results['num_test_queries']} {jobs.train.eval.split} queries"
+        title = counted(results["num_test_queries"], f"{jobs.train.eval.split} query")
         console.print(measures_table(rows, title))
     checkpoint = newest_checkpoint(run)
     assert checkpoint is not None  # a finished run has saved its last step
     console.print(
-        f"{results['versions_swapped']} versions of mined negatives swapped in, {clock(results['seconds'])} in all.\n"
-        f"The model:    [bold]{checkpoint.encoder_folder}[/bold]   (SentenceTransformer and AutoModel load it)\n"
-        f'Search:       [bold]negpool search {run} {data} "read a file as lines"[/bold]\n'
-        f"Your own code: [bold]negpool data code --source DIR --out data/mine[/bold], then\n"
-        f"              [bold]negpool run launch/jobs/quickstart.toml data.path=data/mine run.folder=runs/mine[/bold]"
+        f"{counted(results['versions_swapped'], 'version')} of mined negatives swapped in, {clock(results['seconds'])} in all."
     )
+    for what, how in next_steps(run, checkpoint.encoder_folder, data, jobs.train.eval.split):
+        console.print(f"{what + ':' if what else '':<15}[bold]{escape(how)}[/bold]")

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.markup import escape
 
 from launch.counted import counted
 from launch.options import SHORT, Data, Json, Model, Settings, setting_argument, split_words, with_short
@@ -74,11 +73,9 @@ def search(
     if as_json:
         print_json(found)
         return 0
-    if query_id is not None:
-        results().print(found["query"] + "\n", style="bold", markup=False)
-    for rank, hit in enumerate(found["results"], 1):
-        results().print(f"[bold]{rank}.[/bold] [cyan]{escape(hit['id'])}[/cyan]  [dim]{hit['score']:.3f}[/dim]")
-        results().print(hit["excerpt"], style="dim", markup=False)
+    from launch.hits import hits_text
+
+    results().print(hits_text(found, results().width))
     return 0
 
 

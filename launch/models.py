@@ -104,7 +104,10 @@ def search_corpus(model: str, reading: Reading, question: str | None, query_id: 
         scores, ids = _nearest(query_1D, shards, top + (own >= 0))
     prune_shards(shards_root, KEEP_CACHED)
     found = [(data.corpus[row], score) for row, score in zip(ids.tolist(), scores.tolist(), strict=True) if row != own]
-    hits = [{"id": text["_id"], "score": round(score, 4), "excerpt": _excerpt(text["text"])} for text, score in found[:top]]
+    hits = [
+        {"id": text["_id"], "score": round(score, 4), "title": _title(text), "excerpt": _excerpt(text["text"])}
+        for text, score in found[:top]
+    ]
     return {**about, "results": hits}
 
 
@@ -129,6 +132,10 @@ def own_document(data: RetrievalData, query_row: int) -> int:
     own = int(data.own_rows[query_row])
     judged = [q.corpus_rows[(q.query_rows == query_row) & (q.scores > 0)] for q in data.qrels.values()]
     return -1 if any(own in rows for rows in judged) else own
+
+
+def _title(text: dict[str, Any]) -> str:
+    return text["text"][: text["title_length"] or 0]
 
 
 def _excerpt(text: str) -> str:

@@ -13,7 +13,6 @@ from rich.text import Text
 
 from launch.phases import clock, miner_line, next_swap, trainer_line, warnings_of
 
-__all__ = ["View", "clock"]
 PLAIN_EVERY_S = 15.0  # where there is no terminal to redraw
 BAR_FROM, BAR = 90, 20  # columns of a terminal from which there is room for bars, and theirs
 BESIDE = 10  # columns of a line that its side and the spaces take

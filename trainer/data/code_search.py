@@ -65,6 +65,11 @@ def build_code_search(
     return counts
 
 
+def is_function_id(name: str) -> bool:
+    """Tell whether an id is one of a function, as this module makes them."""
+    return re.fullmatch(r".+\.py:\d+:[\w.]+", name) is not None
+
+
 def collect_functions(
     sources: Sequence[Path] | None, max_functions: int | None, seed: int
 ) -> tuple[list[Function], dict[str, int]]:
