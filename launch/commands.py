@@ -51,7 +51,13 @@ def negpool(
 
 
 @app.command(cls=JobCommand)
-def run(job: JobFile, overrides: Overrides = None, allow_change: AllowChange = False, as_json: Json = False) -> int:
+def run(
+    job: JobFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what it would do, and start nothing")] = False,
+    allow_change: AllowChange = False,
+    as_json: Json = False,
+) -> int:
     """Train and mine together on this machine, with a live view."""
     from launch.early import check_early, mpiexec_path
     from launch.jobfile import read_job
@@ -60,6 +66,8 @@ def run(job: JobFile, overrides: Overrides = None, allow_change: AllowChange = F
     check_early(jobs)
     mpiexec_path()
     messages().print(f"[dim]negpool run {escape(str(job))}: reading the data[/dim]")  # imports take seconds
+    if dry_run:
+        return _foresee(jobs, as_json)
     from launch.main_job import run_main_job
 
     start_logging()
@@ -67,6 +75,18 @@ def run(job: JobFile, overrides: Overrides = None, allow_change: AllowChange = F
     if as_json:
         print_json(outcome)
     return 0 if outcome["finished"] else EXIT_STOPPED
+
+
+def _foresee(jobs: Any, as_json: bool) -> int:
+    from launch.foresee import foresee
+    from launch.foreseen import foreseen_text
+
+    found = foresee(jobs)
+    if as_json:
+        print_json(found)
+    else:
+        results().print(foreseen_text(found), soft_wrap=False)
+    return 0
 
 
 @app.command(cls=JobCommand)

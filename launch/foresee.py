@@ -1,0 +1,232 @@
+"""`negpool run --dry-run`: what a run would do, before anything starts: steps, memory, time, refreshes of the negatives, disk.
+
+Counts are exact where the job gives them. Time comes from a few texts that go through the model on this machine, once without
+and once with gradients, alone on it; side by side the two sides slow each other down, and nothing is known of other machines.
+"""
+
+import math
+import os
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from gradcache.tiles import TILE_BYTES
+from launch.jobfile import Jobs
+from launch.plan import Plan, cores_and_gpus, share_out
+from mining.clusters import num_clustered
+from mining.index import AUTO, EXACT, bytes_of_passage
+from mining.plan import FREE_SHARE, MemoryPlan, Sizes, held_now, plan_memory
+from trainer.budget import CPU_BUDGET, held_bytes
+from trainer.data.datasets import RetrievalData, open_data
+from trainer.encoder.model import check_model, load_encoder
+from trainer.prepare import check_sizes
+
+SAMPLED, PASSED = 1000, 16  # texts whose lengths are measured; texts that go through the model
+GIB = 2**30
+BYTES_OF_NEGATIVE = 12  # of a version: id and score
+BYTES_OF_PARAMETER = 16  # of a checkpoint: the exported model, the weights and AdamW's two moments, in float32
+
+
+def foresee(jobs: Jobs) -> dict[str, Any]:
+    """Return what a job's run would do; raises InputError for a job that cannot be run. Nothing is started or kept."""
+    train = jobs.train
+    data = open_data(train.data, train.sources)
+    shares = share_out(jobs.launch, *cores_and_gpus(os.environ))
+    check_sizes(train, data, shares.train_ranks)
+    check_model(train.model.name)
+    encoder, tokenizer, traits = load_encoder(train.model)
+    lengths = {
+        "query": _lengths(data.queries, tokenizer, traits.query_prefix, traits.max_query_tokens),
+        "passage": _lengths(data.corpus, tokenizer, traits.passage_prefix, traits.max_passage_tokens),
+    }
+    counts = count_steps(jobs, data, shares, {side: float(found.mean()) for side, found in lengths.items()})
+    rates = measure_rates(encoder.side("passage"), lengths["passage"], shares)
+    num_parameters = sum(parameter.numel() for parameter in encoder.parameters())
+    return {
+        "run": str(train.run.folder),
+        "data": {"path": str(data.path), "queries": counts["queries"], "passages": len(data.corpus)},
+        "shares": str(shares),
+        "steps": counts,
+        "memory": {
+            "trainer": trainer_memory(jobs, shares, encoder, counts, rates["graph_bytes_per_token"]),
+            "miner": miner_memory(jobs, data, shares, encoder.width),
+        },
+        "time": foresee_time(jobs, data, shares, counts, rates),
+        "disk_gib": round(disk_bytes(jobs, data, counts["queries"], encoder.width, num_parameters) / GIB, 3),
+    }
+
+
+def count_steps(jobs: Jobs, data: RetrievalData, shares: Plan, mean_tokens: dict[str, float]) -> dict[str, Any]:
+    """Return steps, queries, passages and tokens; mean_tokens: of a text, by side."""
+    train = jobs.train
+    num_queries, batch = len(data.training_queries(train.data.train_split)), train.batch.queries
+    per_epoch = max(1, math.ceil(num_queries / batch))
+    steps = train.optim.steps or max(1, math.ceil(train.optim.epochs * per_epoch))
+    per_query = jobs.mine.sample.num_negatives if train.negatives.per_query == "all" else train.negatives.per_query
+    passages = batch * (1 + per_query)
+    tokens = batch * mean_tokens["query"] + passages * mean_tokens["passage"]
+    corpus = len(data.corpus) * mean_tokens["passage"]
+    return {
+        "queries": num_queries,
+        "steps": steps,
+        "epochs": round(steps / per_epoch, 2),
+        "per_epoch": per_epoch,
+        "queries_a_step": batch,
+        "passages_a_step": passages,
+        "tokens_a_step_and_rank": round(tokens / shares.train_ranks),
+        "tokens_of_corpus": round(corpus),
+        "tokens_of_refresh": round(corpus + num_queries * mean_tokens["query"]),
+        "is_exact": train.batch.mode == "mixed",
+    }
+
+
+def measure_rates(encoder: Any, lengths: np.ndarray, shares: Plan) -> dict[str, float]:
+    """Return the seconds of a token without and with gradients, and the bytes of its graph, for texts of usual length."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder.to(device)
+    length = max(2, int(np.median(lengths)))
+    ids = torch.randint(0, encoder.model.get_input_embeddings().num_embeddings, (PASSED, length), device=device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    threads, tokens, held = torch.get_num_threads(), PASSED * length, 0
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal held
+        held += tensor.nbytes if tensor.device.type == device.type and not isinstance(tensor, torch.nn.Parameter) else 0
+        return tensor
+
+    torch.set_num_threads(shares.threads)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            encoder(inputs).sum().backward()  # the first pass loads what it needs
+        forward_s, both_s = (
+            _seconds(lambda: _without_gradient(encoder, inputs)),
+            _seconds(lambda: encoder(inputs).sum().backward()),
+        )
+    finally:
+        torch.set_num_threads(threads)
+        encoder.zero_grad(set_to_none=True)
+    return {"forward_s": forward_s / tokens, "both_s": both_s / tokens, "graph_bytes_per_token": held / tokens, "texts": PASSED}
+
+
+def trainer_memory(jobs: Jobs, shares: Plan, encoder: Any, counts: dict[str, Any], bytes_of_token: float) -> dict[str, float]:
+    """Return GiB of a trainer rank by what takes them, by the sums of trainer/budget.py."""
+    chunk, parallel = jobs.train.chunk, jobs.train.parallel
+    weights, rest = held_bytes(encoder)
+    if parallel.backend in ("fsdp2", "zero3"):
+        weights, rest = weights // shares.train_ranks, rest // shares.train_ranks
+    rows = counts["queries_a_step"] + counts["passages_a_step"]
+    tokens = counts["tokens_a_step_and_rank"]
+    if chunk.keep_graphs != "all":
+        tokens = min(tokens, CPU_BUDGET.chunk_tokens if chunk.tokens == "auto" else chunk.tokens)
+    device = "cuda" if shares.train_gpus else "cpu"
+    found = {
+        "weights, gradients, moments": weights + rest,
+        "embeddings": rows * encoder.width * 4 * 4,
+        "scores": 2 * min(TILE_BYTES[device], 4 * counts["queries_a_step"] * counts["passages_a_step"]),
+        "graph of a chunk": tokens * bytes_of_token,
+        "libraries": 0 if shares.train_gpus else held_now() - weights,
+    }
+    return {name: round(max(0.0, size) / GIB, 3) for name, size in found.items()}
+
+
+def miner_memory(jobs: Jobs, data: RetrievalData, shares: Plan, width: int) -> dict[str, Any]:
+    """Return the miner's own plan of a rank, as mining/plan.py makes it."""
+    import psutil
+
+    from mining.encode import rows_of_block
+    from trainer.encoder.shards import rows_of_shard
+
+    mine, num_queries = jobs.mine, len(data.training_queries(jobs.train.data.train_split))
+    factory = EXACT if mine.index.factory == AUTO else mine.index.factory
+    sizes = Sizes(
+        num_queries=num_queries,
+        num_passages=len(data.corpus),
+        shard_rows=rows_of_shard(len(data.corpus)),
+        block_rows=rows_of_block(len(data.corpus)),
+        width=width,
+        stored_bytes=np.dtype(mine.encode.stored_type).itemsize,
+        token_width=4 * width,
+        top_k=mine.search.top_k,
+        num_candidates=mine.num_candidates,
+        num_clustered=num_clustered(mine.clusters, num_queries),
+        num_negatives=mine.sample.num_negatives,
+        num_ranks=shares.mine_ranks,
+        index_bytes=bytes_of_passage(factory, width),
+        device_type="cuda" if shares.mine_gpus else "cpu",
+    )
+    free = int(held_now() + FREE_SHARE * psutil.virtual_memory().available / shares.mine_ranks)
+    limit = free if mine.mine.memory_gib is None else int(mine.mine.memory_gib * GIB)
+    plan: MemoryPlan = plan_memory(sizes, held_now(), limit)
+    return plan.as_json()
+
+
+def foresee_time(
+    jobs: Jobs, data: RetrievalData, shares: Plan, counts: dict[str, Any], rates: dict[str, float]
+) -> dict[str, Any]:
+    """Return seconds of a step, an evaluation, a refresh and all of them, and at which steps negatives are swapped in."""
+    train = jobs.train
+    passes = rates["both_s"] + (0 if train.chunk.keep_graphs == "all" else rates["forward_s"])
+    step_s = counts["tokens_a_step_and_rank"] * passes
+    corpus_s = counts["tokens_of_corpus"] * rates["forward_s"]
+    evaluation_s = corpus_s / shares.train_ranks
+    times = 2 * (train.eval.split in data.qrels)
+    if train.eval.every_steps is not None:
+        times += (counts["steps"] - 1) // train.eval.every_steps
+    refresh_s = counts["tokens_of_refresh"] * rates["forward_s"] / shares.mine_ranks
+    swaps = swap_steps(counts["steps"], train.checkpoint.every_steps, refresh_s / step_s) if train.negatives.per_query else []
+    if train.negatives.schedule:
+        swaps = [entry.step for entry in train.negatives.schedule[1:]]
+    total_s = counts["steps"] * step_s + times * evaluation_s
+    found = {"step_s": step_s, "evaluation_s": evaluation_s, "refresh_s": refresh_s, "total_s": total_s}
+    return {**{name: round(value, 4) for name, value in found.items()}, "evaluations": times, "swaps": swaps, "texts": PASSED}
+
+
+def swap_steps(num_steps: int, every: int, refresh_steps: float) -> list[int]:
+    """Return the steps at which mined negatives come into force, where the miner always takes the newest checkpoint.
+
+    refresh_steps: how many steps a refresh takes as long as.
+    """
+    swaps: list[int] = []
+    mined, free = -1, 0.0  # the checkpoint mined last, and the step at which the miner is free again
+    while True:
+        newest = int(free // every) * every
+        mined = newest if newest > mined else mined + every
+        free = max(free, mined) + refresh_steps
+        if math.ceil(free) >= num_steps:
+            return swaps
+        swaps.append(math.ceil(free))
+
+
+def disk_bytes(jobs: Jobs, data: RetrievalData, num_queries: int, width: int, num_parameters: int) -> int:
+    """Return the bytes of the run folder at its largest: checkpoints, embeddings and versions that are kept, one more of each."""
+    mine = jobs.mine
+    stored = np.dtype(mine.encode.stored_type).itemsize * width
+    embeddings = (mine.mine.keep_encodings + 2) // 2 * (len(data.corpus) + num_queries) * stored
+    versions = (mine.mine.keep_versions + 1) * num_queries * mine.sample.num_negatives * BYTES_OF_NEGATIVE
+    return (jobs.train.checkpoint.keep + 1) * num_parameters * BYTES_OF_PARAMETER + embeddings + versions
+
+
+def _lengths(texts: Any, tokenizer: Any, prefix: str, most: int) -> np.ndarray:
+    rows = np.unique(np.linspace(0, len(texts) - 1, min(SAMPLED, len(texts))).astype(int))
+    sample = [prefix + text for text in texts[rows]["text"]]
+    return np.array([len(ids) for ids in tokenizer(sample, truncation=True, max_length=most)["input_ids"]])
+
+
+def _without_gradient(encoder: Any, inputs: dict[str, torch.Tensor]) -> None:
+    with torch.inference_mode():
+        encoder(inputs)
+
+
+def _seconds(work: Any) -> float:
+    _settle()
+    started = time.perf_counter()
+    work()
+    _settle()
+    return time.perf_counter() - started
+
+
+def _settle() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

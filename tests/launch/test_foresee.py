@@ -1,0 +1,84 @@
+"""What `negpool run --dry-run` foresees, against what a run then does, and plain arithmetic."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from launch.foresee import count_steps, disk_bytes, foresee, swap_steps
+from launch.foreseen import foreseen_text
+from launch.jobfile import read_job
+from launch.plan import Plan
+from tests.tiny import write_tiny_dataset, write_tiny_encoder
+from tests.trainer.worlds import world_of
+from trainer.data.datasets import open_data
+from trainer.errors import InputError
+from trainer.train import train
+
+WORDS = ["batch.queries=8", "optim.epochs=2", "checkpoint.every_steps=3", "launch.train_ranks=1", "negatives.first_wait_s=0"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("foresee")
+    write_tiny_dataset(root / "data")
+    write_tiny_encoder(root / "encoder")
+    return root
+
+
+def job(root, *words):
+    paths = [f"data.path={root}/data", f"data.cache={root}/cache", f"model.name={root}/encoder", f"run.folder={root}/run"]
+    return read_job(None, [*paths, *WORDS, *words])
+
+
+def test_the_run_takes_the_steps_and_tokens_that_were_foreseen(root):
+    jobs = job(root, "negatives.per_query=0", "eval.split=none", "model.dropout=0")
+    found = foresee(jobs)
+    assert not (root / "run").exists(), "nothing is kept"
+    outcome = train(jobs.train, world_of())
+    steps = found["steps"]
+    assert steps["steps"] == outcome.step == 10 and steps["per_epoch"] == 5 and steps["passages_a_step"] == 8
+    lines = map(json.loads, (root / "run" / "logs" / "metrics.jsonl").read_text().splitlines())
+    tokens = [line["tokens_per_rank_per_s"] * line["time/step_s"] for line in lines if "loss" in line]
+    mean = sum(tokens) / len(tokens)
+    assert steps["tokens_a_step_and_rank"] == pytest.approx(mean, rel=0.15), "four queries are left for the last of an epoch"
+    assert found["time"]["evaluations"] == 0 and found["time"]["swaps"] == []
+
+
+def test_memory_time_and_disk_are_told_in_sentences_on_eighty_columns(root):
+    found = foresee(job(root, "eval.every_steps=3"))
+    assert found["time"]["evaluations"] == 2 + 3 and found["time"]["total_s"] > found["time"]["step_s"] > 0
+    trainer = found["memory"]["trainer"]
+    assert all(size >= 0 for size in trainer.values()) and sum(trainer.values()) > 0
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(foreseen_text(found))
+    said = console.export_text()
+    assert max(map(len, said.splitlines())) <= 80 and "36 training queries" in said and "Nothing was started." in said
+    assert "8 queries against 16 passages" in said and "1 trainer rank, 1 miner rank" in said
+
+
+def test_swaps_follow_the_checkpoints_as_fast_as_the_miner_is():
+    assert swap_steps(30, 10, 2) == [2, 12, 22], "of step 0, 10 and 20; the last one is not mined"
+    assert swap_steps(30, 10, 15) == [15], "then the one of step 10 takes until step 30"
+    assert swap_steps(100, 10, 25) == [25, 50, 75] and swap_steps(30, 10, 40) == []
+
+
+def test_disk_is_that_of_checkpoints_embeddings_and_versions(root):
+    jobs = job(root, "checkpoint.keep=1", "mine.keep_encodings=2", "mine.keep_versions=1", "sample.num_negatives=10")
+    data = open_data(jobs.train.data, {})
+    expected = 2 * 1000 * 16 + 2 * (len(data.corpus) + 36) * 32 * 4 + 2 * 36 * 10 * 12
+    assert disk_bytes(jobs, data, 36, 32, 1000) == expected
+
+
+def test_a_fixed_number_of_steps_and_all_negatives_are_counted(root):
+    jobs = job(root, "optim.steps=7", "negatives.per_query=all", "sample.num_negatives=3")
+    data = open_data(jobs.train.data, {})
+    found = count_steps(jobs, data, Plan(2, 1, 1), {"query": 5.0, "passage": 10.0})
+    assert (found["steps"], found["epochs"], found["passages_a_step"]) == (7, 1.4, 32)
+    assert found["tokens_a_step_and_rank"] == (8 * 5 + 32 * 10) / 2
+
+
+def test_a_job_that_cannot_run_is_refused(root):
+    with pytest.raises(InputError, match="36 training queries, fewer than batch"):
+        foresee(job(root, "batch.queries=500"))
