@@ -16,8 +16,9 @@ from gradcache.tiles import TILE_BYTES
 from launch.jobfile import Jobs
 from launch.plan import Plan, cores_and_gpus, share_out
 from mining.clusters import num_clustered
-from mining.index import AUTO, EXACT, bytes_of_passage
+from mining.index import bytes_of_passage
 from mining.plan import FREE_SHARE, MemoryPlan, Sizes, held_now, plan_memory
+from mining.settings import AUTO, EXACT
 from trainer.budget import CPU_BUDGET, held_bytes
 from trainer.data.datasets import RetrievalData, open_data
 from trainer.encoder.model import check_model, load_encoder

@@ -19,7 +19,7 @@ Passages = Literal["fresh", "frozen", "drift"]
 
 @job_section
 class MineSettings:
-    """Section `mine`: the service itself."""
+    """Section `mine`: the mining service itself."""
 
     poll_s: PositiveFloat = 1.0
     """Seconds between two looks for a new checkpoint."""
@@ -166,7 +166,7 @@ class RerankSettings:
 
 @job_section
 class ClusterSettings:
-    """Section `clusters`: published with a version, for `batch` to draw from."""
+    """Section `clusters`: clusters of training queries, published with a version, for `batch` to draw from."""
 
     num: NonNegativeInt = 0
     """Clusters; 0: none."""
@@ -176,7 +176,7 @@ class ClusterSettings:
 
 @job_section
 class AuditSettings:
-    """Section `audit`. A version that is beyond one of its limits is not published."""
+    """Section `audit`: limits that a version must keep; one beyond any of them is not published."""
 
     num_queries: PositiveInt = 256
     """Queries that are searched exactly as well, drawn anew for each version."""

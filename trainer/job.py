@@ -46,7 +46,7 @@ class BatchSettings:
 
 @job_section
 class ChunkSettings:
-    """Section `chunk`: memory of a step."""
+    """Section `chunk`: how much of a step is encoded at once, which decides its memory."""
 
     tokens: PositiveInt | Literal["auto"] = "auto"
     """Padded tokens encoded at once on a rank; memory follows this, not the batch."""
@@ -148,7 +148,7 @@ class LossSettings:
 
 @job_section
 class PrecisionSettings:
-    """Section `precision`. Weights, gradients, the loss and its sums are float32 in any case."""
+    """Section `precision`: what encoder and products compute in. Weights, gradients, the loss and its sums are float32 in any case."""
 
     encode: Precision = "fp32"
     """Autocast of the encoder; fp16 comes with a loss scaler."""
@@ -204,7 +204,7 @@ class CheckpointSettings:
 
 @job_section
 class EvalSettings:
-    """Section `eval`: before the first step, after the last one and in between, with the corpus sharded over the ranks."""
+    """Section `eval`: which queries the model is evaluated on, and when; the corpus is sharded over the ranks."""
 
     split: str = "test"
     """Split before the first step and after the last, qrels/NAME.tsv; an absent one is said and skipped."""
