@@ -54,7 +54,7 @@ def miner_line(status: Mapping[str, Any], trainer: Mapping[str, Any], ago_s: flo
         return _at_work(status, "reading the data", ago_s, "")
     if phase == WATCHING:
         return Line(f"watching for a checkpoint{_next_checkpoint(trainer)}")
-    step = status.get("checkpoint_step")
+    step = None if phase in ENDED else status.get("checkpoint_step")
     line = _at_work(status, phase if step is None else f"{phase}, checkpoint of step {step}", ago_s, "")
     rates = tuple(
         f"{status[key]:,.0f} {unit}" for start, key, unit in RATES if phase.startswith(start) and status.get(key) is not None

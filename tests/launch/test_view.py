@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from launch import view as module
-from launch.phases import miner_line, next_swap, trainer_line
+from launch.phases import Line, miner_line, next_swap, trainer_line
 from launch.view import View
 
 NOW = 1_000_000.0
@@ -72,6 +72,7 @@ def test_start_and_waits_are_told_with_their_time():
     untrained = {"phase": "evaluating the untrained model", "done": 5, "total": 2000}
     assert trainer_line(untrained).fitted(80) == "evaluating the untrained model   5/2,000 texts a rank"
     assert trainer_line({"phase": "training", "step": 0, "num_steps": 9}).text == "taking step 1/9"
+    assert miner_line({**MINER, "phase": "stopped", "total": None}, TRAINER) == Line("stopped")
     assert trainer_line({"phase": "training"}).text == "taking step 1", "a full disk keeps the least"
 
 
