@@ -111,11 +111,12 @@ def _num_parameters(settings: ModelSettings) -> int:
 def choose(found: Measured) -> list[Line]:
     """Return the settings of a first job, each with its reason."""
     on_gpu = found.num_gpus > 0
-    ranks = share_out(LaunchSettings(train_ranks=min(2, found.cores)), found.cores, ("",) * found.num_gpus).train_ranks
+    shares = share_out(LaunchSettings(train_ranks=min(2, found.cores)), found.cores, ("",) * found.num_gpus)
+    ranks = shares.train_ranks
     batch = batch_of(found.num_queries, ranks, on_gpu)
     per_epoch = math.ceil(found.num_queries / batch)
     epochs = min(MOST_EPOCHS, max(1, math.ceil(STEPS[on_gpu] / per_epoch)))
-    refresh = refresh_steps(found, batch)
+    refresh = refresh_steps(found, batch, ranks / shares.mine_ranks)
     every = interval_of(per_epoch * epochs, refresh)
     lines = [
         Line("run", "folder", f"runs/{_stem(found.data.path)}", "checkpoints, negatives, logs and the report"),
@@ -155,15 +156,15 @@ def batch_of(num_queries: int, num_ranks: int, on_gpu: bool) -> int:
     return max(num_ranks, min(num_queries, min(most, max(least, wanted))))
 
 
-def refresh_steps(found: Measured, batch: int) -> int:
+def refresh_steps(found: Measured, batch: int, trainers_a_miner: float) -> int:
     """Return how many steps take as long as a refresh of the negatives.
 
-    A refresh encodes all texts once; a step encodes its own twice and goes back through them, four times the work of a pass.
+    A refresh encodes all texts once; a step encodes its own and goes back through them, three times the work of a pass at least.
     """
     limits = [min(most, limit) for most, limit in zip(found.most_tokens, LENGTHS[found.num_gpus > 0], strict=True)]
     query, passage = min(found.query_lengths[0], limits[0]), min(found.passage_lengths[0], limits[1])
     refresh = found.num_queries * query + found.num_passages * passage
-    return math.ceil(refresh / (4 * batch * (query + 2 * passage)))
+    return math.ceil(trainers_a_miner * refresh / (3 * batch * (query + 2 * passage)))
 
 
 def interval_of(num_steps: int, steps_of_refresh: int) -> int:

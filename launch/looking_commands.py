@@ -32,9 +32,17 @@ def status(
     return 0
 
 
+def _sections(incomplete: str) -> list[str]:
+    from launch.jobfile import SECTIONS
+
+    return [name for name in SECTIONS if name.startswith(incomplete)]
+
+
 @looking_app.command()
 def settings(
-    section: Annotated[str | None, typer.Argument(metavar="[SECTION]", help="as in section.key; default: all")] = None,
+    section: Annotated[
+        str | None, typer.Argument(metavar="[SECTION]", help="as in section.key; default: all", autocompletion=_sections)
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """List what a job file can set, with types and defaults."""

@@ -75,3 +75,5 @@ def test_a_shell_gets_them_for_every_command_that_takes_settings():
         shown = CliRunner().invoke(app, [], prog_name="negpool", env=env).output
         assert sum(line.split("\t")[0].endswith(".") for line in shown.splitlines()) >= sections, words
         assert "data." in shown
+    env["_TYPER_COMPLETE_ARGS"] = "negpool settings "
+    assert "precision" in CliRunner().invoke(app, [], prog_name="negpool", env=env).output
