@@ -148,7 +148,7 @@ class LossSettings:
 
 @job_section
 class PrecisionSettings:
-    """Section `precision`: what encoder and products compute in. Weights, gradients, the loss and its sums are float32 in any case."""
+    """Section `precision`: what encoder and products compute in. Weights, gradients, the loss and its sums are always float32."""
 
     encode: Precision = "fp32"
     """Autocast of the encoder; fp16 comes with a loss scaler."""
