@@ -27,7 +27,7 @@ class View:
         self._status: dict[str, Mapping[str, Any]] = {"trainer": {}, "miner": {}}
         self._heard: dict[str, tuple[Any, float]] = {side: (None, self._started) for side in self._status}
         self._said: set[tuple[str, str]] = set()  # warnings, by side
-        self._swaps_said = 0
+        self._swaps_said: set[tuple[int, ...]] = set()
         self._start_of_trainer: Any = None
         self._plain_said = 0.0
         self._live = Live(console=console, transient=True, refresh_per_second=2, get_renderable=self._lines)
@@ -49,6 +49,10 @@ class View:
         line = Table.grid(padding=(0, 2, 0, 0))  # wrapped below itself, not below the time
         line.add_row(Text(elapsed, style="dim"), Text.from_markup(text))
         self._console.print(line, soft_wrap=False)
+
+    def knows(self, swaps: list[list[int]]) -> None:
+        """Take swaps for said: a run that goes on has told them before."""
+        self._swaps_said |= {tuple(swap) for swap in swaps}
 
     def show(self, trainer: Mapping[str, Any], miner: Mapping[str, Any]) -> None:
         """Redraw from what the two sides last said."""
@@ -91,16 +95,17 @@ class View:
         start, step = trainer.get("pid"), trainer.get("resumed_step")
         if step is None or start == self._start_of_trainer:
             return
-        self._start_of_trainer, self._swaps_said = start, trainer.get("swaps_before", 0)
+        self._start_of_trainer = start
+        swaps = (trainer.get("swaps") or [])[: trainer.get("swaps_before", 0)]
+        self.knows(swaps)
         if step:
-            swaps = (trainer.get("swaps") or [])[: self._swaps_said]
             self.say(f"going on from step {step}" + (f", with negatives v{swaps[-1][1]}" if swaps else ""))
 
     def _say_swaps(self, swaps: list[list[int]]) -> None:
-        for step, version in swaps[self._swaps_said :]:
+        for step, version in (swap for swap in swaps if tuple(swap) not in self._swaps_said):
             origin = "from BM25" if version == 0 else "from the miner"
             self.say(f"[green]step {step}: negatives v{version} {origin} swapped in[/green]")
-        self._swaps_said = max(self._swaps_said, len(swaps))
+        self.knows(swaps)
 
     def _say_warnings(self) -> None:
         for side, status in self._status.items():
