@@ -100,9 +100,9 @@ def _training(status: Mapping[str, Any]) -> Line:
     figures = [f"loss {status['loss']:.3f}"]
     if "eta_s" in status:
         figures.append(f"about {clock(status['eta_s'])} left")
-    figures.append(f"negatives v{swaps[-1][1]}" if swaps else "in-batch negatives")
     if status.get("tokens_per_rank_per_s") is not None:
         figures.append(f"{status['tokens_per_rank_per_s']:,.0f} tokens/s a rank")
+    figures.append(f"negatives v{swaps[-1][1]}" if swaps else "in-batch negatives")
     return Line(f"step {step}{of_all}", tuple(figures), step, num_steps)
 
 

@@ -80,8 +80,9 @@ def _describe(status: dict[str, Any]) -> str:
             continue
         silent_s = said["heartbeat_age_s"] or 0.0
         line = trainer_line(said, silent_s) if side == "trainer" else miner_line(said, status["trainer"], silent_s)
+        figures = [figure for figure in line.figures if not figure.split(" a rank")[0].endswith("/s")]  # rates stand below
         note = f"   [red]silent for {clock(silent_s)}[/red]" if silent_s > SILENT_AFTER_S and not has_ended(said) else ""
-        lines.append(f"{side:<8} {escape('   '.join((line.text, *line.figures[:3])))}{note}")
+        lines.append(f"{side:<8} {escape('   '.join((line.text, *figures)))}{note}")
         why = [f"[red]{escape(said['error'])}[/red]"] if has_ended(said) and said.get("error") else []
         told = [f"[yellow]{escape(sentence)}[/yellow]" for sentence in warnings_of(said)]
         lines += [f"{'':<8} {line}" for line in (*why, *told, *FIGURES[side](said))]
