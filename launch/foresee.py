@@ -15,6 +15,7 @@ import torch
 from gradcache.tiles import TILE_BYTES
 from launch.jobfile import Jobs
 from launch.plan import Plan, cores_and_gpus, share_out
+from launch.plan_warnings import warnings_of_plan
 from mining.clusters import num_clustered
 from mining.index import bytes_of_passage
 from mining.plan import FREE_SHARE, MemoryPlan, Sizes, held_now, plan_memory
@@ -45,7 +46,7 @@ def foresee(jobs: Jobs) -> dict[str, Any]:
     counts = count_steps(jobs, data, shares, {side: float(found.mean()) for side, found in lengths.items()})
     rates = measure_rates(encoder.side("passage"), lengths["passage"], shares)
     num_parameters = sum(parameter.numel() for parameter in encoder.parameters())
-    return {
+    found = {
         "run": str(train.run.folder),
         "data": {"path": str(data.path), "queries": counts["queries"], "passages": len(data.corpus)},
         "shares": str(shares),
@@ -57,6 +58,7 @@ def foresee(jobs: Jobs) -> dict[str, Any]:
         "time": foresee_time(jobs, data, shares, counts, rates),
         "disk_gib": round(disk_bytes(jobs, data, counts["queries"], encoder.width, num_parameters) / GIB, 3),
     }
+    return found | {"warnings": warnings_of_plan(found, shares, train.negatives.per_query != 0)}
 
 
 def count_steps(jobs: Jobs, data: RetrievalData, shares: Plan, mean_tokens: dict[str, float]) -> dict[str, Any]:

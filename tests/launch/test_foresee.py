@@ -10,6 +10,7 @@ from launch.foresee import count_steps, disk_bytes, foresee, swap_steps
 from launch.foreseen import foreseen_text
 from launch.jobfile import read_job
 from launch.plan import Plan
+from launch.plan_warnings import warnings_of_plan
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from tests.trainer.worlds import world_of
 from trainer.data.datasets import open_data
@@ -56,6 +57,21 @@ def test_memory_time_and_disk_are_told_in_sentences_on_eighty_columns(root):
     said = console.export_text()
     assert max(map(len, said.splitlines())) <= 80 and "36 training queries" in said and "Nothing was started." in said
     assert "8 queries against 16 passages" in said and "1 trainer rank, 1 miner rank" in said
+
+
+def test_what_will_not_go_well_is_said_with_its_setting(tmp_path):
+    plan = {
+        "run": str(tmp_path / "not" / "there"),
+        "steps": {"steps": 20},
+        "time": {"swaps": [], "refresh_s": 60.0, "step_s": 2.0},
+        "memory": {"trainer": {"weights": 1e6}, "miner": {"total_gib": 1.0}},
+        "disk_gib": 1e9,
+    }
+    negatives, memory, disk = warnings_of_plan(plan, Plan(2, 1, 1), draws_negatives=True)
+    assert "as long as 30 of the 20 steps" in negatives and "optim.epochs" in negatives
+    assert "2000001.0 GiB are needed" in memory and "chunk.tokens" in memory and "checkpoint.keep" in disk
+    fine = {**plan, "memory": {"trainer": {"weights": 0.0}, "miner": {"total_gib": 0.0}}, "disk_gib": 0.0}
+    assert warnings_of_plan(fine, Plan(2, 1, 1), draws_negatives=False) == []
 
 
 def test_swaps_follow_the_checkpoints_as_fast_as_the_miner_is():
