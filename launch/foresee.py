@@ -180,7 +180,7 @@ def foresee_time(
     refresh_s = counts["tokens_of_refresh"] * rates["forward_s"] / shares.mine_ranks
     swaps = swap_steps(counts["steps"], train.checkpoint.every_steps, refresh_s / step_s) if train.negatives.per_query else []
     if train.negatives.schedule:
-        swaps = [entry.step for entry in train.negatives.schedule[1:]]
+        swaps = [entry.step for entry in train.negatives.schedule]
     total_s = counts["steps"] * step_s + times * evaluation_s
     found = {"step_s": step_s, "evaluation_s": evaluation_s, "refresh_s": refresh_s, "total_s": total_s}
     return {**{name: round(value, 4) for name, value in found.items()}, "evaluations": times, "swaps": swaps, "texts": PASSED}
