@@ -105,7 +105,10 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="folder for a page with plots; pictures beside it")] = None,
     as_json: Json = False,
 ) -> int:
-    """Compare runs: the settings that differ, results, time and speed; with --out also as a page with plots."""
+    """Show several runs side by side.
+
+    The settings that differ, results, time and speed; with --out also as a page with plots.
+    """
     from launch.compare import compare_runs, read_runs
     from launch.compare_tables import compare_parts
     from launch.tables import as_text
