@@ -8,7 +8,7 @@ precise enough for a model is not a question of how its steps are cut.
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from gradcache import OBJECTIVES, Batch, StepResult, Temperature, cached_step, reference_step
 from launch.bench.machine import measured
 from launch.counted import counted
-from launch.jobfile import read_job
+from launch.jobfile import Override, read_job
 from launch.ranks import answer, on_ranks
 from trainer.backends import parallelize
 from trainer.budget import CPU_BUDGET
@@ -47,18 +47,24 @@ VARIANTS: dict[str, dict[str, Any]] = {  # what a step may be told; all must giv
 }
 
 
-def check_job(job: Path, overrides: list[str], ranks: int, queries: int) -> dict[str, Any]:
-    """Return what was found; `ok` says whether all gradients agree."""
-    if ranks == 1 and "RANK" not in os.environ:
-        found = check_here(str(job), overrides, queries)
+def check_job(
+    job: Path | None, overrides: Sequence[Override], ranks: int, queries: int, in_children: bool = False
+) -> dict[str, Any]:
+    """Return what was found; `ok` says whether all gradients agree.
+
+    in_children: leave this process as it is, with one rank, too.
+    """
+    path = None if job is None else str(job)
+    if ranks == 1 and "RANK" not in os.environ and not in_children:
+        found = check_here(path, overrides, queries)
         assert found is not None
         return found
-    return on_ranks("launch.check", ranks, job=str(job), overrides=overrides, queries=queries)
+    return on_ranks("launch.check", ranks, job=path, overrides=list(overrides), queries=queries)
 
 
-def check_here(job: str, overrides: list[str], queries: int) -> dict[str, Any] | None:
+def check_here(job: str | None, overrides: Sequence[Override], queries: int) -> dict[str, Any] | None:
     """Return what was found on rank 0, None elsewhere. Collective."""
-    train = read_job(Path(job), overrides).train
+    train = read_job(None if job is None else Path(job), overrides).train
     set_tf32(train.precision)
     world = join_world(tf32=train.precision.tf32, compiles=train.model.compile, timeout_s=train.parallel.timeout_s)
     try:

@@ -3,9 +3,9 @@
 from typing import Any
 
 from launch.output import MEASURE_TITLES
+from launch.phases import clock
 from launch.report.standing import title_of
 from launch.tables import Part, Sheet
-from launch.view import clock
 
 BASELINES = ("bm25", "untrained")  # rows that runs of the same data have alike
 FACTS = {

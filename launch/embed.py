@@ -15,10 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from launch.models import KEEP_CACHED, join_for
+from launch.models import KEEP_CACHED, join_for, start_as_rank
 from launch.named import Reading, as_it_is, locate_model
-from launch.output import start_logging, told_progress
-from launch.srun import world_of_trainers
+from launch.output import told_progress
 from mining.vectors import ids_file
 from trainer.data.cache import cache_folder
 from trainer.data.datasets import RetrievalData
@@ -44,8 +43,7 @@ def encode_to_file(model: str, reading: Reading, side: Side | None, out: Path) -
     side: whose prefix, length and tower; None: by the name of the file (see `side_of`).
     """
     refuse_out(out)
-    os.environ.update(world_of_trainers(os.environ))
-    start_logging(int(os.environ.get("RANK", "0")))
+    start_as_rank()
     side = side_of(reading.data.path) if side is None else side
     source = open_texts(reading, side)
     folder, shards_root = locate_model(model, cache_folder(reading.data.cache))

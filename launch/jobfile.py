@@ -27,6 +27,7 @@ Job = TypeVar("Job")
 # Where and by how many something is made, not what.
 HOW = {("data", "cache"), ("data", "num_proc"), ("encode", "device"), ("run", "trackers")}
 SOURCES = "sources"  # the one section of sections, [sources.NAME]
+Override = str | tuple[str, Any]  # section.key=value, as the command line has it, or name and value, as Python has them
 SHORT_NAME = 3  # letters: one wrong letter is much of such a name, as in optim.le
 MAY_CHANGE = {"launch", "mine", "parallel", "chunk", "checkpoint", "eval"}  # sections, from one start of a run to the next
 
@@ -55,19 +56,20 @@ class Jobs:
         return _plain(sections | {"launch": dataclasses.asdict(self.launch)})
 
 
-def read_job(path: Path | None, overrides: list[str], backend: str | None = None) -> Jobs:
-    """Return the jobs of a file, or of no file, with `section.key=value` overrides applied; raises InputError.
+def read_job(path: Path | None, overrides: Sequence[Override], backend: str | None = None) -> Jobs:
+    """Return the jobs of a file, or of no file, with overrides applied; raises InputError.
 
     backend: what the launcher's own configuration asks for; the job may say the same or nothing.
     """
-    where = path or Path("the command line")
+    from_python = bool(overrides) and not any(isinstance(override, str) for override in overrides)
+    where = path or Path("the arguments" if from_python else "the command line")
     table = {} if path is None else _read_table(path)
     for override in overrides:
         _apply(table, override)
     if "\\u0000" in json.dumps(table, default=str):
         raise InputError(f"{where} has a value with a NUL character in it, which no path and no text holds")
     _refuse_unknown_sections(table, where)
-    if table.get(SOURCES) and any(override.startswith("data.path=") for override in overrides):
+    if table.get(SOURCES) and any(name_of(override) == "data.path" for override in overrides):
         taken = ", ".join(f"sources.{name}" for name in table[SOURCES])
         raise InputError(f"data.path={table['data']['path']!r} (--data) has no effect beside {taken}; set sources.NAME.path")
     if backend is not None and (asked := table.setdefault("parallel", {}).setdefault("backend", backend)) != backend:
@@ -116,22 +118,33 @@ def refuse_other_job(path: Path, jobs: Jobs) -> None:
                 )
 
 
-def _apply(table: dict, override: str) -> None:
-    name, is_assignment, value = override.partition("=")
+def name_of(override: Override) -> str:
+    """Return the setting that an override is about."""
+    return override.partition("=")[0] if isinstance(override, str) else override[0]
+
+
+def _apply(table: dict, override: Override) -> None:
+    name = name_of(override)
     section, *rest = name.split(".")
     depth = 2 if section == SOURCES else 1
-    if not (is_assignment and section and len(rest) == depth and all(rest)):
+    if not (section and len(rest) == depth and all(rest) and ("=" in override or not isinstance(override, str))):
         expected = "section.key=value, as in optim.lr=3e-5, or sources.NAME.key=value"
-        raise InputError(f"{override!r} is not an override; expected {expected}")
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value  # a bare word or path needs no quotes
+        raise InputError(f"{override if isinstance(override, str) else name!r} is not an override; expected {expected}")
+    value = _parsed(override.partition("=")[2]) if isinstance(override, str) else override[1]
     for place in name.split(".")[:depth]:
         table = table.setdefault(place, {})
         if not isinstance(table, dict):
             raise InputError(f"{place} is a value in the job, not a section; {override!r} cannot be applied")
-    table[rest[-1]] = parsed
+    table[rest[-1]] = value
+    if value is None:  # TOML has no word for it
+        del table[rest[-1]]
+
+
+def _parsed(value: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return value  # a bare word or path needs no quotes
 
 
 def _refuse_unknown_sections(table: dict, path: Path) -> None:

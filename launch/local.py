@@ -36,6 +36,7 @@ from trainer.errors import (
 )
 from trainer.handoff.claim import is_claimed
 from trainer.handoff.retry import patiently
+from trainer.interrupt import on_signals
 from trainer.metrics import forget_status, read_status
 
 POLL_S = 0.5
@@ -111,7 +112,7 @@ class Side:
 
 
 def supervise(run: Path, job_file: Path, settings: LaunchSettings, plan: Plan, view: View) -> Literal["finished", "stopped"]:
-    """Run both sides until the trainer is done, or until asked to stop.
+    """Run both sides until the trainer is done, or until asked to stop; the trainer alone where the plan has no miner.
 
     Raises InputError or MustNotGoOn when the trainer refuses or must not go on, MustNotGoOn also when two starts in a row end at
     one step without a checkpoint in between, TrainerDied if it died more often than it may be started again.
@@ -122,11 +123,10 @@ def supervise(run: Path, job_file: Path, settings: LaunchSettings, plan: Plan, v
             raise RunInUse(f"another {side.name} is at work in {run}; wait for it, or set run.folder")
     forget_status(run, trainer.name, miner.name)
     stop_asked: list[int] = []
-    miner_is_needed = True
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: stop_asked.append(n))
+    miner_is_needed = plan.mine_ranks > 0
+    on_signals((signal.SIGINT, signal.SIGTERM), lambda number, _: stop_asked.append(number))
     try:
-        for side in (trainer, miner):
+        for side in (trainer, miner) if miner_is_needed else (trainer,):
             side.start(run)
         while True:
             view.show(read_status(run, "trainer"), read_status(run, "miner"))
@@ -152,6 +152,7 @@ def sides(run: Path, job_file: Path, plan: Plan) -> tuple[Side, Side]:
     """Return the two sides, not started, each with its share of the machine."""
     (run / "logs").mkdir(parents=True, exist_ok=True)
     env = {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(plan.threads)}
+    env["PYTHONSAFEPATH"] = "1"  # who calls from Python has not set it
 
     def seeing(gpus: tuple[str, ...]) -> dict[str, str]:
         return env | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
@@ -170,7 +171,7 @@ def sides(run: Path, job_file: Path, plan: Plan) -> tuple[Side, Side]:
         seeing(plan.train_gpus),
         run / "logs" / "trainer.log",
     )
-    mpiexec = [*mpi_command(plan.mine_ranks)]
+    mpiexec = mpi_command(plan.mine_ranks) if plan.mine_ranks else []
     miner = Side(
         "miner",
         [*mpiexec, *module, "mine", str(job_file)],

@@ -28,25 +28,34 @@ from trainer.prepare import check_sizes
 
 
 def run_main_job(jobs: Jobs, job_file: Path, console: Console, allow_change: bool = False) -> dict[str, Any]:
-    """Run a job to its end, or until asked to stop; return what `results.json` holds, and whether it finished."""
+    """Do what `run_job` does, and tell the person what came of it and what comes next."""
+    outcome = run_job(jobs, console, allow_change)
+    if outcome["finished"]:
+        _tell_results(console, jobs, open_data(jobs.train.data, jobs.train.sources), outcome)
+    else:
+        console.print(f"Stopped at step {outcome['step']}, saved. To go on: [bold]negpool run {job_file}[/bold]")
+    return outcome
+
+
+def run_job(jobs: Jobs, console: Console, allow_change: bool = False, mines: bool = True) -> dict[str, Any]:
+    """Run a job to its end, or until asked to stop; return what `results.json` holds, and whether it finished.
+
+    mines: without, the trainer is alone.
+    """
     started = time.monotonic()
     run = jobs.train.run.folder
     data = open_data(jobs.train.data, jobs.train.sources)  # a bad input ends here, before anything starts
-    plan = share_out(jobs.launch, *cores_and_gpus(os.environ))
+    plan = share_out(jobs.launch, *cores_and_gpus(os.environ), mines)
     check_sizes(jobs.train, data, plan.train_ranks)
     check_model(jobs.train.model.name)
     keep_job(jobs, allow_change)
     console.print(_announcement(jobs, data, plan))
-    with View(console) as view:
+    with View(console, ("trainer", "miner") if mines else ("trainer",)) as view:
         how = supervise(run, run / "job.toml", jobs.launch, plan, view)
     seconds = _add_seconds(run, time.monotonic() - started)
     if how == "stopped":
-        step = read_status(run, "trainer").get("step", 0)
-        console.print(f"Stopped at step {step}, saved. To go on: [bold]negpool run {job_file}[/bold]")
-        return {"finished": False, "step": step, "run": str(run)}
-    results = collect_results(jobs, data, seconds)
-    _tell_results(console, jobs, data, results)
-    return {"finished": True, "run": str(run), **results}
+        return {"finished": False, "step": read_status(run, "trainer").get("step", 0), "run": str(run)}
+    return {"finished": True, "run": str(run), **collect_results(jobs, data, seconds)}
 
 
 def collect_results(jobs: Jobs, data, seconds: float) -> dict[str, Any]:

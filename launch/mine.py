@@ -16,14 +16,17 @@ from launch.counted import counted
 from launch.early import check_early, is_alone
 from launch.imports import lasting_imports
 from launch.jobfile import Jobs, read_job
-from launch.output import messages, start_logging
+from launch.output import messages, redraws, start_logging
+from launch.phases import clock
 from launch.sides import stop_without_parent
 from launch.tables import Sheet, as_text
-from launch.view import clock
 from trainer.handoff.heartbeat import beating
 from trainer.metrics import read_status
 
 if TYPE_CHECKING:
+    from mpi4py import MPI
+
+    from mining.alone import Alone
     from mining.offline import Mined
 
 EXCERPT_LINES = 8
@@ -48,23 +51,36 @@ def mine_model(
     with lasting_imports():
         from mpi4py import MPI
 
-        from mining.offline import offline_run, read_mined
-        from mining.ranks import Ranks
-        from mining.service import run_service
+        import mining.service  # noqa: F401 - which is needed below
 
     world = MPI.COMM_WORLD
     start_logging(world.rank)
     stop_without_parent()
     check_mpi_world(world.size, os.environ, MPI.Get_library_version().split(",")[0])
+    with mined_offline(jobs, model, world, out, show) as mined:
+        return None if mined is None else {"model": model, **_told(mined, out, form, show)}
+
+
+@contextlib.contextmanager
+def mined_offline(
+    jobs: Jobs, model: str, world: "MPI.Comm | Alone", out: Path | None = None, show: str | None = None
+) -> Iterator["Mined | None"]:
+    """Yield what a model mines, in a folder that is deleted afterwards; None but on rank 0.
+
+    out, show: a file and a query that are asked for; what is wrong with them is found before the mining.
+    Raises Stopped on every rank if one was asked to stop. Collective over the world.
+    """
+    from mining.offline import offline_run, read_mined
+    from mining.ranks import Ranks
+    from mining.service import run_service
+
     settings, shards = Ranks(world, lambda: False).decide(lambda: _look(jobs, model, out, show))
     with _hushed(), offline_run(jobs.mine, settings, shards, world) as job:
         with _followed(job.run.folder, messages()) if world.rank == 0 else contextlib.nullcontext():
             how = run_service(job, world, once=True)
         if how == "stopped":
             raise Stopped
-        if world.rank != 0:
-            return None
-        return {"model": model, **_told(read_mined(job), out, form, show)}
+        yield read_mined(job) if world.rank == 0 else None
 
 
 @contextlib.contextmanager
@@ -209,7 +225,7 @@ def _followed(run: Path, console: Console) -> Iterator[None]:
         status = read_status(run, "miner")
         phase, total = status.get("phase", "starting"), status.get("total")
         line = f"{clock(time.monotonic() - started)}  {phase}" + (f"  {status.get('done') or 0:,}/{total:,}" if total else "")
-        if console.is_terminal:
+        if redraws(console):
             show.update(line)
         elif phase != said or time.monotonic() - said_at > SAY_EVERY_S:
             said, said_at = phase, time.monotonic()

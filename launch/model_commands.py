@@ -28,10 +28,10 @@ def evaluate(
 
     Under torchrun or srun the corpus is shared out over the ranks.
     """
-    from launch.models import evaluate_model
+    from launch.models import evaluate_named
     from launch.named import read_settings
 
-    measures = evaluate_model(model, read_settings([*(overrides or []), *short], data), split)
+    measures = evaluate_named(model, read_settings([*(overrides or []), *short], data), split)
     if measures is not None and as_json:
         print_json({"model": model, "data": str(data), "split": split, **measures})
     elif measures is not None:

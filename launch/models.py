@@ -1,6 +1,7 @@
 """Models that are there already: evaluate one, search with one, filter data by one, merge several."""
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,18 +34,34 @@ EXCERPT_LINES = 3
 KEEP_CACHED = 16  # sets of embeddings that stay, youngest first: those of eight models that are evaluated in turn
 
 
-def evaluate_model(model: str, reading: Reading, split: str) -> dict[str, float] | None:
+def evaluate_named(model: str, reading: Reading, split: str) -> dict[str, float] | None:
     """Return the measures of a model, or of "bm25", on a split; None on ranks that do not speak. Collective."""
+    rank = start_as_rank()
+    if model == BM25:
+        refuse_encoding(reading)
+        return evaluate_bm25(reading.open_data(), split) if rank == 0 else None
+    return evaluate_model(model, reading, split, join_for)
+
+
+def start_as_rank() -> int:
+    """Take this process's place among those of its launcher, send messages to standard error, and return its rank."""
     os.environ.update(world_of_trainers(os.environ))
     rank = int(os.environ.get("RANK", "0"))
     start_logging(rank)
-    if model == BM25:
-        if (reading.model, reading.encode) != (ModelSettings(), DEFAULTS):
-            raise InputError("bm25 compares words and encodes nothing: settings of model and encode have no effect on it")
-        return evaluate_bm25(reading.open_data(), split) if rank == 0 else None
+    return rank
+
+
+def refuse_encoding(reading: Reading) -> None:
+    """Raise InputError for settings that BM25 has no use for."""
+    if (reading.model, reading.encode) != (ModelSettings(), DEFAULTS):
+        raise InputError("bm25 compares words and encodes nothing: settings of model and encode have no effect on it")
+
+
+def evaluate_model(model: str, reading: Reading, split: str, join: Callable[[Reading], "World"]) -> dict[str, float] | None:
+    """Return the measures of a model on a split; None on ranks that do not speak. Collective over the world that is joined."""
     data = reading.open_data()
     folder, shards_root = locate_model(model, data.cache)
-    world = join_for(reading)
+    world = join(reading)
     encoder, tokenizer, traits = load_encoder(as_it_is(reading.model, folder))
     encoder.to(world.device)
     parts = world, data, split, encoder, tokenizer, traits, shards_root

@@ -1,11 +1,11 @@
 """What a command line names: a model, a run or a checkpoint, and the settings by which they are read without a job."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launch.jobfile import read_job
-from launch.options import quoted
+from launch.jobfile import Override, name_of, read_job
 from trainer.data.datasets import RetrievalData, open_data
 from trainer.encoder.settings import EncodeSettings, ModelSettings
 from trainer.encoder.source import refuse_no_name
@@ -35,19 +35,19 @@ class Reading:
         return open_data(self.data, {})
 
 
-def read_settings(overrides: list[str], data: Path | None = None) -> Reading:
+def read_settings(overrides: Sequence[Override], data: Path | None = None) -> Reading:
     """Return the settings that overrides make, of a data set named beside them; raises InputError for one without effect."""
     for override in overrides:
-        name = override.partition("=")[0]
+        name = name_of(override)
         section, _, key = name.partition(".")
         if name in ARGUMENTS:
-            raise InputError(f"{name} has no effect here: {ARGUMENTS[name]} is an argument of its own; leave {override!r} out")
+            raise InputError(f"{name} has no effect here: {ARGUMENTS[name]} is an argument of its own; leave it out")
         if key and (section not in READ or (section == "model" and key in OF_TRAINING)):
             raise InputError(
                 f"{name} has no effect on a model that is there and is not trained; settings of {', '.join(READ)} have: "
                 "negpool settings SECTION lists them"
             )
-    named = [] if data is None else [f"data.path={quoted(str(data))}"]
+    named = [] if data is None else [("data.path", str(data))]
     jobs = read_job(None, [*overrides, *named])
     return Reading(jobs.train.data, jobs.train.model, jobs.mine.encode)
 

@@ -1,6 +1,7 @@
 """What commands print: one JSON object on standard output with --json, else text and tables; messages go to standard error."""
 
 import contextlib
+import importlib.util
 import json
 import logging
 import sys
@@ -56,9 +57,9 @@ def results() -> Console:
 
 @contextlib.contextmanager
 def told_progress(what: str, speaks: bool = True) -> Iterator[Callable[[int, int], None]]:
-    """Yield what takes texts done and to do: a live line in a terminal, else a line every now and then."""
+    """Yield what takes texts done and to do: a live line in a terminal or a notebook, else a line every now and then."""
     console, said_at = messages(), time.monotonic()
-    if not speaks or not console.is_terminal:
+    if not speaks or not redraws(console):
 
         def tell(done: int, total: int) -> None:
             nonlocal said_at
@@ -70,6 +71,11 @@ def told_progress(what: str, speaks: bool = True) -> Iterator[Callable[[int, int
         return
     with console.status(what) as line:
         yield lambda done, total: line.update(f"{what}  {done:,}/{total:,}" if total else what)
+
+
+def redraws(console: Console) -> bool:
+    """Tell whether a console can draw over what it has drawn: a terminal, or a notebook with the widgets that rich draws in."""
+    return console.is_terminal or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)
 
 
 def print_json(value: Any) -> None:

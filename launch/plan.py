@@ -27,29 +27,34 @@ class Plan:
     """The shares of both sides."""
 
     train_ranks: int
-    mine_ranks: int
+    mine_ranks: int  # 0: the trainer is alone
     threads: int  # of each process
     train_gpus: tuple[str, ...] = ()  # as CUDA_VISIBLE_DEVICES names them
     mine_gpus: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         sides = (("trainer", self.train_ranks, self.train_gpus), ("miner", self.mine_ranks, self.mine_gpus))
-        shares = (f"{counted(ranks, name + ' rank')}{' on GPU ' if gpus else ''}{','.join(gpus)}" for name, ranks, gpus in sides)
+        shares = (
+            f"{counted(ranks, name + ' rank')}{' on GPU ' if gpus else ''}{','.join(gpus)}"
+            for name, ranks, gpus in sides
+            if ranks
+        )
         shared = "; the miner shares the trainer's GPU" if set(self.train_gpus) & set(self.mine_gpus) else ""
         return f"{', '.join(shares)}, {counted(self.threads, 'thread')} each{shared}"
 
 
-def share_out(settings: LaunchSettings, cores: int, gpus: tuple[str, ...]) -> Plan:
-    """Return the shares of both sides.
+def share_out(settings: LaunchSettings, cores: int, gpus: tuple[str, ...], mines: bool = True) -> Plan:
+    """Return the shares of both sides; without mines all is the trainer's.
 
     cores: that processes may use; gpus: names of those that can be seen, none: all work is done on cores.
     """
-    own = settings.mine_ranks if len(gpus) > settings.mine_ranks else 0  # GPUs that the miner has for itself
+    mine_ranks = settings.mine_ranks if mines else 0
+    own = mine_ranks if len(gpus) > mine_ranks else 0  # GPUs that the miner has for itself
     train_gpus = gpus[: len(gpus) - own]
     train_ranks = len(train_gpus) or settings.train_ranks
     # No more threads than cores: OpenMP's threads wait for each other, so that two too many cost more than half the speed.
-    threads = max(1, cores // (train_ranks + settings.mine_ranks))
-    return Plan(train_ranks, settings.mine_ranks, threads, train_gpus, gpus[-own:] if own else gpus)
+    threads = max(1, cores // (train_ranks + mine_ranks))
+    return Plan(train_ranks, mine_ranks, threads, train_gpus, gpus[-own:] if own else gpus if mines else ())
 
 
 def cores_and_gpus(environment: Mapping[str, str]) -> tuple[int, tuple[str, ...]]:

@@ -32,6 +32,7 @@ def on_ranks(module: str, num_ranks: int, *, mpi: bool = False, **arguments: Any
             **os.environ,
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // num_ranks))),
             "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONSAFEPATH": "1",  # who calls from Python has not set it
             ARGUMENTS: json.dumps(arguments),
             REPORT: str(report),
         }

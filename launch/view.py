@@ -1,4 +1,4 @@
-"""What a person sees of a run: two live lines in a terminal, plain ones elsewhere, and every event as a line that stays."""
+"""What a person sees of a run: live lines in a terminal or a notebook, plain ones elsewhere; every event is a line that stays."""
 
 import time
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from launch.output import redraws
 from launch.phases import clock, miner_line, next_swap, trainer_line, warnings_of
 
 PLAIN_EVERY_S = 15.0  # where there is no terminal to redraw
@@ -21,8 +22,8 @@ BESIDE = 10  # columns of a line that its side and the spaces take
 class View:
     """Shows the statuses of both sides; `say` prints a line that stays."""
 
-    def __init__(self, console: Console):
-        self._console = console
+    def __init__(self, console: Console, sides: tuple[str, ...] = ("trainer", "miner")):
+        self._console, self._sides = console, sides
         self._started = time.monotonic()
         self._status: dict[str, Mapping[str, Any]] = {"trainer": {}, "miner": {}}
         self._heard: dict[str, tuple[Any, float]] = {side: (None, self._started) for side in self._status}
@@ -33,7 +34,7 @@ class View:
         self._live = Live(console=console, transient=True, refresh_per_second=2, get_renderable=self._lines)
 
     def __enter__(self) -> "View":
-        if self._console.is_terminal:
+        if redraws(self._console):
             self._live.start()
         return self
 
@@ -43,7 +44,7 @@ class View:
     def say(self, text: str) -> None:
         """Print one line that stays, with the time since the start."""
         elapsed = f"{clock(time.monotonic() - self._started):>6}"
-        if not self._console.is_terminal:
+        if not redraws(self._console):
             self._console.print(f"[dim]{elapsed}[/dim]  {text}", highlight=False, soft_wrap=True)
             return
         line = Table.grid(padding=(0, 2, 0, 0))  # wrapped below itself, not below the time
@@ -64,7 +65,7 @@ class View:
         self._say_start(trainer)
         self._say_swaps(trainer.get("swaps") or [])
         self._say_warnings()
-        if not self._console.is_terminal and now - self._plain_said > PLAIN_EVERY_S:
+        if not redraws(self._console) and now - self._plain_said > PLAIN_EVERY_S:
             self._plain_said = now
             for side, line in self._both().items():
                 self.say(escape(f"{side:<8}{line.fitted(1000)}"))
@@ -73,7 +74,8 @@ class View:
         now = time.monotonic()
         ago = {side: now - heard for side, (_, heard) in self._heard.items()}
         trainer, miner = self._status["trainer"], self._status["miner"]
-        return {"trainer": trainer_line(trainer, ago["trainer"]), "miner": miner_line(miner, trainer, ago["miner"])}
+        lines = {"trainer": trainer_line(trainer, ago["trainer"]), "miner": miner_line(miner, trainer, ago["miner"])}
+        return {side: lines[side] for side in self._sides}
 
     def _lines(self) -> RenderableType:
         """Return a line for each side, and one with the time and what comes next; none is wider than the terminal."""

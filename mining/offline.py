@@ -34,6 +34,8 @@ from trainer.metrics import read_status
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from mining.alone import Alone
+
 PREFIX = "mine-"
 CLAIMED_AFTER_S = 3600.0  # a service claims its folder within minutes of its making
 
@@ -48,7 +50,9 @@ class Mined:
 
 
 @contextlib.contextmanager
-def offline_run(job: MineJob, model: ModelSettings | Path | None, shards: Path | None, comm: "MPI.Comm") -> Iterator[MineJob]:
+def offline_run(
+    job: MineJob, model: ModelSettings | Path | None, shards: Path | None, comm: "MPI.Comm | Alone"
+) -> Iterator[MineJob]:
     """Yield the job with a run folder of its own, of which the model is the checkpoint; the folder is deleted afterwards.
 
     model: what is mined with: a model, a folder of vectors (see vectors.py), or None: BM25.

@@ -18,6 +18,8 @@ from trainer.handoff.manifest import TornVersion, disk_error, is_disk_error
 if TYPE_CHECKING:  # importing MPI starts it, and readers of a job have no use for that
     from mpi4py import MPI
 
+    from mining.alone import Alone
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -55,9 +57,9 @@ class GivenUp(Exception):
 class Ranks:
     """The processes of one service. All methods but `stop_asked` and `check_stop` are collective."""
 
-    def __init__(self, comm: "MPI.Comm", is_interrupted: Callable[[], bool]):
+    def __init__(self, comm: "MPI.Comm | Alone", is_interrupted: Callable[[], bool]):
         """is_interrupted: whether this process was asked to stop; one rank's yes stops all."""
-        self._comm = comm
+        self._comm: Any = comm  # the messages between ranks are never sent where one is alone
         self.on_wait: Callable[[], None] = lambda: None  # called every now and then while waiting for the others
         self._is_interrupted = is_interrupted
         self._has_told = False
@@ -137,6 +139,8 @@ class Ranks:
 
     def local_rank(self) -> int:
         """Return this rank's place among those of its machine."""
+        if self.num_ranks == 1:
+            return 0
         from mpi4py import MPI
 
         self.meet()

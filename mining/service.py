@@ -30,6 +30,8 @@ from trainer.metrics import read_status
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from mining.alone import Alone
+
 log = logging.getLogger(__name__)
 
 How = Literal["finished", "stopped"]
@@ -38,7 +40,7 @@ NAP_S = 0.1  # how soon a waiting service hears that it should stop
 
 def run_service(
     job: MineJob,
-    comm: "MPI.Comm",
+    comm: "MPI.Comm | Alone",
     *,
     once: bool = False,
     checkpoint: str | None = None,

@@ -39,6 +39,7 @@ def parallelize(
         return Parallel(encoder, encoder, NoSync(encoder), optim, world)
     if settings.backend == "fsdp2":
         return with_fsdp2(encoder, world, settings, optim, encode_dtype)
+    assert world.accelerator is not None  # guests do not train
     module = world.accelerator.prepare_model(encoder)
     assert isinstance(module, DistributedDataParallel)
     sync = DDPSync(module)

@@ -14,7 +14,15 @@ FINISHED, STOPPED, REFUSED, MUST_NOT_GO_ON, FAILED = "finished", "stopped", "ref
 ENDED = (FINISHED, STOPPED, REFUSED, MUST_NOT_GO_ON, FAILED)  # phases after which a side says nothing more
 
 
-class InputError(Exception):
+class NegpoolError(Exception):
+    """What negpool tells a person in one sentence: the one class to catch. No error of Python's own is among them."""
+
+    def _render_traceback_(self) -> list[str]:
+        """Return what a notebook shows in the place of a traceback, as IPython asks for it."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+class InputError(NegpoolError):
     """A sentence for the person at the terminal: what was found, what was expected, which setting changes it.
 
     No ValueError: pydantic, which checks the settings, would wrap those in an error of its own.
@@ -29,11 +37,11 @@ class NotFiniteEmbedding(InputError):
     """An encoder gave a text an embedding with NaN or infinity in it; the message names the text."""
 
 
-class MustNotGoOn(Exception):
+class MustNotGoOn(NegpoolError):
     """A run that would only get worse; the message says what was found, and names the last good checkpoint."""
 
 
-class MachineFailed(Exception):
+class MachineFailed(NegpoolError):
     """A disk, a network or another rank failed, and another start may well succeed; the message says which, and how."""
 
     step: int | None = None  # which the run cannot pass, where that is not the step that it was at

@@ -42,7 +42,7 @@ class World:
     device: torch.device
     group: dist.ProcessGroup | None  # for tensors on the device; None: alone
     control: dist.ProcessGroup | None  # for small messages on the CPU, between steps; None: alone
-    accelerator: Accelerator
+    accelerator: Accelerator | None  # None: a guest's, see `stay_alone`
     ranks_per_node: int = 1  # of this rank's node
     timeout_s: float = COLLECTIVE_TIMEOUT_S  # after which those who wait for a lost rank give up
 
@@ -95,7 +95,9 @@ class World:
         return value  # type: ignore[return-value]
 
     def leave(self) -> None:
-        """Leave the process group."""
+        """Leave the process group; a guest has joined none."""
+        if self.accelerator is None:
+            return
         self.accelerator.end_training()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -166,6 +168,11 @@ def join_world(
         ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)),
         timeout_s=timeout_s,
     )
+
+
+def stay_alone(device: torch.device) -> World:
+    """Return the world of one process that is not ours, as a notebook's: nothing is joined, nothing of the process changed."""
+    return World(rank=0, num_ranks=1, device=device, group=None, control=None, accelerator=None)
 
 
 def keep_freed_memory() -> None:

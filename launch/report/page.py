@@ -10,6 +10,7 @@ import jinja2
 import numpy as np
 
 from launch.output import MEASURE_TITLES
+from launch.phases import clock
 from launch.report.before_after import read_before_after
 from launch.report.drawing import Pictures, as_png, as_svg
 from launch.report.examples import read_examples
@@ -17,7 +18,6 @@ from launch.report.history import History, read_history
 from launch.report.plots import draw_all
 from launch.report.standing import Row, differences_of, rows_of, state_of, verdict_of, warnings_of
 from launch.status import reading, run_status
-from launch.view import clock
 from trainer.errors import InputError
 from trainer.handoff.manifest import disk_error
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launch.output import MEASURE_TITLES, ROW_TITLES
+from launch.phases import clock
 from launch.report.history import History
 from launch.status import SILENT_AFTER_S, has_ended
-from launch.view import clock
 from trainer.errors import FAILED, FINISHED, MUST_NOT_GO_ON, REFUSED, STOPPED
 
 DIFFERENCES = {"trained - untrained": ("trained", "untrained"), "trained - bm25": ("trained", "bm25")}

@@ -40,7 +40,7 @@ def root(tmp_path_factory):
 def quiet(monkeypatch, root):
     """Logging is set up by every command; the cache is the tests' own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(root / "cache"))
-    for module in ("embed", "models", "mine"):
+    for module in ("models", "mine"):
         monkeypatch.setattr(f"launch.{module}.start_logging", lambda *_: None)
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from launch import local
 from launch.local import Side, TrainerDied, supervise
-from launch.plan import LaunchSettings
+from launch.plan import LaunchSettings, Plan
 from launch.view import View
 from trainer.errors import InputError, MustNotGoOn, RunInUse
 
@@ -55,7 +55,7 @@ def run(tmp_path, monkeypatch):
         signal.signal(number, handler)
 
 
-def supervised(run, monkeypatch, trainer, miner=((0, {"phase": "finished"}, None),), max_restarts=3):
+def supervised(run, monkeypatch, trainer, miner=((0, {"phase": "finished"}, None),), max_restarts=3, mine_ranks=1):
     """Return how a run with such starts of its sides ended, how often each started, and what was said."""
 
     def side(name, plan):
@@ -66,7 +66,7 @@ def supervised(run, monkeypatch, trainer, miner=((0, {"phase": "finished"}, None
     said = io.StringIO()
     with View(Console(file=said, width=500)) as view:
         try:
-            how = supervise(run, run / "job.toml", LaunchSettings(max_restarts=max_restarts), None, view)
+            how = supervise(run, run / "job.toml", LaunchSettings(max_restarts=max_restarts), Plan(1, mine_ranks, 1), view)
         except Exception as error:
             how = error
     starts = [len(file.read_text()) if (file := run / f"{name}.starts").exists() else 0 for name in ("trainer", "miner")]
@@ -151,3 +151,8 @@ def test_the_folder_of_a_run_at_work_is_left_alone(run, monkeypatch):
         how, found, _ = supervised(run, monkeypatch, [DONE])
     assert type(how) is RunInUse and found == [0, 0]
     assert (run / "status" / "trainer.json").read_text() == '{"phase": "training"}'
+
+
+def test_a_trainer_alone_starts_no_miner(run, monkeypatch):
+    how, starts, said = supervised(run, monkeypatch, [(1, at(3), 3), DONE], mine_ranks=0)
+    assert (how, starts) == ("finished", [2, 0]) and "the miner" not in said

@@ -37,3 +37,9 @@ def test_the_gpus_that_the_environment_names_are_shared_out(monkeypatch):
     assert cores_and_gpus({})[1] == ("0", "1")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert cores_and_gpus({"CUDA_VISIBLE_DEVICES": "0"})[1] == ()
+
+
+def test_a_trainer_alone_has_the_whole_machine():
+    found = share_out(LaunchSettings(train_ranks=2), cores=16, gpus=(), mines=False)
+    assert found == Plan(2, 0, 8) and str(found) == "2 trainer ranks, 8 threads each"
+    assert share_out(LaunchSettings(), cores=16, gpus=("0", "1"), mines=False) == Plan(2, 0, 8, ("0", "1"))

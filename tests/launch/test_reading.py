@@ -32,7 +32,7 @@ def root(tmp_path_factory):
 def quiet(monkeypatch, root):
     """Logging is set up by every command; the cache is the tests' own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(root / "cache"))
-    for module in ("models", "mine", "embed", "model_commands"):
+    for module in ("models", "mine", "model_commands"):
         monkeypatch.setattr(f"launch.{module}.start_logging", lambda *_: None)
 
 

@@ -1,5 +1,9 @@
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+
+from trainer.interrupt import ASKS_TO_STOP, Interrupt, handlers_kept
 
 # Python runs handlers between two instructions, those of handlers included: here at every line that a handler runs.
 SIGNALS_IN_HANDLERS = """
@@ -26,3 +30,18 @@ def test_a_second_ctrl_c_ends_it_at_once():
     script += "signal.raise_signal(signal.SIGINT); assert i.is_set(); signal.raise_signal(signal.SIGINT); print('on')"
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert ended.returncode == -2 and not ended.stdout, ended.stderr
+
+
+def test_a_process_that_goes_on_has_its_own_handlers_again():
+    before = [signal.getsignal(number) for number in ASKS_TO_STOP]
+    with handlers_kept():
+        interrupt = Interrupt()
+        assert signal.getsignal(signal.SIGTERM) == interrupt._receive
+    assert [signal.getsignal(number) for number in ASKS_TO_STOP] == before
+
+
+def test_another_thread_than_the_main_one_leaves_signals_as_they_are():
+    before = [signal.getsignal(number) for number in ASKS_TO_STOP]
+    with ThreadPoolExecutor(1) as threads:
+        assert not threads.submit(lambda: Interrupt().is_set()).result()
+    assert [signal.getsignal(number) for number in ASKS_TO_STOP] == before
