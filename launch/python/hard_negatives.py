@@ -1,0 +1,108 @@
+"""`negpool.mine_negatives`: hard negatives from any model, as a table, without a run."""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import RenderableType
+
+from launch.jobfile import read_job
+from launch.python.given import Data, Model, data_path
+from launch.python.keywords import reading_overrides
+from launch.python.reading import named
+from launch.python.shown import as_html, as_text
+from launch.python.whole_job import cache_of
+from trainer.errors import InputError
+
+if TYPE_CHECKING:
+    import datasets
+
+Form = Literal["sentence-transformers", "tevatron", "flagembedding", "ids"]
+SHOWN = 3  # rows
+
+
+@dataclass(frozen=True, repr=False)
+class MinedNegatives:
+    """A query with its positive and its mined negatives in each row."""
+
+    form: Form
+    rows: "datasets.Dataset"
+    """Rows by number, columns by name; as a list of dictionaries: rows.to_list()."""
+    counts: dict[str, int]
+    """Candidates, and how many of them each filter dropped."""
+    notes: tuple[str, ...]
+    """What the form has no place for."""
+
+    def to_dataset(self) -> "datasets.Dataset":
+        """Return the rows as a trainer takes them."""
+        return self.rows
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        """Return how many there are, what was dropped, and the first rows."""
+        return as_text(list(self._parts()))
+
+    def _repr_html_(self) -> str:
+        return as_html(list(self._parts()))
+
+    def _parts(self) -> Iterator[RenderableType]:
+        yield f"{len(self):,} rows, form {self.form}: {', '.join(self.rows.column_names)}"
+        yield ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in self.counts.items())
+        yield from self.notes
+        for row in self.rows.select(range(min(SHOWN, len(self)))):
+            yield "\n".join(["", *(f"{name}: {value}"[:100] for name, value in row.items())])
+
+
+def mine_negatives(
+    model: Model,
+    data: Data,
+    *,
+    top_k: int | None = None,
+    num_negatives: int | None = None,
+    form: Form = "sentence-transformers",
+    **settings: object,
+) -> MinedNegatives:
+    """Return hard negatives for the training queries of a data set.
+
+    model: a name, a folder, a SentenceTransformer, "bm25", or a folder with queries.npy and passages.npy.
+    top_k: candidates of each query, as search.top_k. num_negatives: of each query, as sample.num_negatives.
+    settings: of model, data, search, filter, sample and so on, as in a job; of the model also as `evaluate` takes them.
+    Raises KeyboardInterrupt where it is stopped, InputError where nothing can come of it.
+    """
+    from launch.mine import Stopped, mined_offline
+    from mining.alone import Alone
+    from mining.export import FORMS, write_negatives
+    from trainer.interrupt import handlers_kept
+
+    if form not in FORMS:
+        raise InputError(f"form={form!r} is unknown; expected one of {', '.join(FORMS)}")
+    short = {
+        name: value for name, value in (("search.top_k", top_k), ("sample.num_negatives", num_negatives)) if value is not None
+    }
+    split = str(settings.get("data.train_split", "train"))
+    overrides = [*reading_overrides(settings), *short.items()]
+    jobs = read_job(None, [*overrides, ("data.path", data_path(data, split, cache_of(settings)))])
+    with named(model) as name, handlers_kept(), tempfile.TemporaryDirectory() as folder:
+        try:
+            with mined_offline(jobs, name, Alone()) as mined:
+                assert mined is not None  # who is alone speaks
+                out = Path(folder) / "mined.parquet"
+                written = write_negatives(out, form, mined.data, mined.judgements, mined.negatives)
+        except Stopped:
+            raise KeyboardInterrupt("mining was stopped; what was encoded stays, and the same call goes on from there") from None
+        manifest = mined.negatives.manifest
+        counts = {"candidates": manifest["counts"]["candidates"], **manifest["filter"]["dropped"]}
+        return MinedNegatives(form, _read(out), counts, tuple(written["said"]))
+
+
+def _read(path: Path) -> Any:
+    """Return a file's rows in memory: the file is deleted."""
+    import datasets
+    import pyarrow.parquet as pq
+
+    return datasets.Dataset(pq.read_table(path))
