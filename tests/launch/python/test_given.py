@@ -8,9 +8,11 @@ import numpy as np
 import pandas
 import polars
 import pytest
+import torch
+from sentence_transformers import SentenceTransformer
 
-from launch.python.given import data_path
-from tests.tiny import write_tiny_dataset
+from launch.python.given import data_path, model_folder
+from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from trainer.data.datasets import open_dataset
 from trainer.errors import InputError
 
@@ -121,3 +123,16 @@ def test_what_is_no_data_is_one_sentence(tmp_path, data, sentence):
     with pytest.raises(InputError, match=sentence):
         data_path(data, "train", tmp_path)
     assert not list(tmp_path.glob("given-*"))
+
+
+def test_a_model_is_the_same_folder_until_its_weights_change(tmp_path):
+    model = SentenceTransformer(str(write_tiny_encoder(tmp_path / "encoder")), device="cpu")
+    first = model_folder(model, tmp_path)
+    assert first == model_folder(SentenceTransformer(first, device="cpu"), tmp_path)
+    reread = SentenceTransformer(first, device="cpu").encode(["sort list"])
+    assert np.array_equal(reread, model.encode(["sort list"]))
+    next(model.parameters()).data += 1
+    assert first != model_folder(model, tmp_path)
+    assert model_folder(tmp_path / "encoder", tmp_path) == str(tmp_path / "encoder")
+    with pytest.raises(InputError, match="model is a Linear; expected a name, a folder or a SentenceTransformer"):
+        model_folder(torch.nn.Linear(1, 1), tmp_path)
