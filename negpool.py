@@ -1,6 +1,6 @@
 """negpool trains dense retrievers with very large pools of negatives, mined while they train.
 
-`import negpool` gives its public names, listed in launch/python/names.py; a name is imported when it is first used.
+`import negpool` gives its public names, listed in launch/python/public.py; a name is imported when it is first used.
 
 The command `negpool` and `python -m negpool` are the two ways in; the second is for launchers, as in
 `torchrun --nproc-per-node 2 -m negpool train JOB.toml`. Python, and some launchers once more, put the working folder before
@@ -12,12 +12,14 @@ import importlib
 import importlib.util
 import os
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from launch.python.names import *  # noqa: F403
+    from launch.python.public import *  # noqa: F403
 
+HERE = Path(__file__).resolve().parent
 PACKAGES = ("gradcache", "trainer", "mining", "launch")
 NAMES = (
     *("train", "mine_negatives", "evaluate", "encode", "load", "check", "Job", "TrainResult", "MinedNegatives", "Proof"),
@@ -31,24 +33,30 @@ if not TYPE_CHECKING:  # which would take every name for one of ours
         """Return a public name, imported now."""
         if name not in NAMES:
             raise AttributeError(f"module 'negpool' has no attribute {name!r}")
-        _take_our_packages()
-        return getattr(importlib.import_module("launch.python.names"), name)
+        _find_our_packages()
+        return getattr(importlib.import_module("launch.python.public"), name)
 
     def __dir__() -> list[str]:
         return sorted(NAMES)
 
 
-def _take_our_packages() -> None:
-    """Import the packages that stand beside this file, whatever modules of their names a notebook's working folder has."""
-    here = Path(__file__).resolve().parent
+class _Beside:
+    """Finds our packages beside this file, whatever modules of their names a notebook's working folder has."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        """Return where one of our packages is, as Python's import asks for it; None for all others."""
+        return importlib.util.spec_from_file_location(name, HERE / name / "__init__.py") if name in PACKAGES else None
+
+
+def _find_our_packages() -> None:
+    """Have our packages found beside this file from now on; raises ImportError where another module has such a name already."""
     for name in PACKAGES:
-        if name not in sys.modules:
-            spec = importlib.util.spec_from_file_location(name, here / name / "__init__.py")
-            assert spec is not None and spec.loader is not None
-            sys.modules[name] = module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        elif (found := getattr(sys.modules[name], "__file__", None)) != str(here / name / "__init__.py"):
+        found = getattr(sys.modules.get(name), "__file__", None)
+        if name in sys.modules and found != str(HERE / name / "__init__.py"):
             raise ImportError(f"{found} was imported as {name!r}, which is a package of negpool's; give it another name")
+    if _Beside not in sys.meta_path:
+        sys.meta_path.insert(0, _Beside)  # type: ignore[arg-type] # a class serves as well as an object
 
 
 def main() -> None:

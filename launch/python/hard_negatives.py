@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import RenderableType
 
+from launch.early import check_early
 from launch.jobfile import read_job
-from launch.python.given import Data, Model, data_path
+from launch.python.in_memory import Data, Model, data_path
 from launch.python.keywords import reading_overrides
 from launch.python.reading import named
-from launch.python.shown import as_html, as_text
+from launch.python.rendered import as_html, as_text
 from launch.python.whole_job import cache_of
 from trainer.errors import InputError
+from trainer.interrupt import handlers_kept
 
 if TYPE_CHECKING:
     import datasets
@@ -77,7 +79,6 @@ def mine_negatives(
     from launch.mine import Stopped, mined_offline
     from mining.alone import Alone
     from mining.export import FORMS, write_negatives
-    from trainer.interrupt import handlers_kept
 
     if form not in FORMS:
         raise InputError(f"form={form!r} is unknown; expected one of {', '.join(FORMS)}")
@@ -87,6 +88,7 @@ def mine_negatives(
     split = str(settings.get("data.train_split", "train"))
     overrides = [*reading_overrides(settings), *short.items()]
     jobs = read_job(None, [*overrides, ("data.path", data_path(data, split, cache_of(settings)))])
+    check_early(jobs, trains=False)
     with named(model) as name, handlers_kept(), tempfile.TemporaryDirectory() as folder:
         try:
             with mined_offline(jobs, name, Alone()) as mined:

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from launch.python.given import Data, Model
-from launch.python.shown import as_html, as_text
+from launch.python.in_memory import Data, Model
+from launch.python.rendered import as_html, as_text
 from launch.python.whole_job import Job, JobLike
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from launch.output import keep_output_clean
-from launch.python.given import Data, Model, data_path, model_folder
+from launch.python.in_memory import Data, Model, data_path, model_folder
 from launch.python.keywords import reading_overrides
 from launch.python.whole_job import cache_of
 from trainer.errors import InputError

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import RenderableType
 
 from launch.output import measures_table
-from launch.python.given import PathLike
+from launch.python.in_memory import PathLike
 from launch.python.reading import load
-from launch.python.shown import as_html, as_text
+from launch.python.rendered import as_html, as_text
 from trainer.errors import InputError
 from trainer.handoff.weights import checkpoint_name, checkpoints_folder, newest_checkpoint
 

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import tomli_w
 
 from launch.jobfile import Jobs, read_job
-from launch.python.given import Data, Model, PathLike, data_path, model_folder
+from launch.python.in_memory import Data, Model, PathLike, data_path, model_folder
 from launch.python.keywords import overrides_of
 from trainer.errors import InputError
 

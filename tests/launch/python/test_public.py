@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import launch.python.names
+import launch.python.public
 import negpool
 from tests.tiny import write_own_modules
 
@@ -15,12 +15,15 @@ import json, os, sys
 before = list(sys.path), dict(os.environ)
 import negpool
 same, loaded = before == (list(sys.path), dict(os.environ)), set(sys.modules)
-told = negpool.InputError("x")
-import trainer
+job = negpool.Job(optim={"lr": 1e-3})
+has_torch = "torch" in sys.modules
+import gradcache, trainer
 print(json.dumps({
     "same": same and before == (list(sys.path), dict(os.environ)),
     "heavy": sorted(loaded & {"torch", "transformers", "datasets", "pydantic", "rich", "numpy", "launch", "trainer"}),
+    "torch": has_torch,
     "trainer": trainer.__file__,
+    "step": gradcache.cached_step.__module__,
     "first": sys.path[0],
 }))
 """
@@ -41,11 +44,12 @@ def run(code: str, folder: Path) -> subprocess.CompletedProcess:
 
 
 def test_an_import_is_light_and_changes_nothing_and_takes_our_packages(tmp_path):
-    """As in a notebook, whose working folder is first on the path, and has modules of a person's own with names of ours."""
+    """As in a notebook, whose working folder is first on the path and has modules of our names. A job is read without torch."""
     found = run(LOOK, write_own_modules(tmp_path / "own"))
     assert found.returncode == 0, found.stderr
     told = json.loads(found.stdout)
-    assert told == {"same": True, "heavy": [], "trainer": str(ROOT / "trainer" / "__init__.py"), "first": ""}
+    ours = {"trainer": str(ROOT / "trainer" / "__init__.py"), "step": "gradcache.step"}
+    assert told == {"same": True, "heavy": [], "torch": False, "first": "", **ours}
 
 
 def test_a_module_of_the_persons_own_that_was_imported_first_is_named(tmp_path):
@@ -60,7 +64,7 @@ def test_gradcache_comes_by_itself():
 
 
 def test_the_names_are_all_there():
-    public = {name for name in vars(launch.python.names) if not name.startswith("_")}
+    public = {name for name in vars(launch.python.public) if not name.startswith("_")}
     assert set(negpool.NAMES) == public == set(dir(negpool)) == set(negpool.__all__)
     for name in public:
         assert getattr(negpool, name).__doc__, name

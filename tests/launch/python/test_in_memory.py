@@ -11,7 +11,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from launch.python.given import data_path, model_folder
+from launch.python.in_memory import data_path, model_folder
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from trainer.data.datasets import open_dataset
 from trainer.errors import InputError

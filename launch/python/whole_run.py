@@ -6,10 +6,13 @@ Trainer and miner are processes of their own, so that a notebook needs no guard 
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from launch.python.given import Data, Model
+from launch.early import check_early, mpiexec_path
+from launch.output import messages
+from launch.python.in_memory import Data, Model
 from launch.python.result import TrainResult
 from launch.python.whole_job import Job, JobLike
 from trainer.handoff.settings import NegativesSettings
+from trainer.interrupt import handlers_kept
 
 
 class Evaluator(Protocol):
@@ -45,13 +48,14 @@ def train(
     allow_change: go on in the folder of another job.
     Raises RunStopped at Ctrl-C, and a NegpoolError for what `negpool run` refuses.
     """
-    from launch.main_job import run_job
-    from launch.output import messages
-    from trainer.interrupt import handlers_kept
-
     whole = Job(model, data, job=job, **settings)
     if not mine and whole.train.negatives.first_wait_s == NegativesSettings().first_wait_s:
         whole = Job(job=whole, negatives={"first_wait_s": 0.0})  # nobody makes any to wait for
+    check_early(whole, mines=mine)
+    if mine:
+        mpiexec_path()
+    from launch.main_job import run_job  # brings torch, for a job that may run
+
     with handlers_kept():
         outcome = run_job(whole, messages(), allow_change, mine)
     run = whole.train.run.folder

@@ -12,9 +12,9 @@ from launch.python.reading import encode as encode
 from launch.python.reading import evaluate as evaluate
 from launch.python.reading import load as load
 from launch.python.result import TrainResult as TrainResult
-from launch.python.training import RunStopped as RunStopped
-from launch.python.training import train as train
 from launch.python.whole_job import Job as Job
+from launch.python.whole_run import RunStopped as RunStopped
+from launch.python.whole_run import train as train
 from trainer.errors import InputError as InputError
 from trainer.errors import MachineFailed as MachineFailed
 from trainer.errors import MustNotGoOn as MustNotGoOn
