@@ -53,7 +53,7 @@ class TrainResult:
     @classmethod
     def read(cls, run: PathLike, evaluation: dict[str, float] | None = None) -> "TrainResult":
         """Return the result of a run that has finished, by its folder; raises InputError for any other."""
-        run = Path(run)
+        run = Path(run).absolute()  # whatever the working folder is later
         try:
             kept = json.loads((run / "results.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

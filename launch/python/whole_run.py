@@ -62,7 +62,7 @@ def train(
     if not outcome["finished"]:
         raise RunStopped(
             f"stopped at step {outcome['step']}, saved in {run}; to go on, make the same call again, or: "
-            f"negpool.train(job={str(run / 'job.toml')!r})"
+            f"negpool.train(job={str(run / 'job.toml')!r}{'' if mine else ', mine=False'})"
         )
     result = TrainResult.read(run)
     return result if evaluator is None else TrainResult.read(run, _figures(evaluator(result.model())))

@@ -88,6 +88,13 @@ def test_bm25_mines_data_in_memory_in_every_form(form):
     assert {row[column] for row in mined.to_dataset()} == {pair["anchor"] for pair in pairs}
 
 
+def test_columns_are_named_as_for_the_commands():
+    pairs = [{"question": f"sort {word} list", "answer": f"the {word} of list"} for word in ("file", "line", "json")]
+    columns = {"query": "question", "positive": "answer"}
+    assert negpool.evaluate("bm25", pairs, columns=columns)["mrr@10"] == 1
+    assert len(negpool.mine_negatives("bm25", pairs, num_negatives=1, form="ids", columns=columns, **TOP)) == 3
+
+
 def test_embeddings_are_sentence_transformers(root):
     peer = SentenceTransformer(str(root / "encoder"), device="cpu")
     texts = ["sort list", "", "read the file by line", "sort list"]

@@ -23,7 +23,7 @@ reveal_type(negpool.evaluate(result.model(), [{"anchor": "a", "positive": "b"}])
 reveal_type(negpool.encode("m", ["a"], side="query").dtype)  # dtype[floating[_32Bit]]
 reveal_type(negpool.mine_negatives("bm25", Dataset(), top_k=3).to_dataset())  # Dataset
 reveal_type(negpool.load(Path("x")))  # SentenceTransformer
-reveal_type(negpool.Job("m", DatasetDict()).train.loss.objective)  # str
+reveal_type(negpool.Job("m", DatasetDict()).train.data.train_split)  # str
 reveal_type(negpool.Job.read("j.toml"))  # Job
 reveal_type(negpool.check(job="j.toml").ok)  # bool
 negpool.evaluate("m", ({"q": "a"}, {"d": "b"}, {"q": {"d": 1}}))
