@@ -47,6 +47,8 @@ class TrainResult:
     seconds: float
     """Of all starts of the run."""
     verdict: RunVerdict | None = None
+    intervals: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    """The 95 % intervals of the metrics over the test queries, by row and by difference, as "trained - untrained"."""
     evaluation: dict[str, float] = field(default_factory=dict)
     """What the evaluator that was given returned of the trained model."""
 
@@ -66,6 +68,7 @@ class TrainResult:
             kept["versions_swapped"],
             kept["seconds"],
             _verdict(kept),
+            kept.get("intervals") or {},
             evaluation or {},
         )
 
