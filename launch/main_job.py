@@ -12,19 +12,22 @@ from rich.markup import escape
 from launch.counted import counted
 from launch.jobfile import Jobs
 from launch.local import supervise
-from launch.models import evaluate_bm25
+from launch.models import bm25_of_each
 from launch.next_steps import next_steps
-from launch.output import ROW_TITLES, measures_table
+from launch.output import FEW_QUERIES, ROW_TITLES, VERDICT_STYLES, measures_table
 from launch.phases import clock
 from launch.plan import Plan, cores_and_gpus, share_out
 from launch.sides import keep_job
 from launch.view import View
-from trainer.data.datasets import open_data
+from mining.doubts import mining_defeats
+from trainer.data.datasets import RetrievalData, open_data
 from trainer.encoder.model import check_model
 from trainer.handoff.manifest import write_atomically
-from trainer.handoff.weights import newest_checkpoint
+from trainer.handoff.weights import best_checkpoint
 from trainer.metrics import read_status
+from trainer.own_numbers import defeats, planned_steps
 from trainer.prepare import check_sizes
+from trainer.results import write_results
 
 
 def run_main_job(jobs: Jobs, job_file: Path, console: Console, allow_change: bool = False) -> dict[str, Any]:
@@ -50,6 +53,8 @@ def run_job(jobs: Jobs, console: Console, allow_change: bool = False, mines: boo
     check_model(jobs.train.model.name)
     keep_job(jobs, allow_change)
     console.print(_announcement(jobs, data, plan))
+    for sentence in own_defeats(jobs, data):
+        console.print(f"warning: {sentence}", style="yellow", markup=False)
     with View(console, ("trainer", "miner") if mines else ("trainer",)) as view:
         how = supervise(run, run / "job.toml", jobs.launch, plan, view)
     seconds = _add_seconds(run, time.monotonic() - started)
@@ -58,24 +63,20 @@ def run_job(jobs: Jobs, console: Console, allow_change: bool = False, mines: boo
     return {"finished": True, "run": str(run), **collect_results(jobs, data, seconds)}
 
 
-def collect_results(jobs: Jobs, data, seconds: float) -> dict[str, Any]:
-    """Return the table of the finished run and keep it in `results.json`; seconds: over all starts of the run."""
-    run, split = jobs.train.run.folder, jobs.train.eval.split
-    rows: dict[str, Any] = {}
-    if split in data.qrels:
-        rows["bm25"] = evaluate_bm25(data, split)
-        for name in ("untrained", "trained"):
-            kept = json.loads((run / "evaluations" / f"{name}.json").read_text())
-            rows[name] = {key: kept[key] for key in rows["bm25"]}
-    swaps = read_status(run, "trainer").get("swaps", [])
-    results = {
-        **rows,
-        "versions_swapped": sum(version > 0 for _, version in swaps),
-        "seconds": round(seconds, 1),
-        "num_test_queries": len(data.evaluated_queries(split)) if split in data.qrels else 0,
-    }
-    write_atomically(run / "results.json", json.dumps(results, indent=1))
-    return results
+def own_defeats(jobs: Jobs, data: RetrievalData) -> list[str]:
+    """Return what a job's own numbers defeat, on both sides, in sentences; each side says it again for its status."""
+    num_queries, num_passages = len(data.training_queries(jobs.train.data.train_split)), len(data.corpus)
+    num_steps = planned_steps(jobs.train, num_queries)
+    of_trainer = {} if num_steps is None else defeats(jobs.train, num_steps, num_passages)
+    of_miner = mining_defeats(jobs.mine, num_passages)
+    return [sentence for sentence in (*of_trainer.values(), *of_miner.values()) if sentence is not None]
+
+
+def collect_results(jobs: Jobs, data: RetrievalData, seconds: float) -> dict[str, Any]:
+    """Return what became of a finished run, BM25 included, and keep it in `results.json`; seconds: over all its starts."""
+    job = jobs.train
+    bm25_QM = bm25_of_each(data, job.eval.split) if job.eval.split in data.qrels else None
+    return write_results(job.run.folder, job.eval.split, job.stop.measure, bm25_QM, seconds=round(seconds, 1))
 
 
 def _add_seconds(run: Path, seconds: float) -> float:
@@ -94,15 +95,27 @@ def _announcement(jobs: Jobs, data, plan: Plan) -> str:
 
 def _tell_results(console: Console, jobs: Jobs, data, results: dict[str, Any]) -> None:
     run = jobs.train.run.folder
-    names = [name for name in ROW_TITLES if name in results]
-    rows = {name: results[name] for name in names}
+    rows = {name: results[name] for name in ROW_TITLES if name in results}
     if rows:
         title = counted(results["num_test_queries"], f"{jobs.train.eval.split} query")
-        console.print(measures_table(rows, title))
-    checkpoint = newest_checkpoint(run)
+        intervals = results["intervals"] if results["num_test_queries"] < FEW_QUERIES else None
+        steps = results["steps"] if "last" in rows else None
+        console.print(measures_table(rows, title, intervals, steps))
+        if intervals:
+            console.print("[dim]below each figure: its 95 % interval over queries[/dim]")
+    tell_verdict(console, results["verdict"])
+    checkpoint = best_checkpoint(run)
     assert checkpoint is not None  # a finished run has saved its last step
     console.print(
         f"{counted(results['versions_swapped'], 'version')} of mined negatives swapped in, {clock(results['seconds'])} in all."
     )
     for what, how in next_steps(run, checkpoint.encoder_folder, data, jobs.train.eval.split):
         console.print(f"{what + ':' if what else '':<15}[bold]{escape(how)}[/bold]")
+
+
+def tell_verdict(console: Console, verdict: dict[str, Any]) -> None:
+    """Print the verdict on a run, and what both sides still warned of at its end."""
+    console.print(verdict["sentence"], style=VERDICT_STYLES[verdict["level"]], markup=False)
+    for warning in verdict["warnings"]:
+        if warning["sentence"] not in verdict["sentence"]:
+            console.print(f"warning: {warning['sentence']}", style="yellow", markup=False)

@@ -24,7 +24,7 @@ from trainer.encoder.shards import DEFAULTS, Shards, open_shards, prune_shards
 from trainer.encoder.tokens import tokenize_side, tokenize_texts
 from trainer.encoder.topk import merge_top_k, top_k
 from trainer.errors import InputError
-from trainer.evaluate import FOUND, evaluate, measure, without_own
+from trainer.evaluate import FOUND, evaluate, means, measure_each, without_own
 from trainer.handoff.pins import Pins
 
 if TYPE_CHECKING:
@@ -85,11 +85,16 @@ def join_for(reading: Reading) -> "World":
 
 def evaluate_bm25(data: RetrievalData, split: str) -> dict[str, float]:
     """Return the measures of BM25 on a split."""
+    return means(bm25_of_each(data, split))
+
+
+def bm25_of_each(data: RetrievalData, split: str) -> np.ndarray:
+    """Return what BM25's list measures for each query of a split, as `measure_each` has it."""
     from mining.bm25 import bm25_top_k
 
     query_rows = data.evaluated_queries(split)
     scores, ids = without_own(data, split, query_rows, *bm25_top_k(data, query_rows, FOUND))
-    return measure(data, split, query_rows, scores, ids)
+    return measure_each(data, split, query_rows, scores, ids)
 
 
 def search_corpus(model: str, reading: Reading, question: str | None, query_id: str | None, top: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from trainer.errors import InputError
 from trainer.handoff.manifest import NotReadable, TornVersion
 from trainer.handoff.rights import is_writable, unreadable
 from trainer.handoff.settings import DataSettings
-from trainer.handoff.weights import newest_checkpoint, open_checkpoint
+from trainer.handoff.weights import best_checkpoint, open_checkpoint
 
 BM25 = "bm25"
 READ = ("model", "data", "encode")  # sections that mean something without a run
@@ -65,7 +65,7 @@ def as_it_is(settings: ModelSettings, folder: str) -> ModelSettings:
 def locate_model(model: str, cache: Path) -> tuple[str, Path]:
     """Return what load_encoder takes, and the folder of encoded shards to use with it.
 
-    A run folder stands for its newest checkpoint, and a run's shards are used for its models by who may write there.
+    A run folder stands for its best checkpoint, and a run's shards are used for its models by who may write there.
     """
     if model == BM25:
         raise InputError('"bm25" compares words and encodes nothing; negpool eval and mine take it, and this needs a model')
@@ -82,7 +82,7 @@ def locate_model(model: str, cache: Path) -> tuple[str, Path]:
 
 
 def model_folder(model: str) -> str:
-    """Return what load_encoder takes: of a run folder its newest whole checkpoint, of a checkpoint its encoder."""
+    """Return what load_encoder takes: of a run folder its best whole checkpoint, of a checkpoint its encoder."""
     path = Path(os.path.expanduser(model))
     if (told := unreadable(path)) is not None:
         raise InputError(told)
@@ -90,7 +90,7 @@ def model_folder(model: str) -> str:
         refuse_no_name(model)  # a name that leads nowhere is refused before it is looked at as a run or a checkpoint
     if (path / "checkpoints").is_dir():
         passed_over: list[TornVersion] = []
-        checkpoint = newest_checkpoint(path, passed_over.append)
+        checkpoint = best_checkpoint(path, passed_over.append)
         if checkpoint is None:
             raise _without_checkpoint(path, passed_over)
         return str(checkpoint.encoder_folder)

@@ -13,9 +13,12 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+from trainer.measures import MEASURE_TITLES
+
 SAY_EVERY_S = 15.0  # of work that goes on, where there is no terminal to redraw
-MEASURE_TITLES = {"ndcg@10": "nDCG@10", "mrr@10": "MRR@10", "recall@10": "Recall@10", "recall@100": "Recall@100"}
-ROW_TITLES = {"bm25": "BM25", "untrained": "untrained model", "trained": "trained model"}
+ROW_TITLES = {"bm25": "BM25", "untrained": "untrained model", "trained": "trained model", "last": "its last checkpoint"}
+FEW_QUERIES = 2000  # of which an interval of a measure is wider than what a table's third digit tells
+VERDICT_STYLES = {"better": "bold green", "unclear": "bold yellow", "worse": "bold red", "collapsed": "bold red"}
 
 
 def start_logging(rank: int = 0) -> None:
@@ -83,12 +86,27 @@ def print_json(value: Any) -> None:
     print(json.dumps(value))
 
 
-def measures_table(rows: dict[str, dict[str, float]], title: str) -> Table:
-    """Return a table with one row for each evaluated model."""
+def measures_table(
+    rows: dict[str, dict[str, float]],
+    title: str,
+    intervals: dict[str, dict[str, list[float]]] | None = None,
+    steps: dict[str, int] | None = None,
+) -> Table:
+    """Return a table with one row for each evaluated model.
+
+    intervals: of rows and measures, shown below the figures. steps: of the rows that are checkpoints of one run, if several are.
+    """
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for measure in MEASURE_TITLES.values():
         table.add_column(measure, justify="right")
     for name, values in rows.items():
-        table.add_row(ROW_TITLES.get(name, name), *(f"{values[key]:.3f}" for key in MEASURE_TITLES))
+        of_row = (intervals or {}).get(name, {})
+        step = f"\n[dim]of step {steps[name]}[/dim]" if steps and name in steps else ""
+        cells = (f"{values[key]:.3f}{_in_brackets(of_row.get(key))}" for key in MEASURE_TITLES)
+        table.add_row(f"{ROW_TITLES.get(name, name)}{step}", *cells)
     return table
+
+
+def _in_brackets(interval: list[float] | None) -> str:
+    return "" if interval is None else f"\n[dim]{interval[0]:.2f}-{interval[1]:.2f}[/dim]"

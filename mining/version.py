@@ -12,6 +12,7 @@ import numpy as np
 from mining.audit import reasons_against, reasons_of_collapse
 from mining.candidates import BM25Retriever, BothRetrievers, DenseRetriever, Retriever
 from mining.clusters import cluster_queries
+from mining.doubts import doubts, last_suspected, random_score
 from mining.draw import Draw, Drawn
 from mining.encoded import Encoded, encode_checkpoint
 from mining.figures import version_figures
@@ -42,7 +43,7 @@ def mine_checkpoint(work: Work, task: Task, checkpoint: Checkpoint) -> None:
     job, ranks, judgements = work.job, work.ranks, work.judgements
     encoded = encode_checkpoint(work, task, checkpoint)
     queries, passages = encoded.queries, encoded.passages
-    ranks.decide(lambda: refuse(reasons_of_collapse(_some_embeddings(encoded))))
+    at_random = ranks.decide(lambda: score_of_random(_some_embeddings(encoded)))
     indexed = index_passages(work, task, encoded)
     ranks.decide(lambda: refuse(reasons_against(job.audit, indexed.settings.factory, indexed.recall)))
     dense = DenseRetriever(ranks, judgements, queries, passages, indexed.indexes, job.search.top_k)
@@ -55,10 +56,21 @@ def mine_checkpoint(work: Work, task: Task, checkpoint: Checkpoint) -> None:
         with work.phase("clustering"):
             chance = job.run.seed, task.version
             clusters = ranks.on_first(lambda: cluster_queries(job.clusters, *chance, judgements, queries, passages))
-    about = {"index": indexed.about(), "passages": encoded.about_passages, "memory": encoded.plan.as_json()}
+    about = {
+        "index": indexed.about(),
+        "passages": encoded.about_passages,
+        "memory": encoded.plan.as_json(),
+        "random_score": at_random,
+    }
     publish_drawn(work, task, drawn, indexed.recall, clusters, about)
     if ranks.speaks:
         indexed.centroids.prune()
+
+
+def score_of_random(sides: dict[str, np.ndarray]) -> float | None:
+    """Return what queries and passages score that belong together by chance only; raise Refused for a collapsed model."""
+    refuse(reasons_of_collapse(sides))
+    return random_score(sides["queries"], sides["passages"])
 
 
 def _some_embeddings(encoded: Encoded) -> dict[str, np.ndarray]:
@@ -112,7 +124,7 @@ def publish_drawn(
         assert drawn is not None
         audit = audit_drawn(work.job, work.judgements, drawn, recall)
         refuse(audit["reasons"])
-        digest, judgements = work.data.digest, work.judgements
+        digest, judgements, suspected_before = work.data.digest, work.judgements, last_suspected(work.job.run.folder)
         manifest = publish(
             work.job,
             work.claim,
@@ -130,11 +142,14 @@ def publish_drawn(
         kept = {key: manifest[key] for key in told}
         dropped = manifest["filter"]["dropped"]
         work.status.update(**version_figures(manifest))
+        step = checkpoint.step if checkpoint else 0
+        for kind, sentence in doubts(manifest, suspected_before).items():
+            work.warnings.tell(kind, sentence, step)
         figures = {"event": "published", **kept, "dropped": dropped, **work.ages()}
-        work.metrics.record(checkpoint.step if checkpoint else 0, figures)
+        work.metrics.record(step, figures)
         log.info(
             "negatives v%d published from %s: %d for %d queries; dropped %s; %.1f s",
-            task.version, f"step {checkpoint.step}" if checkpoint else "BM25", len(drawn.ids),
+            task.version, f"step {step}" if checkpoint else "BM25", len(drawn.ids),
             work.judgements.num_queries, dropped, sum(work.seconds.values()),
         )  # fmt: skip
 

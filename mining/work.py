@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mining.clusters import check_clusters
+from mining.doubts import mining_defeats
 from mining.encode import TokenCache
 from mining.figures import ages, version_figures
 from mining.index import load_faiss
@@ -30,6 +31,7 @@ from trainer.handoff.heartbeat import BEAT_S, beating
 from trainer.handoff.manifest import pin, unpin
 from trainer.handoff.pins import Pins
 from trainer.metrics import Metrics, MetricsFile, NoMetrics, NoStatus, Status
+from trainer.warned import Warnings
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ class Work:
     files: dict[str, str]  # of the data as it was opened: SHA-256 by path
     reranker: Reranker | None
     done_digest: str | None  # weights that need no mining: those mined last, or refused
+    warnings: Warnings
     task: Task | None = None  # what is being made
     settled_version: int | None = None  # one that gives way to no newer checkpoint: it has done so before, or was resumed
     num_refused: int = 0
@@ -183,12 +186,13 @@ def open_work(job: MineJob, ranks: Ranks, claim: Claim) -> Work:
     last = last_version(run, *sizes) if ranks.speaks else None
     local_rank = ranks.local_rank()
     device = ranks.together(lambda: choose_device(job.encode.device, local_rank))
+    metrics: Metrics = MetricsFile(run / "logs" / "miner.jsonl") if ranks.speaks else NoMetrics()
     work = Work(
         job=job,
         ranks=ranks,
         claim=claim,
         status=status,
-        metrics=MetricsFile(run / "logs" / "miner.jsonl") if ranks.speaks else NoMetrics(),
+        metrics=metrics,
         data=data,
         judgements=judgements,
         tokens=TokenCache(data, judgements.query_rows),
@@ -197,7 +201,10 @@ def open_work(job: MineJob, ranks: Ranks, claim: Claim) -> Work:
         device=device,
         reranker=ranks.together(lambda: open_reranker(job.rerank, data, judgements.query_rows, device)),
         done_digest=None if last is None else last.manifest.get("weights_digest"),
+        warnings=Warnings(status, metrics),
     )
+    for kind, sentence in mining_defeats(job, len(data.corpus)).items():
+        work.warnings.tell(kind, sentence, None)
     status.update(num_refused=0, **({} if last is None else version_figures(last.manifest)))
     ranks.on_wait = work.keep_alive
     return work

@@ -13,7 +13,10 @@ PACKAGES = ["launch", "gradcache", "trainer", "mining"]
 ALLOWED = {
     "gradcache": [],
     "trainer": ["gradcache"],
-    "mining": [f"trainer.{part}" for part in ("errors", "ranges", "encoder", "data", "handoff", "world", "metrics", "interrupt")],
+    "mining": [
+        f"trainer.{part}"
+        for part in ("errors", "ranges", "encoder", "data", "handoff", "world", "metrics", "interrupt", "warned")
+    ],
     "launch": ["gradcache", "trainer", "mining"],
 }
 

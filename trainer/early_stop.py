@@ -40,7 +40,8 @@ class EarlyStop:
 
     def __init__(self, settings: StopSettings):
         self._settings = settings
-        self.best: float | None = None
+        self.best: float | None = None  # whatever the gain: its checkpoint is the best one
+        self.reference: float | None = None  # what the next gain is measured from
         self.best_step: int | None = None
         self.last_step: int | None = None
         self.num_without_gain = 0
@@ -51,8 +52,10 @@ class EarlyStop:
             return self.is_over
         self.last_step = step
         value = measures[self._settings.measure]
-        if not math.isnan(value) and (self.best is None or value > self.best + self._settings.min_gain):
-            self.best, self.best_step, self.num_without_gain = value, step, 0
+        if not math.isnan(value) and (self.best is None or value > self.best):
+            self.best, self.best_step = value, step
+        if not math.isnan(value) and (self.reference is None or value > self.reference + self._settings.min_gain):
+            self.reference, self.num_without_gain = value, 0
         else:
             self.num_without_gain += 1
         return self.is_over
@@ -64,12 +67,13 @@ class EarlyStop:
 
     def state_dict(self) -> dict[str, Any]:
         """Return JSON values."""
-        return {key: getattr(self, key) for key in ("best", "best_step", "last_step", "num_without_gain")}
+        return {key: getattr(self, key) for key in ("best", "reference", "best_step", "last_step", "num_without_gain")}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned."""
+        known = {"reference": state["best"], **state}  # older checkpoints have no reference
         for key in self.state_dict():
-            setattr(self, key, state[key])
+            setattr(self, key, known[key])
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ def evaluate(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
     on_health: Callable[[dict[str, Any]], None] | None = None,
+    on_each: Callable[[np.ndarray], None] = lambda _: None,
 ) -> dict[str, float]:
     """Return the measures of a split; the same on every rank up to the last bits of a product.
 
@@ -66,6 +67,7 @@ def evaluate(
     encode: what the encoder computes in, on the device where it is.
     on_progress: called with texts done and to do, of all ranks.
     on_health: called on rank 0 with what `split_health` finds.
+    on_each: called on rank 0 with what `measure_each` finds.
     Raises Stopped on every rank if one is asked to stop, MachineFailed for a shard that is altered while it is in use.
     Collective.
     """
@@ -93,7 +95,9 @@ def evaluate(
                 with patience.at_work():
                     if on_health is not None:
                         on_health(split_health(data, split, query_rows, query_QD, passage_shards, scores, ids))
-                    found = measure(data, split, query_rows, scores, ids)
+                    each_QM = measure_each(data, split, query_rows, scores, ids)
+                    on_each(each_QM)
+                    found = means(each_QM)
         except TornVersion as torn:
             raise MachineFailed(f"a shard was altered or deleted while it was evaluated: {torn}") from torn
         patience.wait()
@@ -146,7 +150,22 @@ def without_own(
 def measure(
     data: RetrievalData, split: str, query_rows: np.ndarray, scores_Qk: np.ndarray, ids_Qk: np.ndarray
 ) -> dict[str, float]:
-    """Return the measures of ranked lists, ids -1 where a list is shorter; judgements as the split has them."""
+    """Return the measures of ranked lists, as `measure_each` takes them: the means over all queries."""
+    return means(measure_each(data, split, query_rows, scores_Qk, ids_Qk))
+
+
+def means(each_QM: np.ndarray) -> dict[str, float]:
+    """Return the measures of a split by name; each_QM: those of each query."""
+    return dict(zip(MEASURES, each_QM.mean(0).tolist(), strict=True))
+
+
+def measure_each(
+    data: RetrievalData, split: str, query_rows: np.ndarray, scores_Qk: np.ndarray, ids_Qk: np.ndarray
+) -> np.ndarray:
+    """Return what each query's ranked list measures, (Q, M) float64, columns in the order of MEASURES.
+
+    ids_Qk: -1 where a list is shorter; judgements are as the split has them.
+    """
     qrels: dict[str, dict[str, int]] = {}
     judged = data.qrels[split]
     rows = np.unique(np.concatenate([judged.corpus_rows, ids_Qk[ids_Qk >= 0]]))
@@ -160,8 +179,12 @@ def measure(
         for row, ids, scores in zip(query_rows, ids_Qk.tolist(), scores_Qk.tolist(), strict=True)
     }
     wanted = {key: qrels[key] for key in run}
-    values = ir_measures.calc_aggregate(list(MEASURES.values()), wanted, run)
-    return {name: float(values[measure]) for name, measure in MEASURES.items()}
+    place = {str(row): q for q, row in enumerate(query_rows.tolist())}
+    column = {measure: m for m, measure in enumerate(MEASURES.values())}
+    each_QM = np.zeros((len(query_rows), len(MEASURES)))
+    for found in ir_measures.iter_calc(list(MEASURES.values()), wanted, run):
+        each_QM[place[found.query_id], column[found.measure]] = found.value
+    return each_QM
 
 
 def split_health(

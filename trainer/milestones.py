@@ -1,7 +1,6 @@
 """What happens to a run at set steps: it is saved, evaluated, and evaluations on dev may end it or take negatives back."""
 
 import contextlib
-import json
 import logging
 import threading
 import time
@@ -9,19 +8,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from trainer.collapse import LEAST_SPREAD, in_words
-from trainer.encoder.model import save_encoder, weights_digest
+import numpy as np
+
+from trainer.encoder.model import ModelSettings, load_encoder, save_encoder, weights_digest
 from trainer.encoder.settings import KEEP_ENCODINGS
 from trainer.encoder.shards import prune_shards
 from trainer.encoder.towers import Encoder
-from trainer.errors import InputError, MachineFailed, MustNotGoOn
+from trainer.errors import InputError, MachineFailed
 from trainer.evaluate import evaluate
-from trainer.handoff.manifest import prune, write_atomically
-from trainer.handoff.weights import checkpoints_folder
+from trainer.handoff.manifest import prune
+from trainer.handoff.weights import Checkpoint, checkpoint_name, checkpoints_folder, write_best
 from trainer.job import TrainJob
-from trainer.last_good import last_good
 from trainer.parallel import copy_weights, fill_copy
 from trainer.prepare import Training
+from trainer.scores import TESTED, Scores, read_scores, write_scores
+from trainer.symptoms import shape_of
+from trainer.watched import UNTRAINED, check_health, keep_on_dev, warn_of_dev
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ def origin_of(run: Training) -> dict[str, Any]:
     """Return what a model card says of how the model was made: names and numbers, no places."""
     job, state = run.job, run.state
     measured = {f"{name}, {found['split']}": found for name, found in evaluations(job).items()}
-    measured |= {} if run.dev is None else {f"on the way, {run.dev['split']}": run.dev}
+    measured |= {} if run.dev is None else {f"trained, {run.dev['split']}": run.dev}
     return {
         "base": job.model.name,
         "data": ", ".join(job.sources) or (job.data.path.name if job.data.path.exists() else str(job.data.path)),
@@ -74,8 +76,10 @@ def _negatives_in_words(run: Training) -> str:
 
 
 def prune_checkpoints(job: TrainJob, step: int, best_step: int | None) -> None:
-    """Delete all but the newest checkpoints, the pinned ones, the best, those of round steps and what a schedule still mines."""
+    """Name the best checkpoint, and delete all but it, the newest, the pinned ones, those of round steps and of a schedule."""
     settings = job.checkpoint
+    if best_step is not None and (checkpoints_folder(job.run.folder) / checkpoint_name(best_step)).is_dir():
+        write_best(job.run.folder, best_step)
     # A fixed schedule may mine a checkpoint long after it was written: as long as its negatives are not in force.
     needed = {entry.checkpoint for entry in job.negatives.schedule if entry.step >= step} | {best_step}
 
@@ -87,38 +91,53 @@ def prune_checkpoints(job: TrainJob, step: int, best_step: int | None) -> None:
     prune(checkpoints_folder(job.run.folder), settings.keep, is_needed)
 
 
-def evaluate_once(run: Training, name: str) -> None:
-    """Evaluate as `name` unless an earlier start of this run has done so. Collective. Raises Stopped."""
-    split = run.job.eval.split
+def evaluate_once(run: Training, name: str, checkpoint: Checkpoint | None = None) -> None:
+    """Evaluate on the test split as `name`, unless an earlier start of this run has done so. Collective. Raises Stopped.
+
+    checkpoint: whose weights; None: the present ones.
+    """
+    split, folder = run.job.eval.split, run.job.run.folder
     if split not in run.data.qrels:
         log.info("no qrels/%s.tsv: not evaluated", split)
         return
-    path = run.job.run.folder / "evaluations" / f"{name}.json"
-    if run.world.broadcast(path.exists() or (name == "untrained" and run.state.step > 0)):
+    step = run.state.step if checkpoint is None else checkpoint.step
+    kept = read_scores(folder, name) if run.world.speaks else None
+    is_kept = kept is not None and (kept.step, kept.split) == (step, split)
+    if run.world.broadcast(is_kept or (name == "untrained" and step > 0)):
         return
-    measures = _evaluated(run, split, f"evaluating the {name} model")
+    found = _evaluated(run, split, f"evaluating the {name} model", checkpoint)
     if run.world.speaks:
-        write_atomically(path, json.dumps({"step": run.state.step, "split": split, **measures}))
-        run.metrics.record(run.state.step, {f"eval/{key}": value for key, value in measures.items()})
-        log.info("%s model: %s", name, _in_words(measures))
+        write_scores(folder, name, found)
+        run.metrics.record(step, {f"eval/{key}": value for key, value in found.measures.items()})
+        log.info("%s model: %s", name, _in_words(found.measures))
 
 
-def evaluate_on_dev(run: Training) -> None:
-    """Evaluate in between, at a step that is due, and do what section stop makes of it. Collective. Raises Stopped."""
+def evaluate_on_dev(run: Training) -> bool:
+    """Evaluate on dev at a step that is due, and do what section stop makes of it; return whether it is the best so far.
+
+    Collective. Raises Stopped.
+    """
     settings, state = run.job.eval, run.state
-    is_due = settings.every_steps is not None and state.step > 0 and state.step % settings.every_steps == 0
-    if not is_due or state.step == run.num_steps or state.early_stop.last_step == state.step:
-        return
-    measures = _evaluated(run, settings.dev_split, "evaluating on dev")
-    run.dev = {"step": state.step, "split": settings.dev_split, **measures}
-    run.metrics.record(state.step, {f"dev/{key}": value for key, value in measures.items()})
+    is_at_end = state.step == run.num_steps
+    is_due = settings.every_steps is not None and (state.step % settings.every_steps == 0 or is_at_end)
+    if not is_due or state.early_stop.last_step == state.step:
+        return False
+    found = _evaluated(run, settings.dev_split, "evaluating on dev")
+    run.metrics.record(state.step, {f"dev/{key}": value for key, value in found.measures.items()})
     if run.world.speaks:
-        log.info("step %d, dev: %s", state.step, _in_words(measures))
-    if state.early_stop.observe(state.step, measures):
-        log.info("step %d: no gain on dev since step %s; the run ends here", state.step, state.early_stop.best_step)
+        log.info("step %d, dev: %s", state.step, _in_words(found.measures))
+    if state.step == 0:  # no checkpoint of training, and no gain or loss of it
+        keep_on_dev(run, UNTRAINED, found)
+        return False
+    run.dev = {"step": state.step, "split": settings.dev_split, **found.measures}
+    if state.early_stop.observe(state.step, found.measures) and not is_at_end:
+        best = state.early_stop.best_step
+        log.info("step %d: no gain on dev for long enough, and the best was step %s; the run ends here", state.step, best)
         run.num_steps = state.step
-    fall = state.roll_back.observe(state.negatives_version, measures)
-    if fall is not None and fall.version is not None:
+    is_best = state.early_stop.best_step == state.step
+    warn_of_dev(run, found, is_best)
+    fall = state.roll_back.observe(state.negatives_version, found.measures)
+    if fall is not None and fall.version is not None and not is_at_end:
         run.feed.take_back(fall.version, fall.back_to)
         values = {"event": "negatives taken back", "negatives/version": fall.version, "negatives/back_to": fall.back_to}
         run.metrics.record(state.step, values)
@@ -126,12 +145,16 @@ def evaluate_on_dev(run: Training) -> None:
             "step %d: dev fell from %.4f to %.4f under negatives v%d, which are taken back",
             state.step, fall.before, fall.after, fall.version,
         )  # fmt: skip
+    return is_best
 
 
-def evaluations(job: TrainJob) -> dict[str, dict[str, float]]:
-    """Return what was evaluated in a run so far, by name."""
-    folder = job.run.folder / "evaluations"
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+def evaluations(job: TrainJob) -> dict[str, dict[str, Any]]:
+    """Return what a run has tested so far, by name: step, split and measures."""
+    found = {name: read_scores(job.run.folder, name) for name in TESTED}
+    return {
+        name: {"step": scores.step, "split": scores.split, **scores.measures}
+        for name, scores in found.items() if scores is not None
+    }  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -153,20 +176,27 @@ def evaluable(run: Training) -> Iterator[Encoder]:
     plain.to(home)
 
 
-def _evaluated(run: Training, split: str, phase: str) -> dict[str, float]:
-    folder, step = run.job.run.folder, run.state.step
-    has_checkpoint = step % run.job.checkpoint.every_steps == 0 or step == run.num_steps
+@contextlib.contextmanager
+def loaded(run: Training, checkpoint: Checkpoint) -> Iterator[Encoder]:
+    """Give the encoder of a checkpoint to this rank, beside the present one."""
+    encoder, *_ = load_encoder(ModelSettings(name=str(checkpoint.encoder_folder)))
+    yield encoder.to(run.world.device)
+
+
+def _evaluated(run: Training, split: str, phase: str, checkpoint: Checkpoint | None = None) -> Scores:
+    folder, step = run.job.run.folder, run.state.step if checkpoint is None else checkpoint.step
+    has_checkpoint = step % run.job.checkpoint.every_steps == 0 or step == run.num_steps or checkpoint is not None
     # What the miner will need, too, or nobody else.
     shards = folder / "shards" if has_checkpoint else folder / "evaluations" / "shards"
     run.status.update(phase=phase, training_done=run.state.step == run.num_steps, done=0, total=None)
-
     health: dict[str, Any] = {}
+    each: list[np.ndarray] = []
 
     def on_health(found: dict[str, Any]) -> None:
         health.update(found)
         run.metrics.record(step, found)
 
-    with evaluable(run) as encoder:
+    with evaluable(run) if checkpoint is None else loaded(run, checkpoint) as encoder:
         measures = evaluate(
             run.world,
             run.data,
@@ -178,31 +208,16 @@ def _evaluated(run: Training, split: str, phase: str) -> dict[str, float]:
             on_progress=lambda done, total: run.status.update(done=done, total=total),
             should_stop=run.interrupt.is_set,
             on_health=on_health,
+            on_each=each.append,
         )
     run.status.update(last_evaluation={"step": step, "split": split, **measures})
-    _check_health(run, health)
+    shape = shape_of(health)
+    if step > 0:
+        check_health(run, step, shape)
     if run.world.speaks:
         # Behind the loop's back: the others are about to take a step together.
         threading.Thread(target=_prune, args=(shards, KEEP_ENCODINGS if has_checkpoint else 0), daemon=True).start()
-    return measures
-
-
-def _check_health(run: Training, health: dict[str, Any]) -> None:
-    """Raise MustNotGoOn, on every rank alike, where training has given all evaluated texts one embedding. Collective.
-
-    health: of the evaluation, on rank 0.
-    """
-    if run.state.step == 0:
-        return
-    # Of the wider side: all texts of one may be equal.
-    spreads = [value for name, value in health.items() if name.startswith("health/spread/")]
-    spread = run.world.broadcast(max(spreads, default=1.0))
-    if spread >= LEAST_SPREAD:
-        return
-    run.saver.wait()
-    found = f"all evaluated texts have nearly one embedding, with a mean cosine of {1 - spread:.4f}"
-    good = last_good(run.job.run.folder, run.state.early_stop.best_step or 0)
-    raise MustNotGoOn(in_words(run.state.step, found, good, run.job.optim.lr))
+    return Scores(step, split, measures, each[0] if each else None, shape)
 
 
 def _prune(shards: Path, keep: int) -> None:

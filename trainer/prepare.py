@@ -42,8 +42,10 @@ from trainer.optim import build_schedule
 from trainer.parallel import take_weights
 from trainer.precision import DTYPES, encode_in, loss_scaler, set_tf32
 from trainer.state import TrainState
+from trainer.symptoms import Gradients, Lasting
 from trainer.tasks import Task, build_tasks
 from trainer.trackers import check_trackers
+from trainer.warned import Warnings
 from trainer.world import World
 
 log = logging.getLogger(__name__)
@@ -74,8 +76,11 @@ class Training:
     has_two_towers: bool
     num_steps: int
     claim: Claim  # this start's place in the run folder
-    saved_step: int | None = None  # of the newest checkpoint
+    saved_step: int | None  # of the newest checkpoint
+    warnings: Warnings
     collapse: Collapse = field(default_factory=Collapse)
+    gradients: Gradients = field(default_factory=Gradients)
+    narrowing: Lasting = field(default_factory=Lasting)  # of the embeddings of steps
     is_at_bound: bool = False  # the learnt temperature, behind the last step
     data_s: float = 0.0  # that the last step took to put its batch together
     dev: dict[str, Any] | None = None  # the last evaluation in between
@@ -144,7 +149,8 @@ def prepare(job: TrainJob, world: World) -> Training:
         encoder.has_two_towers,
         num_steps,
         claim,
-        saved_step=None if checkpoint is None else checkpoint.step,
+        None if checkpoint is None else checkpoint.step,
+        Warnings(status, metrics),
     )
 
 

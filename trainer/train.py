@@ -19,13 +19,15 @@ from trainer.budget import find_budget
 from trainer.data.collate import collate
 from trainer.data.sampler import Part, rank_slice, sources_begun_anew, step_parts
 from trainer.evaluate import Stopped
+from trainer.finish import finish
 from trainer.job import TrainJob
 from trainer.milestones import evaluate_on_dev, evaluate_once, evaluations, save
 from trainer.precision import product_dtype
 from trainer.prepare import Training, prepare
 from trainer.state import Outcome
 from trainer.tasks import joined
-from trainer.update import check_collapsed, check_skipped, not_finite, update
+from trainer.update import check_skipped, not_finite, update
+from trainer.watched import check_collapsed, warn_of_job, warn_of_step
 from trainer.world import World
 
 log = logging.getLogger(__name__)
@@ -37,7 +39,9 @@ def train(job: TrainJob, world: World) -> Outcome:
     state = run.state
     try:
         evaluate_once(run, "untrained")
+        warn_of_job(run)
         if state.step == 0:
+            evaluate_on_dev(run)
             save(run)
         while state.step < run.num_steps:
             if switch_negatives(run):
@@ -50,11 +54,11 @@ def train(job: TrainJob, world: World) -> Outcome:
             record(run, result, grad_norm, time.perf_counter() - started)
             check_skipped(run)
             check_collapsed(run, result.spread)
-            evaluate_on_dev(run)
-            if state.step % job.checkpoint.every_steps == 0 or state.step == run.num_steps:
+            warn_of_step(run, grad_norm, result.spread)
+            is_best = evaluate_on_dev(run)
+            if state.step % job.checkpoint.every_steps == 0 or state.step == run.num_steps or is_best:
                 save(run)
-        evaluate_once(run, "trained")
-        run.saver.wait()
+        finish(run)
         run.status.update(phase="finished")
     except Stopped:
         return stop(run)

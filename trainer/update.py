@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from gradcache import NotFinite
-from trainer.collapse import in_words
 from trainer.errors import InputError, MustNotGoOn
 from trainer.last_good import last_good
 from trainer.optim import set_learning_rate
@@ -60,24 +59,6 @@ def check_skipped(run: Training) -> None:
         f"optim.max_skipped is {optim.max_skipped}; {last_good(run.job.run.folder, state.step - state.skipped_in_row)}; set a "
         "lower optim.lr or a wider precision.encode, and go on from there in a new run.folder"
     )
-
-
-def check_collapsed(run: Training, spread: float | None) -> None:
-    """Raise MustNotGoOn, on every rank alike, where all texts have come to nearly one embedding. Collective then.
-
-    spread: of the step's embeddings, made by the weights of before its update.
-    """
-    if not run.collapse.observe(spread):
-        return
-    assert spread is not None
-    run.saver.wait()
-    step, steps = run.state.step, run.collapse.num_steps
-    found = (
-        f"for {steps} steps all texts have nearly one embedding, with a mean cosine of {1 - spread:.3f}, and "
-        f"{1 - run.collapse.widest:.3f} where they were furthest apart"
-    )
-    good = last_good(run.job.run.folder, step - steps - 1)
-    raise MustNotGoOn(in_words(step, found, good, run.job.optim.lr))
 
 
 def not_finite(run: Training, error: NotFinite) -> Exception:

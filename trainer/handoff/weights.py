@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.handoff.manifest import TornVersion, open_version, read_latest, versions
+from trainer.handoff.manifest import TornVersion, open_version, read_latest, versions, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+BEST = "BEST"  # beside LATEST, one line: the checkpoint that stands for the run
 ENCODER, STATE = "encoder/", "state/"  # what of a checkpoint the miner and the user open, and what only the trainer does
 
 
@@ -81,10 +82,36 @@ def newest_checkpoint(run: Path, on_torn=lambda _: None, only: str = "") -> Chec
 
     LATEST is tried first: after a roll-back it names an older step than the newest folder.
     """
+    return _first_whole(run, [read_latest(checkpoints_folder(run))], on_torn, only)
+
+
+def best_checkpoint(run: Path, on_torn=lambda _: None, only: str = "") -> Checkpoint | None:
+    """Return the checkpoint that stands for a run, or None: the best one on dev if there is any, else the newest that verifies.
+
+    Of a run that collapsed before there was a best one it is the last good one. on_torn: as in `newest_checkpoint`.
+    """
     parent = checkpoints_folder(run)
-    newest_first = sorted(versions(parent), reverse=True)
-    latest = read_latest(parent)
-    for folder in sorted(newest_first, key=lambda f: f.name != latest):
+    return _first_whole(run, [read_best(run), read_latest(parent)], on_torn, only)
+
+
+def read_best(run: Path) -> str | None:
+    """Return the name of the checkpoint that stands for a run before its newest, or None."""
+    try:
+        return (checkpoints_folder(run) / BEST).read_text().strip() or None
+    except OSError:
+        return None
+
+
+def write_best(run: Path, step: int) -> None:
+    """Let the checkpoint of a step stand for the run. Raises as `write_atomically`."""
+    if read_best(run) != checkpoint_name(step):
+        write_atomically(checkpoints_folder(run) / BEST, checkpoint_name(step) + "\n")
+
+
+def _first_whole(run: Path, first: list[str | None], on_torn, only: str) -> Checkpoint | None:
+    """Return the first checkpoint that verifies of those named, and then of all others, newest first."""
+    newest_first = sorted(versions(checkpoints_folder(run)), reverse=True)
+    for folder in sorted(newest_first, key=lambda f: first.index(f.name) if f.name in first else len(first)):
         try:
             return open_checkpoint(folder, only)
         except TornVersion as torn:
