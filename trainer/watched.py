@@ -76,16 +76,13 @@ def warn_of_dev(run: Training, found: Scores, is_best: bool) -> None:
     if untrained is None or best is None or {untrained.split, best.split} != {found.split}:
         return  # another split decided before, or an older version began this run
 
-    def words(what: str, other: Scores) -> str:
-        now, then = found.measures[measure], other.measures[measure]
-        return f"{MEASURE_TITLES[measure]} on {found.split} is {now:.3f}, {what} {then:.3f}"
-
+    now, top, first = (scores.measures[measure] for scores in (found, best, untrained))
+    words = f"{MEASURE_TITLES[measure]} on {found.split} is {now:.3f}"
     is_below = compare(found.of_each(measure), untrained.of_each(measure)) == "worse"
-    below = f"{words('below the untrained model with', untrained)}; set a lower optim.lr"
+    below = f"{words}, less than the untrained model's {first:.3f}; set a lower optim.lr"
     run.warnings.tell("dev_below_untrained", below if is_below else None, step)
-    value, top, first = (scores.measures[measure] for scores in (found, best, untrained))
-    has_fallen = has_lost(value, top, first) and compare(found.of_each(measure), best.of_each(measure)) == "worse"
-    fallen = f"{words(f'well below its best, at step {best.step},', best)}; stop.patience would end the run"
+    has_fallen = has_lost(now, top, first) and compare(found.of_each(measure), best.of_each(measure)) == "worse"
+    fallen = f"{words}, and was {top:.3f} at its best, at step {best.step}, which is kept; stop.patience ends such a run"
     run.warnings.tell("dev_below_best", fallen if has_fallen else None, step)
     run.warnings.tell("embeddings_low_rank", rank_lost(found.shape, untrained.shape), step)
 
