@@ -34,7 +34,7 @@ def run_main_job(jobs: Jobs, job_file: Path, console: Console, allow_change: boo
     """Do what `run_job` does, and tell the person what came of it and what comes next."""
     outcome = run_job(jobs, console, allow_change)
     if outcome["finished"]:
-        _tell_results(console, jobs, open_data(jobs.train.data, jobs.train.sources), outcome)
+        tell_results(console, jobs, open_data(jobs.train.data, jobs.train.sources), outcome)
     else:
         console.print(f"Stopped at step {outcome['step']}, saved. To go on: [bold]negpool run {job_file}[/bold]")
     return outcome
@@ -93,7 +93,8 @@ def _announcement(jobs: Jobs, data, plan: Plan) -> str:
     return f"[bold]{train.run.folder}[/bold]: {sizes} from {data.path}.\n{plan}.\nLogs of both sides: {train.run.folder / 'logs'}"
 
 
-def _tell_results(console: Console, jobs: Jobs, data, results: dict[str, Any]) -> None:
+def tell_results(console: Console, jobs: Jobs, data: RetrievalData, results: dict[str, Any]) -> None:
+    """Print the table, the verdict, and what can be done with the model."""
     run = jobs.train.run.folder
     rows = {name: results[name] for name in ROW_TITLES if name in results}
     if rows:

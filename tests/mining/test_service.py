@@ -60,6 +60,19 @@ def test_bm25_comes_first_and_then_the_checkpoint(tmp_path):
     assert published(job) == before
 
 
+def test_doubts_about_a_version_and_numbers_that_defeat_the_job_are_said_by_the_service(tmp_path):
+    job = make_job(tmp_path, num_queries=48, filter={"relative_margin": 0.05})
+    publish_checkpoint(job, 10)
+    mine(job)
+    now = {warning["kind"]: warning for warning in read_status(folder(job), "miner")["warnings"]}
+    assert now["top_k"]["step"] is None and "search.top_k=40 is most of the corpus" in now["top_k"]["sentence"]
+    assert now["most_dropped"]["step"] == 10, "a random encoder puts all texts near to each other"
+    lines = [json.loads(line) for line in (folder(job) / "logs" / "miner.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in lines if line.get("event") == "warning"] == list(now)
+    found = manifest(job, "v000001")
+    assert found["random_score"] < found["audit"]["positive_scores"]["q50"] and "random_score" not in manifest(job, "v000000")
+
+
 def test_no_positive_held_out_or_equal_text_is_ever_a_negative(tmp_path):
     job = make_job(tmp_path)
     publish_checkpoint(job, 10)

@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import trainer.train
 from gradcache.agree import agree
+from launch.named import model_folder
 from mining.audit import reasons_of_collapse
 from tests.ranks import run_ranks
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
@@ -18,7 +20,10 @@ from trainer.collapse import SHARE, STEPS, Collapse
 from trainer.encoder.model import ModelSettings
 from trainer.errors import MustNotGoOn
 from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings
+from trainer.handoff.weights import best_checkpoint, newest_checkpoint
 from trainer.job import BatchSettings, CheckpointSettings, EvalSettings, OptimSettings, TrainJob
+from trainer.metrics import read_status
+from trainer.symptoms import NARROW
 from trainer.train import train
 
 SIDES = {0: (4, 7), 1: (1, 1), 2: (0, 0)}  # queries and passages of each rank
@@ -102,6 +107,31 @@ def test_a_run_that_collapses_ends_and_names_the_last_checkpoint_before_it(job):
     assert has_collapsed and not any(each for _, each in before) and last < 40
     good = (last - STEPS - 1) // 2 * 2
     assert f"the last good checkpoint is {job.run.folder}/checkpoints/step-{good:08d};" in str(error.value)
+
+
+def test_a_collapsed_run_says_so_wherever_people_look_and_stands_for_its_last_good_checkpoint(job):
+    job = replace(job, eval=EvalSettings(split="test"))
+    with pytest.raises(MustNotGoOn) as error:
+        train(job, world_of())
+    run = job.run.folder
+    results = json.loads((run / "results.json").read_text())
+    assert results["verdict"]["level"] == "collapsed" and results["verdict"]["sentence"] == str(error.value)
+    assert "ndcg@10" in results["untrained"] and "trained" not in results
+    status = read_status(run, "trainer")
+    assert {"collapsed", "gradient_zero", "embeddings_narrow"} & {warning["kind"] for warning in status["warnings"]}
+    assert status["warnings"][-1] == {"kind": "collapsed", "sentence": str(error.value), "step": status["step"]}
+    good = best_checkpoint(run)
+    assert f"the last good checkpoint is {good.folder};" in str(error.value)
+    assert newest_checkpoint(run).step > good.step and model_folder(str(run)) == str(good.encoder_folder)
+
+
+def test_embeddings_that_come_together_are_warned_of_before_they_collapse(job, monkeypatch):
+    spreads = iter([0.5] * 3 + [0.5 * NARROW * 0.9] * (STEPS + 2) + [0.5] * STEPS)
+    monkeypatch.setattr(trainer.train, "step", lambda run, step=trainer.train.step: replace(step(run), spread=next(spreads)))
+    train(replace(job, optim=OptimSettings(steps=3 + STEPS + 2 + STEPS, lr=1e-3)), world_of())
+    lines = map(json.loads, (job.run.folder / "logs" / "metrics.jsonl").read_text().splitlines())
+    said = [(line["step"], line["event"]) for line in lines if line.get("kind") == "embeddings_narrow"]
+    assert said == [(3 + STEPS, "warning"), (3 + STEPS + 2 + STEPS, "warning over")]
 
 
 def test_a_run_that_learns_does_not_collapse(job):

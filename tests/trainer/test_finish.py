@@ -15,6 +15,7 @@ from sentence_transformers import SentenceTransformer
 import trainer.train
 from launch.models import evaluate_model
 from launch.named import model_folder, read_settings
+from tests.ranks import run_ranks
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from tests.trainer.worlds import world_of
 from trainer.data.datasets import open_dataset
@@ -22,7 +23,7 @@ from trainer.encoder.settings import ModelSettings
 from trainer.evaluate import MEASURES
 from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings
 from trainer.handoff.weights import best_checkpoint, newest_checkpoint, read_best, steps_on_disk
-from trainer.job import BatchSettings, CheckpointSettings, EvalSettings, OptimSettings, TrainJob
+from trainer.job import BatchSettings, CheckpointSettings, EvalSettings, OptimSettings, ParallelSettings, TrainJob
 from trainer.metrics import read_status
 from trainer.scores import read_scores
 from trainer.train import train
@@ -190,3 +191,26 @@ def test_without_a_test_split_the_verdict_says_that_nothing_was_tested(root):
     train(job, world_of())
     results = json.loads((job.run.folder / "results.json").read_text())
     assert results["verdict"]["level"] == "unclear" and "not tested" in results["verdict"]["sentence"]
+
+
+def train_faster_at_the_end(rank, job):
+    """Train with a learning rate that throws the weights far away in the last steps."""
+
+    def prepared(*args, prepare=trainer.train.prepare):
+        run = prepare(*args)
+        factor = run.lr_factor
+        run.lr_factor = lambda step: factor(step) * (1 if step < 4 else 200)
+        return run
+
+    trainer.train.prepare = prepared
+    return train(job, world_of(rank)).evaluations
+
+
+def test_the_best_checkpoint_is_tested_by_all_ranks_together(root):
+    job = job_of(root, "ranks", eval=EvalSettings(every_steps=2), parallel=ParallelSettings(backend="fsdp2"))
+    job = replace(job, optim=OptimSettings(steps=6, lr=1e-3))
+    first, _ = run_ranks(train_faster_at_the_end, 2, job)
+    assert (first["trained"]["step"], first["last"]["step"]) == (4, 6)
+    assert json.loads((job.run.folder / "results.json").read_text())["steps"] == {"trained": 4, "last": 6}
+    encoder = job.run.folder / "checkpoints" / "step-00000004" / "encoder"
+    assert first["trained"]["mrr@10"] == pytest.approx(mrr(encoder, root), abs=0.03)
