@@ -83,7 +83,7 @@ def _most_dropped(num_candidates: int, dropped: Mapping[str, int]) -> str | None
     num_dropped = sum(by_score.values())
     if num_dropped <= MOST * max(1, num_judged):
         return None
-    names = ", ".join(f"filter.{name} {count:,}" for name, count in by_score.items())
+    names = ", ".join(f"{name} {count:,}" for name, count in by_score.items())
     return (
         f"{num_dropped / num_judged:.0%} of the candidates are dropped for their scores ({names}): the model does not tell "
         "positives from other passages yet, or many passages are unjudged positives; set filter.relative_margin lower"

@@ -4,7 +4,7 @@ import logging
 
 from trainer.handoff.manifest import TornVersion
 from trainer.handoff.weights import ENCODER, Checkpoint, checkpoint_name, checkpoints_folder, open_checkpoint, write_best
-from trainer.milestones import evaluate_once
+from trainer.milestones import evaluate_on_dev, evaluate_once
 from trainer.prepare import Training
 from trainer.results import write_results
 from trainer.scores import forget_scores
@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 
 def finish(run: Training) -> None:
     """Test what came of a run, judge it, and say so in the log, the status and `results.json`. Collective. Raises Stopped."""
+    evaluate_on_dev(run)  # which a start that was asked to stop there may have left out
     run.saver.wait()
     best = run.world.decide(lambda: better_than_last(run))
     if best is None:

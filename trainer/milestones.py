@@ -108,7 +108,8 @@ def evaluate_once(run: Training, name: str, checkpoint: Checkpoint | None = None
     found = _evaluated(run, split, f"evaluating the {name} model", checkpoint)
     if run.world.speaks:
         write_scores(folder, name, found)
-        run.metrics.record(step, {f"eval/{key}": value for key, value in found.measures.items()})
+        kind = "eval" if checkpoint is None else "best"  # at the present step: trackers take no earlier ones
+        run.metrics.record(run.state.step, {f"{kind}/{key}": value for key, value in found.measures.items()})
         log.info("%s model: %s", name, _in_words(found.measures))
 
 
@@ -194,7 +195,8 @@ def _evaluated(run: Training, split: str, phase: str, checkpoint: Checkpoint | N
 
     def on_health(found: dict[str, Any]) -> None:
         health.update(found)
-        run.metrics.record(step, found)
+        if checkpoint is None:
+            run.metrics.record(step, found)
 
     with evaluable(run) if checkpoint is None else loaded(run, checkpoint) as encoder:
         measures = evaluate(

@@ -31,7 +31,7 @@ def test_a_version_like_the_quickstarts_is_not_doubted():
 def test_candidates_dropped_for_their_scores_are_counted_without_those_that_are_known():
     assert kinds(doubts(manifest(dropped=510), None)) == ["most_dropped"]
     sentence = doubts(manifest(dropped=510), None)["most_dropped"]
-    assert "51% of the candidates are dropped for their scores (filter.relative_margin 510)" in sentence
+    assert "51% of the candidates are dropped for their scores (relative_margin 510)" in sentence
     assert kinds(doubts(manifest(dropped=490, known=900), None)) == [], "judged ones and repeats are no loss"
 
 

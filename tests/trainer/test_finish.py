@@ -12,6 +12,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
+import trainer.milestones
 import trainer.train
 from launch.models import evaluate_model
 from launch.named import model_folder, read_settings
@@ -20,7 +21,7 @@ from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from tests.trainer.worlds import world_of
 from trainer.data.datasets import open_dataset
 from trainer.encoder.settings import ModelSettings
-from trainer.evaluate import MEASURES
+from trainer.evaluate import MEASURES, Stopped
 from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings
 from trainer.handoff.weights import best_checkpoint, newest_checkpoint, read_best, steps_on_disk
 from trainer.job import BatchSettings, CheckpointSettings, EvalSettings, OptimSettings, ParallelSettings, TrainJob
@@ -214,3 +215,20 @@ def test_the_best_checkpoint_is_tested_by_all_ranks_together(root):
     assert json.loads((job.run.folder / "results.json").read_text())["steps"] == {"trained": 4, "last": 6}
     encoder = job.run.folder / "checkpoints" / "step-00000004" / "encoder"
     assert first["trained"]["mrr@10"] == pytest.approx(mrr(encoder, root), abs=0.03)
+
+
+def test_a_run_that_was_stopped_at_its_last_evaluation_makes_up_for_it(root, monkeypatch):
+    job = job_of(root, "stopped", optim=OptimSettings(steps=2), eval=EvalSettings(every_steps=1, split="none"))
+    calls, evaluate = [], trainer.milestones.evaluate
+
+    def stopped_once(*args, **options):
+        calls.append(args)
+        if len(calls) == 3:  # on dev, at the last step
+            raise Stopped
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr(trainer.milestones, "evaluate", stopped_once)
+    assert not train(job, world_of()).finished and train(job, world_of()).finished
+    on_dev = {line["step"]: line["dev/ndcg@10"] for line in lines(job) if "dev/ndcg@10" in line}
+    assert list(on_dev) == [0, 1, 2] and len(calls) == 4
+    assert read_best(job.run.folder) == f"step-{2 if on_dev[2] > on_dev[1] else 1:08d}"
