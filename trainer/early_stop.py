@@ -21,7 +21,7 @@ class StopSettings:
     """Section `stop`: what evaluations on dev decide."""
 
     measure: Measure = "ndcg@10"
-    """Measure of the dev evaluation that decides; more is better."""
+    """Measure of the dev evaluation that decides, and of the verdict at the end; more is better."""
     patience: PositiveInt | None = None
     """Evaluations in a row without a gain before the run ends; None: never."""
     min_gain: Rate = 0.0

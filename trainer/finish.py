@@ -45,6 +45,7 @@ def judge(run: Training, best: Checkpoint | None) -> None:
         forget_scores(folder, "last")
     if state.early_stop.best_step is not None:
         write_best(folder, state.step if best is None else best.step)
+    run.status.update(swaps=state.swaps)  # a run that was finished before has done no step that tells them
     run.status.close()  # whose figures go in
     found = write_results(folder, job.eval.split, job.stop.measure)["verdict"]
     run.status.update(verdict=found)

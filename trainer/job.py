@@ -197,7 +197,7 @@ class CheckpointSettings:
     every_steps: PositiveInt = 200
     """Steps between two checkpoints; there is one after the last step, too."""
     keep: PositiveInt = 3
-    """Newest ones kept; pinned ones stay, and the best one on dev if there is an evaluation at its step."""
+    """Newest ones kept; pinned ones stay, and the best one on dev, which is saved at the evaluation that finds it."""
     keep_every_steps: PositiveInt | None = None
     """Of the multiples of this number all are kept."""
 
@@ -211,7 +211,7 @@ class EvalSettings:
     dev_split: str = "dev"
     """Split in between, and what section stop decides by."""
     every_steps: PositiveInt | None = None
-    """Steps between two evaluations on dev_split; None: none."""
+    """Steps between two evaluations on dev_split; then there is one before the first step and after the last, too. None: none."""
 
 
 @job_section

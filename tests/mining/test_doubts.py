@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from mining.doubts import HARD, doubts, hardness, last_suspected, mining_defeats, random_score
-from mining.job import MineJob, MineSettings
-from mining.sampling import SampleSettings
-from mining.search import SearchSettings
+from mining.job import MineJob
+from mining.settings import MineSettings, SampleSettings, SearchSettings
 from trainer.handoff.negatives import publish_negatives
 
 

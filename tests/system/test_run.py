@@ -178,7 +178,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(root, undisturbed):
 
 def test_a_finished_run_is_not_trained_again(root, undisturbed):
     before = (undisturbed / "logs" / "metrics.jsonl").read_text()
-    finish(start(root, "undisturbed"))
+    results, _ = finish(start(root, "undisturbed"))
+    assert results["versions_swapped"] == 2
     assert (undisturbed / "logs" / "metrics.jsonl").read_text() == before
 
 

@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 
 from trainer.early_stop import StopSettings
-from trainer.handoff.negatives import ScheduleEntry
-from trainer.handoff.settings import NegativesSettings
+from trainer.handoff.settings import NegativesSettings, ScheduleEntry
 from trainer.job import BatchSettings, CheckpointSettings, EvalSettings, OptimSettings, TrainJob
 from trainer.own_numbers import defeats, planned_steps
 
