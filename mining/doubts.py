@@ -16,7 +16,7 @@ from trainer.handoff.negatives import negatives_folder
 
 MOST = 0.5  # of candidates, or of the corpus. MiniLM on code drops 1 to 3 percent of its candidates by score
 JUMP = 2.0, 0.05  # times the last version's share of likely false negatives, and so much more: a small share doubles by chance
-HARD = 0.25  # of the way from random passages to positives: the quickstart's negatives are at .3, one of too easy ones at .2
+HARD = 0.25  # of the way from random passages to positives: the quickstart is at .3, and .16 against .65 of positives at .2
 BY_PLACE = ("range", "rerank_top_k", "higher")  # filters that cut by rank, as they are told to
 
 

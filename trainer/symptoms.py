@@ -13,8 +13,8 @@ from trainer.collapse import STEPS
 
 WINDOW = 100  # gradients whose median is the usual one: long enough for batches that differ, short enough to follow a schedule
 FEWEST = 10  # of them before any is called usual; a gradient of exactly 0 needs none
-VANISHED = 1e-3  # of the median: healthy runs, of MiniLM on code and of random encoders, stay above a tenth of it
-EXPLODED = 10.0  # times the median: the same runs reach five times, and more in single steps only
+VANISHED = 1e-3  # of the median: MiniLM on code stays above a fifth of it, and a collapse goes to a millionth and less
+EXPLODED = 10.0  # times the median: MiniLM on code stays within 2, random encoders are not beyond 10 for so many steps in a row
 NARROW = 1 / 4  # of the widest spread or of the untrained model's rank: half-way, in logarithms, to what ends a run is a fifth
 LOST = 1 / 4  # of what training had gained at its best: less comes and goes between evaluations
 
