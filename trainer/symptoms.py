@@ -12,8 +12,8 @@ from typing import Any
 from trainer.collapse import STEPS
 
 WINDOW = 100  # gradients whose median is the usual one: long enough for batches that differ, short enough to follow a schedule
-FEWEST = 10  # of them before any is called usual; a gradient of exactly 0 needs none
-VANISHED = 1e-3  # of the median: MiniLM on code stays above a fifth of it, and a collapse goes to a millionth and less
+FEWEST = 10  # of them before any is called too large for the usual ones; the first gradients are seldom too small
+VANISHED = 1e-3  # of the median: MiniLM on code stays above a fifth of it, and a collapse goes far below
 EXPLODED = 10.0  # times the median: MiniLM on code stays within 2, random encoders are not beyond 10 for so many steps in a row
 NARROW = 1 / 4  # of the widest spread or of the untrained model's rank: half-way, in logarithms, to what ends a run is a fifth
 LOST = 1 / 4  # of what training had gained at its best: less comes and goes between evaluations
@@ -44,9 +44,9 @@ class Gradients:
     def observe(self, norm: float) -> dict[str, str | None]:
         """Take in a step's norm, before clipping; return a sentence for each kind of warning. NaN and infinity say nothing."""
         if math.isfinite(norm):
-            median = statistics.median(self._usual) if len(self._usual) >= FEWEST else None
+            median = statistics.median(self._usual) if self._usual else None
             is_small = norm == 0 or (median is not None and norm < VANISHED * median)
-            is_large = median is not None and norm > EXPLODED * median
+            is_large = median is not None and len(self._usual) >= FEWEST and norm > EXPLODED * median
             if not (is_small or is_large):
                 self._usual.append(norm)
             self._vanished.observe(is_small)

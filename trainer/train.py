@@ -53,8 +53,8 @@ def train(job: TrainJob, world: World) -> Outcome:
             state.step += 1
             record(run, result, grad_norm, time.perf_counter() - started)
             check_skipped(run)
-            check_collapsed(run, result.spread)
             warn_of_step(run, grad_norm, result.spread)
+            check_collapsed(run, result.spread)
             is_best = evaluate_on_dev(run)
             if state.step % job.checkpoint.every_steps == 0 or state.step == run.num_steps or is_best:
                 save(run)
