@@ -74,7 +74,7 @@ def test_the_table_shows_the_best_and_the_last_with_intervals_and_the_verdict_be
         "Better than the untrained model: MRR@10 0.400 -> 0.550"
     )
     assert "warning: search.top_k is most of it." in said
-    assert f"The model:    {run}/checkpoints/step-00000020/encoder" in said
+    assert f"The model:     {run}/checkpoints/step-00000020/encoder" in said
 
 
 def test_a_model_that_is_worse_than_both_is_said_to_be(jobs):
