@@ -18,6 +18,7 @@ from launch.looking_commands import looking_app
 from launch.model_commands import model_app
 from launch.options import SHORT, AllowChange, JobCommand, JobFile, Json, Overrides, quoted, setting_argument, with_short
 from launch.output import messages, print_json, results, start_logging
+from launch.recipe import as_typed, two_shells
 from trainer.errors import EXIT_FAILED, EXIT_STOPPED, InputError
 
 app = typer.Typer(
@@ -50,7 +51,7 @@ def negpool(
     """Train dense retrievers with large pools of negatives, mined while you train."""
 
 
-@app.command(cls=JobCommand)
+@app.command(cls=JobCommand, epilog=two_shells())
 def run(
     job: JobFile,
     overrides: Overrides = None,
@@ -61,8 +62,12 @@ def run(
     """Train and mine together on this machine, with a live view."""
     from launch.early import check_early, mpiexec_path
     from launch.jobfile import read_job
+    from launch.sides import refuse_changed
+    from trainer.handoff.claim import refuse_live
 
     jobs = read_job(job, overrides or [])
+    refuse_live(jobs.train.run.folder, "launch", "trainer", "miner")
+    refuse_changed(jobs, allow_change)
     check_early(jobs)
     mpiexec_path()
     messages().print(f"[dim]negpool run {escape(str(job))}: reading the data[/dim]")  # imports take seconds
@@ -71,7 +76,7 @@ def run(
     from launch.main_job import run_main_job
 
     start_logging()
-    outcome = run_main_job(jobs, job, messages(), allow_change)
+    outcome = run_main_job(jobs, as_typed(), messages(), allow_change)
     if as_json:
         print_json(outcome)
     return 0 if outcome["finished"] else EXIT_STOPPED
@@ -89,7 +94,7 @@ def _foresee(jobs: Any, as_json: bool) -> int:
     return 0
 
 
-@app.command(cls=JobCommand)
+@app.command(cls=JobCommand, epilog=two_shells())
 def train(job: JobFile, overrides: Overrides = None, allow_change: AllowChange = False, as_json: Json = False) -> int:
     """Train only, on one rank or on those of a launcher.
 
@@ -112,7 +117,7 @@ class Form(enum.StrEnum):
     flagembedding = "flagembedding"
 
 
-@app.command(cls=JobCommand)
+@app.command(cls=JobCommand, epilog=two_shells())
 @with_short(SHORT)
 def mine(
     words: Annotated[

@@ -12,13 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launch.jobfile import Jobs
+from launch.srun import LAUNCHED
 from mining.job import MineJob
 from mining.settings import AUTO, EXACT
 from trainer.encoder.source import refuse_no_name
 from trainer.errors import InputError
+from trainer.fits import check_splits, check_steps
 from trainer.handoff.settings import places_of
 from trainer.job import TrainJob
 from trainer.trackers import check_trackers
+
+MPI_LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # what Open MPI and MPICH tell each rank
 
 
 def check_early(jobs: Jobs, trains: bool = True, mines: bool = True) -> None:
@@ -32,6 +36,8 @@ def check_early(jobs: Jobs, trains: bool = True, mines: bool = True) -> None:
             raise InputError(f"{setting} needs {module}, which is not installed; run: pip install 'negpool[{extra}]'")
     if trains:
         check_trackers(jobs.train.run.trackers)
+        if jobs.train.optim.steps is not None:
+            check_steps(jobs.train, jobs.train.optim.steps)
         refuse_no_name(jobs.train.model.name)
     if mines and jobs.mine.rerank.model:
         refuse_no_name(jobs.mine.rerank.model, "rerank.model")
@@ -47,10 +53,10 @@ def mpiexec_path() -> str:
     return found
 
 
-def is_alone() -> bool:
-    """Tell whether no launcher has started this process as one of several ranks."""
-    counts = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-    return all(os.environ.get(name, "1") == "1" for name in counts)
+def is_launched() -> bool:
+    """Tell whether a launcher has started this process as a rank of its own."""
+    # Slurm tells a person's own shell, too, that it is the only task of a step.
+    return any(name in os.environ for name in (*LAUNCHED, *MPI_LAUNCHED)) or os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
 
 
 def _needs_of_trainer(job: TrainJob) -> Iterator[tuple[str, str, str]]:
@@ -74,4 +80,4 @@ def _check_data(job: TrainJob) -> None:
 
     places = places_of(job.data, job.sources)
     splits = {split for path, columns in places for split in find_source(path, columns).splits}
-    job.check_splits(splits, " and ".join(str(path) for path, _ in places))
+    check_splits(job, splits, " and ".join(str(path) for path, _ in places))

@@ -20,7 +20,7 @@ from rich.markup import escape
 
 from launch.early import mpiexec_path
 from launch.plan import LaunchSettings, Plan
-from launch.restarts import Ended, Past, Start, Verdict, verdict
+from launch.restarts import CODES, Ended, Past, Start, Verdict, verdict
 from launch.srun import outside_slurm
 from launch.view import View
 from trainer.errors import (
@@ -34,12 +34,13 @@ from trainer.errors import (
     MustNotGoOn,
     RunInUse,
 )
-from trainer.handoff.claim import is_claimed
+from trainer.handoff.claim import refuse_live
 from trainer.handoff.retry import patiently
-from trainer.interrupt import on_signals
-from trainer.metrics import forget_status, read_status
+from trainer.interrupt import handlers_kept, on_signals
+from trainer.metrics import forget_status, read_status, write_end
 
 POLL_S = 0.5
+GONE_AFTER_S = 3.0  # that killed processes may hold a lock
 STOP_GRACE_S = 60.0  # for a checkpoint to be written, before a side is killed
 
 
@@ -70,7 +71,7 @@ class Side:
                 stderr=subprocess.STDOUT,
                 env=self.env,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
 
     def exit_code(self) -> int | None:
@@ -114,38 +115,39 @@ class Side:
 def supervise(run: Path, job_file: Path, settings: LaunchSettings, plan: Plan, view: View) -> Literal["finished", "stopped"]:
     """Run both sides until the trainer is done, or until asked to stop; the trainer alone where the plan has no miner.
 
-    Raises InputError or MustNotGoOn when the trainer refuses or must not go on, MustNotGoOn also when two starts in a row end at
+    Raises RunInUse, before anything is written, where a live process holds a side's place; InputError or MustNotGoOn when the
+    trainer refuses or must not go on, MustNotGoOn also when two starts in a row end at
     one step without a checkpoint in between, TrainerDied if it died more often than it may be started again.
     """
     trainer, miner = sides(run, job_file, plan)
-    for side in (trainer, miner):
-        if is_claimed(run, side.name):
-            raise RunInUse(f"another {side.name} is at work in {run}; wait for it, or set run.folder")
+    refuse_live(run, trainer.name, miner.name)
+    view.knows(read_status(run, trainer.name).get("swaps", []))
     forget_status(run, trainer.name, miner.name)
-    stop_asked: list[int] = []
+    asked: list[int] = []
     miner_is_needed = plan.mine_ranks > 0
-    on_signals((signal.SIGINT, signal.SIGTERM), lambda number, _: stop_asked.append(number))
-    try:
-        for side in (trainer, miner) if miner_is_needed else (trainer,):
-            side.start(run)
-        while True:
-            view.show(read_status(run, "trainer"), read_status(run, "miner"))
-            if stop_asked:
-                view.say("stopping both sides; this may take some seconds")
-                _stop(run, [trainer, miner])
-                return "stopped"
-            if (code := trainer.exit_code()) is not None and (how := _after_trainer(run, trainer, code, settings, view)):
-                _stop(run, [miner])
-                return how
-            if miner_is_needed and read_status(run, "trainer").get("training_done"):
-                miner_is_needed = False  # its cores now serve the last evaluation
-                miner.ask_to_stop(run)
-            if (code := miner.exit_code()) is not None and miner_is_needed:
-                _after_miner(run, miner, code, settings, view)
-            time.sleep(POLL_S)
-    finally:
-        trainer.kill()
-        miner.kill()
+    with handlers_kept():
+        on_signals((signal.SIGINT, signal.SIGTERM), lambda number, _: asked.append(number))
+        try:
+            for side in (trainer, miner) if miner_is_needed else (trainer,):
+                side.start(run)
+            while True:
+                view.show(read_status(run, "trainer"), read_status(run, "miner"))
+                if asked:
+                    view.say("stopping both sides; this may take some seconds, and Ctrl-C once more ends them at once")
+                    _stop(run, [trainer, miner], asked)
+                    return "stopped"
+                if (code := trainer.exit_code()) is not None and (how := _after_trainer(run, trainer, code, settings, view)):
+                    _stop(run, [miner], asked)
+                    return how
+                if miner_is_needed and read_status(run, "trainer").get("training_done"):
+                    miner_is_needed = False  # its cores now serve the last evaluation
+                    miner.ask_to_stop(run)
+                if (code := miner.exit_code()) is not None and miner_is_needed:
+                    _after_miner(run, miner, code, settings, view)
+                time.sleep(POLL_S)
+        finally:
+            trainer.kill()
+            miner.kill()
 
 
 def sides(run: Path, job_file: Path, plan: Plan) -> tuple[Side, Side]:
@@ -203,7 +205,10 @@ def _after_trainer(
         return "finished"
     if follows.past is None:
         endings: dict[int, type[Exception]] = {EXIT_REFUSED: InputError, EXIT_MUST_NOT_GO_ON: MustNotGoOn}
-        raise endings.get(follows.code, TrainerDied)(follows.sentence)
+        error = endings.get(follows.code, TrainerDied)(follows.sentence)
+        if end.phase not in CODES:  # it has not said so itself
+            write_end(run, trainer.name, error)
+        raise error
     how = "from the beginning" if end.checkpoint is None else f"from the checkpoint {end.checkpoint}"
     _start_again(run, trainer, follows.past, code, view, how)
     return None
@@ -213,7 +218,10 @@ def _after_miner(run: Path, miner: Side, code: int, settings: LaunchSettings, vi
     """Decide what follows the end of the miner; the trainer goes on in any case."""
     end, follows = _judge(run, miner, code, settings)
     if follows.past is not None:
-        _start_again(run, miner, follows.past, code, view, "training goes on")
+        try:
+            _start_again(run, miner, follows.past, code, view, "training goes on")
+        except RunInUse as other:
+            view.say(f"{escape(str(other))}; training goes on with the negatives that it publishes")
     elif end.phase != FINISHED and follows.code:
         view.say(f"the miner cannot go on ({escape(follows.sentence)}); training goes on without new negatives")
 
@@ -226,23 +234,27 @@ def _judge(run: Path, side: Side, code: int, settings: LaunchSettings) -> tuple[
 
 
 def _start_again(run: Path, side: Side, past: Past, code: int, view: View, how: str) -> None:
+    refuse_live(run, side.name, patience_s=GONE_AFTER_S)
     side.past = past
     view.say(f"the {side.name} ended with code {code}; started again, {how}")
     forget_status(run, side.name)
     side.start(run)
 
 
-def _stop(run: Path, stopped: list[Side]) -> None:
+def _stop(run: Path, stopped: list[Side], asked: list[int]) -> None:
+    """Ask sides to stop and wait for them, until the time is over or another signal comes."""
+    num_asked = len(asked)
     for side in stopped:
         side.exit_code()  # learn its processes first
         side.ask_to_stop(run)
     deadline = time.monotonic() + STOP_GRACE_S
     while any(side.process is not None and side.exit_code() is None for side in stopped):
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or len(asked) > num_asked:
             break
         time.sleep(POLL_S / 5)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Ask this process to end as soon as the one that started it has ended; between fork and exec."""
     pr_set_pdeathsig = 1  # linux/prctl.h
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

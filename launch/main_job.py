@@ -22,6 +22,7 @@ from launch.view import View
 from mining.doubts import mining_defeats
 from trainer.data.datasets import RetrievalData, open_data
 from trainer.encoder.model import check_model
+from trainer.handoff.claim import claim_side
 from trainer.handoff.manifest import write_atomically
 from trainer.handoff.weights import best_checkpoint
 from trainer.metrics import read_status
@@ -30,21 +31,32 @@ from trainer.prepare import check_sizes
 from trainer.results import write_results
 
 
-def run_main_job(jobs: Jobs, job_file: Path, console: Console, allow_change: bool = False) -> dict[str, Any]:
-    """Do what `run_job` does, and tell the person what came of it and what comes next."""
+def run_main_job(jobs: Jobs, command: str, console: Console, allow_change: bool = False) -> dict[str, Any]:
+    """Do what `run_job` does, and tell the person what came of it and what comes next.
+
+    command: what goes on with the run.
+    """
     outcome = run_job(jobs, console, allow_change)
     if outcome["finished"]:
         tell_results(console, jobs, open_data(jobs.train.data, jobs.train.sources), outcome)
     else:
-        console.print(f"Stopped at step {outcome['step']}, saved. To go on: [bold]negpool run {job_file}[/bold]")
+        console.print(f"Stopped at step {outcome['step']}, saved. To go on: [bold]{escape(command)}[/bold]")
     return outcome
 
 
 def run_job(jobs: Jobs, console: Console, allow_change: bool = False, mines: bool = True) -> dict[str, Any]:
     """Run a job to its end, or until asked to stop; return what `results.json` holds, and whether it finished.
 
-    mines: without, the trainer is alone.
+    mines: without, the trainer is alone. Raises RunInUse where another process is at work in the run folder.
     """
+    claim = claim_side(jobs.train.run.folder, "launch")
+    try:
+        return _run_claimed(jobs, console, allow_change, mines)
+    finally:
+        claim.release()
+
+
+def _run_claimed(jobs: Jobs, console: Console, allow_change: bool, mines: bool) -> dict[str, Any]:
     started = time.monotonic()
     run = jobs.train.run.folder
     data = open_data(jobs.train.data, jobs.train.sources)  # a bad input ends here, before anything starts

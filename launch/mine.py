@@ -13,7 +13,7 @@ from rich.text import Text
 
 from launch.agree import check_mpi_world
 from launch.counted import counted
-from launch.early import check_early, is_alone
+from launch.early import check_early, is_launched
 from launch.imports import lasting_imports
 from launch.jobfile import Jobs, read_job
 from launch.output import messages, redraws, start_logging
@@ -46,7 +46,7 @@ def mine_model(
     Raises Stopped on every rank if one was asked to stop. Collective over MPI's world.
     """
     jobs = read_job(job_file, overrides)
-    if is_alone():
+    if not is_launched():
         check_early(jobs, trains=False)
     with lasting_imports():
         from mpi4py import MPI

@@ -1,6 +1,7 @@
 """One process of one side: `negpool train` and `negpool mine`, alone or started by the supervisor, torchrun or mpiexec."""
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -11,17 +12,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from launch.agree import agree, check_mpi_world
-from launch.early import check_early, is_alone
+from launch.early import check_early, is_launched
 from launch.imports import lasting_imports
 from launch.jobfile import Jobs, read_job, refuse_other_job, write_job
 from launch.output import start_logging
+from launch.recipe import mine_command, train_command
 from launch.srun import world_of_trainers
 from launch.versions import write_environment
 from trainer.errors import TOLD, InputError, RunInUse
-from trainer.handoff.manifest import disk_error, is_disk_error
+from trainer.handoff.claim import is_claimed, refuse_live
+from trainer.handoff.manifest import disk_error, is_disk_error, read_latest
+from trainer.handoff.weights import checkpoints_folder
 
 if TYPE_CHECKING:
     from trainer.state import Outcome
+
+log = logging.getLogger(__name__)
 
 FSDP, DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"  # how accelerate tells its processes
 
@@ -33,7 +39,9 @@ def train_side(job_file: Path, overrides: list[str], allow_change: bool = False)
     start_logging(rank)
     stop_without_parent()
     jobs = read_job(job_file, overrides, _launched_backend(os.environ))
-    if is_alone():
+    if not is_launched():
+        refuse_live(jobs.train.run.folder, "trainer")
+        refuse_changed(jobs, allow_change)
         check_early(jobs, mines=False)
     with lasting_imports():
         from trainer.lost_ranks import naming_lost
@@ -45,6 +53,8 @@ def train_side(job_file: Path, overrides: list[str], allow_change: bool = False)
     try:
         with _telling(jobs, "trainer"), naming_lost(world):
             world.decide(lambda: keep_job(jobs, allow_change))  # after joining: others would wait there for one that refuses
+            if world.speaks and jobs.train.negatives.per_query != 0:
+                _tell_absent(jobs, "miner", mine_command([str(job_file), *overrides]))
             agree(jobs, "trainer", world.speaks, world.gather_objects, world.broadcast)
             outcome = train(jobs.train, world)
     finally:
@@ -69,7 +79,8 @@ def mine_side(
 ) -> Literal["finished", "stopped"]:
     """Mine as this rank of the MPI world; the last three as `run_service` takes them."""
     jobs = read_job(job_file, overrides)
-    if is_alone():
+    if not is_launched():
+        refuse_live(jobs.mine.run.folder, "miner")
         check_early(jobs, trains=False)
     with lasting_imports():
         from mpi4py import MPI
@@ -83,16 +94,39 @@ def mine_side(
     with _telling(jobs, "miner"):
         check_mpi_world(MPI.COMM_WORLD.Get_size(), os.environ, MPI.Get_library_version().split(",")[0])
         agree(jobs, "miner", rank == 0, MPI.COMM_WORLD.gather, MPI.COMM_WORLD.bcast)
+        if rank == 0 and not once and checkpoint is None:
+            _tell_absent(jobs, "trainer", train_command([str(job_file), *overrides]))
         return run_service(jobs.mine, MPI.COMM_WORLD, once=once, checkpoint=checkpoint, metrics_port=metrics_port)
+
+
+def refuse_changed(jobs: Jobs, allow_change: bool) -> None:
+    """Raise InputError if the run folder belongs to another job, unless that is allowed."""
+    folder = jobs.train.run.folder
+    if not allow_change and holds_work(folder):
+        refuse_other_job(folder / "job.toml", jobs)
+
+
+def holds_work(folder: Path) -> bool:
+    """Tell whether a run folder belongs to the job in it: something was trained, mined or evaluated, and is kept."""
+    from trainer.handoff.negatives import negatives_folder  # brings numpy
+
+    has_version = any(read_latest(place(folder)) for place in (checkpoints_folder, negatives_folder))
+    return has_version or any((folder / "evaluations").glob("*.json"))
 
 
 def keep_job(jobs: Jobs, allow_change: bool = False) -> None:
     """Keep the resolved job and the versions of libraries in the run folder; refuse the folder of another job."""
     folder = jobs.train.run.folder
-    if not allow_change:
-        refuse_other_job(folder / "job.toml", jobs)
+    refuse_changed(jobs, allow_change)
     write_job(folder / "job.toml", jobs)
     write_environment(folder / "environment.json")
+
+
+def _tell_absent(jobs: Jobs, side: str, command: str) -> None:
+    """Say how the other side is started, where it is not at work and nobody is there to start it."""
+    run = jobs.train.run.folder
+    if not any(is_claimed(run, holder) for holder in (side, "launch")):
+        log.info("no %s is at work in %s yet; it is started by: %s", side, run, command)
 
 
 @contextlib.contextmanager

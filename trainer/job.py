@@ -1,7 +1,6 @@
 """What a training run is told: the sections of a job file that the trainer reads."""
 
 import itertools
-from collections.abc import Collection
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -257,17 +256,6 @@ class TrainJob:
             )
         self._check_schedule()
         self._check_sources()
-
-    def check_splits(self, splits: Collection[str], data: object) -> None:
-        """Raise InputError for a split that the run needs and its data does not have; splits: those that `data` has."""
-        needed = {"data.train_split": self.data.train_split}
-        if self.eval.every_steps is not None:
-            needed["eval.dev_split"] = self.eval.dev_split
-        for setting, split in needed.items():
-            if split not in splits:
-                there = ", ".join(sorted(splits)) or "none"
-                instead = "" if setting == "data.train_split" else ", or leave eval.every_steps out"
-                raise InputError(f"{setting}={split!r} is no split of {data}, which has {there}; set it to one of them{instead}")
 
     def _check_schedule(self) -> None:
         for entry in self.negatives.schedule:

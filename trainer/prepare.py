@@ -29,6 +29,7 @@ from trainer.encoder.model import Encoder, Traits
 from trainer.encoder.tokens import tokenize_side
 from trainer.errors import InputError
 from trainer.feed import NegativesFeed
+from trainer.fits import check_splits, check_steps
 from trainer.handoff.claim import Claim, claim_side
 from trainer.handoff.manifest import clean_staging
 from trainer.handoff.weights import checkpoints_folder, is_finite
@@ -114,6 +115,7 @@ def prepare(job: TrainJob, world: World) -> Training:
     order = order_of(job, data, dataset)
     status.update(phase="preparing")
     num_steps = job.optim.steps or max(1, math.ceil(job.optim.epochs * order.steps_per_epoch))
+    check_steps(job, num_steps)
     state = first_state(job, world, loaded)
     if checkpoint is None:
         check_weights(job, world, state)
@@ -242,7 +244,7 @@ def claim_run(job: TrainJob, world: World) -> Claim:
 
 def check_sizes(job: TrainJob, data: RetrievalData, num_ranks: int) -> None:
     """Raise InputError where the data, the batches and the ranks do not fit together, or a split to decide by is missing."""
-    job.check_splits(data.qrels, data.path)
+    check_splits(job, data.qrels, data.path)
     rows = data.training_queries(job.data.train_split)
     batches = [("batch.queries", job.batch.queries, data.path, len(rows))]
     if job.batch.mode != "mixed":

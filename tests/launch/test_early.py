@@ -34,12 +34,13 @@ def test_nothing_heavy_is_imported_for_a_job_that_cannot_be_used(tmp_path):
     words = [[*command, "nosuch.toml"] for command in commands]
     words += [[*command, str(bad), "optim.le=1"] for command in commands]
     words += [[*command, str(bad)] for command in commands if "--show" not in command]
-    words += [["settings", "optimm"], ["--help"], ["settings", "--json"]]
+    words += [["settings", "optimm"], ["--help"], ["settings", "--json"], ["run", "--help"]]
     ran = subprocess.run([sys.executable, "-c", RUN, repr(words)], capture_output=True, text=True, cwd=tmp_path)
     codes = [line for line in ran.stdout.splitlines() if line[:1].isdigit()]
-    assert codes == [*["2"] * (len(words) - 2), "0", "0"], ran.stdout + ran.stderr
+    assert codes == [*["2"] * (len(words) - 3), "0", "0", "0"], ran.stdout + ran.stderr
+    assert "trainer: negpool train JOB.toml" in ran.stdout and "miner: negpool mine JOB.toml" in ran.stdout, "the two shells"
     told = [line for line in ran.stderr.splitlines() if line.startswith("negpool: ")]
-    assert len(told) == len(words) - 2 and "Traceback" not in ran.stderr
+    assert len(told) == len(words) - 3 and "Traceback" not in ran.stderr
     assert sum("there is no job file nosuch.toml" in line for line in told) == 7
     assert sum("unknown key optim.le; did you mean lr?" in line for line in told) == 7
     assert sum("there is no data set in no/such/folder" in line for line in told) == 6
@@ -68,6 +69,14 @@ def names(tmp_path_factory):
         (["eval.every_steps=5", "eval.dev_split=tests"], r"eval\.dev_split='tests' is no split of .*data, which has test, train"),
         (["data.train_split=trian"], r"data\.train_split='trian' is no split of .*data, which has test, train; set it to one of"),
         (["model.name=no/such/model"], r"model\.name='no/such/model' is not a model that can be loaded"),
+        (
+            ["eval.every_steps=20", "eval.dev_split=test", "stop.patience=1", "optim.steps=20"],
+            r"section stop decides by evaluations on dev, every 20 steps, and the run has 20; set eval\.every_steps below 20",
+        ),
+        (
+            ["negatives.schedule=[{checkpoint=200, step=300}]", "optim.steps=300"],
+            r"negatives\.schedule has a swap at step 300, and the run ends with step 300; take it out, or set optim\.steps above",
+        ),
         (["rerank.model=no/such/model"], r"rerank\.model='no/such/model' is not a model that can be loaded"),
         (["sources.a.path=no/such/a", "sources.b.path=no/b"], "there is no data set in no/such/a"),
     ],

@@ -3,6 +3,7 @@
 import pytest
 
 from launch.jobfile import read_job, refuse_other_job, write_job
+from launch.sides import keep_job
 from trainer.errors import InputError
 
 
@@ -145,6 +146,19 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path, content, sentence)
         (tmp_path / "job.toml").write_bytes(content)
     with pytest.raises(InputError, match=sentence):
         read_job(tmp_path / "job.toml", [])
+
+
+@pytest.mark.parametrize("work", ["checkpoints/LATEST", "negatives/LATEST", "evaluations/untrained.json"])
+def test_a_folder_belongs_to_a_job_once_something_is_kept_in_it(job_file, tmp_path, work):
+    keep_job(read_job(job_file, []))
+    changed = read_job(job_file, ["optim.lr=2e-4"])
+    keep_job(changed)  # the first one failed at its start
+    assert read_job(tmp_path / "run" / "job.toml", []) == changed
+    (tmp_path / "run" / work).parent.mkdir()
+    (tmp_path / "run" / work).write_text("v000000")
+    with pytest.raises(InputError, match=r"holds a run with optim\.lr=0\.0002, and this job has 0\.0001"):
+        keep_job(read_job(job_file, []))
+    keep_job(read_job(job_file, []), allow_change=True)
 
 
 def test_the_folder_of_another_job_is_refused_by_the_field_that_differs(job_file, tmp_path):

@@ -1,10 +1,13 @@
 """The supervisor goes by what a side left in its status file first and by its code second; sides are real processes here."""
 
+import contextlib
 import io
 import json
 import os
 import signal
 import sys
+import time
+from types import SimpleNamespace
 
 import filelock
 import pytest
@@ -13,6 +16,7 @@ from rich.console import Console
 from launch import local
 from launch.local import Side, TrainerDied, supervise
 from launch.plan import LaunchSettings, Plan
+from launch.restarts import Start
 from launch.view import View
 from trainer.errors import InputError, MustNotGoOn, RunInUse
 
@@ -143,6 +147,56 @@ def test_a_miner_that_cannot_go_on_leaves_the_trainer_alone(run, monkeypatch, en
     monkeypatch.setitem(globals(), "SIDE", SIDE.replace("code, said", f"{WAIT.format(starts=starts)}code, said", 1))
     how, found, said = supervised(run, monkeypatch, [DONE], [end])
     assert how == "finished" and found == [1, starts] and words in said
+
+
+def test_a_side_that_another_run_has_taken_meanwhile_is_not_started_again(run, monkeypatch):
+    monkeypatch.setattr(local, "GONE_AFTER_S", 0.0)
+    said = io.StringIO()
+    with View(Console(file=said, width=500)) as view, contextlib.ExitStack() as locks:
+        for name in ("trainer", "miner"):
+            locks.enter_context(filelock.FileLock(run / "status" / f"{name}.lock"))
+        sides = {name: Side(name, ["never"], {}, run / "log", found=Start.of(run, name)) for name in ("trainer", "miner")}
+        with pytest.raises(RunInUse, match="another trainer is at work in"):
+            local._after_trainer(run, sides["trainer"], 1, LaunchSettings(), view)
+        local._after_miner(run, sides["miner"], 1, LaunchSettings(), view)
+    assert "another miner is at work in" in said.getvalue() and "training goes on with the negatives" in said.getvalue()
+
+
+# Sides that save for as long as nobody kills them.
+DEAF = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+(run / f"{name}.deaf").touch()
+time.sleep(600)
+"""
+
+
+def test_a_second_ctrl_c_ends_both_sides_at_once_and_signals_mean_again_what_they_did(run, monkeypatch):
+    monkeypatch.setitem(globals(), "SIDE", SIDE.replace("code, said", f"{DEAF}code, said", 1))
+    handler = signal.getsignal(signal.SIGINT)
+
+    def press_twice(poll_s):
+        deaf = all((run / f"{name}.deaf").exists() for name in ("trainer", "miner"))
+        if deaf and presses:
+            presses.pop()
+            signal.raise_signal(signal.SIGINT)
+        time.sleep(poll_s)
+
+    presses = [1, 2]
+    monkeypatch.setattr(local, "time", SimpleNamespace(sleep=press_twice, monotonic=time.monotonic))
+    found = []
+    start = Side.start
+    monkeypatch.setattr(Side, "start", lambda side, run: (start(side, run), found.append(side.process)))
+    how, _, said = supervised(run, monkeypatch, [DONE], [DONE])
+    assert how == "stopped" and "Ctrl-C once more ends them at once" in said and not presses
+    assert [process.poll() for process in found] == [-signal.SIGKILL] * 2
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_swaps_that_an_earlier_start_has_told_are_not_told_again(run, monkeypatch):
+    (run / "status" / "trainer.json").write_text(json.dumps(at(90, swaps=[[0, 0], [80, 1]])))
+    how, _, said = supervised(run, monkeypatch, [(1, at(160, swaps=[[0, 0], [80, 1], [160, 2]]), 160), DONE])
+    assert how == "finished" and said.count("swapped in") == 1 and "step 160: negatives v2 from the miner swapped in" in said
 
 
 def test_the_folder_of_a_run_at_work_is_left_alone(run, monkeypatch):

@@ -3,6 +3,7 @@ run ends with the same parameters to the bit, however often it was killed or sto
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -164,15 +165,21 @@ def test_a_miner_that_is_killed_ends_with_the_same_parameters(root, undisturbed)
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(root, undisturbed):
     process, run = start(root, "interrupted"), root / "interrupted"
+    wait_until(process, lambda: step_of(run) > 0, "a step")
+    second = start(root, "interrupted")
+    _, told = second.communicate(timeout=TIMEOUT_S)
+    holder = rf"another negpool run \(process {process.pid} on .*, for .*\)"
+    assert second.returncode == 2 and re.fullmatch(rf"negpool: {holder} is at work in {run}; wait for .*\n", told), told
     wait_until(process, lambda: step_of(run) > 100, "step 100")
     process.send_signal(signal.SIGINT)
     stopped, said = finish(process, exit_code=75)
     assert not stopped["finished"] and stopped["step"] > 100
-    assert "To go on: negpool run" in said
+    assert f"To go on: python -m negpool run {root}/interrupted.toml --json" in said
     for side in ("trainer", "miner"):
         with pytest.raises(ProcessLookupError):
             os.kill(read_status(run, side)["pid"], 0)
-    finish(start(root, "interrupted"))
+    _, said_again = finish(start(root, "interrupted"))
+    assert re.findall(r"negatives v(\d) from .* swapped in", said + said_again) == ["0", "1", "2"], "each is told once"
     assert weights(run) == weights(undisturbed) and state(run) == state(undisturbed)
 
 

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,11 @@ from typing import Any
 import filelock
 
 from trainer.errors import RunInUse
+from trainer.handoff.clock import seconds_since_written
 from trainer.handoff.manifest import disk_error, write_atomically
+
+SIDES = {"launch": "negpool run"}  # what a side is called, where that is not its name
+LOOK_S = 0.5  # that a start waits for the lock: whoever only looks takes it for a moment
 
 
 @dataclass
@@ -24,7 +29,7 @@ class Claim:
     """One start of one side of a run."""
 
     run: Path
-    side: str  # trainer or miner
+    side: str  # trainer, miner, or launch: who starts both on one machine
     number: int  # of this start: 1, 2, …
     _lock: filelock.BaseFileLock | None = None  # held where the claim was taken, None on the other ranks
 
@@ -59,12 +64,12 @@ def claim_side(run: Path, side: str) -> Claim:
         lock_file.parent.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(lock_file)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=LOOK_S)
             held = _read(path)
         except filelock.Timeout:
             held = _read(path)
             if not _is_started_again(held, me):
-                raise RunInUse(f"{_holder(held, side)} is at work in {run}; wait for it, or set run.folder") from None
+                raise _in_use(run, side) from None
     except OSError as error:
         raise disk_error(error, lock_file) from error
     number = held.get("number", 0) + 1
@@ -83,6 +88,21 @@ def is_claimed(run: Path, side: str) -> bool:
             return False
     except filelock.Timeout:
         return True
+    except OSError:  # a folder of another person's, where a lock cannot be taken
+        return False
+
+
+def refuse_live(run: Path, *sides: str, patience_s: float = 0.0) -> None:
+    """Raise RunInUse, with the holder's machine, process and age, if a live process holds the place of one of the sides.
+
+    patience_s: for processes to go that were killed a moment ago.
+    """
+    deadline = time.monotonic() + patience_s
+    for side in sides:
+        while is_claimed(run, side):
+            if time.monotonic() >= deadline:
+                raise _in_use(run, side)
+            time.sleep(LOOK_S / 10)
 
 
 def _path(run: Path, side: str) -> Path:
@@ -100,9 +120,19 @@ def _is_started_again(held: dict[str, Any], me: dict[str, Any]) -> bool:
     return same_job and me["slurm_restarts"] > held["slurm_restarts"]
 
 
-def _holder(held: dict[str, Any], side: str) -> str:
-    job = f" (Slurm job {held['slurm_job']}, {held['host']})" if "slurm_job" in held else ""
-    return f"another {side}{job}"
+def _in_use(run: Path, side: str) -> RunInUse:
+    held, age_s = _read(_path(run, side)), seconds_since_written(_path(run, side))
+    known = [f"Slurm job {held['slurm_job']}"] if "slurm_job" in held else []
+    known += [f"process {held['pid']} on {held['host']}"] if {"pid", "host"} <= held.keys() else []
+    known += [] if age_s is None else [f"for {_in_words(age_s)}"]
+    about = f" ({', '.join(known)})" if known else ""
+    return RunInUse(f"another {SIDES.get(side, side)}{about} is at work in {run}; wait for it, stop it, or set run.folder")
+
+
+def _in_words(seconds: float) -> str:
+    unit, length = next((pair for pair in (("hour", 3600), ("minute", 60)) if seconds >= pair[1]), ("second", 1))
+    count = max(0, round(seconds / length))
+    return f"{count} {unit}" + "s" * (count != 1)
 
 
 def _read(path: Path) -> dict[str, Any]:

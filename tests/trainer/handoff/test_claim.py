@@ -1,13 +1,16 @@
 """One incarnation of a side at a time: locks, numbers, and what a replaced one may still do."""
 
+import os
 import pickle
+import re
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from trainer.errors import InputError, RunInUse
-from trainer.handoff.claim import claim_side
+from trainer.handoff.claim import claim_side, refuse_live
 from trainer.handoff.manifest import publish_version, read_latest, versions
 from trainer.handoff.negatives import publish_negatives
 from trainer.metrics import Status, read_status
@@ -34,12 +37,28 @@ def write_a_file(folder):
 
 def test_starts_are_numbered_and_a_live_one_is_not_joined(tmp_path, slurm):
     first = claim_side(tmp_path, "trainer")
-    with pytest.raises(RunInUse, match="another trainer is at work in"):
+    holder = rf"^another trainer \(process {os.getpid()} on .+, for \d seconds?\) is at work in .*; wait for it, stop it, or set"
+    with pytest.raises(RunInUse, match=holder):
         claim_side(tmp_path, "trainer")
+    with pytest.raises(RunInUse, match=holder):
+        refuse_live(tmp_path, "miner", "trainer")
     assert claim_side(tmp_path, "miner").number == 1, "each side has its own"
     first.check()
     first.release()
+    refuse_live(tmp_path, "trainer")
     assert claim_side(tmp_path, "trainer").number == 2
+
+
+def test_how_long_a_holder_is_at_work_is_said_in_words(tmp_path):
+    claim = claim_side(tmp_path, "launch")
+    told = []
+    for age_s in (1, 119, 7200):
+        os.utime(tmp_path / "status" / "launch.claim.json", (time.time() - age_s,) * 2)
+        with pytest.raises(RunInUse) as error:
+            refuse_live(tmp_path, "launch")
+        told.append(re.search("another negpool run .* for (.*)\\) is at work", str(error.value))[1])
+    claim.release()
+    assert told == ["1 second", "2 minutes", "2 hours"]
 
 
 def test_another_job_and_a_second_process_of_the_same_start_are_refused(tmp_path, slurm):
