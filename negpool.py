@@ -62,9 +62,12 @@ def _find_our_packages() -> None:
 def main() -> None:
     """Run one command and exit with its code; processes that it starts import nothing from the working folder either."""
     os.environ["PYTHONSAFEPATH"] = "1"
-    from launch.__main__ import main as run_command
+    from launch.leave import ctrl_c_in_one_line
 
-    run_command()
+    with ctrl_c_in_one_line():
+        from launch.__main__ import main as run_command
+
+        run_command()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from trainer.errors import EXIT_REFUSED, EXIT_STOPPED, TOLD, InputError, exit_code
+from trainer.errors import EXIT_REFUSED, TOLD, InputError, exit_code
 from trainer.handoff.manifest import disk_error, is_disk_error
 from trainer.handoff.rights import unreadable
 
@@ -21,7 +21,7 @@ USAGE_ERROR: type[Any] = typer.BadParameter.__bases__[0]
 
 
 def main() -> None:
-    """Run one command and exit with its code."""
+    """Run one command and exit with its code; Ctrl-C is KeyboardInterrupt."""
     # Everything comes from this machine unless the user's environment says otherwise.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # At its end Python searches all that the libraries made for garbage: more than a second, for nothing.
@@ -40,8 +40,8 @@ def main() -> None:
     except USAGE_ERROR as error:
         error.show()
         code = EXIT_REFUSED
-    except (typer.Abort, KeyboardInterrupt):
-        code = EXIT_STOPPED
+    except typer.Abort:
+        raise KeyboardInterrupt from None  # which typer has made of it
     except TOLD as error:
         code = _say(error)
     except Exception as error:

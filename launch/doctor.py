@@ -36,6 +36,7 @@ SEEN_WITHIN_S = 10.0  # network file systems remember for some seconds that a fi
 CLOCKS_WITHIN_S = 5.0
 WITHOUT_LOCKS = "nothing is torn by it, but each makes the same tables, and a second start of a run ends the first"
 REFUSED = "held"
+MPI_AS_ROOT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")  # Open MPI wants both
 LOCKS_REMEDY = "run negpool data prepare JOB.toml first; or mount it with locks (NFS: without nolock, Lustre: with flock)"
 
 
@@ -158,8 +159,12 @@ def _mpi(world: Any) -> Iterator[Finding]:
     if is_open_mpi != ("Open MPI" in library):
         remedy = "use the mpiexec of the MPI that mpi4py was built with, or rebuild it: pip install --no-binary :all: mpi4py"
         yield Finding("mpiexec", "wrong", f"{mpiexec} is of another MPI ({says.splitlines()[0] if says else 'unknown'})", remedy)
-    else:
-        yield Finding("mpiexec", "ok", f"{mpiexec}, {says.splitlines()[0] if says else 'no version'}")
+        return
+    yield Finding("mpiexec", "ok", f"{mpiexec}, {says.splitlines()[0] if says else 'no version'}")
+    if is_open_mpi and os.geteuid() == 0 and not all(os.environ.get(name) == "1" for name in MPI_AS_ROOT):
+        # negpool run adds the option itself.
+        remedy = f"add --allow-run-as-root, or set {' and '.join(f'{name}=1' for name in MPI_AS_ROOT)}"
+        yield Finding("mpiexec as root", "absent", "Open MPI's mpiexec starts nothing for root unless it is told to", remedy)
 
 
 def _slurm() -> Iterator[Finding]:

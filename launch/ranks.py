@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch.local import mpi_command
+from launch.local import die_with_parent, mpi_command
 from trainer.errors import InputError
 
 ARGUMENTS, REPORT = "NEGPOOL_ARGUMENTS", "NEGPOOL_REPORT"
@@ -38,16 +38,27 @@ def on_ranks(module: str, num_ranks: int, *, mpi: bool = False, **arguments: Any
         }
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
         launcher = [*mpi_command(num_ranks), sys.executable] if mpi else torchrun
-        ended = subprocess.run([*launcher, "-m", module], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        said = _wait_for([*launcher, "-m", module], environment)
         found = json.loads(report.read_text()) if report.exists() else None
     if found is None:
-        lines = ended.stdout.decode(errors="replace").strip().splitlines()
+        lines = said.strip().splitlines()
         # torchrun has the last word, and it is about itself.
         words = [line for line in lines if line.startswith("[rank")][-40:] or lines[-40:]
         raise RuntimeError("the ranks died; their last words:\n" + "\n".join(words))
     if "refused" in found:
         raise InputError(found["refused"])
     return found
+
+
+def _wait_for(command: list[str], environment: dict[str, str]) -> str:
+    """Return what a launcher and its ranks say; they end with this process, and by Ctrl-C."""
+    piped: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, env=environment, preexec_fn=die_with_parent, **piped) as launcher:
+        try:
+            return launcher.communicate()[0].decode(errors="replace")
+        except BaseException:
+            launcher.terminate()  # killed, it would leave its ranks behind
+            raise
 
 
 def answer(function: Callable[..., dict[str, Any] | None]) -> None:

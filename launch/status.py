@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 
+from launch.alive import gone
 from launch.counted import counted
 from launch.output import MEASURE_TITLES
 from launch.phases import clock, miner_line, next_swap, trainer_line, warnings_of
@@ -53,6 +54,7 @@ def _run_status(run: Path) -> dict[str, Any]:
     for side, status in said.items():
         if status:
             status["heartbeat_age_s"] = heartbeat_age_s(run, side)
+            status |= {} if (end := gone(run, side, status)) is None else {"not_alive": end}
     return {
         "run": str(run),
         "trainer": said["trainer"],
@@ -82,6 +84,9 @@ def _describe(status: dict[str, Any]) -> str:
         line = trainer_line(said, silent_s) if side == "trainer" else miner_line(said, status["trainer"], silent_s)
         figures = [figure for figure in line.figures if not figure.split(" a rank")[0].endswith("/s")]  # rates stand below
         note = f"   [red]silent for {clock(silent_s)}[/red]" if silent_s > SILENT_AFTER_S and not has_ended(said) else ""
+        if end := said.get("not_alive"):
+            since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(end["since"]))
+            note = f"   [red]not alive since {since}: {escape(end['reason'])}[/red]"
         lines.append(f"{side:<8} {escape('   '.join((line.text, *figures)))}{note}")
         why = [f"[red]{escape(said['error'])}[/red]"] if has_ended(said) and said.get("error") else []
         told = [f"[yellow]{escape(sentence)}[/yellow]" for sentence in warnings_of(said)]

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from launch import doctor
+from launch.early import mpiexec_path
 from launch.local import mpi_command
 from tests.system.test_commands import call
 
@@ -32,6 +33,19 @@ def test_an_mpiexec_of_another_mpi_is_wrong(monkeypatch):
     monkeypatch.setattr(doctor, "_run", lambda *words: "HYDRA build details:\n    Version: 4.3")
     finding = by_name(doctor._mpi(doctor._mpi_world()))["mpiexec"]
     assert finding.verdict == "wrong" and "HYDRA" in finding.found and "rebuild" in finding.remedy
+
+
+def test_root_is_told_what_open_mpi_wants_of_root(monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(doctor, "_run", lambda *words: "mpiexec (Open MPI) 5.0")
+    for name in doctor.MPI_AS_ROOT:
+        monkeypatch.delenv(name, raising=False)
+    remedy = by_name(doctor._mpi(doctor._mpi_world()))["mpiexec as root"].remedy
+    assert remedy == "add --allow-run-as-root, or set OMPI_ALLOW_RUN_AS_ROOT=1 and OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
+    for name in doctor.MPI_AS_ROOT:
+        monkeypatch.setenv(name, "1")
+    assert "mpiexec as root" not in by_name(doctor._mpi(doctor._mpi_world()))
+    subprocess.run([mpiexec_path(), "-n", "1", "true"], check=True)  # Open MPI's own opinion, where this is root
 
 
 def test_a_missing_library_has_the_command_that_installs_it(monkeypatch):
