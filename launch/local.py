@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +20,7 @@ from rich.markup import escape
 
 from launch.early import mpiexec_path
 from launch.plan import LaunchSettings, Plan
-from launch.restarts import CODES, Ended, Past, Start, Verdict, verdict
+from launch.restarts import CODES, Ended, Past, Start, Verdict, last_words, size_of, verdict
 from launch.srun import outside_slurm
 from launch.view import View
 from trainer.errors import (
@@ -58,12 +58,13 @@ class Side:
     log: Path
     past: Past = field(default_factory=Past)  # what is remembered of the starts before
     found: Start | None = None  # in the run folder, by this start
+    log_begin: int = 0  # bytes of the log that earlier starts have written
     process: subprocess.Popen | None = None
     family: set[psutil.Process] = field(default_factory=set)
 
     def start(self, run: Path) -> None:
         """Start the command in a session of its own, so that the terminal's Ctrl-C reaches only the supervisor."""
-        self.found = Start.of(run, self.name)
+        self.found, self.log_begin = Start.of(run, self.name), size_of(self.log)
         with patiently(lambda: open(self.log, "ab"), str(self.log)) as log:
             self.process = subprocess.Popen(
                 self.command,
@@ -230,6 +231,8 @@ def _judge(run: Path, side: Side, code: int, settings: LaunchSettings) -> tuple[
     """Return how a side ended, and what follows."""
     assert side.found is not None
     end, limit = side.found.ended(run, side.name, code), settings.max_restarts
+    if end.phase is None and not end.error:
+        end = replace(end, error=last_words(side.log, side.log_begin))
     return end, verdict(side.past, end, side=side.name, limit=limit, setting="launch.max_restarts", log=str(side.log))
 
 

@@ -9,6 +9,7 @@ The status file speaks first, the launcher's code second: torchrun and srun hide
 import contextlib
 import json
 import os
+import re
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,7 @@ class Start:
     def of(cls, run: Path, side: SideName) -> "Start":
         """Look at the run folder."""
         file, heartbeat = status_file(run, side), read_status(run, side).get("heartbeat")
-        return cls(_newest(run, side), _written(file), heartbeat, _size(_metrics(run)))
+        return cls(_newest(run, side), _written(file), heartbeat, size_of(_metrics(run)))
 
     def ended(self, run: Path, side: SideName, code: int | None) -> Ended:
         """Return how a side ended that had started like this."""
@@ -139,6 +140,22 @@ class Start:
         is_own = status.get("heartbeat") != self.heartbeat  # a refusal is added to what an earlier start left
         told = status.get("step") if is_own and "num_steps" in status else None  # which comes when all is prepared
         return told if told is not None and status.get("phase") == FAILED else _last_step(_metrics(run), self.metrics, told)
+
+
+def last_words(log: Path, begin: int) -> str:
+    """Return why a side ended that wrote no status: our own last sentence in its log, or else mpiexec's; "" where there is none.
+
+    begin: bytes of the log before this start. mpiexec puts what it says between lines of dashes.
+    """
+    with contextlib.suppress(OSError), open(log, "rb") as file:
+        file.seek(max(begin, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+        tail = file.read().decode(errors="replace")
+        if own := re.findall(r"^negpool: (.+)$", tail, re.MULTILINE):
+            return own[-1]
+        *framed, _ = re.split(r"^ ?-{70,}$", tail, flags=re.MULTILINE)
+        blocks = [block for block in framed if block.strip()]
+        return " ".join(blocks[-1].strip().split("\n\n")[0].split()).rstrip(":") if blocks else ""
+    return ""
 
 
 def status_file(run: Path, side: SideName) -> Path:
@@ -162,7 +179,8 @@ def _written(path: Path) -> int:
         return 0
 
 
-def _size(path: Path) -> int:
+def size_of(path: Path) -> int:
+    """Return the bytes of a file, none if it is not there."""
     try:
         return path.stat().st_size
     except OSError:

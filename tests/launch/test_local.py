@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -14,9 +15,10 @@ import pytest
 from rich.console import Console
 
 from launch import local
+from launch.early import mpiexec_path
 from launch.local import Side, TrainerDied, supervise
 from launch.plan import LaunchSettings, Plan
-from launch.restarts import Start
+from launch.restarts import Start, last_words, size_of
 from launch.view import View
 from trainer.errors import InputError, MustNotGoOn, RunInUse
 
@@ -147,6 +149,23 @@ def test_a_miner_that_cannot_go_on_leaves_the_trainer_alone(run, monkeypatch, en
     monkeypatch.setitem(globals(), "SIDE", SIDE.replace("code, said", f"{WAIT.format(starts=starts)}code, said", 1))
     how, found, said = supervised(run, monkeypatch, [DONE], [end])
     assert how == "finished" and found == [1, starts] and words in said
+
+
+def test_what_kept_mpiexec_from_starting_the_miner_is_said(run, tmp_path):
+    log, as_root = tmp_path / "miner.log", ["--allow-run-as-root"] * (os.geteuid() == 0)
+    refused = {
+        "There are not enough slots available in the system to satisfy the 99 slots": [*as_root, "-n", "99", "true"],
+        "was unable to find the specified executable file": [*as_root, "-n", "1", "no_such_program"],
+        "exited on signal 9 (Killed).": [*as_root, "-n", "1", "sh", "-c", "kill -9 $$"],
+    }
+    for sentence, words in refused.items():
+        begin = size_of(log)
+        with open(log, "ab") as out:
+            subprocess.run([mpiexec_path(), *words], stdout=out, stderr=out)
+        assert sentence in last_words(log, begin) and "---" not in last_words(log, begin)
+    with open(log, "a") as out:
+        out.write("negpool: no such data\n")
+    assert last_words(log, 0) == "no such data" and last_words(log, size_of(log)) == last_words(run / "none", 0) == ""
 
 
 def test_a_side_that_another_run_has_taken_meanwhile_is_not_started_again(run, monkeypatch):
