@@ -39,7 +39,8 @@ class LaunchJob:
     launch: LaunchSettings = dataclasses.field(default_factory=LaunchSettings)
 
 
-SECTIONS = tuple(field.name for job in (TrainJob, MineJob, LaunchJob) for field in dataclasses.fields(job))
+# Each once: both sides read some of them.
+SECTIONS = tuple(dict.fromkeys(field.name for job in (TrainJob, MineJob, LaunchJob) for field in dataclasses.fields(job)))
 
 
 @dataclass(frozen=True)
@@ -151,12 +152,12 @@ def _refuse_unknown_sections(table: dict, path: Path) -> None:
     for section, values in table.items():
         if section not in SECTIONS:
             what = f"section [{section}]" if isinstance(values, dict) else f"key {section} outside of all sections"
-            raise InputError(f"{path}: unknown {what}; {_nearest(section, SECTIONS, _homes(section))}")
+            raise InputError(f"{path}: unknown {what}; {nearest(section, SECTIONS, _homes(section))}")
         if not isinstance(values, dict):
             raise InputError(f"{path}: {section} is {values!r}, expected a section [{section}] with keys")
 
 
-def _nearest(name: str, known: Sequence[str], elsewhere: Sequence[str]) -> str:
+def nearest(name: str, known: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
     """Return what a person may have meant by an unknown name: its home in other sections, a known one like it, or any of them."""
     if elsewhere:
         return f"it belongs to another section: {' or '.join(elsewhere)}"
@@ -186,7 +187,7 @@ def _sentence(job_class: type, error: Any, path: Path) -> str:
     *outer, last = error["loc"]
     if error["type"] == "unexpected_keyword_argument":
         name, hint = _setting_at(job_class, outer)
-        return f"{path}: unknown key {name}.{last}; {_nearest(str(last), list(typing.get_type_hints(hint)), _homes(str(last)))}"
+        return f"{path}: unknown key {name}.{last}; {nearest(str(last), list(typing.get_type_hints(hint)), _homes(str(last)))}"
     name, hint = _setting_at(job_class, error["loc"])
     if error["type"] == "missing":
         is_part = len(error["loc"]) > name.count(".") + 1

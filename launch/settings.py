@@ -1,7 +1,6 @@
 """Every setting of a job, with its type, its default and its description, as its section has them."""
 
 import dataclasses
-import difflib
 import inspect
 import json
 import re
@@ -12,7 +11,7 @@ from typing import Any
 
 from rich.text import Text
 
-from launch.jobfile import SOURCES, LaunchJob
+from launch.jobfile import SOURCES, LaunchJob, nearest
 from mining.job import MineJob
 from trainer.errors import InputError
 from trainer.handoff.settings import SourceSettings
@@ -27,8 +26,7 @@ def all_settings(section: str | None) -> dict[str, dict[str, Any]]:
     """Return each section's `about` and `settings`, of one section or of all; raises InputError for an unknown one."""
     fields = {field.name: field for job in (TrainJob, MineJob, LaunchJob) for field in dataclasses.fields(job)}
     if section is not None and section not in fields:
-        near = difflib.get_close_matches(section, fields, n=1, cutoff=0.7) or [", ".join(fields)]
-        raise InputError(f"there is no section {section}; did you mean {near[0]}?")
+        raise InputError(f"there is no section {section}; {nearest(section, tuple(fields))}")
     names = fields if section is None else [section]
     return {name: _describe(SourceSettings if name == SOURCES else fields[name].type) for name in names}
 

@@ -38,7 +38,7 @@ def test_what_is_kept_in_the_run_folder_reads_as_the_same_job(job_file, tmp_path
         ("optim.wieght_decay=1", r"unknown key optim\.wieght_decay; did you mean weight_decay\?"),
         ("optim.temperature=1", r"unknown key optim\.temperature; it belongs to another section: loss\.temperature$"),
         ("optim.num_workers=1", r"unknown key optim\.num_workers; known are lr, "),
-        ("train.lr=1", r"unknown section \[train\]; known are run, data, "),
+        ("train.lr=1", r"unknown section \[train\]; known are run, data, sources, model, batch(, (?!run)\w+)+$"),
         ("filters.top_k=1", r"unknown section \[filters\]; did you mean filter\?"),
         ("optin.lr=1", r"unknown section \[optin\]; did you mean optim\?"),
         ("optim.lr=fast", r"optim\.lr='fast' cannot be used; expected number > 0$"),
