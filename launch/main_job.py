@@ -23,8 +23,8 @@ from mining.doubts import mining_defeats
 from trainer.data.datasets import RetrievalData, open_data
 from trainer.encoder.model import check_model
 from trainer.handoff.claim import claim_side
-from trainer.handoff.manifest import write_atomically
-from trainer.handoff.weights import best_checkpoint
+from trainer.handoff.manifest import read_latest, write_atomically
+from trainer.handoff.weights import best_checkpoint, checkpoints_folder
 from trainer.metrics import read_status
 from trainer.own_numbers import defeats, planned_steps
 from trainer.prepare import check_sizes
@@ -71,7 +71,7 @@ def _run_claimed(jobs: Jobs, console: Console, allow_change: bool, mines: bool) 
         how = supervise(run, run / "job.toml", jobs.launch, plan, view)
     seconds = _add_seconds(run, time.monotonic() - started)
     if how == "stopped":
-        return {"finished": False, "step": read_status(run, "trainer").get("step", 0), "run": str(run)}
+        return {"finished": False, "step": _saved_step(run), "run": str(run)}
     return {"finished": True, "run": str(run), **collect_results(jobs, data, seconds)}
 
 
@@ -89,6 +89,13 @@ def collect_results(jobs: Jobs, data: RetrievalData, seconds: float) -> dict[str
     job = jobs.train
     bm25_QM = bm25_of_each(data, job.eval.split) if job.eval.split in data.qrels else None
     return write_results(job.run.folder, job.eval.split, job.stop.measure, bm25_QM, seconds=round(seconds, 1))
+
+
+def _saved_step(run: Path) -> int:
+    """Return the step that a stopped run goes on from; a trainer that was still starting tells of step 0."""
+    newest = read_latest(checkpoints_folder(run))
+    saved = 0 if newest is None else int(newest.removeprefix("step-"))
+    return max(saved, read_status(run, "trainer").get("step", 0))
 
 
 def _add_seconds(run: Path, seconds: float) -> float:

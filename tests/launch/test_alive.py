@@ -9,14 +9,17 @@ import time
 import pytest
 
 from launch.alive import gone
+from launch.main_job import _saved_step
 from launch.status import describe_run, run_status
 from trainer.handoff.claim import claim_side
+from trainer.handoff.manifest import write_latest
 from trainer.metrics import Status, read_status
 
 SIDE = """
 import os, sys
 from pathlib import Path
 from trainer.handoff.claim import claim_side
+from trainer.handoff.manifest import write_latest
 from trainer.metrics import Status
 claim = claim_side(Path(sys.argv[1]), "trainer")
 Status(Path(sys.argv[1]), "trainer").update(phase="training", step=7, num_steps=9)
@@ -81,3 +84,12 @@ def test_another_machine_may_be_silent_for_longer(run):
     silent(run, "trainer", 900)
     assert gone(run, "trainer", read_status(run, "trainer")) is not None
     assert gone(run, "miner", {}) is None, "it was never started"
+
+
+def test_a_run_that_is_stopped_while_it_starts_tells_the_step_it_goes_on_from(run):
+    assert _saved_step(run) == 0
+    Status(run, "trainer").update(phase="preparing", step=0)
+    write_latest(run / "checkpoints", "step-00000023")
+    assert _saved_step(run) == 23
+    Status(run, "trainer").update(phase="stopped", step=40)
+    assert _saved_step(run) == 40
