@@ -1,7 +1,6 @@
 """One process of one side: `negpool train` and `negpool mine`, alone or started by the supervisor, torchrun or mpiexec."""
 
 import contextlib
-import logging
 import os
 import signal
 import sys
@@ -16,18 +15,15 @@ from launch.early import check_early, is_launched
 from launch.imports import lasting_imports
 from launch.jobfile import Jobs, read_job, refuse_other_job, write_job
 from launch.output import start_logging
-from launch.recipe import mine_command, train_command
 from launch.srun import world_of_trainers
 from launch.versions import write_environment
 from trainer.errors import TOLD, InputError, RunInUse
-from trainer.handoff.claim import is_claimed, refuse_live
+from trainer.handoff.claim import refuse_live
 from trainer.handoff.manifest import disk_error, is_disk_error, read_latest
 from trainer.handoff.weights import checkpoints_folder
 
 if TYPE_CHECKING:
     from trainer.state import Outcome
-
-log = logging.getLogger(__name__)
 
 FSDP, DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"  # how accelerate tells its processes
 
@@ -53,8 +49,6 @@ def train_side(job_file: Path, overrides: list[str], allow_change: bool = False)
     try:
         with _telling(jobs, "trainer"), naming_lost(world):
             world.decide(lambda: keep_job(jobs, allow_change))  # after joining: others would wait there for one that refuses
-            if world.speaks and jobs.train.negatives.per_query != 0:
-                _tell_absent(jobs, "miner", mine_command([str(job_file), *overrides]))
             agree(jobs, "trainer", world.speaks, world.gather_objects, world.broadcast)
             outcome = train(jobs.train, world)
     finally:
@@ -94,8 +88,6 @@ def mine_side(
     with _telling(jobs, "miner"):
         check_mpi_world(MPI.COMM_WORLD.Get_size(), os.environ, MPI.Get_library_version().split(",")[0])
         agree(jobs, "miner", rank == 0, MPI.COMM_WORLD.gather, MPI.COMM_WORLD.bcast)
-        if rank == 0 and not once and checkpoint is None:
-            _tell_absent(jobs, "trainer", train_command([str(job_file), *overrides]))
         return run_service(jobs.mine, MPI.COMM_WORLD, once=once, checkpoint=checkpoint, metrics_port=metrics_port)
 
 
@@ -120,13 +112,6 @@ def keep_job(jobs: Jobs, allow_change: bool = False) -> None:
     refuse_changed(jobs, allow_change)
     write_job(folder / "job.toml", jobs)
     write_environment(folder / "environment.json")
-
-
-def _tell_absent(jobs: Jobs, side: str, command: str) -> None:
-    """Say how the other side is started, where it is not at work and nobody is there to start it."""
-    run = jobs.train.run.folder
-    if not any(is_claimed(run, holder) for holder in (side, "launch")):
-        log.info("no %s is at work in %s yet; it is started by: %s", side, run, command)
 
 
 @contextlib.contextmanager
