@@ -138,6 +138,9 @@ def file_digest(path: Path, cache: Path) -> str:
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); a data set needs it") from error
     if time.time() - about.st_mtime > RECENT_S:
-        memo.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            memo.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(error, memo.parent) from error
         write_atomically(memo, digest)
     return digest
