@@ -150,9 +150,7 @@ def _mpi(world: Any) -> Iterator[Finding]:
     beside = Path(sys.executable).parent / "mpiexec"
     mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
     if mpiexec is None:
-        yield Finding(
-            "mpiexec", "absent", "none found; the miner runs in one process, or under srun", "pip install 'negpool[mpi]'"
-        )
+        yield Finding("mpiexec", "absent", "none found; the miner runs in one process, or by srun", "pip install 'negpool[mpi]'")
         return
     says = _run(mpiexec, "--version")
     is_open_mpi = any(name in says for name in ("Open MPI", "OpenRTE", "prte"))
