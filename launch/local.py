@@ -117,8 +117,8 @@ def supervise(run: Path, job_file: Path, settings: LaunchSettings, plan: Plan, v
     """Run both sides until the trainer is done, or until asked to stop; the trainer alone where the plan has no miner.
 
     Raises RunInUse, before anything is written, where a live process holds a side's place; InputError or MustNotGoOn when the
-    trainer refuses or must not go on, MustNotGoOn also when two starts in a row end at
-    one step without a checkpoint in between, TrainerDied if it died more often than it may be started again.
+    trainer refuses or must not go on, MustNotGoOn also when two starts in a row end at one step without a checkpoint in
+    between, TrainerDied if it died more often than it may be started again.
     """
     trainer, miner = sides(run, job_file, plan)
     refuse_live(run, trainer.name, miner.name)
