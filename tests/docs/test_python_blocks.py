@@ -12,9 +12,6 @@ from launch.jobfile import SECTIONS
 from tests.docs.pages import PAGES, ROOT, blocks
 from tests.docs.test_commands import check_name
 
-if not hasattr(negpool, "train"):
-    pytest.skip("negpool has no Python functions yet", allow_module_level=True)
-
 
 def check(text):
     """Raise where an example calls a function that is not there, or gives it an argument or a setting that it does not take."""
