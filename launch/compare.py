@@ -19,8 +19,7 @@ from launch.status import has_ended, reading, run_status
 from trainer.errors import InputError
 from trainer.evaluate import MEASURES
 from trainer.handoff.manifest import TornVersion, read_manifest, versions
-
-NORMAL_95 = 1.96  # standard errors on each side of a mean
+from trainer.verdict import intervals
 
 
 @dataclass(frozen=True)
@@ -127,23 +126,18 @@ def _differing(jobs: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _paired(first: Run, run: Run) -> dict[str, Any] | None:
-    """Return how much more a run's trained model measures than the first run's, where both have measured the same queries.
-
-    Intervals are those of a mean of differences, by their standard error.
-    """
+    """Return how much more a run's trained model measures than the first run's, where both have measured the same queries."""
     a, b = first.each_QM, run.each_QM
     same = first.data_digest == run.data_digest is not None and _split(first) == _split(run)
     if a is None or b is None or not same or len(a) != len(b) or len(a) < 2:
         return None
-    gain_QM = b.astype(np.float64) - a
-    mean_M, reach_M = gain_QM.mean(0), NORMAL_95 * gain_QM.std(0, ddof=1) / np.sqrt(len(gain_QM))
-    each = {name: (float(mean), float(reach)) for name, mean, reach in zip(MEASURES, mean_M, reach_M, strict=True)}
+    gain_QM = b - a
     return {
         "run": run.name,
         "from": first.name,
         "num_queries": len(gain_QM),
-        "differences": {name: mean for name, (mean, _) in each.items()},
-        "intervals": {name: [mean - reach, mean + reach] for name, (mean, reach) in each.items()},
+        "differences": dict(zip(MEASURES, gain_QM.mean(0).tolist(), strict=True)),
+        "intervals": dict(zip(MEASURES, intervals(gain_QM).tolist(), strict=True)),
     }
 
 

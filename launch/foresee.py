@@ -15,7 +15,7 @@ import torch
 from gradcache.tiles import TILE_BYTES
 from launch.jobfile import Jobs
 from launch.plan import Plan, cores_and_gpus, share_out
-from launch.plan_warnings import warnings_of_plan
+from launch.plan_warnings import warnings_of_job, warnings_of_plan
 from mining.clusters import num_clustered
 from mining.index import bytes_of_passage
 from mining.plan import FREE_SHARE, MemoryPlan, Sizes, held_now, plan_memory
@@ -58,7 +58,8 @@ def foresee(jobs: Jobs) -> dict[str, Any]:
         "time": foresee_time(jobs, data, shares, counts, rates),
         "disk_gib": round(disk_bytes(jobs, data, counts["queries"], encoder.width, num_parameters) / GIB, 3),
     }
-    return found | {"warnings": warnings_of_plan(found, shares, train.negatives.per_query != 0)}
+    warnings = [*warnings_of_job(jobs, data), *warnings_of_plan(found, shares, train.negatives.per_query != 0)]
+    return found | {"warnings": warnings}
 
 
 def count_steps(jobs: Jobs, data: RetrievalData, shares: Plan, mean_tokens: dict[str, float]) -> dict[str, Any]:
@@ -176,7 +177,7 @@ def foresee_time(
     evaluation_s = corpus_s / shares.train_ranks
     times = 2 * (train.eval.split in data.qrels)
     if train.eval.every_steps is not None:
-        times += (counts["steps"] - 1) // train.eval.every_steps
+        times += 2 + (counts["steps"] - 1) // train.eval.every_steps  # on dev before the first step and after the last, too
     refresh_s = counts["tokens_of_refresh"] * rates["forward_s"] / shares.mine_ranks
     swaps = swap_steps(counts["steps"], train.checkpoint.every_steps, refresh_s / step_s) if train.negatives.per_query else []
     if train.negatives.schedule:

@@ -18,7 +18,7 @@ def foreseen_text(found: dict[str, Any]) -> Group:
     table.add_column()
     for name, said in _rows(found):
         table.add_row(name, Text(said))
-    warned = [Text.from_markup(f"[yellow]{escape(sentence)}[/yellow]") for sentence in found.get("warnings", [])]
+    warned = [Text.from_markup(f"[yellow]warning: {escape(sentence)}[/yellow]") for sentence in found.get("warnings", [])]
     return Group(table, *warned, Text("Nothing was started."))
 
 

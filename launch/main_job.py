@@ -17,16 +17,15 @@ from launch.next_steps import next_steps
 from launch.output import FEW_QUERIES, ROW_TITLES, VERDICT_STYLES, measures_table
 from launch.phases import clock
 from launch.plan import Plan, cores_and_gpus, share_out
+from launch.plan_warnings import warnings_of_job
 from launch.sides import keep_job
 from launch.view import View
-from mining.doubts import mining_defeats
 from trainer.data.datasets import RetrievalData, open_data
 from trainer.encoder.model import check_model
 from trainer.handoff.claim import claim_side
 from trainer.handoff.manifest import read_latest, write_atomically
 from trainer.handoff.weights import best_checkpoint, checkpoints_folder
 from trainer.metrics import read_status
-from trainer.own_numbers import defeats, planned_steps
 from trainer.prepare import check_sizes
 from trainer.results import write_results
 
@@ -65,7 +64,7 @@ def _run_claimed(jobs: Jobs, console: Console, allow_change: bool, mines: bool) 
     check_model(jobs.train.model.name)
     keep_job(jobs, allow_change)
     console.print(_announcement(jobs, data, plan))
-    for sentence in own_defeats(jobs, data):
+    for sentence in warnings_of_job(jobs, data, mines):
         console.print(f"warning: {sentence}", style="yellow", markup=False)
     with View(console, ("trainer", "miner") if mines else ("trainer",)) as view:
         how = supervise(run, run / "job.toml", jobs.launch, plan, view)
@@ -73,15 +72,6 @@ def _run_claimed(jobs: Jobs, console: Console, allow_change: bool, mines: bool) 
     if how == "stopped":
         return {"finished": False, "step": _saved_step(run), "run": str(run)}
     return {"finished": True, "run": str(run), **collect_results(jobs, data, seconds)}
-
-
-def own_defeats(jobs: Jobs, data: RetrievalData) -> list[str]:
-    """Return what a job's own numbers defeat, on both sides, in sentences; each side says it again for its status."""
-    num_queries, num_passages = len(data.training_queries(jobs.train.data.train_split)), len(data.corpus)
-    num_steps = planned_steps(jobs.train, num_queries)
-    of_trainer = {} if num_steps is None else defeats(jobs.train, num_steps, num_passages)
-    of_miner = mining_defeats(jobs.mine, num_passages)
-    return [sentence for sentence in (*of_trainer.values(), *of_miner.values()) if sentence is not None]
 
 
 def collect_results(jobs: Jobs, data: RetrievalData, seconds: float) -> dict[str, Any]:

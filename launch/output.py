@@ -16,7 +16,8 @@ from rich.table import Table
 from trainer.measures import MEASURE_TITLES
 
 SAY_EVERY_S = 15.0  # of work that goes on, where there is no terminal to redraw
-ROW_TITLES = {"bm25": "BM25", "untrained": "untrained model", "trained": "trained model", "last": "its last checkpoint"}
+ROW_TITLES = {"bm25": "BM25", "untrained": "untrained model", "trained": "trained model", "last": "trained model, last step"}
+BEST_TITLE = "trained model, best on dev"  # of the row "trained" where there is a row "last"
 FEW_QUERIES = 2000  # of which an interval of a measure is wider than what a table's third digit tells
 VERDICT_STYLES = {"better": "bold green", "unclear": "bold yellow", "worse": "bold red", "collapsed": "bold red"}
 
@@ -104,8 +105,13 @@ def measures_table(
         of_row = (intervals or {}).get(name, {})
         step = f"\n[dim]of step {steps[name]}[/dim]" if steps and name in steps else ""
         cells = (f"{values[key]:.3f}{_in_brackets(of_row.get(key))}" for key in MEASURE_TITLES)
-        table.add_row(f"{ROW_TITLES.get(name, name)}{step}", *cells)
+        table.add_row(f"{title_of(name, 'last' in rows)}{step}", *cells)
     return table
+
+
+def title_of(name: str, has_last: bool) -> str:
+    """Return what a row is called; has_last: the best checkpoint and the last one are two rows."""
+    return BEST_TITLE if has_last and name == "trained" else ROW_TITLES.get(name, name)
 
 
 def _in_brackets(interval: list[float] | None) -> str:

@@ -1,4 +1,4 @@
-"""What in the plan of a run will not go well on this machine, in sentences, each with the setting that changes it."""
+"""What in a job, or in its plan on this machine, will not go well: sentences, each with the setting that changes it."""
 
 import shutil
 from pathlib import Path
@@ -7,9 +7,22 @@ from typing import Any
 import psutil
 import torch
 
+from launch.jobfile import Jobs
 from launch.plan import Plan
+from mining.doubts import mining_defeats
+from trainer.data.datasets import RetrievalData
+from trainer.own_numbers import defeats, planned_steps
 
 GIB = 2**30
+
+
+def warnings_of_job(jobs: Jobs, data: RetrievalData, mines: bool = True) -> list[str]:
+    """Return what a job's own numbers defeat, on both sides, in sentences; each side says it again for its status."""
+    num_queries, num_passages = len(data.training_queries(jobs.train.data.train_split)), len(data.corpus)
+    num_steps = planned_steps(jobs.train, num_queries)
+    of_trainer = {} if num_steps is None else defeats(jobs.train, num_steps, num_passages)
+    of_miner = mining_defeats(jobs.mine, num_passages) if mines else {}
+    return [sentence for sentence in (*of_trainer.values(), *of_miner.values()) if sentence is not None]
 
 
 def warnings_of_plan(found: dict[str, Any], shares: Plan, draws_negatives: bool) -> list[str]:
@@ -23,8 +36,8 @@ def _of_negatives(found: dict[str, Any], draws_negatives: bool) -> list[str]:
         return []
     refresh = round(times["refresh_s"] / times["step_s"])
     return [
-        f"No mined negatives come into force before the end: a refresh takes about as long as {refresh} of the {num_steps} "
-        "steps; set optim.epochs higher, or model.max_passage_tokens lower."
+        f"no mined negatives come into force before the end: a refresh takes about as long as {refresh} of the {num_steps} "
+        "steps; set optim.epochs higher, or model.max_passage_tokens lower"
     ]
 
 
@@ -37,7 +50,7 @@ def _of_memory(found: dict[str, Any], shares: Plan) -> list[str]:
         has = psutil.virtual_memory().available / GIB
         needs = of_trainers * shares.train_ranks + found["memory"]["miner"]["total_gib"] * shares.mine_ranks
         where, lower = "this machine", "launch.train_ranks or chunk.tokens"
-    return [f"Some {needs:.1f} GiB are needed, and {where} has {has:.1f} GiB; set {lower} lower."] if needs > has else []
+    return [f"some {needs:.1f} GiB are needed, and {where} has {has:.1f} GiB; set {lower} lower"] if needs > has else []
 
 
 def _of_disk(found: dict[str, Any]) -> list[str]:
@@ -46,6 +59,6 @@ def _of_disk(found: dict[str, Any]) -> list[str]:
     if found["disk_gib"] <= free:
         return []
     return [
-        f"Up to {found['disk_gib']:.1f} GiB are kept in {found['run']}, and the disk has {free:.1f} GiB free; set "
-        "checkpoint.keep or mine.keep_encodings lower, or run.folder."
+        f"up to {found['disk_gib']:.1f} GiB are kept in {found['run']}, and the disk has {free:.1f} GiB free; set "
+        "checkpoint.keep or mine.keep_encodings lower, or run.folder"
     ]

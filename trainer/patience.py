@@ -37,7 +37,7 @@ class Patience:
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
-        """Say every second that this rank is at work, while one long call returns to nobody."""
+        """Say every second that this rank is at work, while one long call keeps its thread."""
         with beating(self._beat, BEAT_S):
             yield
 

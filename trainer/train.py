@@ -199,7 +199,7 @@ def record(run: Training, result: StepResult, grad_norm: float, seconds: float) 
 
 
 def stop(run: Training) -> Outcome:
-    """Save and say so: the run was asked to stop. Or its last checkpoint could not be written, which is raised. Collective."""
+    """Save a run that was asked to stop, and say so. Raises what kept its last checkpoint from being written. Collective."""
     run.saver.wait()
     log.info("step %d: asked to stop; saving", run.state.step)
     save(run)

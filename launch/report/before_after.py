@@ -4,7 +4,6 @@ Evaluations keep the measures of each query (`each` in `evaluations/NAME.json`),
 place. So nothing is encoded here; the price is that below the tenth place only "up to 100" is known.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from trainer.data.datasets import RetrievalData, open_data
 from trainer.data.row import Entry
 from trainer.errors import InputError
 from trainer.evaluate import MEASURES
+from trainer.scores import read_scores
 
 NUM_OF_A_KIND = 4  # shown: those that rose most, and those that fell most
 DEEP, NOWHERE = 50, 1000  # stand for "11 to 100" and "not among the first 100" where places are compared
@@ -62,10 +62,10 @@ def read_before_after(run: Path) -> BeforeAfter:
 def measures_of_each(run: Path, name: str) -> np.ndarray | None:
     """Return what an evaluation has kept of each query, (Q, M), columns as in MEASURES; None: nothing that can be read."""
     try:
-        each = json.loads((run / "evaluations" / f"{name}.json").read_text())["each"]
-        return np.array([each[measure] for measure in MEASURES], np.float64).T
-    except (OSError, ValueError, KeyError, TypeError):
+        scores = read_scores(run, name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    return None if scores is None else scores.each_QM
 
 
 def places(each_QM: np.ndarray) -> np.ndarray:

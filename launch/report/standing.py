@@ -7,14 +7,13 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from launch.output import MEASURE_TITLES, ROW_TITLES
+from launch.output import MEASURE_TITLES, title_of
 from launch.phases import clock
 from launch.report.history import History
 from launch.status import SILENT_AFTER_S, has_ended
 from trainer.errors import FAILED, FINISHED, MUST_NOT_GO_ON, REFUSED, STOPPED
 
 DIFFERENCES = {"trained - untrained": ("trained", "untrained"), "trained - bm25": ("trained", "bm25")}
-LAST_TITLES = {"trained": "trained model, best on dev", "last": "trained model, last step"}
 
 
 @dataclass(frozen=True)
@@ -121,10 +120,3 @@ def state_of(status: dict[str, Any]) -> str:
         return "not started"
     when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(trainer["heartbeat"])) + " UTC" if "heartbeat" in trainer else "unknown"
     return f"{trainer.get('phase', 'starting')} at step {trainer.get('step', 0):,} of {trainer.get('num_steps', '?')}, {when}"
-
-
-def title_of(name: str, has_last: bool) -> str:
-    """Return what a row is called; has_last: the best checkpoint and the last one are two rows."""
-    if has_last and name in LAST_TITLES:
-        return LAST_TITLES[name]
-    return ROW_TITLES[name]

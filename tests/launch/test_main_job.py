@@ -9,9 +9,10 @@ import pytest
 from rich.console import Console
 
 from launch.jobfile import read_job
-from launch.main_job import collect_results, own_defeats, tell_results
+from launch.main_job import collect_results, tell_results
 from launch.models import evaluate_bm25
 from launch.output import FEW_QUERIES, measures_table
+from launch.plan_warnings import warnings_of_job
 from tests.tiny import write_tiny_dataset
 from trainer.data.datasets import open_data
 from trainer.evaluate import MEASURES, means
@@ -62,13 +63,14 @@ def test_the_table_shows_the_best_and_the_last_with_intervals_and_the_verdict_be
     assert results["steps"] == {"trained": 20, "last": 30} and results["seconds"] == 61.0
     assert results["verdict"]["level"] == "better" and results == json.loads((run / "results.json").read_text())
     lines = said.splitlines()
-    titles = ("BM25", "untrained model", "trained model", "its last checkpoint")
+    titles = ("BM25", "untrained model", "trained model, best on dev", "trained model, last step")
     rows = {title: next(i for i, line in enumerate(lines) if f" {title} " in line) for title in titles}
     assert sorted(rows.values()) == list(rows.values())
-    assert "0.550" in lines[rows["trained model"]] and "of step 20" in lines[rows["trained model"] + 1]
-    assert "0.300" in lines[rows["its last checkpoint"]] and "of step 30" in lines[rows["its last checkpoint"] + 1]
+    best = rows["trained model, best on dev"]
+    assert "0.550" in lines[best] and "of step 20" in lines[best + 1]
+    assert "0.300" in lines[rows["trained model, last step"]] and "of step 30" in lines[rows["trained model, last step"] + 1]
     low, high = results["intervals"]["trained"]["mrr@10"]
-    assert f"{low:.2f}-{high:.2f}" in lines[rows["trained model"] + 1] and max(map(len, lines[: rows["trained model"]])) <= 80
+    assert f"{low:.2f}-{high:.2f}" in lines[best + 1] and max(map(len, lines[:best])) <= 80
     end = next(i for i, line in enumerate(lines) if line.startswith("└"))
     assert "95 % interval" in lines[end + 1] and lines[end + 2].startswith(
         "Better than the untrained model: MRR@10 0.400 -> 0.550"
@@ -106,8 +108,8 @@ def test_many_queries_need_no_intervals_in_the_table():
 
 def test_numbers_that_defeat_the_job_are_said_before_anything_starts(jobs):
     data = open_data(jobs.train.data, {})
-    assert own_defeats(jobs, data) == []
+    assert warnings_of_job(jobs, data) == []
     hopeless = replace(jobs.mine, search=replace(jobs.mine.search, top_k=300))
     slow = replace(jobs.train, checkpoint=replace(jobs.train.checkpoint, every_steps=200))
-    said = own_defeats(replace(jobs, mine=hopeless, train=slow), data)
+    said = warnings_of_job(replace(jobs, mine=hopeless, train=slow), data)
     assert ["checkpoint.every_steps=200" in said[0], "search.top_k=300" in said[1]] == [True, True] and len(said) == 2

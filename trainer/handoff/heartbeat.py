@@ -1,4 +1,4 @@
-"""A heartbeat that goes on while one long call, such as training an index or tokenising a corpus, returns to nobody."""
+"""A heartbeat that goes on while one long call keeps this thread, such as training an index or tokenising a corpus."""
 
 import contextlib
 import threading
