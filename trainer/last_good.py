@@ -20,8 +20,10 @@ log = logging.getLogger(__name__)
 def last_good(run: Path, up_to: int | None = None) -> str:
     """Return the words that name a run's newest checkpoint, or its newest up to a step: whatever is published is finite."""
     steps = steps_on_disk(run)
-    found = [step for step in steps if up_to is None or step <= up_to] or steps
-    return f"the last good checkpoint is {checkpoints_folder(run) / checkpoint_name(found[-1])}" if found else "nothing was saved"
+    found = [step for step in steps if up_to is None or step <= up_to]
+    if found:
+        return f"the last good checkpoint is {checkpoints_folder(run) / checkpoint_name(found[-1])}"
+    return "none of its checkpoints is from before that" if steps else "nothing was saved"
 
 
 def newest_to_resume(run: Path) -> Checkpoint | None:

@@ -112,7 +112,8 @@ def check_health(run: Training, step: int, shape: Mapping[str, float]) -> None:
     if spread >= LEAST_SPREAD:
         return
     found = f"all evaluated texts have nearly one embedding, with a mean cosine of {1 - spread:.4f}"
-    raise _collapsed(run, step, found, run.state.early_stop.best_step or 0)
+    before = step - run.collapse.num_steps - 1 if run.collapse.num_steps else 0
+    raise _collapsed(run, step, found, max(before, run.state.early_stop.best_step or 0))
 
 
 def _collapsed(run: Training, step: int, found: str, good_step: int) -> MustNotGoOn:

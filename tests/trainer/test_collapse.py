@@ -20,7 +20,7 @@ from trainer.collapse import SHARE, STEPS, Collapse
 from trainer.encoder.model import ModelSettings
 from trainer.errors import MustNotGoOn
 from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings
-from trainer.handoff.weights import best_checkpoint, newest_checkpoint
+from trainer.handoff.weights import best_checkpoint, checkpoint_name, checkpoints_folder, newest_checkpoint
 from trainer.job import BatchSettings, CheckpointSettings, EvalSettings, OptimSettings, TrainJob
 from trainer.metrics import read_status
 from trainer.symptoms import NARROW
@@ -95,7 +95,9 @@ def test_an_evaluation_that_finds_one_embedding_ends_the_run(job):
         train(job, world_of())
 
 
-def test_a_run_that_collapses_ends_and_names_the_last_checkpoint_before_it(job):
+@pytest.mark.parametrize("keep", [40, 1])
+def test_a_run_that_collapses_ends_and_names_the_last_checkpoint_before_it(job, keep):
+    job = replace(job, checkpoint=replace(job.checkpoint, keep=keep))
     with pytest.raises(MustNotGoOn, match="all texts have nearly one embedding") as error:
         train(job, world_of())
     collapse, found = Collapse(), []
@@ -106,7 +108,8 @@ def test_a_run_that_collapses_ends_and_names_the_last_checkpoint_before_it(job):
     *before, (last, has_collapsed) = found
     assert has_collapsed and not any(each for _, each in before) and last < 40
     good = (last - STEPS - 1) // 2 * 2
-    assert f"the last good checkpoint is {job.run.folder}/checkpoints/step-{good:08d};" in str(error.value)
+    named = f"the last good checkpoint is {checkpoints_folder(job.run.folder) / checkpoint_name(good)};"
+    assert (named if keep == 40 else "none of its checkpoints is from before that;") in str(error.value)
 
 
 def test_a_collapsed_run_says_so_wherever_people_look_and_stands_for_its_last_good_checkpoint(job):

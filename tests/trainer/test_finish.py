@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 
 import trainer.milestones
 import trainer.train
-from launch.models import evaluate_model
+from launch.models import evaluate_named
 from launch.named import model_folder, read_settings
 from tests.ranks import run_ranks
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
@@ -134,7 +134,7 @@ def test_a_run_folder_stands_for_its_best_checkpoint(spoilt, root):
     best = results["steps"]["trained"]
     assert best_checkpoint(run).step == best and newest_checkpoint(run).step == 10
     assert model_folder(str(run)) == str(run / "checkpoints" / f"step-{best:08d}" / "encoder")
-    found = evaluate_model(str(run), read_settings([f"data.cache={root / 'cache'}"], root / "data"), "test")
+    found = evaluate_named(str(run), read_settings([f"data.cache={root / 'cache'}"], root / "data"), "test")
     assert found == pytest.approx(results["trained"], abs=1e-6)
 
 
