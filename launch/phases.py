@@ -108,10 +108,11 @@ def _training(status: Mapping[str, Any]) -> Line:
 
 def _at_work(status: Mapping[str, Any], text: str, ago_s: float, unit: str) -> Line:
     done, total = status.get("done") or 0, status.get("total")
+    if status.get("phase") in ENDED:  # what was last counted is over, too
+        return Line(text)
     if total:
         return Line(text, (f"{done:,}/{total:,} {unit}".rstrip(),), done, total)
-    is_over = status.get("phase") in ENDED
-    return Line(text if is_over else text + _since(status, ago_s))
+    return Line(text + _since(status, ago_s))
 
 
 def _since(status: Mapping[str, Any], ago_s: float) -> str:
