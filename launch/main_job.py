@@ -24,6 +24,7 @@ from trainer.data.datasets import RetrievalData, open_data
 from trainer.encoder.model import check_model
 from trainer.handoff.claim import claim_side
 from trainer.handoff.manifest import read_latest, write_atomically
+from trainer.handoff.settings import places_of
 from trainer.handoff.weights import best_checkpoint, checkpoints_folder
 from trainer.metrics import read_status
 from trainer.prepare import check_sizes
@@ -39,7 +40,8 @@ def run_main_job(jobs: Jobs, command: str, console: Console, allow_change: bool 
     if outcome["finished"]:
         tell_results(console, jobs, open_data(jobs.train.data, jobs.train.sources), outcome)
     else:
-        console.print(f"Stopped at step {outcome['step']}, saved. To go on: [bold]{escape(command)}[/bold]")
+        saved = f"step {outcome['step']} is saved" if outcome["step"] else "nothing was trained and saved yet"
+        console.print(f"Stopped; {saved}. To go on: [bold]{escape(command)}[/bold]")
     return outcome
 
 
@@ -82,10 +84,9 @@ def collect_results(jobs: Jobs, data: RetrievalData, seconds: float) -> dict[str
 
 
 def _saved_step(run: Path) -> int:
-    """Return the step that a stopped run goes on from; a trainer that was still starting tells of step 0."""
+    """Return the step that a stopped run goes on from: that of the newest checkpoint, 0 where there is none."""
     newest = read_latest(checkpoints_folder(run))
-    saved = 0 if newest is None else int(newest.removeprefix("step-"))
-    return max(saved, read_status(run, "trainer").get("step", 0))
+    return 0 if newest is None else int(newest.removeprefix("step-"))
 
 
 def _add_seconds(run: Path, seconds: float) -> float:
@@ -119,7 +120,8 @@ def tell_results(console: Console, jobs: Jobs, data: RetrievalData, results: dic
     console.print(
         f"{counted(results['versions_swapped'], 'version')} of mined negatives swapped in, {clock(results['seconds'])} in all."
     )
-    for what, how in next_steps(run, checkpoint.encoder_folder, data, jobs.train.eval.split):
+    _, columns = places_of(jobs.train.data, jobs.train.sources)[0]
+    for what, how in next_steps(run, checkpoint.encoder_folder, data, jobs.train.eval.split, columns):
         console.print(f"{what + ':' if what else '':<15}[bold]{escape(how)}[/bold]")
 
 

@@ -2,18 +2,27 @@
 
 import shlex
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 
 from trainer.data.code_search import is_function_id
 from trainer.data.datasets import RetrievalData
+from trainer.data.forms import NO_COLUMNS
 
 LONGEST_EXAMPLE = 60  # characters of a query that stands in a command
 LOOKED_AT = 50  # queries, of which the first short one is taken
 
 
-def next_steps(run: Path, model: Path, data: RetrievalData, split: str) -> list[tuple[str, str]]:
-    """Return what each step is for, and its folder or command; split: whose queries make the example."""
+def next_steps(
+    run: Path, model: Path, data: RetrievalData, split: str, columns: Mapping[str, str] = NO_COLUMNS
+) -> list[tuple[str, str]]:
+    """Return what each step is for, and its folder or command.
+
+    split: whose queries make the example. columns: by which the first data set is read, where they are not ours.
+    """
     folder, path = shlex.quote(str(run)), shlex.quote(str(next((s.settings.path for s in data.sources), data.path)))
+    if columns:
+        path += f" --columns {shlex.quote(','.join(f'{ours}={theirs}' for ours, theirs in columns.items()))}"
     steps = [("The model", f"{model}   (SentenceTransformer and AutoModel load it)")]
     if holds_functions(data):
         steps.append(("Search", f'negpool search {folder} {path} "read a file as lines"'))

@@ -5,11 +5,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-./launch/install.sh .venv
+./launch/install.sh .venv notebook # what `import negpool` needs, too
 export PATH="$PWD/.venv/bin:$PATH"
 
 if [ ! -d data/code ]; then
   echo "== building data/code: docstring -> function, from the Python packages installed here" >&2
   negpool data code --out data/code --max-functions 2400
 fi
-exec negpool run launch/jobs/quickstart.toml "$@"
+negpool run launch/jobs/quickstart.toml "$@"
+echo "These commands are found after:  source .venv/bin/activate" >&2

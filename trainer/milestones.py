@@ -54,8 +54,11 @@ def save(run: Training) -> None:
 def origin_of(run: Training) -> dict[str, Any]:
     """Return what a model card says of how the model was made: names and numbers, no places."""
     job, state = run.job, run.state
-    measured = {f"{name}, {found['split']}": found for name, found in evaluations(job).items()}
-    measured |= {} if run.dev is None else {f"trained, {run.dev['split']}": run.dev}
+    measured = {f"{name}, {found['split']}": found for name, found in evaluations(job).items() if name == "untrained"}
+    if run.dev is not None:  # what is compared has to be of the same queries; the test of this checkpoint is yet to come
+        before = read_scores(job.run.folder, UNTRAINED)
+        known = {} if before is None else {"untrained": {"step": before.step, **before.measures}}
+        measured = {f"{name}, {run.dev['split']}": found for name, found in (*known.items(), ("trained", run.dev))}
     return {
         "base": job.model.name,
         "data": ", ".join(job.sources) or (job.data.path.name if job.data.path.exists() else str(job.data.path)),

@@ -89,7 +89,9 @@ def load(model: Model, *, device: str | None = None) -> "SentenceTransformer":
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
-        raise InputError("sentence-transformers is not installed; run: pip install sentence-transformers") from error
+        raise InputError(
+            "sentence-transformers is not installed; run ./launch/install.sh .venv notebook, or pip install sentence-transformers"
+        ) from error
     if isinstance(model, SentenceTransformer):
         return model
     return SentenceTransformer(resolve_model(_folder(str(model))), device=device)

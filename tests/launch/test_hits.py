@@ -43,6 +43,8 @@ def test_the_example_of_a_search_is_a_query_of_the_data_and_nothing_speaks_of_co
     words = shlex.split(steps["Search"])
     assert words[:4] == ["negpool", "search", f"{tmp_path}/run", f"{tmp_path}/my data"] and len(words) == 5
     texts = [json.loads(line)["text"] for line in (tmp_path / "my data" / "queries.jsonl").read_text().splitlines()]
+    mapped = dict(next_steps(tmp_path / "run", tmp_path / "model", data, "test", {"query": "title", "positive": "body text"}))
+    assert shlex.split(mapped["Search"])[4:6] == ["--columns", "query=title,positive=body text"]
     assert words[4] in texts and "code" not in " ".join(steps) and "lines" not in steps["Search"]
 
 
