@@ -28,6 +28,23 @@ Job = TypeVar("Job")
 HOW = {("data", "cache"), ("data", "num_proc"), ("encode", "device"), ("run", "trackers")}
 SOURCES = "sources"  # the one section of sections, [sources.NAME]
 Override = str | tuple[str, Any]  # section.key=value, as the command line has it, or name and value, as Python has them
+CALLED = {  # what other trainers' arguments are called here
+    "learning_rate": "optim.lr",
+    "num_train_epochs": "optim.epochs",
+    "max_steps": "optim.steps",
+    "warmup_ratio": "optim.warmup_share",
+    "batch_size": "batch.queries",
+    "per_device_train_batch_size": "batch.queries",
+    "mini_batch_size": "chunk.tokens",
+    "train_group_size": "negatives.per_query",
+    "max_seq_length": "model.max_passage_tokens",
+    "query_max_len": "model.max_query_tokens",
+    "passage_max_len": "model.max_passage_tokens",
+    "model_name_or_path": "model.name",
+    "output_dir": "run.folder",
+    "save_steps": "checkpoint.every_steps",
+    "eval_steps": "eval.every_steps",
+}
 SHORT_NAME = 3  # letters: one wrong letter is much of such a name, as in optim.le
 MAY_CHANGE = {"launch", "mine", "parallel", "chunk", "checkpoint", "eval"}  # sections, from one start of a run to the next
 
@@ -159,6 +176,8 @@ def _refuse_unknown_sections(table: dict, path: Path) -> None:
 
 def nearest(name: str, known: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
     """Return what a person may have meant by an unknown name: its home in other sections, a known one like it, or any of them."""
+    if name in CALLED:
+        return f"it is called {CALLED[name]} here"
     if elsewhere:
         return f"it belongs to another section: {' or '.join(elsewhere)}"
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5 if len(name) <= SHORT_NAME else 0.7)

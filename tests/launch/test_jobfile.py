@@ -2,7 +2,8 @@
 
 import pytest
 
-from launch.jobfile import read_job, refuse_other_job, write_job
+from launch.jobfile import CALLED, read_job, refuse_other_job, write_job
+from launch.settings import all_settings
 from launch.sides import keep_job
 from trainer.errors import InputError
 
@@ -23,6 +24,11 @@ def test_values_come_from_the_file_the_overrides_and_the_defaults(job_file):
     assert (jobs.mine.filter.relative_margin, jobs.mine.search.top_k) == (0.1, 200)
 
 
+def test_what_other_trainers_call_a_setting_leads_to_one_that_is_there():
+    known = {f"{name}.{each['key']}" for name, section in all_settings(None).items() for each in section["settings"]}
+    assert set(CALLED.values()) <= known
+
+
 def test_what_is_kept_in_the_run_folder_reads_as_the_same_job(job_file, tmp_path):
     schedule = "negatives.schedule=[{checkpoint=200, step=300}]"
     jobs = read_job(job_file, [schedule, "loss.learn_temperature=true"])
@@ -34,9 +40,9 @@ def test_what_is_kept_in_the_run_folder_reads_as_the_same_job(job_file, tmp_path
 @pytest.mark.parametrize(
     "override, sentence",
     [
-        ("optim.learning_rate=1", r"unknown key optim\.learning_rate; known are lr"),
         ("optim.wieght_decay=1", r"unknown key optim\.wieght_decay; did you mean weight_decay\?"),
         ("optim.temperature=1", r"unknown key optim\.temperature; it belongs to another section: loss\.temperature$"),
+        ("optim.learning_rate=1", r"unknown key optim\.learning_rate; it is called optim\.lr here$"),
         ("optim.num_workers=1", r"unknown key optim\.num_workers; known are lr, "),
         ("train.lr=1", r"unknown section \[train\]; known are run, data, sources, model, batch(, (?!run)\w+)+$"),
         ("filters.top_k=1", r"unknown section \[filters\]; did you mean filter\?"),
