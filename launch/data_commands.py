@@ -1,6 +1,7 @@
 """`negpool data`: the commands. Heavy imports stand inside them, so that `--help` answers at once."""
 
 import enum
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -9,12 +10,12 @@ import typer
 
 from launch.counted import counted
 from launch.options import COLUMNS, SHORT, Data, JobFile, Json, OfData, Overrides, Settings, with_short
-from launch.output import messages, print_json, results, start_logging
+from launch.output import print_json, results, start_logging
 from trainer.errors import EXIT_REFUSED
 
 init_app = typer.Typer()
 FILTERED = {"pairs": "pair", "queries": "query", "pool": "random passage"}
-data_app = typer.Typer(help="Check, convert, filter, prepare and build data sets.", no_args_is_help=True)
+data_app = typer.Typer(help="Check, split, convert, filter, prepare and build data sets.", no_args_is_help=True)
 
 
 @init_app.command("init")
@@ -39,8 +40,9 @@ def init(
     if as_json:
         print_json(found)
     else:
-        results().print(f"{Path(found['job']).read_text()}", markup=False)
-        messages().print(f"Written to {found['job']}. Next: negpool run {found['job']} --dry-run", markup=False)
+        name = shlex.quote(found["job"])
+        lines = [f"Written to {found['job']}. Next:", f"  negpool run {name} --dry-run", f"  negpool run {name}"]
+        results().print("\n".join([*lines, *found["said"]]), markup=False)
     return 0
 
 
@@ -79,7 +81,7 @@ def data_check(path: Data, overrides: OfData = None, short: Sequence[str] = (), 
 
     start_logging()
     settings = read_settings([*(overrides or []), *short], path).data
-    report = check_dataset(path, settings.columns)
+    report = check_dataset(path, settings.columns, settings.train_split)
     if as_json:
         print_json(report.as_json())
     else:
@@ -154,6 +156,46 @@ def data_convert(
     else:
         results().print("\n".join(told(found, out)), markup=False)
     return 0
+
+
+@data_app.command("split")
+@with_short(COLUMNS)
+def data_split(
+    data: Data,
+    out: Annotated[Path, typer.Argument(help="folder to make")],
+    *,
+    overrides: OfData = None,
+    test: Annotated[float, typer.Option(help="queries to test with; below 1 a share, of at most 2,000")] = 0.1,
+    dev: Annotated[float, typer.Option(help="queries to choose a checkpoint by; below 1 a share, of at most 1,000")] = 0.05,
+    seed: Annotated[int, typer.Option(min=0, help="of the draw")] = 0,
+    form: Annotated[WrittenForm, typer.Option(help="to write")] = WrittenForm.beir,
+    short: Sequence[str] = (),
+    as_json: Json = False,
+) -> int:
+    """Set training queries aside for test and dev.
+
+    Writes a data set with all passages; test or dev queries that are there already stay as they are.
+    """
+    from launch.named import read_settings
+    from trainer.data.split import refuse_split_out, split_data, write_split
+
+    start_logging()
+    refuse_split_out(out, form.value)
+    reading = read_settings([*(overrides or []), *short], data)
+    opened, train_split = reading.open_data(), reading.data.train_split
+    parts = split_data(opened, {"test": test, "dev": dev}, seed, train_split)
+    found = write_split(opened, parts, out, form.value, train_split)
+    if as_json:
+        print_json({"out": str(out), "form": form.value, **found})
+    else:
+        queries = ", ".join(f"{found['queries'][name]:,} {name}" for name in sorted(found["queries"], key=_split_order))
+        lines = [f"{queries} queries, {counted(found['passages'], 'passage')} in {out}", *found["said"]]
+        results().print("\n".join(lines), markup=False)
+    return 0
+
+
+def _split_order(name: str) -> tuple[bool, bool, str]:
+    return name != "train", name != "dev", name
 
 
 @data_app.command("filter")

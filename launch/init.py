@@ -4,6 +4,7 @@ The choices are rules of thumb with their reasons beside them; each is a pure fu
 a person which of them to change next.
 """
 
+import itertools
 import math
 import os
 import re
@@ -18,6 +19,7 @@ from launch.init_file import Line, job_text
 from launch.jobfile import read_job
 from launch.plan import LaunchSettings, cores_and_gpus, share_out
 from trainer.data.datasets import RetrievalData, open_data
+from trainer.data.split import say_missing
 from trainer.encoder.backbone import bare_backbone
 from trainer.encoder.model import load_text_rules
 from trainer.encoder.opened import describe
@@ -53,6 +55,7 @@ class Measured:
     num_parameters: int | None  # None: the model is not here, and lengths were told by words
     cores: int
     num_gpus: int
+    run_folder: str
 
 
 def init_job(settings: DataSettings, model: str, out: Path | None) -> dict[str, Any]:
@@ -70,7 +73,8 @@ def init_job(settings: DataSettings, model: str, out: Path | None) -> dict[str, 
     except InputError:
         out.unlink()  # a file that trains nothing is of no use
         raise
-    return {"job": str(out), **{f"{line.section}.{line.key}": line.value for line in lines}}
+    said = say_missing(set(measured.splits), settings.path, settings.columns, settings.train_split)
+    return {"job": str(out), "said": said, **{f"{line.section}.{line.key}": line.value for line in lines}}
 
 
 def measure(settings: DataSettings, model: str, data: RetrievalData) -> Measured:
@@ -89,6 +93,7 @@ def measure(settings: DataSettings, model: str, data: RetrievalData) -> Measured
     return Measured(
         settings, model, num_queries, len(data.corpus), tuple(sorted(data.qrels)),
         _lengths(data.queries, tokenizer), _lengths(data.corpus, tokenizer), most, num_parameters, cores, len(gpus),
+        _free_folder(f"runs/{_stem(settings.path)}"),
     )  # fmt: skip
 
 
@@ -119,7 +124,7 @@ def choose(found: Measured) -> list[Line]:
     refresh = refresh_steps(found, batch, ranks / shares.mine_ranks)
     every = interval_of(per_epoch * epochs, refresh)
     lines = [
-        Line("run", "folder", f"runs/{_stem(found.data.path)}", "checkpoints, negatives, logs and the report"),
+        Line("run", "folder", found.run_folder, "checkpoints, negatives, logs and the report"),
         *_of_data(found),
         *_of_model(found, on_gpu),
         Line("batch", "queries", batch, f"{per_epoch} steps an epoch; each query sees the passages of all others"),
@@ -137,6 +142,12 @@ def choose(found: Measured) -> list[Line]:
 
 def _stem(path: Path) -> str:
     return re.split(r"[.:]", path.name)[0] or "data"
+
+
+def _free_folder(folder: str) -> str:
+    """Return a folder that holds nothing: this one, or with a number behind it."""
+    names = itertools.chain([folder], (f"{folder}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if not os.path.lexists(name) or (os.path.isdir(name) and not os.listdir(name)))
 
 
 def _of_data(found: Measured) -> list[Line]:
@@ -209,7 +220,7 @@ def _of_evaluation(found: Measured, every: int) -> list[Line]:
     splits = set(found.splits) - {found.data.train_split}
     split = next((name for name in ("test", "dev") if name in splits), None)
     if split is None:
-        return [Line("eval", "split", "test", "absent, nothing is evaluated: set aside queries as qrels/test.tsv or test.jsonl")]
+        return [Line("eval", "split", "test", "no such queries, nothing is evaluated: negpool data split DATA OUT makes some")]
     lines = [Line("eval", "split", split, "before the first step and after the last, beside BM25")]
     if split != "dev" and "dev" in splits:
         lines.append(Line("eval", "every_steps", every, "on dev, at the checkpoints: the best one on dev is kept"))

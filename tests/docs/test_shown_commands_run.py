@@ -12,7 +12,15 @@ from tests.tiny import write_tiny_dataset, write_tiny_encoder
 
 # A page, and commands of it that run one after the other in one folder. Runs of both sides are left to tests/system.
 STORIES = [
-    ("README.md", ["negpool data check my.csv", "negpool init my.csv", "negpool run my.toml --dry-run"]),
+    (
+        "README.md",
+        [
+            "negpool data check my.csv",
+            "negpool data split my.csv data/mine",
+            "negpool init data/mine",
+            "negpool run mine.toml --dry-run",
+        ],
+    ),
     ("docs/commands.md", ["negpool settings"]),
     ("docs/commands.md", ["negpool settings SECTION"]),
     ("docs/commands.md", ["negpool data check DATA"]),

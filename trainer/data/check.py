@@ -3,7 +3,7 @@
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from trainer.data.build import build_source
 from trainer.data.forms import NO_COLUMNS, find_source
 from trainer.data.judged import SIDES
 from trainer.data.problems import Problem, has_rows
+from trainer.data.split import say_missing
 from trainer.data.texts import batches, first_of_equal
 
 SHOWN = 10  # problems of one kind that are printed
@@ -25,6 +26,7 @@ class DataReport:
 
     statistics: dict[str, dict[str, Any]]
     problems: list[Problem]  # blemishes among them
+    advice: list[str] = field(default_factory=list)  # sentences on what is neither, such as a split that is missing
 
     @property
     def refused(self) -> list[Problem]:
@@ -41,6 +43,7 @@ class DataReport:
             "statistics": self.statistics,
             "problems": [_as_json(problem) for problem in self.refused],
             "blemishes": [_as_json(blemish) for blemish in self.blemishes],
+            "advice": self.advice,
         }
 
     def as_text(self) -> str:
@@ -49,7 +52,7 @@ class DataReport:
             f"{name:<12}" + "  ".join(f"{key} {value}" for key, value in values.items())
             for name, values in self.statistics.items()
         ]
-        lines += [*_shown(self.blemishes), *_shown(self.refused)]
+        lines += [*_shown(self.blemishes), *_shown(self.refused), *self.advice]
         if self.blemishes:
             number = f"{len(self.blemishes)} blemish" + "es" * (len(self.blemishes) > 1)
             lines.append(f"{number}, which training lives with; data.strict=true refuses blemishes")
@@ -74,7 +77,7 @@ def _shown(problems: list[Problem]) -> list[str]:
     return lines + [f"… and {n - SHOWN} more: {kind}" for kind, n in kinds.items() if n > SHOWN]
 
 
-def check_dataset(path: Path, columns: Mapping[str, str] = NO_COLUMNS) -> DataReport:
+def check_dataset(path: Path, columns: Mapping[str, str] = NO_COLUMNS, train_split: str = "train") -> DataReport:
     """Return the report on a data set of any form; raises InputError if there is none. columns: as data.columns."""
     source = find_source(path, columns)
     problems: list[Problem] = []
@@ -82,11 +85,13 @@ def check_dataset(path: Path, columns: Mapping[str, str] = NO_COLUMNS) -> DataRe
         folder = Path(name)
         build_source(source, folder, problems.append)
         statistics = {side: _text_statistics(folder, side) for side in SIDES}
-        statistics |= _split_statistics(folder)
+        of_splits = _split_statistics(folder)
+        statistics |= of_splits
         if (folder / "given-ids.npy").exists():
             scores = np.load(folder / "given-scores.npy")
             statistics["negatives"] = {"given": len(scores), "with_teacher_score": int(np.isfinite(scores).sum())}
-    return DataReport(statistics, problems)
+    splits = {name.removeprefix("qrels-") for name in of_splits}
+    return DataReport(statistics, problems, say_missing(splits, path, columns, train_split))
 
 
 def _text_statistics(folder: Path, side: str) -> dict[str, Any]:
