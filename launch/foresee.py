@@ -58,7 +58,8 @@ def foresee(jobs: Jobs) -> dict[str, Any]:
         "time": foresee_time(jobs, data, shares, counts, rates),
         "disk_gib": round(disk_bytes(jobs, data, counts["queries"], encoder.width, num_parameters) / GIB, 3),
     }
-    warnings = [*warnings_of_job(jobs, data), *warnings_of_plan(found, shares, train.negatives.per_query != 0)]
+    length = "optim.epochs" if train.optim.steps is None else "optim.steps"
+    warnings = [*warnings_of_job(jobs, data), *warnings_of_plan(found, shares, train.negatives.per_query != 0, length)]
     return found | {"warnings": warnings}
 
 

@@ -7,10 +7,12 @@ from typing import Any
 import psutil
 import torch
 
+from launch.counted import counted
 from launch.jobfile import Jobs
 from launch.plan import Plan
 from mining.doubts import mining_defeats
 from trainer.data.datasets import RetrievalData
+from trainer.data.split import split_command
 from trainer.own_numbers import defeats, planned_steps
 
 GIB = 2**30
@@ -22,22 +24,31 @@ def warnings_of_job(jobs: Jobs, data: RetrievalData, mines: bool = True) -> list
     num_steps = planned_steps(jobs.train, num_queries)
     of_trainer = {} if num_steps is None else defeats(jobs.train, num_steps, num_passages)
     of_miner = mining_defeats(jobs.mine, num_passages) if mines else {}
-    return [sentence for sentence in (*of_trainer.values(), *of_miner.values()) if sentence is not None]
+    found = [sentence for sentence in (*of_trainer.values(), *of_miner.values()) if sentence is not None]
+    return [*_of_evaluation(jobs, data), *found]
 
 
-def warnings_of_plan(found: dict[str, Any], shares: Plan, draws_negatives: bool) -> list[str]:
-    """Return the sentences; draws_negatives: whether steps draw from what is mined."""
-    return [*_of_negatives(found, draws_negatives), *_of_memory(found, shares), *_of_disk(found)]
+def _of_evaluation(jobs: Jobs, data: RetrievalData) -> list[str]:
+    split, settings = jobs.train.eval.split, jobs.train.data
+    if split in data.qrels:
+        return []
+    command = split_command(None if jobs.train.sources else settings.path, settings.columns)
+    return [f"no {split} queries: nothing will tell whether the model is better; {command} sets some aside"]
 
 
-def _of_negatives(found: dict[str, Any], draws_negatives: bool) -> list[str]:
+def warnings_of_plan(found: dict[str, Any], shares: Plan, draws_negatives: bool, length: str = "optim.epochs") -> list[str]:
+    """Return the sentences; draws_negatives: whether steps draw from what is mined. length: the setting of the run's length."""
+    return [*_of_negatives(found, draws_negatives, length), *_of_memory(found, shares), *_of_disk(found)]
+
+
+def _of_negatives(found: dict[str, Any], draws_negatives: bool, length: str) -> list[str]:
     times, num_steps = found["time"], found["steps"]["steps"]
     if not draws_negatives or times["swaps"]:
         return []
-    refresh = round(times["refresh_s"] / times["step_s"])
+    refresh = max(1, round(times["refresh_s"] / times["step_s"]))
     return [
-        f"no mined negatives come into force before the end: a refresh takes about as long as {refresh} of the {num_steps} "
-        "steps; set optim.epochs higher, or model.max_passage_tokens lower"
+        f"no mined negatives come into force before the end: a refresh takes as long as some {counted(refresh, 'step')}, "
+        f"and the run has {num_steps:,}; set {length} higher, or model.max_passage_tokens lower"
     ]
 
 

@@ -69,7 +69,8 @@ def test_what_will_not_go_well_is_said_with_its_setting(tmp_path):
         "disk_gib": 1e9,
     }
     negatives, memory, disk = warnings_of_plan(plan, Plan(2, 1, 1), draws_negatives=True)
-    assert "as long as 30 of the 20 steps" in negatives and "optim.epochs" in negatives
+    assert "a refresh takes as long as some 30 steps, and the run has 20; set optim.epochs higher" in negatives
+    assert "optim.steps higher" in warnings_of_plan(plan, Plan(2, 1, 1), True, "optim.steps")[0]
     assert "2000001.0 GiB are needed" in memory and "chunk.tokens" in memory and "checkpoint.keep" in disk
     fine = {**plan, "memory": {"trainer": {"weights": 0.0}, "miner": {"total_gib": 0.0}}, "disk_gib": 0.0}
     assert warnings_of_plan(fine, Plan(2, 1, 1), draws_negatives=False) == []

@@ -13,6 +13,7 @@ from launch import init as module
 from launch.commands import app
 from launch.init import batch_of, choose, interval_of, measure
 from launch.jobfile import read_job
+from launch.plan_warnings import warnings_of_job
 from launch.settings import all_settings
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from tests.trainer.worlds import world_of
@@ -41,7 +42,9 @@ def init(*words):
 def test_the_file_trains_as_it_is_and_says_why_on_every_line(root):
     said = init("my data", "--model", "encoder", f"data.cache={root}/cache")
     text = (root / "my data.toml").read_text()
-    assert said.strip() == text.strip()
+    assert said.split("\n") == [
+        "Written to my data.toml. Next:", "  negpool run 'my data.toml' --dry-run", "  negpool run 'my data.toml'", ""
+    ]  # fmt: skip
     settings = [line for line in text.splitlines() if re.match(r"\w+ = ", line)]
     assert all(re.search(r" # \w", line) for line in settings) and 15 <= len(settings) + text.count("[") <= 40
     assert "change next" in text and max(map(len, text.splitlines())) <= 120
@@ -72,10 +75,23 @@ def test_a_file_that_is_there_stays(root):
 def test_columns_of_a_file_are_kept_in_the_job(root):
     rows = [{"question": f"how {i} sort", "reply": f"list {i} merge tree"} for i in range(60)]
     (root / "faq.v2.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    init("faq.v2.jsonl", "--model", "encoder", "--columns", "query=question,positive=reply", f"data.cache={root}/cache")
+    (root / "runs" / "faq" / "checkpoints").mkdir(parents=True)
+    (root / "runs" / "faq-2").mkdir()
+    said = init("faq.v2.jsonl", "--model", "encoder", "--columns", "query=question,positive=reply", f"data.cache={root}/cache")
     table = tomllib.loads((root / "faq.toml").read_text())
-    assert table["data"]["columns"] == {"query": "question", "positive": "reply"} and table["run"]["folder"] == "runs/faq"
-    assert "nothing is evaluated" in (root / "faq.toml").read_text()
+    assert table["data"]["columns"] == {"query": "question", "positive": "reply"} and table["run"]["folder"] == "runs/faq-2", (
+        "runs/faq holds a run already"
+    )
+    text = (root / "faq.toml").read_text()
+    assert "nothing is evaluated: negpool data split DATA OUT" in text and max(map(len, text.splitlines())) <= 120
+    command = "negpool data split faq.v2.jsonl data/faq --columns query=question,positive=reply"
+    sentence = f"no test and no dev queries: nothing will tell whether the model is better; {command} sets some aside"
+    assert said.splitlines()[3:] == [sentence]
+    jobs = read_job(root / "faq.toml", [])
+    data = open_data(jobs.train.data, {})
+    assert warnings_of_job(jobs, data) == [sentence.replace("no test and no dev", "no test")]
+    with pytest.raises(InputError, match=r"only train; choose one of these with --split train, or let negpool data split"):
+        app(["eval", "bm25", "faq.v2.jsonl", "--columns", "query=question,positive=reply"], standalone_mode=False)
 
 
 def test_a_model_that_is_not_here_is_told_by_words_and_a_wrong_name_is_refused(root):

@@ -96,7 +96,14 @@ class RetrievalData:
 
     def evaluated_queries(self, split: str) -> np.ndarray:
         """Return the rows of the queries with a relevant document in a split, in the corpus or not, in file order, int64."""
-        qrels = self._qrels(split)
+        if split not in self.qrels:
+            known = sorted(self.qrels)
+            choice = f"--split {'train' if 'train' in known else known[0]}"
+            raise InputError(
+                f"{self.path} has no qrels/{split}.tsv, only {', '.join(known)}; choose one of these with {choice}, or let "
+                "negpool data split set queries aside"
+            )
+        qrels = self.qrels[split]
         return np.union1d(self.training_queries(split), qrels.absent_query_rows[qrels.absent_scores > 0])
 
     def positives(self, query_rows: np.ndarray, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
