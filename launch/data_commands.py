@@ -129,7 +129,9 @@ class WrittenForm(enum.StrEnum):
 @with_short(COLUMNS)
 def data_convert(
     data: Data,
-    out: Annotated[Path, typer.Argument(help="beir: folder to make; else FILE.jsonl or .parquet, or folder of a file a split")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="beir: folder to make; else FILE.jsonl or .parquet, or folder of a file a split")
+    ],
     *,
     overrides: OfData = None,
     form: Annotated[WrittenForm, typer.Option(help="to write")],
@@ -162,7 +164,7 @@ def data_convert(
 @with_short(COLUMNS)
 def data_split(
     data: Data,
-    out: Annotated[Path, typer.Argument(help="folder to make")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to make")],
     *,
     overrides: OfData = None,
     test: Annotated[float, typer.Option(help="queries to test with; below 1 a share, of at most 2,000")] = 0.1,
