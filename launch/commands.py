@@ -135,7 +135,9 @@ def mine(
     form: Annotated[
         Form, typer.Option(metavar="FORM", help="of --out: ids, sentence-transformers, tevatron or flagembedding")
     ] = Form.ids,
-    show: Annotated[str | None, typer.Option(metavar="QUERY_ID", help="show a query, its positives and its negatives")] = None,
+    show: Annotated[
+        str | None, typer.Option(metavar="QUERY_ID", help="show a query, named by its id or its text, and what it gets")
+    ] = None,
     checkpoint: Annotated[
         str | None, typer.Option(metavar="NAME", help="one refresh from this one, such as step-00000200, then exit")
     ] = None,

@@ -18,6 +18,7 @@ from launch.counted import counted
 from launch.init_file import Line, job_text
 from launch.jobfile import read_job
 from launch.plan import LaunchSettings, cores_and_gpus, share_out
+from mining.settings import hard_depths
 from trainer.data.datasets import RetrievalData, open_data
 from trainer.data.split import say_missing
 from trainer.encoder.backbone import bare_backbone
@@ -228,8 +229,7 @@ def _of_evaluation(found: Measured, every: int) -> list[Line]:
 
 
 def _of_mining(found: Measured) -> list[Line]:
-    negatives = max(1, min(16, found.num_passages // 20))
-    top_k = max(negatives, min(200, found.num_passages // 10))
+    top_k, negatives = hard_depths(found.num_passages)
     lines = [
         Line("search", "top_k", top_k, "candidates of a query; most of a small corpus would be no hard negatives"),
         Line("sample", "num_negatives", negatives, "kept of them; each step draws negatives.per_query"),

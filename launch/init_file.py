@@ -32,7 +32,7 @@ NEXT = (
     "What to change next, one thing at a time; negpool compare RUN RUN shows what it brought:",
     "- batch.queries higher: more negatives for each query; memory does not grow, a step takes longer.",
     "- negatives.per_query 2 to 7, and filter.relative_margin, if good passages are among the negatives:",
-    "  negpool mine THIS_FILE --show QUERY_ID shows them.",
+    "  negpool mine THIS_FILE --show QUERY_ID shows them; the text of a query does, too.",
     "- optim.lr half and double, then optim.epochs; model.max_passage_tokens higher, if the end of texts matters.",
     "- model.query_prefix and model.passage_prefix, if the model was trained with some: see its card.",
     "- negpool settings SECTION lists everything else.",

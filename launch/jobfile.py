@@ -67,6 +67,7 @@ class Jobs:
     train: TrainJob
     mine: MineJob
     launch: LaunchSettings
+    given: frozenset[str] = frozenset()  # section.key of what the file or an override sets
 
     def resolved(self) -> dict[str, Any]:
         """Return every section with every value, defaults included, as TOML can hold it."""
@@ -95,7 +96,8 @@ def read_job(path: Path | None, overrides: Sequence[Override], backend: str | No
             f"the job asks for parallel.backend={asked!r}, and accelerate's configuration for {backend!r}; take parallel.backend "
             f"out of the job, or use launch/accelerate/{asked}.yaml"
         )
-    return Jobs(_build(TrainJob, table, where), _build(MineJob, table, where), _build(LaunchJob, table, where).launch)
+    given = frozenset(f"{section}.{key}" for section, values in table.items() for key in values)
+    return Jobs(_build(TrainJob, table, where), _build(MineJob, table, where), _build(LaunchJob, table, where).launch, given)
 
 
 def _read_table(path: Path) -> dict[str, Any]:

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
     from mining.alone import Alone
+    from mining.job import MineJob
     from mining.offline import Mined
+
+log = logging.getLogger(__name__)
 
 EXCERPT_LINES = 8
 LOOK_EVERY_S, SAY_EVERY_S = 0.5, 15.0  # the second where there is no terminal to redraw
@@ -74,8 +77,8 @@ def mined_offline(
     from mining.ranks import Ranks
     from mining.service import run_service
 
-    settings, shards = Ranks(world, lambda: False).decide(lambda: _look(jobs, model, out, show))
-    with _hushed(), offline_run(jobs.mine, settings, shards, world) as job:
+    job, settings, shards = Ranks(world, lambda: False).decide(lambda: _look(jobs, model, out, show))
+    with _hushed(), offline_run(job, settings, shards, world) as job:
         with _followed(job.run.folder, messages()) if world.rank == 0 else contextlib.nullcontext():
             how = run_service(job, world, once=True)
         if how == "stopped":
@@ -114,7 +117,10 @@ def read_newest(job_file: Path, overrides: list[str], out: Path | None, form: st
 def written_parts(found: dict[str, Any]) -> Group:
     """Return what was mined as tables."""
     candidates = found["counts"]["candidates"]
-    rows = [("candidates", candidates), *((f"dropped: {name}", number) for name, number in found["dropped"].items())]
+    rows = [
+        (f"candidates, up to {found['top_k']} of each query", candidates),
+        *((f"dropped: {name}", number) for name, number in found["dropped"].items()),
+    ]
     sheet = Sheet(
         f"{counted(found['num_queries'], 'query')}, {counted(found['num_passages'], 'passage')}",
         ("", "number", "of the candidates"),
@@ -163,13 +169,14 @@ def _excerpt(text: str) -> str:
     return "\n".join([*lines[:EXCERPT_LINES], *([f"… {rest} more lines"] if rest > 0 else [])])
 
 
-def _look(jobs: Jobs, model: str, out: Path | None, show: str | None) -> tuple[Any, Path | None]:
-    """Return what is named on the command line, as `offline_run` takes it, and where its embeddings are kept.
+def _look(jobs: Jobs, model: str, out: Path | None, show: str | None) -> tuple["MineJob", Any, Path | None]:
+    """Return the job, what is named on the command line, as `offline_run` takes it, and where its embeddings are kept.
 
     Raises InputError for what would only be found out after the mining.
     """
     from launch.named import as_it_is, locate_model
     from mining.judgements import read_judgements
+    from mining.offline import fit_depths
     from mining.show import find_query
     from mining.vectors import holds_vectors
     from trainer.data.datasets import open_data
@@ -180,12 +187,17 @@ def _look(jobs: Jobs, model: str, out: Path | None, show: str | None) -> tuple[A
     data = open_data(jobs.mine.data, jobs.mine.sources)
     if show is not None:
         find_query(data, read_judgements(data, jobs.mine.data.train_split), show)
+    job = fit_depths(jobs.mine, jobs.given, len(data.corpus))
+    if "search.top_k" not in jobs.given:
+        depth = job.mine.bm25_top_k or job.search.top_k if model == "bm25" else job.search.top_k
+        why = f"which suits {counted(len(data.corpus), 'passage')}; search.top_k sets another number"
+        log.info("each query gets %s, %s", counted(depth, "candidate"), why)
     if model == "bm25":
-        return None, None
+        return job, None, None
     if holds_vectors(Path(model)):
-        return Path(model), None
+        return job, Path(model), None
     folder, shards = locate_model(model, data.cache)
-    return as_it_is(jobs.train.model, folder), shards
+    return job, as_it_is(jobs.train.model, folder), shards
 
 
 def _told(mined: "Mined", out: Path | None, form: str, show: str | None) -> dict[str, Any]:
@@ -206,6 +218,7 @@ def _told(mined: "Mined", out: Path | None, form: str, show: str | None) -> dict
         "num_queries": negatives.num_queries,
         "num_passages": len(data.corpus),
         "num_negatives": len(negatives.ids),
+        "top_k": manifest["search"]["top_k"],
         "num_empty_rows": manifest["num_empty_rows"],
         "counts": manifest["counts"],
         "dropped": manifest["filter"]["dropped"],

@@ -49,7 +49,7 @@ def search(
         setting_argument("what to look for; settings", "model", "data", "encode", metavar="[WORDS]... [section.key=value]..."),
     ] = None,
     query_id: Annotated[
-        str | None, typer.Option(metavar="ID", help="ask with this query of the data set, in place of words")
+        str | None, typer.Option(metavar="ID", help="ask with this query of the data set, by its id or its text")
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="how many results")] = 5,
     short: Sequence[str] = (),

@@ -12,7 +12,7 @@ import numpy as np
 from launch.named import BM25, Reading, as_it_is, locate_model, model_folder
 from launch.output import start_logging, told_progress
 from launch.srun import world_of_trainers
-from mining.show import near_ids
+from mining.show import rows_of
 from trainer.data.datasets import RetrievalData
 from trainer.data.filter import find_consistent, refuse_full, write_filtered
 from trainer.encoder.device import choose_device
@@ -104,20 +104,20 @@ def search_corpus(model: str, reading: Reading, question: str | None, query_id: 
     """
     device = choose_device(reading.encode.device)
     data = reading.open_data()
-    query_row = None if query_id is None else find_query(data, query_id)
-    own = -1 if query_row is None else own_document(data, query_row)
+    row = None if query_id is None else rows_of(data, query_id)[0]
+    own = -1 if row is None else own_document(data, row)
     folder, shards_root = locate_model(model, data.cache)
     encoder, tokenizer, traits = load_encoder(as_it_is(reading.model, folder))
     encoder.to(device)
-    if query_row is None:
+    if row is None:
         text = datasets.Dataset.from_dict({"_id": ["question"], "text": [question]})
         asked, about = tokenize_texts(text, "query", tokenizer, traits, reading.data.cache), {"query": question}
     else:
         asked, about = (
             tokenize_side(data, "queries", tokenizer, traits),
-            {"query_id": query_id, "query": data.queries[query_row]["text"]},
+            {"query_id": data.queries[row]["_id"], "query": data.queries[row]["text"]},
         )
-    query_1D = encode_rows(encoder.side("query"), asked, np.array([query_row or 0]), dtype=DTYPES[reading.encode.dtype])
+    query_1D = encode_rows(encoder.side("query"), asked, np.array([row or 0]), dtype=DTYPES[reading.encode.dtype])
     tokens, digest = tokenize_side(data, "corpus", tokenizer, traits), weights_digest(encoder)
     with Pins() as pins:
         shards = open_shards(shards_root, digest, traits.pooling, tokens, encoder, "passage", reading.encode, pins)
@@ -139,14 +139,6 @@ def _nearest(query_1D: np.ndarray, shards: Shards, k: int) -> tuple[np.ndarray, 
     found = [top_k(query_1D, shards.read(s), k, first_id=int(shards.rows(s)[0])) for s in range(shards.num_shards)]
     scores, ids = merge_top_k(found, k)
     return scores[0], ids[0]
-
-
-def find_query(data: RetrievalData, query_id: str) -> int:
-    """Return the row of the query with an id; raises InputError with ids near to it."""
-    ids = data.queries["_id"][:]
-    if query_id not in ids:
-        raise InputError(f"{data.path} has no query {query_id!r}; near to it: {', '.join(near_ids(query_id, ids))}")
-    return ids.index(query_id)
 
 
 def own_document(data: RetrievalData, query_row: int) -> int:

@@ -9,7 +9,7 @@ import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from mining.job import ALL_ENCODINGS, MineJob
 from mining.judgements import Judgements, read_judgements
 from mining.publish import last_version
 from mining.ranks import Ranks
+from mining.settings import hard_depths
 from mining.vectors import VECTORS, hash_vectors
 from trainer.data.datasets import RetrievalData, open_data
 from trainer.encoder.model import load_encoder, save_encoder, weights_digest
@@ -68,6 +69,27 @@ def offline_run(
     finally:
         if ranks.speaks:
             shutil.rmtree(run, ignore_errors=True)
+
+
+def fit_depths(job: MineJob, given: Set[str], num_passages: int) -> MineJob:
+    """Return the job with as many candidates as suit a corpus, where search.top_k is not given.
+
+    The default is for large corpora: most of so many candidates in a small one would be no hard negatives.
+    """
+    if "search.top_k" in given:
+        return job
+    top_k, num_negatives = hard_depths(num_passages)
+    if "sample.num_negatives" in given:
+        num_negatives = job.sample.num_negatives
+    band = job.filter.range_max if job.filter.range_max != "off" else 0
+    depth = min(job.search.top_k, max(top_k, num_negatives, band) + job.filter.range_min)
+    words = job.mine.bm25_top_k if "mine.bm25_top_k" in given else min(job.mine.bm25_top_k, depth)
+    return replace(
+        job,
+        search=replace(job.search, top_k=depth),
+        sample=replace(job.sample, num_negatives=num_negatives),
+        mine=replace(job.mine, bm25_top_k=words),
+    )
 
 
 def read_mined(job: MineJob) -> Mined:

@@ -186,3 +186,9 @@ class AuditSettings:
     """Share of the unjudged candidates that score as positives do, by filter.relative_margin."""
     max_without: Share = 1.0
     """Share of the queries of whose candidates none passed the filters."""
+
+
+def hard_depths(num_passages: int) -> tuple[int, int]:
+    """Return how many candidates of a query, and how many negatives of them, are still hard ones in a corpus of this size."""
+    num_negatives = max(1, min(16, num_passages // 20))
+    return max(num_negatives, min(200, num_passages // 10)), num_negatives

@@ -15,9 +15,12 @@ from trainer.handoff.negatives import Negatives
 NEAR = 3  # ids that are named in place of one that is not there
 
 
-def show_query(data: RetrievalData, judgements: Judgements, negatives: Negatives, query_id: str) -> dict[str, Any]:
-    """Return what a version has for a query: texts, ids and scores, best first; raises InputError with ids near to it."""
-    place = find_query(data, judgements, query_id)
+def show_query(data: RetrievalData, judgements: Judgements, negatives: Negatives, asked: str) -> dict[str, Any]:
+    """Return what a version has for a query: texts, ids and scores, best first; raises InputError if there is no such query.
+
+    asked: its id, or its exact text.
+    """
+    place = find_query(data, judgements, asked)
     row = mined_row(data, judgements, negatives, place)
     has_teacher = negatives.teacher_scores is not None
     at = slice(judgements.positive_indptr[place], judgements.positive_indptr[place + 1])
@@ -35,21 +38,32 @@ def show_query(data: RetrievalData, judgements: Judgements, negatives: Negatives
     }
 
 
-def find_query(data: RetrievalData, judgements: Judgements, query_id: str) -> int:
-    """Return which training query has an id; raises InputError if none has."""
-    training_ids = data.queries.select(judgements.query_rows)["_id"][:]
-    if query_id in training_ids:
-        return training_ids.index(query_id)
-    if query_id in data.queries["_id"][:]:
-        raise InputError(f"query {query_id!r} has no positive in the training split, so nothing is mined for it")
-    raise InputError(f"there is no training query {query_id!r}; near to it: {', '.join(near_ids(query_id, training_ids))}")
+def find_query(data: RetrievalData, judgements: Judgements, asked: str) -> int:
+    """Return which training query has an id or a text; raises InputError if none has."""
+    places = np.flatnonzero(np.isin(judgements.query_rows, rows_of(data, asked)))
+    if len(places) == 0:
+        raise InputError(f"query {asked!r} has no positive in the training split, so nothing is mined for it")
+    return int(places[0])
 
 
-def near_ids(asked: str, known: list[str]) -> list[str]:
-    """Return the ids that look most like one that is not there."""
+def rows_of(data: RetrievalData, asked: str) -> list[int]:
+    """Return the row of the query with an id, or the rows of those with exactly this text; raises InputError if there is none."""
+    ids = data.queries["_id"][:]
+    if asked in ids:
+        return [ids.index(asked)]
+    text = asked.strip()
+    if same := [row for row, each in enumerate(data.queries["text"][:]) if each.strip() == text]:
+        return same
+    near = _near(asked, ids)
+    meant = f"; near to it: {', '.join(near)}" if near else ""
+    raise InputError(f"{data.path} has no query {asked!r}; expected the id of a query or its exact text{meant}")
+
+
+def _near(asked: str, known: list[str]) -> list[str]:
+    """Return the ids that look like one that is not there."""
     # Looking through all ids of a large data set for near ones takes minutes: those of about its length first.
     alike = sorted(known, key=lambda each: (abs(len(each) - len(asked)), each[:1] != asked[:1]))[:20_000]
-    return difflib.get_close_matches(asked, alike, n=NEAR, cutoff=0.3) or known[:NEAR]
+    return difflib.get_close_matches(asked, alike, n=NEAR)
 
 
 def _passages(texts: list[Entry], scores: list[float] | None, teacher: list[float] | None) -> list[dict[str, Any]]:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from launch.commands import app
+from launch.jobfile import read_job
 from mining import version
-from mining.offline import clean_left, read_mined
+from mining.offline import clean_left, fit_depths, read_mined
 from tests.mining.run import as_job, make_job, publish_checkpoint
 from tests.mining.services import start_service
 from tests.mining.test_service import mine as mine_for_run
@@ -115,6 +116,32 @@ def test_bm25_mines_without_a_model(root, tmp_path, capsys):
     assert (tmp_path / "words.parquet").stat().st_size > 1000
 
 
+@pytest.mark.parametrize(
+    "given, depths",
+    [
+        ([], (12, 6)),  # a tenth and a twentieth of 120 passages
+        (["sample.num_negatives=20"], (20, 20)),
+        (["filter.range_min=5", "filter.range_max=40"], (45, 6)),
+        (["search.top_k=200"], (200, 16)),
+    ],
+)
+def test_a_small_corpus_gives_few_candidates_unless_they_are_set(given, depths):
+    jobs = read_job(None, given)
+    fitted = fit_depths(jobs.mine, jobs.given, 120)
+    assert (fitted.search.top_k, fitted.sample.num_negatives) == depths
+    assert fit_depths(jobs.mine, jobs.given, 1_000_000).search.top_k == 200
+
+
+def test_a_person_reads_how_many_candidates_there_are(root, tmp_path, capsys, caplog):
+    with caplog.at_level("INFO", "launch.mine"):
+        words = ["--model", "bm25", "--data", root / "data", "--out", tmp_path / "few.jsonl"]
+        _, out = call(capsys, *words)
+    num_passages = len(open_dataset(root / "data").corpus)
+    top_k = min(50, max(1, min(16, num_passages // 20), num_passages // 10))
+    assert f"up to {top_k} of each query" in out
+    assert f"each query gets {top_k} candidates, which suits {num_passages} passages; search.top_k sets" in caplog.text
+
+
 def test_a_person_reads_counters_and_a_query_with_its_passages(root, tmp_path, capsys):
     _, out = mine(capsys, root, "--out", tmp_path / "ids.jsonl", "--show", "q0")
     assert "dropped: judged" in out and "queries without any that passed" in out and "95 %" in out
@@ -152,7 +179,7 @@ def test_what_a_killed_miner_left_is_deleted_but_nothing_of_a_live_one(tmp_path)
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        (["--show", "q1000"], "there is no training query 'q1000'; near to it: q1"),
+        (["--show", "q1000"], "has no query 'q1000'; expected the id of a query or its exact text; near to it: q1"),
         (["--out", "ids.csv"], r"--out ids\.csv is no \.jsonl or \.parquet"),
         ([], "nothing would come of it; give --out"),
         (["--out", "a.jsonl", "--data", "nowhere"], "there is no data set in nowhere"),

@@ -170,9 +170,11 @@ def test_a_query_of_the_data_set_asks_and_does_not_find_itself(root, tmp_path, c
         peer.encode(["merge " + asked["text"]])[0] @ peer.encode([r["text"] for r in read_lines(data / "corpus.jsonl")[:-1]]).T
     )
     assert [hit["score"] for hit in found["results"]] == pytest.approx(np.sort(score_N)[::-1][:4], abs=1e-4)
+    same = call("search", MINILM, data, "--query-id", asked["text"], "--query-prefix", "merge ", "--top", 4)
+    assert same == found, "a query may be named by its text"
     itself = call("search", MINILM, data, "--query-id", asked["_id"], "data.ignore_identical_ids=false")
     assert itself["results"][0]["id"] == asked["_id"]
-    with pytest.raises(InputError, match=r"has no query 'q333'; near to it: q3"):
+    with pytest.raises(InputError, match=r"has no query 'q333'; expected the id of a query or its exact text; near to it: q3"):
         call("search", MINILM, data, "--query-id", "q333")
 
 

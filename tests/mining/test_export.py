@@ -145,11 +145,22 @@ def test_a_query_is_shown_with_texts_and_scores_best_first(mined):
 
 def test_an_unknown_query_is_refused_with_near_ids_and_one_of_another_split_with_the_reason(mined):
     data, judgements, _ = mined
-    with pytest.raises(InputError, match=r"there is no training query 'q111'; near to it: q1\d?, "):
+    with pytest.raises(
+        InputError, match=r"has no query 'q111'; expected the id of a query or its exact text; near to it: q1\d?, "
+    ):
         show_query(*mined, "q111")
     other = next(row["_id"] for i, row in enumerate(data.queries) if i not in judgements.query_rows)
     with pytest.raises(InputError, match=f"query '{other}' has no positive in the training split"):
         show_query(*mined, other)
+    with pytest.raises(InputError, match=r"or its exact text$"):
+        show_query(*mined, "how is a parcel sent back")
+
+
+def test_a_query_is_found_by_its_text(mined):
+    data, judgements, _ = mined
+    row = int(judgements.query_rows[7])
+    shown = show_query(*mined, f"{data.queries[row]['text']}\n")
+    assert shown == show_query(*mined, data.queries[row]["_id"])
 
 
 @pytest.mark.parametrize("form", sorted(FORMS))
