@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from launch.jobfile import HOW
+from launch.output import MEASURE_TITLES, in_figures
 from launch.report.before_after import measures_of_each
 from launch.report.history import History, read_history
 from launch.report.standing import Row, Verdict, rows_of, verdict_of, warnings_of
@@ -19,7 +20,7 @@ from launch.status import has_ended, reading, run_status
 from trainer.errors import InputError
 from trainer.evaluate import MEASURES
 from trainer.handoff.manifest import TornVersion, read_manifest, versions
-from trainer.verdict import intervals
+from trainer.verdict import FEWEST, intervals
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "name": run.name,
         "run": str(run.folder),
         "verdict": {"level": run.verdict.level, "sentence": run.verdict.sentence},
+        "tested": run.row("trained") is not None,
         "warnings": run.warnings,
         "phase": trainer.get("phase"),
         "results": {row.name: row.values for row in run.rows},
@@ -110,7 +112,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "steps": max(history.steps, default=trainer.get("step", 0)),
         "num_steps": trainer.get("num_steps"),
         "seconds": results.get("seconds"),
-        "versions_swapped": sum(version > 0 for _, version in history.swaps),
+        "versions_swapped": history.mined_swaps,
         "tokens_per_rank_per_s": float(np.median(rates)) if rates else None,
         "peak_memory_gib": max(history.of_steps("memory/peak_gib")[1], default=None),
         "last_loss": losses[-1] if losses else None,
@@ -132,13 +134,29 @@ def _paired(first: Run, run: Run) -> dict[str, Any] | None:
     if a is None or b is None or not same or len(a) != len(b) or len(a) < 2:
         return None
     gain_QM = b - a
+    differences = dict(zip(MEASURES, gain_QM.mean(0).tolist(), strict=True))
+    found = dict(zip(MEASURES, intervals(gain_QM).tolist(), strict=True))
+    measure = shared_measure([first, run])
     return {
         "run": run.name,
         "from": first.name,
+        "sentence": _in_words(run.name, first.name, measure, differences[measure], found[measure], len(gain_QM)),
         "num_queries": len(gain_QM),
-        "differences": dict(zip(MEASURES, gain_QM.mean(0).tolist(), strict=True)),
-        "intervals": dict(zip(MEASURES, intervals(gain_QM).tolist(), strict=True)),
+        "differences": differences,
+        "intervals": found,
     }
+
+
+def shared_measure(runs: list[Run]) -> str:
+    """Return the measure by which runs are compared: their stop.measure, or nDCG@10 where they have several."""
+    chosen = {run.job.get("stop.measure", "ndcg@10") for run in runs}
+    return str(chosen.pop()) if len(chosen) == 1 else "ndcg@10"
+
+
+def _in_words(name: str, other: str, measure: str, gain: float, interval: list[float], num_queries: int) -> str:
+    is_clear = num_queries >= FEWEST and (interval[0] > 0 or interval[1] < 0)
+    how = f"{'' if is_clear else 'not clearly '}{'worse' if gain < 0 else 'better'}"
+    return f"{name} is {how} than {other}: {MEASURE_TITLES[measure]} {gain:+.3f}, 95 % interval {in_figures(interval, True)}."
 
 
 def _notes(runs: list[Run]) -> list[str]:

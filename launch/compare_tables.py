@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from launch.output import MEASURE_TITLES
+from launch.output import MEASURE_TITLES, in_figures
 from launch.phases import clock
 from launch.report.standing import title_of
 from launch.tables import Part, Sheet
@@ -30,7 +30,8 @@ def compare_parts(found: dict[str, Any]) -> list[Part]:
     if paired := [_paired_row(each) for each in found["paired"]]:
         parts.append(Sheet("difference of the trained models, query by query, and its 95 % interval", measures, paired))
     facts = [(title, *(_fact(run, key) for run in found["runs"])) for key, title in FACTS.items()]
-    return [*parts, Sheet("the runs", ("", *names), facts), *found["notes"]]
+    sentences = [each["sentence"] for each in found["paired"]]
+    return [*parts, Sheet("the runs", ("", *names), facts), *sentences, *found["notes"]]
 
 
 def _result_rows(runs: list[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -52,17 +53,19 @@ def _rounded(run: dict[str, Any], name: str) -> tuple[float, ...]:
 
 
 def _paired_row(found: dict[str, Any]) -> tuple[str, ...]:
-    cells = (_with_interval(found["differences"][key], found["intervals"][key], "+") for key in MEASURE_TITLES)
+    cells = (_with_interval(found["differences"][key], found["intervals"][key], is_difference=True) for key in MEASURE_TITLES)
     return f"{found['run']} - {found['from']}", *cells
 
 
-def _with_interval(value: float, interval: list[float] | None, sign: str = "") -> str:
-    text = f"{value:{sign}.3f}"
-    return text if interval is None else f"{text}\n{interval[0]:{sign}.3f}…{interval[1]:{sign}.3f}"
+def _with_interval(value: float, interval: list[float] | None, is_difference: bool = False) -> str:
+    text = f"{value:+.3f}" if is_difference else f"{value:.3f}"
+    return text if interval is None else f"{text}\n{in_figures(interval, is_difference)}"
 
 
 def _fact(run: dict[str, Any], key: str) -> str:
     value = run[key]
+    if key == "verdict" and value["level"] == "unclear" and not run["tested"]:
+        return "not tested"
     if key == "verdict":
         return str(run["phase"] or "not started") if value["level"] == "open" else str(value["level"])
     if value is None:

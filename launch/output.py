@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -115,4 +115,10 @@ def title_of(name: str, has_last: bool) -> str:
 
 
 def _in_brackets(interval: list[float] | None) -> str:
-    return "" if interval is None else f"\n[dim]{interval[0]:.2f}-{interval[1]:.2f}[/dim]"
+    return "" if interval is None else f"\n[dim]{in_figures(interval)}[/dim]"
+
+
+def in_figures(interval: Sequence[float], is_difference: bool = False) -> str:
+    """Return an interval as every table has it; a difference may be below zero, so its ends have signs."""
+    low, high = interval
+    return f"{low:+.3f} to {high:+.3f}" if is_difference else f"{low:.2f}-{high:.2f}"

@@ -36,12 +36,17 @@ class BeforeAfter:
 def read_before_after(run: Path) -> BeforeAfter:
     """Return the comparison; raises InputError where the run has kept nothing of each query, or its data cannot be read."""
     measures = {name: measures_of_each(run, name) for name in NAMES}
-    for name, found in measures.items():
-        if found is None:
-            where = f"{run / 'evaluations' / name}.json"
-            raise InputError(f"nothing is known of single queries in {where}; evaluations of earlier versions did not keep it")
+    missing = [run / "evaluations" / f"{name}.json" for name, found in measures.items() if found is None]
+    if there := [str(file) for file in missing if file.exists()]:
+        raise InputError(f"nothing is known of single queries in {there[0]}: it holds no figure of each query")
     train = read_job(run / "job.toml", [f"run.folder={run}"]).train
     data, split = open_data(train.data, train.sources), train.eval.split
+    if missing and split not in data.qrels:
+        raise InputError(
+            f"the run was not tested: {data.path} has no queries in eval.split={split!r}; negpool data split sets some aside"
+        )
+    if missing:
+        raise InputError(f"the run was not tested on {split}, or has not ended: {missing[0]} is not there")
     query_rows = data.evaluated_queries(split)
     before_Q, after_Q = (places(found) for found in measures.values() if found is not None)
     if not len(before_Q) == len(after_Q) == len(query_rows):

@@ -5,10 +5,10 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from launch.compare import Run
+from launch.compare import Run, shared_measure
 from launch.compare_tables import compare_parts
 from launch.output import MEASURE_TITLES
-from launch.report.drawing import COLOURS, LINES, Pictures, picture, running_median, whole_steps
+from launch.report.drawing import APART, COLOURS, LINES, Pictures, picture, running_median, whole_steps
 from launch.report.page import inlined, render, write_page
 from launch.tables import Sheet
 from trainer.errors import InputError
@@ -37,13 +37,15 @@ def write_comparison(runs: list[Run], found: dict[str, Any], out: Path) -> Path:
 
 def draw_comparison(runs: list[Run]) -> Pictures:
     """Return title and picture of everything that the runs have figures for, by name."""
-    chosen = {run.job.get("stop.measure", "ndcg@10") for run in runs}
-    measure = chosen.pop() if len(chosen) == 1 else "ndcg@10"
+    measure = shared_measure(runs)
     title = MEASURE_TITLES[measure]
     found: Pictures = {}
     if any(run.history.of_measures(f"dev/{measure}")[0] or run.rows for run in runs):
         for name, over, label in (("quality", "steps", "step"), ("quality_time", "time", "minutes spent in steps")):
-            with picture(f"Quality over {over}: {title}", label, f"{title} (0 to 1)") as (figure, axes):
+            with picture(f"Quality over {over}: {title}\n{APART}", label, f"{title} (0 to 1)") as (
+                figure,
+                axes,
+            ):
                 _quality(axes, runs, measure, over == "time")
             found[name] = f"Quality over {over}", figure
     if any(run.history.steps for run in runs):

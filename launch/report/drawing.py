@@ -36,6 +36,7 @@ STYLE: dict[Any, Any] = {
 SIZE = (6.0, 3.5)  # inches
 SMOOTH = 0.05  # share of a line whose median is shown at each of its places
 MOST_POINTS = 600  # of a line: more make a page slow, and nobody sees them
+APART = "dev and test are different queries"
 MOST_NAMES = 12  # along an axis
 
 Pictures = dict[str, tuple[str, Figure]]  # title and figure, by name

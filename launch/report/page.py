@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from launch.output import MEASURE_TITLES
+from launch.output import MEASURE_TITLES, in_figures
 from launch.phases import clock
 from launch.report.before_after import read_before_after
 from launch.report.drawing import Pictures, as_png, as_svg
@@ -57,7 +57,7 @@ def render(template: str, **values: Any) -> str:
     loader = jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8"))
     jinja = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=loader)
     jinja.undefined = jinja2.StrictUndefined
-    return jinja.get_template(template).render(measures=MEASURE_TITLES, **values)
+    return jinja.get_template(template).render(measures=MEASURE_TITLES, interval=in_figures, **values)
 
 
 def inlined(pictures: Pictures) -> list[tuple[str, str, str]]:
@@ -102,7 +102,7 @@ def _tiles(history: History, rows: Iterable[Row]) -> list[tuple[str, str]]:
             (clock(sum(history.of_steps("time/step_s")[1])), "spent in steps"),
         ]
         tiles += [(f"{np.median(rates):,.0f}", "tokens per second and rank")] if rates else []
-    tiles.append((str(len(history.swaps)), "swap" + "s" * (len(history.swaps) != 1) + " of negatives"))
+    tiles.append((str(history.mined_swaps), "version" + "s" * (history.mined_swaps != 1) + " of mined negatives swapped in"))
     audits = [line.get("audit") or {} for line in history.versions.values()]
     recall = [audit["recall"] for audit in audits if audit.get("recall") is not None]
     if recall:

@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 
 from launch.output import MEASURE_TITLES
 from launch.report.drawing import (
+    APART,
     BLUE,
     COLOURS,
     GREEN,
@@ -44,7 +45,7 @@ def draw_all(history: History, rows: list[Row], measure: str) -> Pictures:
 
     wanted: dict[str, Wanted] = {
         "quality": (
-            f"Retrieval quality: {title}",
+            f"Retrieval quality: {title}\n{APART}",
             f"{title} (0 to 1)",
             has_quality,
             lambda a: _quality(a, history, rows, measure),
@@ -63,7 +64,8 @@ def _quality(axes: Axes, history: History, rows: list[Row], measure: str) -> Non
     """Draw dev over the steps; of the test queries the trained model as a dot, the others as lines to compare with."""
     steps, values = history.of_measures(f"dev/{measure}")
     if steps:
-        axes.plot(steps, values, "o-", color=BLUE, markersize=4, label="dev queries, while training")
+        when = "from the untrained model on" if steps[0] == 0 else "while training"
+        axes.plot(steps, values, "o-", color=BLUE, markersize=4, label=f"dev queries, {when}")
     for row in rows:
         value = row.values[measure]
         if row.name in LINE_OF_ROW:

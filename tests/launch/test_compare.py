@@ -47,7 +47,7 @@ def test_results_have_intervals_and_what_is_alike_stands_there_once(runs):
     assert [line[0] for line in rows] == [
         "BM25, all runs", "untrained model, all runs", "first: trained model", "second: trained model",
     ]  # fmt: skip
-    assert rows[2][1:3] == ("0.600", "0.600\n0.500…0.700") and rows[3][2] == "0.700"
+    assert rows[2][1:3] == ("0.600", "0.600\n0.50-0.70") and rows[3][2] == "0.700"
 
 
 def test_trained_models_are_compared_query_by_query(runs):
@@ -57,6 +57,30 @@ def test_trained_models_are_compared_query_by_query(runs):
     interval = scipy.stats.bootstrap((gains,), np.mean, method="percentile", rng=0).confidence_interval
     assert found["differences"]["mrr@10"] == pytest.approx(sum(gains) / 8)
     assert found["intervals"]["mrr@10"] == pytest.approx([interval.low, interval.high], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "gain, spread, words",
+    [(0.006, 0.2, "is not clearly better than"), (0.3, 0.1, "is better than"), (-0.3, 0.1, "is worse than")],
+)
+def test_a_sentence_says_what_the_difference_means(runs, gain, spread, words):
+    """By stop.measure; scipy's bootstrap gives the interval."""
+    first, second = (replace(run, job={**run.job, "stop.measure": "mrr@10"}) for run in read_runs(runs))
+    gain_Q = gain + spread * np.random.default_rng(0).standard_normal(200)
+    base_QM = np.full((200, 4), 0.5)
+    found = compare_runs([replace(first, each_QM=base_QM), replace(second, each_QM=base_QM + gain_Q[:, None])])
+    interval = scipy.stats.bootstrap((gain_Q,), np.mean, method="percentile", rng=0).confidence_interval
+    sentence = next(part for part in compare_parts(found) if isinstance(part, str) and part.startswith("second "))
+    assert sentence.startswith(f"second {words} first: MRR@10 {gain_Q.mean():+.3f}, 95 % interval ")
+    ends = [float(end) for end in sentence.rstrip(".").rpartition("interval ")[2].split(" to ")]
+    assert ends == pytest.approx([interval.low, interval.high], abs=0.01)
+
+
+def test_a_run_without_test_queries_is_not_called_unclear(runs):
+    first, second = read_runs(runs)
+    untested = replace(second, rows=[], verdict=replace(second.verdict, level="unclear"))
+    facts = {line[0]: line[1:] for line in sheet(compare_runs([first, untested]), "the runs").rows}
+    assert facts["verdict"] == ("better", "not tested")
 
 
 def test_what_runs_cost_is_told(runs):

@@ -182,7 +182,7 @@ def test_best_and_last_are_rows_with_steps_and_intervals(whole):
     titles = [(each.title, each.step) for each in standing(run)[2]]
     assert titles[2:] == [("trained model, best on dev", 8), ("trained model, last step", 10)]
     table = re.search(r'<table id="results">.*?</table>', page.read_text(), re.DOTALL)[0]
-    assert "0.500…0.700" in table and "+0.150" in table and "+0.050…+0.250" in table and "step 8" in table
+    assert "0.50-0.70" in table and "+0.150" in table and "+0.050 to +0.250" in table and "step 8" in table
 
 
 def test_the_same_queries_are_shown_before_and_after(whole, data):
@@ -208,12 +208,36 @@ def test_an_evaluation_that_kept_nothing_of_each_query_is_named(tmp_path, conten
         read_before_after(tmp_path)
 
 
+@pytest.mark.parametrize("split, words", [("test", "was not tested on test, or has not ended"), ("exam", "negpool data split")])
+def test_a_run_that_was_not_tested_says_so(tmp_path, data, split, words):
+    with pytest.raises(InputError, match=f"the run was not tested|{words}") as error:
+        read_before_after(write_run(tmp_path / "run", data, [f"eval.split={split}"]))
+    assert words in str(error.value)
+
+
+def test_dev_begins_with_the_untrained_model(tmp_path, data):
+    run = write_run(tmp_path / "run", data)
+    write_json(run / "evaluations" / "dev" / "untrained.json", {"step": 0, "split": "dev", **row(0.37)})
+    history = read_history(run)
+    assert history.of_measures("dev/ndcg@10") == ([0, 4, 8], [0.37, 0.4, 0.5]) and not history.of_measures("eval/ndcg@10")[0]
+    title, figure = draw_all(history, [], "ndcg@10")["quality"]
+    assert "dev and test are different queries" in title
+    assert figure.axes[0].lines[0].get_ydata()[0] == 0.37 and "untrained" in figure.axes[0].lines[0].get_label()
+
+
+def test_swaps_are_counted_as_the_terminal_counts_them(tmp_path, data):
+    run = write_run(tmp_path / "run", data)
+    swaps = [{"step": s, "event": "negatives swapped", "negatives/version": s - 1} for s in (1, 2, 3)]
+    write_lines(run / "logs" / "metrics.jsonl", swaps)
+    assert "<b>2</b><span>versions of mined negatives swapped in<" in write_report(run, tmp_path / "out").read_text()
+
+
 def test_a_run_of_which_little_is_there_has_a_page_that_says_so(tmp_path, data):
     run = write_run(tmp_path / "run", data)
     shutil.rmtree(run / "logs")
     (run / "results.json").unlink()
     text = write_report(run, tmp_path / "out").read_text()
-    for words in ("nothing is known of single queries", "has no negatives for this data", "No step has been taken yet"):
+    for words in ("the run was not tested on test", "has no negatives for this data", "No step has been taken yet"):
         assert words in text, words
 
 
