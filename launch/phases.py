@@ -70,7 +70,7 @@ def next_swap(trainer: Mapping[str, Any], miner: Mapping[str, Any]) -> str:
         return ""
     published = miner.get("negatives_version")
     if published is not None and published > newest:
-        return f"next swap: negatives v{published}, which are published"
+        return f"next swap: negatives v{published}, mined and ready"
     if miner.get("phase") not in (None, "starting", WATCHING) and miner.get("version", -1) > newest:
         step = miner.get("checkpoint_step")
         return f"next swap: negatives v{miner['version']}, from " + ("BM25" if step is None else f"step {step}")
@@ -127,5 +127,5 @@ def _next_checkpoint(trainer: Mapping[str, Any]) -> str:
         return ""
     following = (step // every + 1) * every
     if following >= num_steps:
-        return "; none comes that is mined"
+        return "; no more are mined in this run"
     return f"; the next is at step {following}, in {counted(following - step, 'step')}"

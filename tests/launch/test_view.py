@@ -87,12 +87,12 @@ def test_start_and_waits_are_told_with_their_time():
 def test_a_waiting_miner_says_which_checkpoint_comes(step, said):
     trainer = {"step": step, "num_steps": 60, "checkpoint_every_steps": 10}
     assert miner_line({"phase": "watching"}, trainer).text == f"watching for a checkpoint{said}"
-    assert miner_line({"phase": "watching"}, {**trainer, "step": 55}).text.endswith("; none comes that is mined")
+    assert miner_line({"phase": "watching"}, {**trainer, "step": 55}).text.endswith("; no more are mined in this run")
     assert miner_line({"phase": "watching"}, {}).text == "watching for a checkpoint"
 
 
 def test_the_next_swap_is_named_until_it_is_done():
-    assert next_swap(TRAINER, {**MINER, "negatives_version": 3}) == "next swap: negatives v3, which are published"
+    assert next_swap(TRAINER, {**MINER, "negatives_version": 3}) == "next swap: negatives v3, mined and ready"
     assert next_swap({"swaps": []}, {"phase": "searching with BM25", "version": 0, "checkpoint_step": None}).endswith(
         "v0, from BM25"
     )

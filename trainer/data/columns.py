@@ -5,8 +5,10 @@ of the file, or to "" where the file has none; no other column is then read in t
 reported; one whose name looks like a role is refused unless data.columns says what it is.
 """
 
+import itertools
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import NamedTuple
@@ -75,6 +77,7 @@ LOOKS = {
     "positive": "pos positive positives",
     "prompt": "prompt prompts instruction instructions instruct prefix",
 }
+LONGEST_NAME = 40  # of a column; longer ones are texts of a first line
 GRADING = {"label", "scores", "pos_scores", "neg_scores"}
 ID_WORDS = {"id", "ids", "idx", "docid", "docids", "pid", "pids"}
 
@@ -111,12 +114,12 @@ def check_mapping(mapping: Mapping[str, str]) -> None:
         raise Bad("unknown columns", f"data.columns reads the column {twice!r} as {names}; give it one of these names alone")
 
 
-def find_columns(found: tuple[str, ...], mapping: Mapping[str, str], expected: str) -> Columns:
+def find_columns(found: tuple[str, ...], mapping: Mapping[str, str]) -> Columns:
     """Return how records with these columns are read; raises Bad with what is missing, ambiguous or looks like a role.
 
-    mapping: as data.columns. expected: the forms that there are, for people.
+    mapping: as data.columns.
     """
-    return _Reading(found, mapping).columns(expected)
+    return _Reading(found, mapping).columns()
 
 
 class _Reading:
@@ -129,13 +132,13 @@ class _Reading:
         self.free = [column for column in found if column not in self.ours]
         self.roles: dict[str, str] = {}  # by column, of those that are read
 
-    def columns(self, expected: str) -> Columns:
+    def columns(self) -> Columns:
         form = self._form()
         for role, own in FORM_NAMES[form].items():
             said = [column for column, name in self.ours.items() if role_of(name) == role]
             chosen = said if role in self.said else self._natural(role, form)
             if not chosen and role in ("query", "positive"):
-                self._refuse_missing(role, own[0], expected)
+                self._refuse_missing(role, own[0])
             self.roles |= dict.fromkeys(chosen, role)
         names: dict[str, str] = {}
         for column, role in self.roles.items():
@@ -192,18 +195,29 @@ class _Reading:
             return "score"
         return "same" if beside in EQUALS.values() and beside not in self.ours else "label"
 
-    def _refuse_missing(self, role: str, name: str, expected: str) -> None:
+    def _refuse_missing(self, role: str, name: str) -> None:
         columns = ", ".join(f"{column:.40}" for column in self.found[:20]) + (", …" if len(self.found) > 20 else "")
         for ours, column in self.mapping.items():
             if role_of(ours) == role:
                 sentence = f"data.columns = {{{ours} = {json.dumps(column)}}} names a column that is not there"
                 raise Bad("unknown columns", f"{sentence}{near_names(column, self.found)}; found the columns {columns}")
         near = near_names(name, set(self.found) - {*self.roles})
+        chosen = self._might_be(role)
+        short = ",".join(f"{ours}={column}" for ours, column in chosen.items())
+        table = ", ".join(f"{ours} = {json.dumps(column, ensure_ascii=False)}" for ours, column in chosen.items())
+        how = f"--columns {shlex.quote(short)}, or data.columns = {{{table}}}"
         raise Bad(
             "unknown columns",
-            f"found the columns {columns}; {name} is missing{near}: expected {expected}; set data.columns = "
-            '{query = "…", positive = "…"} to read other names, or "0" and "1" of a file that has no names of columns',
+            f"found the columns {columns}; {name} is missing{near}; say which is which, as in {how}; docs/data.md has more",
         )
+
+    def _might_be(self, role: str) -> dict[str, str]:
+        """Return an example of data.columns for what is missing, of columns that are there."""
+        roles = [role] if role == "positive" or {*self.found} & {*ROLES["positive"]} else ["query", "positive"]
+        if any(len(column) > LONGEST_NAME for column in self.found):  # a file without names of columns
+            return dict(zip(roles, map(str, range(2)), strict=False))
+        free = [column for column in self.free if column not in self.roles and role_of(column) in (None, "title", "query")]
+        return {ours: column for ours, column in itertools.zip_longest(roles, free[: len(roles)], fillvalue="…")}
 
     def _refuse_alike(self, column: str) -> None:
         """Raise Bad if a column that is not read looks like a role that data.columns says nothing about."""

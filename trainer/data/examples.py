@@ -13,7 +13,7 @@ from trainer.data.files import read_records
 from trainer.data.forms import Source
 from trainer.data.judged import NO_SCORE, Pairs
 from trainer.data.problems import Problem, Report, place_of
-from trainer.data.records import FORMS, PARSERS
+from trainer.data.records import PARSERS
 from trainer.data.texts import TextWriter, Written
 
 Place = tuple[Path, int]  # a file, and the number of a record in it
@@ -87,7 +87,7 @@ class Examples:
         """Return how a record is read; raises Bad."""
         found = tuple(record)
         if found not in self._layouts:
-            self._layouts[found] = find_columns(found, source.columns, FORMS)
+            self._layouts[found] = find_columns(found, source.columns)
             for column in self._layouts[found].unread:
                 self._unread.setdefault(column, place)
         return self._layouts[found]

@@ -120,9 +120,8 @@ def _split_of(file: Path) -> str | None:
 
 def _from_hub(path: Path, columns: Mapping[str, str]) -> Source:
     """Return the files of a data set of the hub, downloaded or found in the cache of `datasets`."""
-    nothing = f"there is no data set in {path}; data.path must be a folder or a file: {FORMS}; or a name of the hub"
-    if not HUB_NAME.match(str(path)):
-        raise InputError(nothing)
+    if not HUB_NAME.match(str(path)) or path.name.endswith(SUFFIXES):
+        raise InputError(f"there is no data set in {path}: there is no such file or folder; set data.path to one that is there")
     import datasets
 
     name, _, config = str(path).partition(":")
@@ -131,6 +130,7 @@ def _from_hub(path: Path, columns: Mapping[str, str]) -> Source:
         found = {part: datasets.load_dataset(name, part or None) for part in parts}
     except Exception as error:  # what a hub, a network and a data set of others can raise has no common class
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        nothing = f"there is no data set in {path}: there is no such file or folder, the name is not on this machine"
         raise InputError(f"{nothing}, and the hub has not given it: {reason}") from error
     entries = [
         Candidate(part, split, [Path(entry["filename"]) for entry in table.cache_files])

@@ -69,7 +69,7 @@ tokenizer, model = AutoTokenizer.from_pretrained("path/or/name"), AutoModel.from
 states = model(**tokenizer([{query}], return_tensors="pt")).last_hidden_state
 ```
 
-A pooler that `transformers` shows has only zeros, for it takes no part.
+If `transformers` shows a pooler, its weights are zeros: embeddings do not use it.
 
 `negpool` trains it further with `model.name = "path/or/name"` in a job, and
 `negpool eval path/or/name DATA` evaluates it."""

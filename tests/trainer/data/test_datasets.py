@@ -118,6 +118,10 @@ def test_a_sound_data_set_has_no_problems_and_its_counts(folder):
 def test_a_folder_without_data_is_one_sentence(tmp_path):
     with pytest.raises(InputError, match=r"there is no data set in .*data\.path"):
         open_dataset(tmp_path / "nothing", tmp_path / "cache")
+    with pytest.raises(
+        InputError, match=r"there is no data set in faqs/faq\.csv: there is no such file or folder; set data\.path"
+    ):
+        open_dataset(type(tmp_path)("faqs/faq.csv"), tmp_path / "cache")
 
 
 def test_graded_scores_are_kept(folder, tmp_path):

@@ -183,13 +183,16 @@ BAD = {
     "not JSON": (["{", pairs(1)], r"a\.jsonl:1: this line is not JSON"),
     "half a character": ([pairs(0), '{"anchor": "\\ud800", "positive": "x"}'], r"a\.jsonl:2: half a surrogate pair"),
     "not an object": ([pairs(0), [1]], r"a\.jsonl:2: expected an object"),
-    "another form": ([{"text_a": "x", "text_b": "y"}], r"a\.jsonl:1: found the columns text_a, text_b; .*expected BEIR"),
+    "another form": (
+        [{"text_a": "x", "text_b": "y"}],
+        r"anchor is missing; .*--columns query=text_a,positive=text_b, or",
+    ),
     "misspelt column": ([{"anchr": "x", "positive": "y"}], r"anchor is missing; did you mean it by 'anchr'\?"),
     "misspelt negative": (
         [change(pairs(0), negatve="x", negative_1=...)],
         r"column negatve, .*looks like a negative",
     ),
-    "no anchor": ([pairs(0), {"positive": "y"}], r"a\.jsonl:2: found the columns positive; anchor is missing: expected BEIR"),
+    "no anchor": ([pairs(0), {"positive": "y"}], r"a\.jsonl:2: found the columns positive; anchor is missing; say which"),
     "column misspelt later": ([pairs(0), {"anchor": "x", "postive": "y"}], r"positive is missing; .*mean it by 'postive'"),
     "wrong type": ([pairs(0), change(pairs(1), positive=[3])], r"a\.jsonl:2: positive holds 3; expected a text, a list of"),
     "two anchors": ([change(pairs(0), anchor=["x", "y"])], r"a\.jsonl:1: anchor is \['x', 'y'\]; expected a string"),
@@ -307,7 +310,7 @@ def test_a_name_of_the_hub_without_network_is_one_sentence(tmp_path, monkeypatch
         raise ConnectionError("Couldn't reach the hub\nat all")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(InputError, match=r"there is no data set in nobody/nothing; .* and the hub has not given it: ") as error:
+    with pytest.raises(InputError, match=r"nothing: .* not on this machine, and the hub has not given it: ") as error:
         open_dataset(type(tmp_path)("nobody/nothing"), tmp_path / "cache")
     assert "\n" not in str(error.value)
 

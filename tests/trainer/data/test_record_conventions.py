@@ -244,7 +244,15 @@ WHOLE_REFUSED = {
         r"positive_passages has lists of different lengths",
     ),
     "ids of other length": ({"query": Q, "pos": [P], "pos_id": ["1", "2"]}, r"pos_id is 2 long; expected an id for each of 1"),
-    "no passage": ({"query": Q, "url": "x"}, r"found the columns query, url; positive is missing: .*BEIR.* set data\.columns ="),
+    "no passage": (
+        {"query": Q, "url": "x"},
+        r"found the columns query, url; positive is missing; .* --columns positive=url, or data\.columns = {positive = \"url\"}",
+    ),
+    "a page": (
+        {"title": Q, "body": P},
+        r"--columns query=title,positive=body, or data\.columns = {query = \"title\", positive = \"body\"}",
+    ),
+    "no names": ({Q * 9: P, P * 9: N}, r"--columns query=0,positive=1, or"),
 }
 
 
