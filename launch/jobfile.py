@@ -67,7 +67,8 @@ class Jobs:
     train: TrainJob
     mine: MineJob
     launch: LaunchSettings
-    given: frozenset[str] = frozenset()  # section.key of what the file or an override sets
+    # section.key of what the file or an override sets: how a job was told, not what it is
+    given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
 
     def resolved(self) -> dict[str, Any]:
         """Return every section with every value, defaults included, as TOML can hold it."""
