@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import mining.ranks
+
 # One place for the operator that DeepSpeed builds, whatever cache a test gives its commands: building takes a minute.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
@@ -29,6 +31,12 @@ def _logging_as_it_was():
         if handler not in handlers:
             root.removeHandler(handler)
     root.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def _mpi_stays(monkeypatch):
+    """Keep a command that is called in this process from ending MPI, which other tests here go on with."""
+    monkeypatch.setattr(mining.ranks, "leave_mpi", lambda code: None)
 
 
 @pytest.fixture(autouse=True, scope="module")
