@@ -22,6 +22,7 @@ from trainer.handoff.settings import places_of
 from trainer.job import TrainJob
 from trainer.trackers import check_trackers
 
+NAMES = {"faiss": "FAISS", "deepspeed": "DeepSpeed", "peft": "PEFT"}  # of packages, as people write them
 MPI_LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # what Open MPI and MPICH tell each rank
 
 
@@ -33,7 +34,9 @@ def check_early(jobs: Jobs, trains: bool = True, mines: bool = True) -> None:
     needs = [*(_needs_of_trainer(jobs.train) if trains else ()), *(_needs_of_miner(jobs.mine) if mines else ())]
     for setting, module, extra in needs:
         if importlib.util.find_spec(module) is None:
-            raise InputError(f"{setting} needs {module}, which is not installed; run: pip install 'negpool[{extra}]'")
+            raise InputError(
+                f"{setting} needs {NAMES.get(module, module)}, which is not installed; run: pip install 'negpool[{extra}]'"
+            )
     if trains:
         check_trackers(jobs.train.run.trackers)
         if jobs.train.optim.steps is not None:

@@ -35,7 +35,7 @@ class View:
 
     def __enter__(self) -> "View":
         if redraws(self._console):
-            self._live.start()
+            self._live.start(refresh=True)
         return self
 
     def __exit__(self, *_) -> None:

@@ -94,9 +94,9 @@ def test_a_job_that_can_run_passes(names):
 @pytest.mark.parametrize(
     "override, sentence",
     [
-        ("parallel.backend=zero2", r'parallel\.backend="zero2" needs deepspeed, which is not installed; run: pip install'),
-        ("model.lora_rank=4", r"model\.lora_rank=4 needs peft, which is not installed; run: pip install 'negpool\[lora\]'"),
-        ("index.factory=Flat", r"index\.factory='Flat' needs faiss, which is not installed"),
+        ("parallel.backend=zero2", r'parallel\.backend="zero2" needs DeepSpeed, which is not installed; run: pip install'),
+        ("model.lora_rank=4", r"model\.lora_rank=4 needs PEFT, which is not installed; run: pip install 'negpool\[lora\]'"),
+        ("index.factory=Flat", r"index\.factory='Flat' needs FAISS, which is not installed"),
     ],
 )
 def test_a_package_that_a_setting_needs_is_asked_for(names, monkeypatch, override, sentence):

@@ -24,8 +24,9 @@ from tests.tiny import VOCABULARY, write_tiny_encoder
 from trainer.encoder.shards import Shards
 from trainer.errors import InputError
 from trainer.handoff import retry
-from trainer.handoff.manifest import TornVersion, open_version, read_manifest, versions
+from trainer.handoff.manifest import TornVersion, open_version, read_latest, read_manifest, versions
 from trainer.handoff.negatives import negatives_folder
+from trainer.handoff.weights import checkpoint_name, checkpoints_folder
 from trainer.metrics import read_status
 
 
@@ -147,13 +148,15 @@ def test_a_schedule_cannot_go_on_without_its_checkpoint(tmp_path):
 
 
 def newer_while_encoding(job: dict, after: int, rank: int = 0) -> None:
-    """Publish checkpoint 20 as rank 0 begins its n-th shard."""
+    """Publish checkpoint 20 as rank 0 begins its n-th shard; if it is the first, other ranks do not run ahead meanwhile."""
     plain, calls = Shards.embed, []
 
     def embed(self, *args):
         calls.append(self)
         if rank == 0 and len(calls) == after:
             publish_checkpoint(job, 20)
+        while rank and after == 1 and read_latest(checkpoints_folder(Path(job["run"]["folder"]))) != checkpoint_name(20):
+            time.sleep(0.05)
         return plain(self, *args)
 
     Shards.embed = embed

@@ -193,7 +193,7 @@ def test_a_finished_run_is_not_trained_again(root, undisturbed):
 def test_input_that_cannot_be_used_is_one_sentence_and_exit_2(root, undisturbed):
     cases = {
         ("launch.train_ranks=9",): "batch.queries=7 is less than the 9 ranks",
-        ("data.path=/nowhere",): "there is no data set in /nowhere",
+        ("data.path=/nowhere", f"run.folder={root}/other"): "there is no data set in /nowhere",
         ("model.name=/nowhere", f"run.folder={root}/other"): "model.name='/nowhere' is not a model that can be loaded",
         ("optim.lrr=1",): "unknown key optim.lrr; did you mean lr?",
         ("optim.lr=0.5",): "holds a run with optim.lr=0.001, and this job has 0.5",
