@@ -4,11 +4,13 @@ Tensors, modules and process groups only: no text, no Hugging Face, no files.
 """
 
 from gradcache.agree import NotFinite
-from gradcache.batch import Batch, Tower
+from gradcache.batch import Batch, Candidates, Extra, Tower
 from gradcache.budget import Budget, probe_budget
 from gradcache.chunks import plan_chunks
 from gradcache.lost import LostRank
-from gradcache.objectives import OBJECTIVES, Objective, Tile
+from gradcache.objectives import OBJECTIVES, Objective, Rows, Tile
+from gradcache.options import LossOptions, TextTerm
+from gradcache.ragged import Ragged
 from gradcache.reference import reference_step
 from gradcache.step import StepResult, cached_step
 from gradcache.sync import DDPSync, FSDP2Sync, GradientSync, NoSync
@@ -18,15 +20,21 @@ __all__ = [
     "OBJECTIVES",
     "Batch",
     "Budget",
+    "Candidates",
     "DDPSync",
+    "Extra",
     "FSDP2Sync",
     "GradientSync",
+    "LossOptions",
     "LostRank",
     "NoSync",
     "NotFinite",
     "Objective",
+    "Ragged",
+    "Rows",
     "StepResult",
     "Temperature",
+    "TextTerm",
     "Tile",
     "Tower",
     "cached_step",

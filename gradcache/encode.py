@@ -41,7 +41,11 @@ def encode_all(plan: Plan, keep_graphs: int | Literal["all"], sync: GradientSync
     done = [
         encoded
         for i, chunk in enumerate(plan.chunks)
-        for encoded in encode_or_halve(chunk, with_graph=i >= first_kept, may_halve=not sync.communicates_in_forward)
+        for encoded in encode_or_halve(
+            chunk,
+            with_graph=i >= first_kept and not chunk.tower.is_frozen,
+            may_halve=not sync.communicates_in_forward,
+        )
     ]
     plan = replace(plan, chunks=[encoded.chunk for encoded in done])
     kept = {i: encoded.embedding_mD for i, encoded in enumerate(done) if encoded.with_graph}
@@ -81,7 +85,8 @@ def _backward_all(
 
     Kept graphs come first, so that their memory is free before the next chunk is encoded again.
     """
-    order = [*kept, *(i for i in range(len(plan.chunks)) if i not in kept)]
+    trained = [i for i, chunk in enumerate(plan.chunks) if not chunk.tower.is_frozen]
+    order = [*kept, *(i for i in trained if i not in kept)]
     if not order and is_last_of_step:
         sync.last_backward(gradient_uD.sum())  # nothing to add, but the others wait for this rank
     for i in order:

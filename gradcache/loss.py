@@ -1,6 +1,11 @@
-"""The loss of all ranks from detached embeddings, and the gradient of this rank's: phases 3 to 5 of a step."""
+"""The loss of all ranks from detached embeddings, and the gradient of this rank's: phases 3 to 5 of a step.
 
-from dataclasses import dataclass
+Either the passages travel, and every rank contrasts its own queries with all of them; or the queries travel with their positives' keys,
+every rank contrasts all queries with its own passages, and a few numbers a query travel back and forth.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -8,14 +13,19 @@ from torch import Tensor
 
 from gradcache.agree import Agreed
 from gradcache.batch import Batch
-from gradcache.gather import Pool, all_reduce, gather_rows, scatter_gradients
-from gradcache.masks import Masks, add_same_side, mask_passages, mask_queries
-from gradcache.objectives import Objective
+from gradcache.cells import pair_scores
+from gradcache.directions import Field, Pools, back, count_masked, forth
+from gradcache.exchange import Keys, all_reduce, gather_keys, gather_rows, scatter_gradients
+from gradcache.objectives.tile import trained_parameters
+from gradcache.options import LossOptions
+from gradcache.phases import evaluate_terms
 from gradcache.temperature import Temperature
-from gradcache.tiles import evaluate_tiles
-from gradcache.widths import Cut, add_first, cut_rows, plan_cuts
+from gradcache.terms import Source, Term
+from gradcache.texts import text_terms
+from gradcache.way import Way, choose_way, keep_bytes, targets_travel
+from gradcache.widths import View, plan_views, view_rows
 
-# B queries on this rank, n rows on this rank, P passages and Q queries of all ranks, N rows of one side of all ranks
+# B queries on this rank, n rows on this rank, D width of all outputs
 
 
 @dataclass(frozen=True)
@@ -24,21 +34,9 @@ class Loss:
 
     value: float
     num_queries: int  # of all ranks
-    gradient_nD: Tensor  # of this rank's rows, queries first
-    share_masked: float  # of this rank's scores of queries against passages
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossOptions:
-    """How scores become a loss."""
-
-    objective: Objective
-    symmetric: bool = False  # the mean of both directions, queries -> passages and target passages -> queries
-    same_side: bool = False  # the rows of a direction's own side are negatives, too: query-query and passage-passage
-    tile_rows: int | None = None  # rows of scores evaluated at once; None: as many as fit a fixed memory
-    product_dtype: torch.dtype | None = None  # embeddings are gathered and multiplied in; None: in what the encoder returns
-    widths: tuple[int, ...] | None = None  # falling: the mean over embeddings cut to so many components; None: as they are
-    width_weights: tuple[float, ...] | None = None  # of that mean; None: equal ones
+    gradient_nD: Tensor  # of the rows that this rank encodes
+    share_masked: float  # of the scores of queries against passages, of all ranks
+    way: Way  # what travelled
 
 
 def global_loss(
@@ -49,111 +47,196 @@ def global_loss(
     temperature: Temperature,
     group: dist.ProcessGroup | None,
     gradient_scale: float = 1.0,
+    progress: float = 0.0,
 ) -> Loss:
     """Return the mean loss over the queries of all ranks, and its gradient; adds `gradient_scale` times the
-    temperature's to its parameter.
+    temperature's, and those of the objective's parameters, to these.
 
-    Collective: one all-gather and one reduce-scatter for the passages, symmetric or same_side the same for the queries,
-    one small all-reduce; whatever the number of widths. Raises ValueError for widths that do not fit the embeddings.
+    Collective: one gather of keys and one of rows, one reduce-scatter, one small all-reduce; where queries travel, one all-to-all
+    each way; where the loss of a row depends on those of all, one small gather and reduction; whatever the number of widths and
+    directions. Raises ValueError, on every rank alike, for widths or outputs that do not fit the embeddings.
     """
-    cuts = plan_cuts(options.widths, options.width_weights, agreed.embedding_nD.shape[1])
-    device = agreed.embedding_nD.device
-    dtype = agreed.embedding_nD.dtype
-    embedding_nD = agreed.embedding_nD.to(options.product_dtype or dtype)
-    query_BD, passage_nD = embedding_nD.split([batch.num_queries, batch.num_passages])
-    query_keys, passage_keys = batch.keys.to(device).split([batch.num_queries, batch.num_passages])
-    target_B, positives = batch.target.to(device), batch.positives(agreed.num_positives).to(device)
-    scale = float(temperature.scale().detach())
-    num_queries = sum(agreed.num_queries)
-    weight = (0.5 if options.symmetric else 1.0) / num_queries
-
-    nothing = passage_keys.new_empty(len(passage_keys), 0)
-    passages = _Side(gather_rows(passage_nD, passage_keys, nothing, agreed.num_passages, group))
-    queries = None
-    if options.symmetric or options.same_side:
-        queries = _Side(gather_rows(query_BD, query_keys, positives, agreed.num_queries, group))
-
-    masks = mask_passages(target_B + passages.pool.first, positives, passages.pool.keys_N)
-    share_masked = masks.num_masked() / max(1, len(query_BD) * len(passages.pool.keys_N))
-    if options.same_side and queries is not None:
-        # Its own text, and queries that share a positive, are no negatives of a query.
-        row_keys = torch.cat([query_keys[:, None], positives], dim=1)
-        column_keys = torch.cat([queries.pool.keys_N[:, None], queries.pool.extra_NM], dim=1)
-        masks = add_same_side(masks, len(passages.pool.keys_N), row_keys, column_keys, queries.pool.keys_N)
-    forth = _direction(query_BD, passages, queries if options.same_side else None, masks, scale, weight, options, cuts)
-    query_gradient, passage_gradient = forth.row_BD, torch.zeros(passage_nD.shape, dtype=forth.row_BD.dtype, device=device)
-    totals = forth.totals
-    if options.symmetric and queries is not None:
-        own_query_B = queries.pool.first + torch.arange(len(target_B), device=device)
-        masks = mask_queries(own_query_B, passage_keys[target_B], queries.pool.keys_N, queries.pool.extra_NM)
-        if options.same_side:  # other positives of its query are no negatives of a passage
-            passage_keys_P1 = passages.pool.keys_N[:, None]
-            masks = add_same_side(masks, len(queries.pool.keys_N), positives, passage_keys_P1, passages.pool.keys_N)
-        other = passages if options.same_side else None
-        back = _direction(passage_nD[target_B], queries, other, masks, scale, weight, options, cuts)
-        passage_gradient.index_add_(0, target_B, back.row_BD)  # several queries may share a target
-        totals += back.totals
-    passage_gradient += passages.scatter(group)
-    if queries is not None:
-        query_gradient = query_gradient + queries.scatter(group)
-    if group is not None:
-        all_reduce(totals, group)
-    if temperature.log_scale.requires_grad:
-        temperature.scale().backward((totals[1] * gradient_scale).to(temperature.log_scale.dtype))
-    return Loss(float(totals[0]), num_queries, torch.cat([query_gradient, passage_gradient]), share_masked)
+    encoded_nD = agreed.embedding_nD
+    if batch.derive is not None:
+        encoded_nD = encoded_nD.detach().requires_grad_()
+        with torch.enable_grad():
+            rows_nD = batch.derive(encoded_nD)
+    else:
+        rows_nD = encoded_nD
+    outputs = batch.outputs if batch.outputs is not None else {"embedding": rows_nD.shape[1]}
+    views = plan_views(options.widths, options.width_weights, outputs, options.outputs)
+    local = _local_pools(batch, rows_nD.detach().to(options.product_dtype or rows_nD.dtype))
+    way = choose_way(options, agreed.counts, views, local.passage.rows_ND, None if group is None else group.size())
+    dtype = torch.promote_types(local.query.rows_ND.dtype, torch.float32)
+    positive_VB = [_own_positives(local, view) for view in views]
+    field = _gather(batch, agreed, options, local, positive_VB, outputs, way, group)
+    scale = temperature.scale().detach().to(dtype)
+    num_values, pools = len(batch.query_values), field.pools
+    found = [forth(field), *([back(field)] if options.symmetric else [])]
+    terms = [
+        Term(
+            direction=direction,
+            view=view,
+            objective=options.objective,
+            scale=scale,
+            positive_R=field.keys.values_QV[:, num_values + i].to(dtype) if direction.is_spread else positive_VB[i],
+            own_positive_B=positive_VB[i],
+            progress=progress,
+            tile_rows=options.tile_rows,
+        )
+        for direction in found
+        for i, view in enumerate(views)
+    ]
+    evaluate_terms(terms, agreed.counts, group, keep_bytes(options, local.query.rows_ND.device))
+    _bring_back(terms, pools, agreed, group)
+    gradient_nD = _own_gradient(batch, pools, rows_nD)
+    text_loss = text_terms(options, batch, rows_nD, gradient_nD, sum(agreed.num_rows))
+    if batch.derive is not None:
+        (gradient_nD,) = torch.autograd.grad(rows_nD, encoded_nD, gradient_nD.to(rows_nD.dtype))
+    num_masked = torch.tensor(float(count_masked(field, found[0])), dtype=torch.float64)
+    totals = _totals(terms, text_loss, num_masked, options, temperature, group, gradient_scale)
+    num_scores = sum(agreed.counts.queries) * max(1, sum(agreed.counts.passages))
+    return Loss(float(totals[0]), sum(agreed.counts.queries), gradient_nD, float(totals[1]) / num_scores, way)
 
 
-class _Side:
-    """The rows of one side of all ranks, and what the directions add to their gradients."""
-
-    def __init__(self, pool: Pool):
-        self.pool = pool
-        self.gradient_ND: Tensor | None = None
-
-    def add(self, gradient_Nw: Tensor) -> None:
-        """Add the gradient of the first w components."""
-        self.gradient_ND = add_first(self.gradient_ND, gradient_Nw, self.pool.rows_ND.shape[1])
-
-    def scatter(self, group: dist.ProcessGroup | None) -> Tensor:
-        """Return the gradient of this rank's rows. Collective: one reduce-scatter."""
-        assert self.gradient_ND is not None, "no direction has this side as columns"
-        return scatter_gradients(self.gradient_ND, self.pool.counts, group)
-
-
-@dataclass(frozen=True)
-class _Direction:
-    """What the rows of one direction add to the loss, and its gradients."""
-
-    totals: Tensor  # float64: the loss, the gradient of the scale
-    row_BD: Tensor
+def _local_pools(batch: Batch, rows_nD: Tensor) -> Pools:
+    """Return this rank's rows."""
+    query_BD, passage_nD = rows_nD.split([batch.num_queries, batch.num_passages])
+    trains_queries, trains_passages = batch.is_trained
+    every = Source(passage_nD, trains_passages)
+    extra = None
+    if batch.extra is not None:
+        extra = Source(batch.extra.embedding_xD.detach().to(rows_nD), is_trained=False)
+    return Pools(
+        query=Source(query_BD, trains_queries),
+        target=Source(passage_nD[batch.target.to(rows_nD.device)], trains_passages),
+        passage=every if batch.own_only is None else Source(passage_nD[batch.shared.to(rows_nD.device)], trains_passages),
+        every_passage=every,
+        extra=extra,
+    )
 
 
-def _direction(
-    row_BD: Tensor,
-    columns: _Side,
-    same_side: _Side | None,
-    masks: Masks,
-    scale: float,
-    weight: float,
+def _own_positives(local: Pools, view: View) -> Tensor:
+    """Return the raw score of each query of this rank with its own positive, (B,)."""
+    rows, positives = (view_rows([source.rows_ND], view).rows_nw for source in (local.query, local.target))
+    every = torch.arange(len(rows), device=rows.device)
+    return pair_scores(rows, every, positives, every)
+
+
+def _gather(
+    batch: Batch,
+    agreed: Agreed,
     options: LossOptions,
-    cuts: list[Cut],
-) -> _Direction:
-    """Return the loss of some rows against the columns, cut by cut; the columns' gradients go to their sides.
+    local: Pools,
+    positive_VB: list[Tensor],
+    outputs: Mapping[str, int],
+    way: Way,
+    group: dist.ProcessGroup | None,
+) -> Field:
+    """Return what all ranks know. Collective: two all-gathers."""
+    device, counts = local.query.rows_ND.device, agreed.counts
+    query_keys, passage_keys = batch.keys.to(device).split([batch.num_queries, batch.num_passages])
+    values = [batch.query_values[name].to(device, torch.float64) for name in sorted(batch.query_values)]
+    mine = Keys(
+        passage_P=passage_keys[batch.shared.to(device)],
+        extra_X=passage_keys[:0] if batch.extra is None else batch.extra.keys.to(device),
+        query_Q=query_keys,
+        target_Q=passage_keys[batch.target.to(device)],
+        positives=batch.judged.to(device),
+        values_QV=torch.stack([*values, *(positive_B.double() for positive_B in positive_VB)], dim=1),
+    )
+    keys = gather_keys(mine, counts, group)
+    travelling = _travelling(options, way)
+    names = {"queries": local.query, "targets": local.target, "passages": local.passage}
+    sources = {name: names[name] for name in travelling}
+    of_ranks = [counts.passages if name == "passages" else counts.queries for name in travelling]
+    rows = gather_rows([source.rows_ND for source in sources.values()], of_ranks, group)
+    pools = {name: Source(found, sources[name].is_trained) for name, found in zip(travelling, rows, strict=True)}
+    second = options.objective.second
+    second_view = None
+    if second is not None and second != "positive":
+        (second_view,) = plan_views(None, None, outputs, {second: 1.0})
+    return Field(
+        batch=batch,
+        options=options,
+        pools=replace(local, **pools),
+        keys=keys,
+        counts=counts,
+        rank=0 if group is None else group.rank(),
+        queries_travel=way.travels == "queries",
+        second_view=second_view,
+    )
 
-    Holds one cut of the columns, and its gradient, at a time.
+
+def _travelling(options: LossOptions, way: Way) -> list[str]:
+    """Return the names of the rows that travel."""
+    if way.travels == "queries":
+        return ["queries", "targets"] if targets_travel(options) else ["queries"]
+    return ["passages", "queries"] if options.symmetric or options.same_side else ["passages"]
+
+
+def _bring_back(terms: Sequence[Term], pools: Pools, agreed: Agreed, group: dist.ProcessGroup | None) -> None:
+    """Add the gradients of what has travelled, and of the rows' own positives, to this rank's rows. Collective."""
+    pairs = {
+        "queries": (pools.queries, pools.query),
+        "targets": (pools.targets, pools.target),
+        "passages": (pools.passages, pools.passage),
+    }
+    there = {name: pair for name, pair in pairs.items() if pair[0] is not None and pair[0].is_trained}
+    returned = [term for term in terms if term.direction.is_spread and term.of_positive_R is not None]
+    parts = [travelled.gradient() for travelled, _ in there.values()]
+    if returned:  # scores of positives that the tiles of other ranks have used come back as further components
+        further = torch.stack([term.of_positive_R for term in returned], dim=1)
+        widened = [further if len(part) == len(further) else further.new_zeros(len(part), len(returned)) for part in parts[:1]]
+        widened += [further.new_zeros(len(part), len(returned)) for part in parts[1:]]
+        parts = [torch.cat([part, more], dim=1) for part, more in zip(parts, widened, strict=True)]
+    counts = agreed.counts
+    scattered = scatter_gradients(parts, [counts.passages if name == "passages" else counts.queries for name in there], group)
+    of_positives: dict[int, Tensor] = {}
+    for number, ((_, own), gradient) in enumerate(zip(there.values(), scattered, strict=True)):
+        width = own.rows_ND.shape[1]
+        own.gradient().add_(gradient[:, :width])
+        if number == 0 and returned:
+            of_positives = {id(term): column for term, column in zip(returned, gradient[:, width:].unbind(1), strict=True)}
+    for term in terms:
+        own_B = term.of_positive_R if not term.direction.is_spread else of_positives.get(id(term))
+        term.finish(own_B)
+
+
+def _own_gradient(batch: Batch, pools: Pools, rows_nD: Tensor) -> Tensor:
+    """Return the gradient of this rank's queries and passages, one behind the other."""
+    every = pools.every_passage.gradient()
+    every.index_add_(0, batch.target.to(every.device), pools.target.gradient())  # several queries may share a target
+    if pools.passage is not pools.every_passage:
+        every.index_add_(0, batch.shared.to(every.device), pools.passage.gradient())
+    assert len(rows_nD) == batch.num_queries + len(every), "all rows have a gradient"
+    return torch.cat([pools.query.gradient(), every])
+
+
+def _totals(
+    terms: Sequence[Term],
+    text_loss: Tensor,
+    num_masked: Tensor,
+    options: LossOptions,
+    temperature: Temperature,
+    group: dist.ProcessGroup | None,
+    gradient_scale: float,
+) -> Tensor:
+    """Return (loss, masked cells) of all ranks, and give the temperature and the objective's parameters their gradients.
+
+    Collective: one all-reduce.
     """
-    sides = [columns] if same_side is None else [columns, same_side]
-    counts = [len(side.pool.keys_N) for side in sides]
-    totals = torch.zeros(2, dtype=torch.float64, device=row_BD.device)  # of the loss, of the gradient of the scale
-    row_gradient_BD: Tensor | None = None
-    for cut in cuts:
-        rows, cut_columns = cut_rows([row_BD], cut.width), cut_rows([side.pool.rows_ND for side in sides], cut.width)
-        share = weight * cut.share
-        found = evaluate_tiles(rows.unit_nw, cut_columns.unit_nw, masks, scale, options.objective, share, options.tile_rows)
-        for side, gradient_Nw in zip(sides, cut_columns.whole(found.column_PD).split(counts), strict=True):
-            side.add(gradient_Nw)
-        row_gradient_BD = add_first(row_gradient_BD, rows.whole(found.row_BD), row_BD.shape[1])
-        totals += torch.stack([found.loss_sum * share, found.scale])
-        del rows, cut_columns, found  # before the next ones are made
-    assert row_gradient_BD is not None, "there is at least one cut"
-    return _Direction(totals, row_gradient_BD)
+    parameters = trained_parameters(options.objective)
+    parts = [term.totals() for term in terms]
+    device = text_loss.device
+    loss, scale = text_loss + sum(loss for loss, _, _ in parts), torch.stack([scale for _, scale, _ in parts]).sum()
+    of_parameters = [torch.stack([found[i] for _, _, found in parts]).sum(0).double().flatten() for i in range(len(parameters))]
+    totals = torch.cat([loss[None], num_masked.to(device)[None], scale[None], *of_parameters])
+    all_reduce(totals, group)
+    if temperature.log_scale.requires_grad:
+        temperature.scale().backward((totals[2] * gradient_scale).to(temperature.log_scale.dtype))
+    sizes = [parameter.numel() for parameter in parameters]
+    for parameter, gradient in zip(parameters, totals[3:].split(sizes) if sizes else (), strict=True):
+        gradient = (gradient * gradient_scale).view_as(parameter).to(parameter.dtype)
+        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+    return totals[:2]

@@ -1,99 +1,95 @@
 """Which columns are no negatives of a row, found by 64-bit content keys.
 
-Everything is sparse: pairs are found by sorting and binary search, never by comparing all rows with all columns.
+A row leads to its keys and a key to the columns that have it. Both lists are as long as what is known of the texts: 65,536 rows that
+share one text take 65,536 entries, where their pairs would be billions. Pairs exist for one block of rows at a time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# B rows, N columns, M keys of a row, K keys of a column
+from gradcache.ragged import Ragged, distinct
+
+# t rows, N columns of all ranks, P columns of this rank, e entries (a row and one of its keys), c cells
+
+
+@dataclass(frozen=True)
+class Related:
+    """The cells of rows and columns that have a key in common, row by row."""
+
+    row_e: Tensor
+    first_e: Tensor  # where the columns of the entry's key begin in `column_k`
+    count_e: Tensor
+    column_k: Tensor  # columns of this rank, key by key; of several columns of one text the first
+    entry_start: Tensor  # (t + 1,) on the CPU: where the entries of a row begin
+    cell_start: Tensor  # (t + 1,) on the CPU: where the cells of a row begin
+
+    def num_cells(self, rows: slice) -> int:
+        """Return the cells of some rows; a cell of several common keys counts for each."""
+        return int(self.cell_start[rows.stop] - self.cell_start[rows.start])
+
+    def cells(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Return (row, column) of all cells of some consecutive rows; rows count from the first of them. No wait for a device."""
+        first, stop = int(self.entry_start[rows.start]), int(self.entry_start[rows.stop])
+        count = self.count_e[first:stop]
+        entry = torch.arange(stop - first, device=count.device).repeat_interleave(count, output_size=self.num_cells(rows))
+        place = torch.arange(len(entry), device=count.device) - (count.cumsum(0) - count)[entry]
+        return self.row_e[first:stop][entry] - rows.start, self.column_k[self.first_e[first:stop][entry] + place]
 
 
 @dataclass(frozen=True)
 class Masks:
-    """The positive and the masked columns of each row."""
+    """The cells of some rows and of this rank's columns that are no negatives; a row's own positive is one of them."""
 
-    target_B: Tensor  # column of each row's own positive
-    repeated: Tensor  # (r,) columns whose text an earlier column has; masked, except in rows whose target they are
-    pair_rows: Tensor  # (p,) ascending; with pair_columns: the other masked cells, positives of the row and copies of its target
-    pair_columns: Tensor  # (p,)
-    pair_is_sibling: Tensor  # (p,) bool: a positive of another text than the target's
+    repeated: Tensor  # (r,) columns whose text an earlier column of any rank has: masked in every row
+    related: Sequence[tuple[int, Related]]  # with the column that theirs count from
 
-    def num_masked(self) -> int:
-        """Return the number of masked cells of the B x N scores."""
-        num_own = int(torch.isin(self.target_B, self.repeated).sum())
-        return len(self.pair_rows) + len(self.target_B) * len(self.repeated) - num_own
+    def cells(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Return (row, column) of the masked cells of some rows in other columns; a cell may come twice."""
+        found = [(row, column + first) for first, related in self.related for row, column in [related.cells(rows)]]
+        return torch.cat([row for row, _ in found]), torch.cat([column for _, column in found])
 
-
-def mask_passages(target_B: Tensor, positive_keys_BM: Tensor, passage_keys_N: Tensor) -> Masks:
-    """Return the masks of queries against passages: a query's positives are those whose key is among its keys."""
-    first_N = _first_columns(passage_keys_N)
-    distinct = _repeated(first_N).logical_not().nonzero()[:, 0]
-    rows, found = _equal_keys(positive_keys_BM, passage_keys_N[distinct][:, None])
-    return _masks(target_B, first_N, rows, distinct[found])
+    def num_cells(self, rows: slice) -> int:
+        """Return how many `cells` returns."""
+        return sum(related.num_cells(rows) for _, related in self.related)
 
 
-def mask_queries(target_B: Tensor, row_keys_B: Tensor, query_keys_N: Tensor, positive_keys_NK: Tensor) -> Masks:
-    """Return the masks of passages against queries: a passage's positives are the queries that have its key among theirs.
-
-    Of several queries with one text, one that has it is enough.
-    """
-    rows, columns = _equal_keys(row_keys_B[:, None], positive_keys_NK)
-    return _masks(target_B, _first_columns(query_keys_N), rows, columns)
-
-
-def add_same_side(masks: Masks, num_columns: int, row_keys_BM: Tensor, column_keys_NK: Tensor, text_keys_N: Tensor) -> Masks:
-    """Return masks with further columns behind the first `num_columns`: the rows of the same side.
-
-    Of those a column is no negative of a row if they have a key in common. text_keys_N: the columns' content keys, each
-    text counts once.
-    """
-    first_N = _first_columns(text_keys_N)
-    rows, columns = _equal_keys(row_keys_BM, column_keys_NK)
-    cells = torch.unique(rows * max(1, len(first_N)) + first_N[columns])
-    added = cells // max(1, len(first_N)), cells % max(1, len(first_N)) + num_columns
-    pair_rows, order = torch.cat([masks.pair_rows, added[0]]).sort(stable=True)
-    return Masks(
-        masks.target_B,
-        torch.cat([masks.repeated, _repeated(first_N).nonzero()[:, 0] + num_columns]),
-        pair_rows,
-        torch.cat([masks.pair_columns, added[1]])[order],
-        torch.cat([masks.pair_is_sibling, torch.zeros_like(added[0], dtype=torch.bool)])[order],
-    )
-
-
-def _masks(target_B: Tensor, first_N: Tensor, rows: Tensor, columns: Tensor) -> Masks:
-    """Return masks from pairs of a row and a column that is a positive of it, in any order, repeats allowed."""
-    num_columns = max(1, len(first_N))
-    cells = torch.unique(rows * num_columns + first_N[columns])  # sorted by row, then by column
-    rows, columns = cells // num_columns, cells % num_columns
-    is_other = columns != target_B[rows]
-    rows, columns = rows[is_other], columns[is_other]
-    is_sibling = columns != first_N[target_B][rows]
-    return Masks(target_B, _repeated(first_N).nonzero()[:, 0], rows, columns, is_sibling)
-
-
-def _first_columns(keys_N: Tensor) -> Tensor:
+def first_columns(keys_N: Tensor) -> Tensor:
     """Return for every column the first one of equal key, (N,)."""
-    distinct, place = torch.unique(keys_N, return_inverse=True)
-    first = torch.full_like(distinct, len(keys_N))
+    distinct_keys, place = torch.unique(keys_N, return_inverse=True)
+    first = torch.full_like(distinct_keys, len(keys_N))
     first.scatter_reduce_(0, place, torch.arange(len(keys_N), device=keys_N.device), "amin")
     return first[place]
 
 
-def _repeated(first_N: Tensor) -> Tensor:
-    return first_N != torch.arange(len(first_N), device=first_N.device)
+def repeated_columns(first_N: Tensor, window: range) -> Tensor:
+    """Return those of this rank's columns whose text an earlier column has, counted from the window's start."""
+    first_P = first_N[window.start : window.stop]
+    return (first_P != torch.arange(window.start, window.stop, device=first_N.device)).nonzero()[:, 0]
 
 
-def _equal_keys(row_keys_BM: Tensor, column_keys_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return all pairs (row, column) that have a key in common; a pair is repeated for every such key."""
-    ordered, order = column_keys_NK.flatten().sort()
-    wanted = row_keys_BM.flatten()
-    start = torch.searchsorted(ordered, wanted)
-    count = torch.searchsorted(ordered, wanted, right=True) - start
-    # The i-th wanted key stands at ordered[start[i] : start[i] + count[i]]; `entry` numbers all of them through.
-    source = torch.arange(len(wanted), device=wanted.device).repeat_interleave(count)
-    entry = torch.arange(len(source), device=wanted.device) - (count.cumsum(0) - count)[source]
-    return source // row_keys_BM.shape[1], order[start[source] + entry] // column_keys_NK.shape[1]
+def relate(row_keys: Ragged, column_keys: Ragged, first_N: Tensor, window: range) -> Related:
+    """Return where rows and this rank's columns have a key in common.
+
+    column_keys: of the columns of all ranks; what one column of a text has, its first column has. first_N: that column.
+    window: this rank's columns among them; the cells' columns count from its start. Waits for the device a few times.
+    """
+    column_m = first_N[column_keys.rows_m]
+    is_here = (column_m >= window.start) & (column_m < window.stop)
+    of_column = distinct(column_m[is_here] - window.start, column_keys.values_m[is_here], len(window))
+    order = of_column.values_m.argsort(stable=True)  # by key, then by column
+    key_k, column_k = of_column.values_m[order], of_column.rows_m[order]
+    rows = distinct(row_keys.rows_m, row_keys.values_m, len(row_keys.counts_n))
+    first_e = torch.searchsorted(key_k, rows.values_m)
+    count_e = torch.searchsorted(key_k, rows.values_m, right=True) - first_e
+    has_any = count_e > 0
+    row_e, first_e, count_e = rows.rows_m[has_any], first_e[has_any], count_e[has_any]
+    entries_t = torch.bincount(row_e, minlength=len(row_keys.counts_n))
+    cells_t = torch.zeros_like(entries_t).index_add_(0, row_e, count_e)
+    return Related(row_e, first_e, count_e, column_k, _starts(entries_t), _starts(cells_t))
+
+
+def _starts(counts_t: Tensor) -> Tensor:
+    return torch.nn.functional.pad(counts_t.cumsum(0), (1, 0)).cpu()

@@ -1,6 +1,6 @@
 """What a step encodes on this rank, chunk by chunk, and how one chunk is encoded."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -85,13 +85,15 @@ def chunks_of_each_tower(plan: Plan, towers: Sequence[Tower]) -> list[int]:
 
 
 def encode_chunk(chunk: Chunk, *, with_graph: bool, is_kept: bool = False) -> Tensor:
-    """Return the embeddings of a chunk, (m, D); the same draws of dropout whenever it is called."""
+    """Return the embeddings of a chunk, (m, D), named outputs side by side; the same draws of dropout whenever it is called."""
     torch.manual_seed(chunk.seed)
     # Under autocast, weights that were cast without grad mode would be taken again with it, and get no gradient.
     torch.clear_autocast_cache()
     with torch.set_grad_enabled(with_graph):
         encode = chunk.tower.encode_kept if is_kept and chunk.tower.encode_kept is not None else chunk.tower.encode
         embedding_mD = encode(chunk.tower.load(chunk.rows))
+        if isinstance(embedding_mD, Mapping):
+            embedding_mD = torch.cat(list(embedding_mD.values()), dim=1)
     if embedding_mD.ndim != 2 or (len(chunk.rows) and len(embedding_mD) != len(chunk.rows)):
         raise ValueError(f"encode returned {tuple(embedding_mD.shape)} for {len(chunk.rows)} rows; expected (rows, width)")
     return embedding_mD

@@ -15,14 +15,15 @@ import torch.distributed as dist
 from gradcache.agree import agree
 from gradcache.batch import Batch
 from gradcache.encode import backpropagate, encode_all
-from gradcache.gather import gather_integers
-from gradcache.loss import LossOptions, global_loss
+from gradcache.exchange import gather_integers
+from gradcache.loss import global_loss
 from gradcache.lost import naming_lost_ranks
-from gradcache.objectives import Objective
+from gradcache.options import LossOptions
 from gradcache.plan import Plan, chunks_of_each_tower, plan_encoding
 from gradcache.replay import borrowed_generators
 from gradcache.sync import GradientSync
 from gradcache.temperature import Temperature
+from gradcache.way import Way
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,8 @@ class StepResult:
     num_tokens: int  # encoded, without padding, a second encoding not counted
     num_padded_tokens: int  # the same with padding
     share_encoded_twice: float  # of the padded tokens
-    share_masked: float  # of the scores of queries against passages
+    share_masked: float  # of the scores of queries against passages, of all ranks
+    way: Way  # what travelled to the other ranks, and why
     spread: float | None  # 1 - the mean cosine among queries or passages of a rank, the most of all; None: no rank has two
     encode_s: float
     loss_s: float  # gather and reduce-scatter included
@@ -46,7 +48,7 @@ class StepResult:
 def cached_step(
     batch: Batch,
     *,
-    objective: Objective,
+    loss: LossOptions,
     temperature: Temperature,
     sync: GradientSync,
     group: dist.ProcessGroup | None,
@@ -54,12 +56,7 @@ def cached_step(
     keep_graphs: int | Literal["all"],
     seed: int,
     step: int,
-    symmetric: bool = False,
-    same_side: bool = False,
-    tile_rows: int | None = None,
-    product_dtype: torch.dtype | None = None,
-    widths: tuple[int, ...] | None = None,
-    width_weights: tuple[float, ...] | None = None,
+    progress: float = 0.0,
     scaler: torch.amp.GradScaler | None = None,
     weight: float = 1.0,
     is_last: bool = True,
@@ -69,7 +66,7 @@ def cached_step(
     group: the ranks that share the loss; None for one process. sync: how the parameters' gradients become global ones.
     chunk_tokens: padded tokens encoded at once. keep_graphs: chunks that are encoded only once, with graph.
     seed, step: decide, with the rank, every draw of dropout; the generators are given back as they were.
-    symmetric, same_side, tile_rows, product_dtype, widths, width_weights: see `LossOptions`.
+    progress: of the training, 0 to 1, for objectives that follow it.
     scaler: of float16 training; gradients come out times its scale, the temperature's too, as behind `scaler.scale(loss)`.
     weight: factor of the gradients, not of the reported loss.
     is_last: False where other parts of the same update follow, such as the batches of other tasks: their gradients add up
@@ -94,32 +91,26 @@ def cached_step(
         num_padded = sum(chunk.num_padded_tokens for chunk in chunks)
         num_once = sum(chunks[i].num_padded_tokens for i in encoding.kept)
         encoded = _now_s(device)
-        agreed = agree(batch, encoding, len(chunks) - len(plan.chunks), group, device)
-        options = LossOptions(
-            objective=objective,
-            symmetric=symmetric,
-            same_side=same_side,
-            tile_rows=tile_rows,
-            product_dtype=product_dtype,
-            widths=widths,
-            width_weights=width_weights,
-        )
+        agreed = agree(batch, encoding, loss.objective, len(chunks) - len(plan.chunks), group, device)
         loss_scale = 1.0 if scaler is None or not scaler.is_enabled() else scaler.scale(torch.ones((), device=device)).item()
         scale = loss_scale * weight
         with torch.autocast(device.type, enabled=False):
-            loss = global_loss(batch, agreed, options=options, temperature=temperature, group=group, gradient_scale=scale)
+            found = global_loss(
+                batch, agreed, options=loss, temperature=temperature, group=group, gradient_scale=scale, progress=progress
+            )
         evaluated = _now_s(device)
         with naming_lost_ranks(group):
-            backpropagate(encoding, loss.gradient_nD, sync, scale, is_last)
+            backpropagate(encoding, found.gradient_nD, sync, scale, is_last)
     return StepResult(
-        loss=loss.value,
-        num_queries=loss.num_queries,
+        loss=found.value,
+        num_queries=found.num_queries,
         num_chunks=len(chunks),
         num_halved=agreed.num_halved,
         num_tokens=sum(chunk.num_tokens for chunk in chunks),
         num_padded_tokens=num_padded,
         share_encoded_twice=1 - num_once / num_padded if num_padded else 0.0,
-        share_masked=loss.share_masked,
+        share_masked=found.share_masked,
+        way=found.way,
         spread=agreed.spread,
         encode_s=encoded - started,
         loss_s=evaluated - encoded,

@@ -1,144 +1,282 @@
-"""An objective and its gradient, evaluated in tiles of rows over all columns.
+"""The statistics of rows over columns, and the gradient that their derivative gives both, in tiles of rows over all columns.
 
-Work: three matrix products, none of them repeated, at the matrix unit's rate. Memory: one tile of rows x columns and some
-copies of a block of its rows, whatever the batch. The objective sees a block at a time, because on a CPU its passes over
-a block that stays in the cache cost a tenth of what they cost over a tile in memory.
+Work: one matrix product for the statistics and two for the gradient; where both come in one sweep, or the scores are kept between
+them, no product is repeated. Memory: one tile of rows x columns, the kept ones, and some copies of a block of rows, whatever the
+batch. The objective sees a block at a time, because on a CPU its passes over a block that stays in the cache cost a tenth of
+what they cost over a tile in memory. Nothing here waits for a GPU.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from gradcache import fused
 from gradcache.masks import Masks
-from gradcache.objectives import Objective, Tile
+from gradcache.objectives.tile import FLOOR, Objective, Tile, trained_parameters
 
-# B rows, P columns, D width, t rows of one tile, b rows of one block
+# R rows, P columns, D width, S statistics, t rows of one tile, b rows of one block
 
 TILE_BYTES = {"cpu": 256 * 2**20, "cuda": 1024 * 2**20}  # scores of one tile, by type of device
 BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}  # scores of one block: 4 MiB stay in a core's share of the cache
+BLOCK_CELLS = 4 * 2**20  # masked cells of one block, which stand in a list of 16 bytes each
+FEWEST_ROWS = {"cpu": 1, "cuda": 512}  # of a tile, where memory allows: below, products on a GPU lose speed
+COLUMNS_AT_ONCE = 16384  # whose gradient in half precision is made beside the sum
+
+Derivative = Callable[[slice, Tensor], Tensor]  # of the loss of some rows, from their statistics (b, S) to these, (b, S)
 
 
-@dataclass(frozen=True)
-class TileGradients:
-    """The loss of some rows, and the gradient of `weight` times its sum."""
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """Rows and columns whose scores become a loss, in one view."""
 
-    loss_sum: Tensor  # scalar float64
-    row_BD: Tensor
+    row_RD: Tensor  # detached, of one floating type with the columns, which is that of the products
     column_PD: Tensor
+    kind_P: Tensor  # int8
+    masks: Masks
+    scale: Tensor  # scalar in the type of the scores: float32, or float64 if the rows are
+    positive_R: Tensor  # raw score of each row's own positive
+    row_values: Mapping[str, Tensor] = field(default_factory=dict)
+    second: tuple[Tensor, Tensor] | None = None  # rows (R, E) and columns (P, E) of the second matrix
+    progress: float = 0.0
+    trains_rows: bool = True
+    num_trained_columns: int | None = None  # the first ones; None: all
+
+
+@dataclass
+class TileGradients:
+    """The gradient of the statistics under their derivatives."""
+
+    row_RD: Tensor | None
+    column_PD: Tensor | None  # of the trained columns
     scale: Tensor  # scalar float64
+    positive_R: Tensor | None
+    parameters: list[Tensor]
 
 
-def evaluate_tiles(
-    row_BD: Tensor,
-    column_PD: Tensor,
-    masks: Masks,
-    scale: float,
-    objective: Objective,
-    weight: float,
-    tile_rows: int | None = None,
-) -> TileGradients:
-    """Return the objective of all rows, and its gradient.
+class Tiles:
+    """One matrix, tile by tile. Scores that `statistics` has kept are used by `gradients`, which destroys them."""
 
-    row_BD, column_PD: detached, of one floating type, which is that of the products; scores, sums and gradients are float32,
-    or float64 if they are.
-    scale: inverse temperature. weight: factor of every row's loss, for the gradient alone.
-    tile_rows: rows evaluated at once; None: as many as make TILE_BYTES.
-    Raises ValueError, with the number of rows that fit, if a tile is larger than the memory.
-    """
-    row_BD, column_PD = _for_products(row_BD), _for_products(column_PD)
-    dtype = torch.promote_types(row_BD.dtype, torch.float32)
-    kind, row_bytes = row_BD.device.type, max(1, len(column_PD)) * dtype.itemsize
-    tile_rows = min(tile_rows or max(1, TILE_BYTES.get(kind, TILE_BYTES["cuda"]) // row_bytes), max(1, len(row_BD)))
-    block_rows = max(1, BLOCK_BYTES.get(kind, BLOCK_BYTES["cuda"]) // row_bytes)
-    row_gradient_BD = torch.empty(row_BD.shape, dtype=dtype, device=row_BD.device)
-    column_gradient_PD = torch.zeros(column_PD.shape, dtype=dtype, device=row_BD.device)
-    tile_tP = _tile(tile_rows, column_gradient_PD)
-    sums = torch.zeros(2, dtype=torch.float64, device=row_BD.device)  # of the loss, of the gradient of the scale
-    starts = range(0, len(row_BD), tile_rows)
-    for start in starts:
-        rows = slice(start, min(start + tile_rows, len(row_BD)))
-        score_tP = tile_tP[: rows.stop - start]
-        _product(row_BD[rows], column_PD.T, out=score_tP)
-        for block in _blocks(rows, block_rows, masks):
-            gradient_bP = score_tP[block.rows.start - start : block.rows.stop - start]  # scores now, gradients after it
-            sums[0] += _evaluate(gradient_bP, masks, block, scale, objective)
-        gradient_tD = _product(score_tP.to(row_BD.dtype), column_PD)
-        # score = logits / scale, and a row's gradients times its scores add up to its embedding times gradient_tD.
-        sums[1] += (row_BD[rows] * gradient_tD).sum(dtype=torch.float64)
-        row_gradient_BD[rows] = gradient_tD
-        _add_product(column_gradient_PD, score_tP.T.to(row_BD.dtype), row_BD[rows])
-    return TileGradients(sums[0], row_gradient_BD.mul_(scale * weight), column_gradient_PD.mul_(scale * weight), sums[1] * weight)
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Some rows, and where their pairs stand in the masks."""
-
-    rows: slice
-    pairs: slice
-
-
-def _blocks(rows: slice, block_rows: int, masks: Masks) -> list[_Block]:
-    starts = list(range(rows.start, rows.stop, block_rows))
-    edges = torch.tensor([*starts, rows.stop], device=masks.pair_rows.device)
-    pair_edges = torch.searchsorted(masks.pair_rows, edges).tolist()
-    return [
-        _Block(slice(start, min(start + block_rows, rows.stop)), slice(pair_edges[i], pair_edges[i + 1]))
-        for i, start in enumerate(starts)
-    ]
-
-
-def _evaluate(score_bP: Tensor, masks: Masks, block: _Block, scale: float, objective: Objective) -> Tensor:
-    """Return the sum of the block's losses, float64, and put the gradient of the logits in the place of the scores.
-
-    The leaves of autograd are the logits after masking, so neither scaling nor masking keeps a copy of the block.
-    """
-    target_b1 = masks.target_B[block.rows][:, None]
-    pairs = block.pairs
-    cells = masks.pair_rows[pairs] - block.rows.start, masks.pair_columns[pairs]
-    siblings = cells[0][masks.pair_is_sibling[pairs]], cells[1][masks.pair_is_sibling[pairs]]
-    logits_bP = score_bP.mul_(scale)
-    sibling_logits = logits_bP[siblings].requires_grad_()
-    _fill_masked(logits_bP, target_b1, masks.repeated, cells, -torch.inf)
-    logits_bP = logits_bP.detach().requires_grad_()
-    with torch.enable_grad():
-        losses = objective(
-            Tile(
-                logits_tP=logits_bP,
-                target_t=target_b1[:, 0],
-                sibling_rows=siblings[0],
-                sibling_logits=sibling_logits,
+    def __init__(self, matrix: Matrix, objective: Objective, tile_rows: int | None = None, may_fuse: bool = True):
+        """tile_rows: rows evaluated at once; None: as many as make TILE_BYTES."""
+        row_RD, column_PD = _for_products(matrix.row_RD), _for_products(matrix.column_PD)
+        if not len(column_PD):  # one masked column stands in for none, so that an objective needs no special case
+            column_PD = row_RD.new_zeros(1, row_RD.shape[1])
+            masks = Masks(torch.zeros(1, dtype=torch.int64, device=row_RD.device), [])
+            second = matrix.second and (matrix.second[0], matrix.second[1].new_zeros(1, matrix.second[1].shape[1]))
+            matrix = Matrix(
+                **{
+                    **vars(matrix),
+                    "masks": masks,
+                    "second": second,
+                    "num_trained_columns": 0,
+                    "kind_P": matrix.kind_P.new_zeros(1),
+                }
             )
+        self._matrix, self._objective = matrix, objective
+        self._row_RD, self._column_PD = row_RD, column_PD
+        self._dtype = torch.promote_types(row_RD.dtype, torch.float32)
+        self._kind = row_RD.device.type
+        self._row_bytes = len(column_PD) * self._dtype.itemsize
+        self._tile_rows = min(tile_rows or self._rows_of_tile(), max(1, len(row_RD)))
+        self._fuses = may_fuse and objective.is_soft_max and fused.can_fuse(row_RD.new_empty(0, 1, dtype=self._dtype))
+        self._kept: dict[int, Tensor] = {}
+        self._statistics_RS: Tensor | None = None
+        self._scratch_tP: Tensor | None = None
+
+    @torch.no_grad()
+    def statistics(self, keep_bytes: int = 0) -> tuple[Tensor, int]:
+        """Return the statistics of all rows, (R, S), and the bytes of the scores that were kept, at most keep_bytes."""
+        kept_bytes, found = 0, []
+        for rows in self._tiles():
+            size = (rows.stop - rows.start) * self._row_bytes
+            keeps = kept_bytes + size <= keep_bytes
+            if keeps:
+                self._kept[rows.start] = self._row_RD.new_empty(rows.stop - rows.start, len(self._column_PD), dtype=self._dtype)
+                kept_bytes += size
+            score_tP = self._scores(rows, self._kept.get(rows.start))
+            if self._fuses:
+                found.append(fused.row_log_sum_exp(score_tP, self._matrix.scale)[:, None])
+                continue
+            for block in self._blocks(rows):
+                tile = self._tile(score_tP[block.start - rows.start : block.stop - rows.start], block)
+                found.append(self._objective.statistics(tile))
+        self._statistics_RS = torch.cat(found) if found else self._row_RD.new_zeros(0, num_statistics(self._objective))
+        return self._statistics_RS, kept_bytes
+
+    def gradients(self, derivative: Derivative) -> TileGradients:
+        """Return the gradient of rows and columns."""
+        matrix, trained = self._matrix, len(self._column_PD)
+        if matrix.num_trained_columns is not None:
+            trained = matrix.num_trained_columns
+        device, width = self._row_RD.device, self._row_RD.shape[1]
+        total = TileGradients(
+            row_RD=torch.zeros(len(self._row_RD), width, dtype=self._dtype, device=device) if matrix.trains_rows else None,
+            column_PD=torch.zeros(trained, width, dtype=self._dtype, device=device) if trained else None,
+            scale=torch.zeros((), dtype=torch.float64, device=device),
+            positive_R=torch.zeros_like(matrix.positive_R) if self._objective.returns_positive else None,
+            parameters=[torch.zeros_like(parameter) for parameter in trained_parameters(self._objective)],
         )
-        gradient_bP, sibling_gradient = torch.autograd.grad(losses.sum(), (logits_bP, sibling_logits), allow_unused=True)
-    _fill_masked(gradient_bP, target_b1, masks.repeated, cells, 0)
-    if sibling_gradient is not None:
-        gradient_bP[siblings] = sibling_gradient
-    score_bP.copy_(gradient_bP)
-    return losses.detach().sum(dtype=torch.float64)
+        for rows in self._tiles():
+            is_kept = rows.start in self._kept
+            score_tP = self._kept.pop(rows.start) if is_kept else self._scores(rows)
+            differentiate = self._fused_gradient if self._fuses else self._plain_gradient
+            gradient_tP, has_scale = differentiate(score_tP, rows, derivative, total)
+            self._add_products(total, rows, gradient_tP.to(self._row_RD.dtype), has_scale)
+        self._scratch_tP = None
+        return total
+
+    def _plain_gradient(self, score_tP: Tensor, rows: slice, derivative: Derivative, total: TileGradients) -> tuple[Tensor, bool]:
+        """Put the gradient of the raw scores in the place of the scores; return it, and whether the scale's is in the total."""
+        has_scale = True
+        for block in self._blocks(rows):
+            score_bP = score_tP[block.start - rows.start : block.stop - rows.start]
+            has_scale = self._differentiate(score_bP, block, derivative, total)
+        return score_tP, has_scale
+
+    def _differentiate(self, score_bP: Tensor, block: slice, derivative: Derivative, total: TileGradients) -> bool:
+        """Do so for one block."""
+        matrix, objective = self._matrix, self._objective
+        leaves = {"scores": score_bP.detach().requires_grad_(), "scale": matrix.scale.detach().requires_grad_()}
+        if objective.returns_positive:
+            leaves["positive"] = matrix.positive_R[block].detach().requires_grad_()
+
+        def logits() -> Tensor:
+            if "logits" not in leaves:
+                leaves["logits"] = (score_bP.detach() * matrix.scale.detach()).requires_grad_()
+            return leaves["logits"]
+
+        with torch.enable_grad():
+            tile = self._tile(leaves["scores"], block, leaves["scale"], leaves.get("positive"), logits)
+            statistics_bS = objective.statistics(tile)
+        derivative_bS = derivative(block, statistics_bS.detach())
+        parameters = trained_parameters(objective)
+        found = torch.autograd.grad(
+            statistics_bS, [*leaves.values(), *parameters], derivative_bS.to(statistics_bS.dtype), allow_unused=True
+        )
+        gradient = dict(zip(leaves, found, strict=False))
+        for sum_of, value in zip(total.parameters, found[len(leaves) :], strict=True):
+            if value is not None:
+                sum_of += value
+        if gradient["scale"] is not None:
+            total.scale += gradient["scale"]
+        if total.positive_R is not None and gradient.get("positive") is not None:
+            total.positive_R[block] += gradient["positive"]
+        of_logits, of_scores = gradient.get("logits"), gradient["scores"]
+        has_scale = of_logits is None or of_scores is not None or not matrix.trains_rows
+        if of_logits is None:
+            score_bP.zero_() if of_scores is None else score_bP.copy_(of_scores)
+        else:
+            self._fill(of_logits, block, 0.0)
+            if has_scale:
+                total.scale += (of_logits * score_bP).sum(dtype=torch.float64)
+            torch.mul(of_logits, matrix.scale, out=score_bP)
+            if of_scores is not None:
+                score_bP.add_(of_scores)
+        if of_scores is not None:
+            self._fill(score_bP, block, 0.0)
+        return has_scale
+
+    def _fused_gradient(self, score_tP: Tensor, rows: slice, derivative: Derivative, total: TileGradients) -> tuple[Tensor, bool]:
+        """Return the same of rows of the soft-max kind, in the type of the products."""
+        scale = self._matrix.scale
+        statistics_tS = None if self._statistics_RS is None else self._statistics_RS[rows]
+        if statistics_tS is None:
+            statistics_tS = fused.row_log_sum_exp(score_tP, scale)[:, None]
+        derivative_t = derivative(rows, statistics_tS)[:, 0].to(self._dtype)
+        narrow, log_sum_t = self._row_RD.dtype, statistics_tS[:, 0]
+        if not self._matrix.trains_rows:
+            soft_max_tP = fused.soft_max_gradient(score_tP, scale, log_sum_t, derivative_t, torch.empty_like(score_tP))
+            total.scale += (soft_max_tP * score_tP).sum(dtype=torch.float64)
+        out_tP = score_tP if narrow == score_tP.dtype else torch.empty_like(score_tP, dtype=narrow)
+        gradient_tP = fused.soft_max_gradient(score_tP, scale, log_sum_t, derivative_t * scale, out_tP)
+        return gradient_tP, not self._matrix.trains_rows
+
+    def _add_products(self, total: TileGradients, rows: slice, gradient_tP: Tensor, has_scale: bool) -> None:
+        row_tD = self._row_RD[rows]
+        if total.row_RD is not None:
+            gradient_tD = _product(gradient_tP, self._column_PD, out=total.row_RD[rows])
+            if not has_scale:
+                # The gradient of the scale is that of the scores times the scores, over the scale; a row's sum of them is
+                # its embedding times its gradient.
+                total.scale += (row_tD * gradient_tD).sum(dtype=torch.float64) / self._matrix.scale
+        if total.column_PD is not None:
+            _add_product(total.column_PD, gradient_tP[:, : len(total.column_PD)].T, row_tD)
+
+    def _scores(self, rows: slice, out_tP: Tensor | None = None) -> Tensor:
+        """Return the raw scores of a tile, FLOOR where masked."""
+        if out_tP is None:
+            if self._scratch_tP is None:
+                self._scratch_tP = self._new_tile()
+            out_tP = self._scratch_tP[: rows.stop - rows.start]
+        _product(self._row_RD[rows], self._column_PD.T, out=out_tP)
+        for block in self._blocks(rows):
+            self._fill(out_tP[block.start - rows.start : block.stop - rows.start], block, FLOOR)
+        return out_tP
+
+    def _fill(self, values_bP: Tensor, block: slice, value: float) -> None:
+        masks = self._matrix.masks
+        if len(masks.repeated):
+            values_bP.index_fill_(1, masks.repeated, value)
+        if masks.num_cells(block):
+            values_bP[masks.cells(block)] = value
+
+    def _tile(self, score_bP: Tensor, block: slice, scale=None, positive_b=None, make_logits=None) -> Tile:
+        matrix = self._matrix
+        second = None
+        if matrix.second is not None:
+            second = _product(_for_products(matrix.second[0][block]), _for_products(matrix.second[1]).T)
+        return Tile(
+            scores_tP=score_bP,
+            scale=matrix.scale if scale is None else scale,
+            positive_t=matrix.positive_R[block] if positive_b is None else positive_b,
+            kind_P=matrix.kind_P,
+            row_values={name: values[block] for name, values in matrix.row_values.items()},
+            second_tP=second,
+            progress=matrix.progress,
+            make_logits=make_logits,
+        )
+
+    def _tiles(self) -> Iterator[slice]:
+        for start in range(0, len(self._row_RD), self._tile_rows):
+            yield slice(start, min(start + self._tile_rows, len(self._row_RD)))
+
+    def _blocks(self, rows: slice) -> Iterator[slice]:
+        most = max(1, BLOCK_BYTES.get(self._kind, BLOCK_BYTES["cuda"]) // self._row_bytes)
+        start = rows.start
+        while start < rows.stop:
+            stop = min(start + most, rows.stop)
+            while stop - start > 1 and self._matrix.masks.num_cells(slice(start, stop)) > BLOCK_CELLS:
+                stop = start + (stop - start + 1) // 2
+            yield slice(start, stop)
+            start = stop
+
+    def _rows_of_tile(self) -> int:
+        rows = max(1, TILE_BYTES.get(self._kind, TILE_BYTES["cuda"]) // self._row_bytes)
+        fewest = FEWEST_ROWS.get(self._kind, FEWEST_ROWS["cuda"])
+        if self._kind == "cuda" and rows < fewest:
+            free, _ = torch.cuda.mem_get_info(self._row_RD.device)
+            rows = max(rows, min(fewest, free // 4 // self._row_bytes))
+        return rows
+
+    def _new_tile(self) -> Tensor:
+        """Return memory for the scores of one tile; raises ValueError, with its size, if there is not enough."""
+        try:
+            return self._column_PD.new_empty(self._tile_rows, len(self._column_PD), dtype=self._dtype)
+        except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, plain on a CPU
+            if "memory" not in str(error).lower():
+                raise
+            raise ValueError(
+                f"a tile of tile_rows={self._tile_rows} x {len(self._column_PD)} columns takes "
+                f"{self._tile_rows * self._row_bytes / 2**30:.1f} GiB, more than the memory of {self._column_PD.device} has left; "
+                "set tile_rows lower"
+            ) from error
 
 
-def _fill_masked(values_bP: Tensor, target_b1: Tensor, repeated: Tensor, cells: tuple[Tensor, Tensor], value: float) -> None:
-    target_values_b1 = values_bP.gather(1, target_b1)  # a target may stand in a repeated column
-    if len(repeated):
-        values_bP.index_fill_(1, repeated, value)
-    values_bP[cells] = value
-    values_bP.scatter_(1, target_b1, target_values_b1)
-
-
-def _tile(tile_rows: int, column_PD: Tensor) -> Tensor:
-    """Return memory for the scores of one tile."""
-    try:
-        return column_PD.new_empty(tile_rows, len(column_PD))
-    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, plain on a CPU
-        if "memory" not in str(error).lower():
-            raise
-        gib = tile_rows * len(column_PD) * column_PD.element_size() / 2**30
-        raise ValueError(
-            f"a tile of tile_rows={tile_rows} x {len(column_PD)} columns takes {gib:.1f} GiB, more than the memory of "
-            f"{column_PD.device} has left; set tile_rows lower"
-        ) from error
+def num_statistics(objective: Objective) -> int:
+    """Return S."""
+    return sum(merge.width for merge in objective.merges)
 
 
 def _for_products(values: Tensor) -> Tensor:
@@ -152,12 +290,13 @@ def _product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """Return left @ right with float32 sums, also of half-precision values."""
     if left.dtype in (torch.float32, torch.float64):
         return torch.mm(left, right, out=out)
-    product = torch.mm(left, right, out_dtype=torch.float32)
-    return product if out is None else out.copy_(product)
+    return torch.mm(left, right, out_dtype=torch.float32, out=out)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total += _product(left, right)
+def _add_product(total_PD: Tensor, left_Pt: Tensor, right_tD: Tensor) -> None:
+    """Add a product to a sum, without a temporary of its size."""
+    if left_Pt.dtype == total_PD.dtype:
+        total_PD.addmm_(left_Pt, right_tD)
+        return
+    for total, left in zip(total_PD.split(COLUMNS_AT_ONCE), left_Pt.split(COLUMNS_AT_ONCE), strict=True):
+        total += _product(left, right_tD)

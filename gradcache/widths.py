@@ -1,41 +1,61 @@
-"""Embeddings at several widths: cut to their first components and made unit length again, and the way back for gradients.
+"""Views of embeddings: an output of several, cut to its first components and made unit length again; and the way back for gradients.
 
-A model trained so can be cut after training: its first components are an embedding of their own. Gathered is the whole
-embedding, once; each rank cuts what it has gathered, one width at a time.
+A model trained at several widths can be cut after training: its first components are an embedding of their own. Gathered is the
+whole embedding, once; each rank takes one view of what it has gathered at a time.
 Source: Kusupati et al. 2022, Matryoshka Representation Learning, arXiv 2205.13147; unit length at every width as in its
 section 4 on retrieval.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# n rows, D width, w width of a cut, b rows of a block
+# n rows, D width, w width of a view, b rows of a block
 
 BLOCK_ROWS = 8192  # carried back at once, so that it takes no further copy of all gradients
 SHORTEST = 1e-12  # norm that a shorter row is divided by, as in torch.nn.functional.normalize
 
 
 @dataclass(frozen=True)
-class Cut:
-    """One term of the loss."""
+class View:
+    """Some components of the embeddings, which are one term of the loss."""
 
-    width: int | None  # None: the embeddings as they are
-    share: float  # of the loss; those of all cuts add up to 1
+    first: int
+    stop: int
+    is_cut: bool  # then rows are made unit length again
+    share: float  # of the loss; those of all views add up to 1
 
 
-def plan_cuts(widths: Sequence[int] | None, weights: Sequence[float] | None, embedding_width: int) -> list[Cut]:
-    """Return the terms of the loss, the widest first; raises ValueError for widths that do not fit."""
-    if widths is None:
-        return [Cut(None, 1.0)]
-    check_widths(widths, weights)
-    if widths[0] > embedding_width:
-        raise ValueError(f"widths begin with {widths[0]}, and embeddings have only {embedding_width} components")
-    weights = weights or [1.0] * len(widths)
-    return [Cut(width, weight / sum(weights)) for width, weight in zip(widths, weights, strict=True)]
+def plan_views(
+    widths: Sequence[int] | None,
+    weights: Sequence[float] | None,
+    outputs: Mapping[str, int],
+    output_weights: Mapping[str, float] | None,
+) -> list[View]:
+    """Return the terms of the loss, of each output the widest first; raises ValueError for what does not fit.
+
+    outputs: widths by name, in their order. output_weights: of those that have a loss; None: the first one.
+    """
+    starts = dict(zip(outputs, itertools.accumulate(outputs.values(), initial=0), strict=False))
+    chosen = {next(iter(outputs)): 1.0} if output_weights is None else output_weights
+    if unknown := chosen.keys() - outputs.keys():
+        raise ValueError(f"the loss is asked for output {unknown.pop()!r}, and the encoder returns {', '.join(outputs)}")
+    if widths is not None:
+        check_widths(widths, weights)
+    views = []
+    for name, output_weight in chosen.items():
+        first, width, share = starts[name], outputs[name], output_weight / sum(chosen.values())
+        if widths is None:
+            views.append(View(first, first + width, False, share))
+            continue
+        if widths[0] > width:
+            raise ValueError(f"widths begin with {widths[0]}, and embeddings have only {width} components")
+        given = weights or [1.0] * len(widths)
+        views += [View(first, first + w, True, share * g / sum(given)) for w, g in zip(widths, given, strict=True)]
+    return views
 
 
 def check_widths(widths: Sequence[int], weights: Sequence[float] | None) -> None:
@@ -47,18 +67,18 @@ def check_widths(widths: Sequence[int], weights: Sequence[float] | None) -> None
 
 
 @dataclass(frozen=True)
-class CutRows:
-    """Rows at one width."""
+class ViewedRows:
+    """Rows in one view."""
 
-    unit_nw: Tensor
+    rows_nw: Tensor  # unit length if the view is cut
     norm_n1: Tensor | None  # before; None where rows are left as they are
 
     def whole(self, gradient_nw: Tensor) -> Tensor:
-        """Turn the gradient of the unit rows, in place, into that of the components they were cut from; return it."""
+        """Turn the gradient of the viewed rows, in place, into that of the components they were cut from; return it."""
         if self.norm_n1 is None:
             return gradient_nw
         for unit_bw, norm_b1, gradient_bw in zip(
-            self.unit_nw.split(BLOCK_ROWS), self.norm_n1.split(BLOCK_ROWS), gradient_nw.split(BLOCK_ROWS), strict=True
+            self.rows_nw.split(BLOCK_ROWS), self.norm_n1.split(BLOCK_ROWS), gradient_nw.split(BLOCK_ROWS), strict=True
         ):
             unit_bw = unit_bw.to(gradient_bw.dtype)
             # What would only lengthen a row changes nothing.
@@ -66,21 +86,12 @@ class CutRows:
         return gradient_nw
 
 
-def cut_rows(parts: Sequence[Tensor], width: int | None) -> CutRows:
-    """Return the rows of all parts, one behind the other, cut to a width; holds one copy of the cut."""
-    if width is None:
-        return CutRows(parts[0] if len(parts) == 1 else torch.cat(list(parts)), None)
-    unit_nw = torch.cat([rows_nD[:, :width] for rows_nD in parts])
-    wide = torch.promote_types(unit_nw.dtype, torch.float32)
-    norm_n1 = torch.linalg.vector_norm(unit_nw, dim=1, keepdim=True, dtype=wide).clamp_min_(SHORTEST)
-    return CutRows(unit_nw.div_(norm_n1), norm_n1)
-
-
-def add_first(total_nD: Tensor | None, gradient_nw: Tensor, width: int) -> Tensor:
-    """Return the sum of a gradient and one of the first components, in the memory of one of them."""
-    if total_nD is None:
-        if gradient_nw.shape[1] == width:
-            return gradient_nw
-        total_nD = gradient_nw.new_zeros(len(gradient_nw), width)
-    total_nD[:, : gradient_nw.shape[1]] += gradient_nw
-    return total_nD
+def view_rows(parts: Sequence[Tensor], view: View) -> ViewedRows:
+    """Return the rows of all parts, one behind the other, in a view; holds one copy of it, or none of whole rows of one part."""
+    sliced = [rows_nD[:, view.first : view.stop] for rows_nD in parts]
+    if not view.is_cut:
+        return ViewedRows(sliced[0].contiguous() if len(sliced) == 1 else torch.cat(sliced), None)
+    rows_nw = torch.cat(sliced)
+    wide = torch.promote_types(rows_nw.dtype, torch.float32)
+    norm_n1 = torch.linalg.vector_norm(rows_nw, dim=1, keepdim=True, dtype=wide).clamp_min_(SHORTEST)
+    return ViewedRows(rows_nw.div_(norm_n1), norm_n1)

@@ -9,6 +9,7 @@ precise enough for a model is not a question of how its steps are cut.
 import copy
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from gradcache import OBJECTIVES, Batch, StepResult, Temperature, cached_step, reference_step
+from gradcache import Batch, StepResult, Temperature, cached_step, reference_step
 from launch.bench.machine import measured
 from launch.counted import counted
 from launch.jobfile import Override, read_job
@@ -34,6 +35,7 @@ from trainer.job import OptimSettings, TrainJob
 from trainer.parallel import Parallel
 from trainer.precision import set_tf32
 from trainer.prepare import tokenized
+from trainer.tasks import loss_options
 from trainer.world import World, join_world
 
 MAX_RATIO_ERROR, MIN_COSINE = 1e-4, 0.99999  # float32 sums in another order
@@ -43,7 +45,9 @@ VARIANTS: dict[str, dict[str, Any]] = {  # what a step may be told; all must giv
     "cached": {"keep_graphs": 0},
     "kept graphs": {"keep_graphs": "all"},
     "small chunks": {"keep_graphs": 1, "chunk_tokens": 512},
-    "tiled": {"keep_graphs": "all", "tile_rows": 5},
+    "tiled": {"keep_graphs": "all", "loss": {"tile_rows": 5}},
+    "queries travel": {"keep_graphs": "all", "loss": {"gather": "queries"}},
+    "passages travel": {"keep_graphs": "all", "loss": {"gather": "passages"}},
 }
 
 
@@ -96,7 +100,7 @@ def _check(job: TrainJob, world: World, num_queries: int) -> dict[str, Any] | No
     floors = {"temperature": SMALL_TEMPERATURE_GRADIENT / job.loss.temperature}
     for name, options in VARIANTS.items():
         with measured(world.device) as cost:
-            result, gradients = step.cached(parallel, **options)
+            result, gradients = step.cached(parallel, **dict(options))
         peak_kib = world.all_max([int(cost.peak_gib * 2**20)])[0]
         if expected is not None:
             tokens_per_s = result.num_tokens / (result.encode_s + result.loss_s + result.backward_s)
@@ -140,18 +144,10 @@ class _Step:
         self.job, self.world, self.dataset, self.has_two_towers = job, world, dataset, has_two_towers
         self.rows = global_batch(job.run.seed, 0, dataset.num_queries, num_queries)
         self.negatives = _random_negatives(dataset.num_queries, num_passages, job.negatives.per_query)
-        loss = job.loss
         chunk = job.chunk
         self.chunk_tokens = CPU_BUDGET.chunk_tokens if chunk.tokens == "auto" else chunk.tokens
-        self.options: dict[str, Any] = {
-            "objective": OBJECTIVES[loss.objective],
-            "symmetric": loss.symmetric,
-            "same_side": loss.same_side,
-            "widths": loss.widths,
-            "width_weights": loss.width_weights,
-            "seed": job.run.seed,
-            "step": 0,
-        }
+        self.loss = replace(loss_options(job.loss, job.precision), product_dtype=None)
+        self.options: dict[str, Any] = {"seed": job.run.seed, "step": 0}
 
     def batch(self, rank: int, encode: nn.Module) -> Batch:
         return collate(
@@ -173,8 +169,10 @@ class _Step:
         """Take a cached step and return the whole gradients. Collective."""
         temperature = self.temperature()
         defaults = {"chunk_tokens": self.chunk_tokens}
+        loss = replace(self.loss, **options.pop("loss", {}))
         result = cached_step(
             self.batch(self.world.rank, parallel.module),
+            loss=loss,
             temperature=temperature,
             sync=parallel.sync,
             group=self.world.group,
@@ -195,6 +193,7 @@ class _Step:
     def cached_only(self, parallel: Parallel, chunk_tokens: int) -> None:
         cached_step(
             self.batch(self.world.rank, parallel.module),
+            loss=self.loss,
             temperature=self.temperature(),
             sync=parallel.sync,
             group=self.world.group,
@@ -215,6 +214,7 @@ def _reference(step: _Step, encoder: nn.Module, parallel: Parallel) -> dict[int,
         temperature = step.temperature()
         reference_step(
             [step.batch(rank, encoder) for rank in range(step.world.num_ranks)],
+            loss=step.loss,
             temperature=temperature,
             chunk_tokens=tokens,
             equal_chunks=parallel.sync.communicates_in_forward and step.world.group is not None,

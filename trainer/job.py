@@ -12,7 +12,16 @@ from trainer.deepspeed_file import read_deepspeed
 from trainer.early_stop import StopSettings
 from trainer.encoder.settings import ModelSettings
 from trainer.errors import InputError
-from trainer.handoff.settings import DataSettings, Mode, NegativesSettings, Objective, RunSettings, Sources, SourceSettings
+from trainer.handoff.settings import (
+    DataSettings,
+    Gather,
+    Mode,
+    NegativesSettings,
+    Objective,
+    RunSettings,
+    Sources,
+    SourceSettings,
+)
 from trainer.ranges import Precision, Share, job_section
 
 # Of a source's settings, those that say nothing in a mode.
@@ -106,6 +115,10 @@ class LossSettings:
     """Also passage -> query, mean of both directions."""
     same_side: bool = False
     """A direction's own side as negatives, too: query-query, and symmetric passage-passage."""
+    gather: Gather = "auto"
+    """What travels to the other ranks: passages, or queries, so that hard negatives cost no traffic; auto: what is cheaper."""
+    keep_scores_gib: NonNegativeFloat | None = None
+    """Of scores kept for the gradient, where queries travel; None: 1 on a CPU, a quarter of what is free on a GPU."""
     tile_rows: PositiveInt | None = None
     """Rows of scores at once; None: as many as fit a fixed memory."""
     temperature: PositiveFloat = 0.05

@@ -44,7 +44,7 @@ from trainer.parallel import take_weights
 from trainer.precision import DTYPES, encode_in, loss_scaler, set_tf32
 from trainer.state import TrainState
 from trainer.symptoms import Gradients, Lasting
-from trainer.tasks import Task, build_tasks
+from trainer.tasks import Task, build_tasks, loss_options
 from trainer.trackers import check_trackers
 from trainer.warned import Warnings
 from trainer.world import World
@@ -85,6 +85,7 @@ class Training:
     is_at_bound: bool = False  # the learnt temperature, behind the last step
     data_s: float = 0.0  # that the last step took to put its batch together
     dev: dict[str, Any] | None = None  # the last evaluation in between
+    travels: str = ""  # to the other ranks in the last step: passages or queries
     batch_key: str = ""  # of the queries of the last step: equal keys, equal global batches
 
 
@@ -147,7 +148,7 @@ def prepare(job: TrainJob, world: World) -> Training:
         status,
         order,
         clusters,
-        build_tasks(job.loss, data, state.temperature, world.device),
+        build_tasks(loss_options(job.loss, job.precision), data, state.temperature, world.device),
         encoder.has_two_towers,
         num_steps,
         claim,

@@ -1,13 +1,14 @@
 """The tasks of a step: which of a step's queries share a loss, which loss that is, and what it weighs in the update."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
-from gradcache import OBJECTIVES, Objective, StepResult, Temperature
+from gradcache import OBJECTIVES, LossOptions, StepResult, Temperature
 from trainer.data.datasets import RetrievalData
 from trainer.job import LossSettings
+from trainer.precision import PrecisionSettings, product_dtype
 
 SUMMED = ("num_queries", "num_chunks", "num_halved", "num_tokens", "num_padded_tokens", "encode_s", "loss_s", "backward_s")
 
@@ -16,23 +17,29 @@ SUMMED = ("num_queries", "num_chunks", "num_halved", "num_tokens", "num_padded_t
 class Task:
     """How the queries of one source, or of all, become a loss."""
 
-    objective: Objective
+    loss: LossOptions
     temperature: Temperature
     weight: float  # of its loss in the update
 
 
+def loss_options(settings: LossSettings, precision: PrecisionSettings) -> LossOptions:
+    """Return a job's section as what the mathematics reads: each of its options that the section has, under the same name."""
+    given = {field.name: getattr(settings, field.name) for field in fields(LossOptions) if hasattr(settings, field.name)}
+    return LossOptions(**{**given, "objective": OBJECTIVES[settings.objective], "product_dtype": product_dtype(precision)})
+
+
 def build_tasks(
-    settings: LossSettings, data: RetrievalData, temperature: Temperature, device: torch.device
+    options: LossOptions, data: RetrievalData, temperature: Temperature, device: torch.device
 ) -> dict[int | None, Task]:
     """Return the task of each source by its number, and of mixed queries under None.
 
     temperature: the run's own, of all that have none of their own.
     """
-    tasks: dict[int | None, Task] = {None: Task(OBJECTIVES[settings.objective], temperature, 1.0)}
+    tasks: dict[int | None, Task] = {None: Task(options, temperature, 1.0)}
     for number, source in enumerate(data.sources):
         own = source.settings
         tasks[number] = Task(
-            OBJECTIVES[own.objective or settings.objective],
+            options if own.objective is None else replace(options, objective=OBJECTIVES[own.objective]),
             temperature if own.temperature is None else Temperature(own.temperature).to(device),
             own.loss_weight,
         )
@@ -50,5 +57,6 @@ def joined(results: Sequence[StepResult], weights: Sequence[float]) -> StepResul
         share_encoded_twice=sum(r.share_encoded_twice * r.num_padded_tokens for r in results) / padded,
         share_masked=sum(r.share_masked for r in results) / len(results),  # tasks' batches are of one size, more or less
         spread=max((r.spread for r in results if r.spread is not None), default=None),
+        way=results[0].way,
         **sums,
     )

@@ -22,7 +22,6 @@ from trainer.evaluate import Stopped
 from trainer.finish import finish
 from trainer.job import TrainJob
 from trainer.milestones import evaluate_on_dev, evaluate_once, evaluations, save
-from trainer.precision import product_dtype
 from trainer.prepare import Training, prepare
 from trainer.state import Outcome
 from trainer.tasks import joined
@@ -105,6 +104,10 @@ def step(run: Training) -> StepResult:
         log.info("step %d: source %s begins again, others are longer", number, run.data.sources[source].name)
     results = [take_part(run, part, i, is_last=i == len(parts) - 1) for i, part in enumerate(parts)]
     result = joined(results, [run.tasks[part.source].weight for part in parts])
+    if run.world.group is not None and result.way.travels != run.travels:
+        run.travels = result.way.travels
+        gather, reason = run.job.loss.gather, result.way.reason
+        log.info("step %d: %s travel to the other ranks (loss.gather=%s); %s", number + 1, run.travels, gather, reason)
     if result.num_halved:  # on any rank: all go on with one budget
         assert run.state.budget is not None
         run.state.budget = run.state.budget.halved()
@@ -132,13 +135,8 @@ def take_part(run: Training, part: Part, number: int, is_last: bool) -> StepResu
         state.budget = find_budget(job.chunk, batch, state.parallel.encoder, world)
     return cached_step(
         batch,
-        objective=task.objective,
-        symmetric=job.loss.symmetric,
-        same_side=job.loss.same_side,
-        tile_rows=job.loss.tile_rows,
-        product_dtype=product_dtype(job.precision),
-        widths=job.loss.widths,
-        width_weights=job.loss.width_weights,
+        loss=task.loss,
+        progress=state.step / max(1, run.num_steps),
         scaler=state.scaler,
         temperature=task.temperature,
         sync=state.parallel.sync,

@@ -1,14 +1,8 @@
-"""Losses of one tile, under their names in job files. Each takes a `Tile` and returns one loss a row, (t,) float32."""
+"""Losses under their names in job files."""
 
-from collections.abc import Callable
+from gradcache.objectives.info_nce import InfoNCE, MultiPositiveInfoNCE
+from gradcache.objectives.tile import Objective, Rows, Tile
 
-from torch import Tensor
+OBJECTIVES: dict[str, Objective] = {"info_nce": InfoNCE(), "info_nce_multi": MultiPositiveInfoNCE()}
 
-from gradcache.objectives.info_nce import info_nce, info_nce_multi
-from gradcache.objectives.tile import Tile
-
-Objective = Callable[[Tile], Tensor]
-
-OBJECTIVES: dict[str, Objective] = {"info_nce": info_nce, "info_nce_multi": info_nce_multi}
-
-__all__ = ["OBJECTIVES", "Objective", "Tile", "info_nce", "info_nce_multi"]
+__all__ = ["OBJECTIVES", "InfoNCE", "MultiPositiveInfoNCE", "Objective", "Rows", "Tile"]

@@ -5,55 +5,49 @@ several positives, each against the negatives alone, as in Khosla et al. 2020 (a
 other positives left out of the denominator.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
-from gradcache.objectives.tile import Tile
-
-
-def info_nce(tile: Tile) -> Tensor:
-    """Return -log softmax of each row's own positive among it and the negatives, (t,)."""
-    return log_sum_exp(tile.logits_tP) - _target_logits(tile)
+from gradcache.objectives.tile import LOG_SUM_EXP, Objective, Rows, Tile, log_sum_exp
 
 
-def info_nce_multi(tile: Tile) -> Tensor:
-    """Return the mean over a row's positives of -log softmax of each among itself and the negatives, (t,)."""
-    num_rows = len(tile.target_t)
-    positive = torch.cat([_target_logits(tile), tile.sibling_logits])
-    row = torch.cat([torch.arange(num_rows, device=positive.device), tile.sibling_rows])
-    negatives_t = log_sum_exp(tile.logits_tP.scatter(1, tile.target_t[:, None], -torch.inf))
-    # -log softmax = log(1 + exp(negatives - positive)), which is 0 for a row without negatives.
-    loss = softplus(negatives_t[row] - positive)
-    return loss.new_zeros(num_rows).index_add(0, row, loss) / torch.bincount(row, minlength=num_rows)
+class InfoNCE(Objective):
+    """-log softmax of each row's own positive among it and the negatives."""
+
+    merges = (LOG_SUM_EXP,)
+    is_soft_max = True
+
+    def statistics(self, tile: Tile) -> Tensor:
+        """Return the logarithm of the sum over the negatives, (t, 1)."""
+        return log_sum_exp(tile.logits_tP)[:, None]
+
+    def loss(self, rows: Rows) -> Tensor:
+        """Return log(1 + exp(negatives - positive)), (t,), which is 0 for a row without negatives."""
+        return softplus(_negatives(rows) - rows.scale * rows.positive_t)
 
 
-def log_sum_exp(logits_tP: Tensor) -> Tensor:
-    """Return `logits_tP.logsumexp(1)`, (t,), -inf for a row of nothing else; two passes forward, one backward.
+class MultiPositiveInfoNCE(InfoNCE):
+    """The mean over a row's positives of -log softmax of each among itself and the negatives."""
 
-    The soft-max that is its gradient comes first, in torch's fused kernel, and holds the sum in its largest entry. Plain
-    torch computes the exponentials twice and passes over the tile six times.
-    """
-    return _LogSumExp.apply(logits_tP)
+    wants_siblings: ClassVar[bool] = True
 
-
-class _LogSumExp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits_tP: Tensor) -> Tensor:
-        most_t = logits_tP.amax(1)
-        softmax_tP = torch.softmax(logits_tP, 1)
-        is_empty_t = most_t == -torch.inf
-        if bool(is_empty_t.any()):
-            softmax_tP.masked_fill_(is_empty_t[:, None], 0)
-        ctx.save_for_backward(softmax_tP)
-        # The largest entry is at least 1 / columns, so its logarithm is exact to a rounding.
-        return torch.where(is_empty_t, most_t, most_t - softmax_tP.amax(1).log())
-
-    @staticmethod
-    def backward(ctx, gradient_t: Tensor) -> Tensor:
-        (softmax_tP,) = ctx.saved_tensors
-        return softmax_tP.mul_(gradient_t[:, None])  # nobody reads it a second time
+    def loss(self, rows: Rows) -> Tensor:
+        """Return the mean over a row's own positive and the siblings in the pool, (t,)."""
+        is_sibling = rows.cells.kind_c == 0
+        row = torch.cat([torch.arange(len(rows.positive_t), device=rows.positive_t.device), rows.cells.row_c])
+        score = torch.cat([rows.positive_t, rows.cells.score_c])
+        weight = torch.cat([torch.ones_like(rows.positive_t), is_sibling.to(score.dtype)])
+        loss = softplus(_negatives(rows)[row] - rows.scale * score) * weight
+        sums = loss.new_zeros(2, len(rows.positive_t)).index_add(1, row, torch.stack([loss, weight]))
+        return sums[0] / sums[1]
 
 
-def _target_logits(tile: Tile) -> Tensor:
-    return tile.logits_tP.gather(1, tile.target_t[:, None])[:, 0]
+def softplus(values: Tensor) -> Tensor:
+    """Return log(1 + exp(values)), exact also where torch's own takes a shortcut."""
+    return torch.logaddexp(values, values.new_zeros(()))
+
+
+def _negatives(rows: Rows) -> Tensor:
+    return rows.statistics_tS[:, 0]

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradcache import OBJECTIVES
-from gradcache.masks import mask_passages
-from gradcache.tiles import TILE_BYTES, evaluate_tiles
+from gradcache import OBJECTIVES, Batch, LossOptions, Temperature, Tower
+from gradcache.agree import Agreed
+from gradcache.exchange import Counts
+from gradcache.loss import global_loss
+from gradcache.tiles import TILE_BYTES
 from launch.bench.machine import describe, matmul_rate, measured
 from launch.output import messages
 from trainer.errors import InputError
@@ -63,10 +65,15 @@ def _unit(num_rows: int, width: int, device: torch.device, dtype: torch.dtype) -
 
 
 def _ours(row_BD: Tensor, column_PD: Tensor) -> None:
-    own = torch.arange(len(row_BD), device=row_BD.device)
-    keys = torch.arange(len(column_PD), device=row_BD.device)
-    masks = mask_passages(own, own[:, None], keys)
-    evaluate_tiles(row_BD, column_PD, masks, SCALE, OBJECTIVES["info_nce"], 1 / len(row_BD))
+    num_rows, num_columns = len(row_BD), len(column_PD)
+    keys = torch.arange(num_rows + num_columns)
+    tower = Tower(encode=lambda rows: rows, lengths=torch.ones_like(keys), load=lambda rows: rows)
+    target = torch.arange(num_rows)
+    batch = Batch(towers=[tower], num_queries=num_rows, keys=keys, target=target, positive_keys=keys[num_rows:][target][:, None])
+    counts = Counts(queries=[num_rows], passages=[num_columns], extra=[0], positives=[num_rows])
+    agreed = Agreed(torch.cat([row_BD, column_PD]), counts, [num_rows + num_columns], 0, None)
+    options = LossOptions(objective=OBJECTIVES["info_nce"])
+    global_loss(batch, agreed, options=options, temperature=Temperature(1 / SCALE).to(row_BD.device), group=None)
 
 
 def _bare(row_BD: Tensor, column_PD: Tensor) -> None:

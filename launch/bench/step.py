@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradcache import OBJECTIVES, Temperature, cached_step
+from gradcache import OBJECTIVES, LossOptions, Temperature, cached_step
 from gradcache.budget import kept_within, measure_graphs
 from gradcache.plan import Chunk, encode_chunk, plan_encoding
 from launch.bench.machine import describe, freed_at_once, matmul_rate, measured, seconds_of, start_peak
@@ -165,7 +165,7 @@ class StepBench:
         """Take our step on the first pairs."""
         cached_step(
             pairs.batch(count, self.parallel.module, self.world.device),
-            objective=OBJECTIVES["info_nce"],
+            loss=LossOptions(objective=OBJECTIVES["info_nce"]),
             temperature=Temperature(TEMPERATURE).to(self.world.device),
             sync=self.parallel.sync,
             group=self.world.group,

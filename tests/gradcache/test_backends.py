@@ -1,6 +1,7 @@
 """Every backend, towers, uneven rows, kept graphs: the reference's gradients on real ranks, one reduction a step."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,13 +9,14 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from gradcache import OBJECTIVES, FSDP2Sync, Temperature, cached_step, reference_step
-from gradcache import gather as gather_module
+from gradcache import OBJECTIVES, FSDP2Sync, LossOptions, Temperature, cached_step, reference_step
+from gradcache import exchange as exchange_module
 from tests.gradcache.test_step import TinyEncoder, make_batch
 from tests.gradients import assert_same_gradients
 from tests.ranks import run_ranks
 
-SETTINGS = {"objective": OBJECTIVES["info_nce_multi"], "chunk_tokens": 22, "seed": 3, "step": 7}
+LOSS = LossOptions(objective=OBJECTIVES["info_nce_multi"])
+SETTINGS = {"chunk_tokens": 22, "seed": 3, "step": 7}
 CASES = [  # towers, kept graphs, symmetric, reduce every chunk
     (1, 0, False, False),
     (1, 2, True, False),
@@ -61,7 +63,7 @@ def sharded_steps(rank, rows):
                 sync=sync,
                 group=dist.group.WORLD,
                 keep_graphs=keep_graphs,
-                symmetric=symmetric,
+                loss=replace(LOSS, symmetric=symmetric),
                 **SETTINGS,
             )
             found.append((result.loss, full_gradients(encoders, temperature)))
@@ -72,7 +74,8 @@ def sharded_steps(rank, rows):
 def expected(rows, num_towers, symmetric, seed):
     encoders, temperature = build(num_towers)
     batches = [make_batch(rank, n, encoders, seed=seed) for rank, n in enumerate(rows)]
-    loss = reference_step(batches, temperature=temperature, symmetric=symmetric, equal_chunks=len(rows) > 1, **SETTINGS)
+    options = replace(LOSS, symmetric=symmetric)
+    loss = reference_step(batches, loss=options, temperature=temperature, equal_chunks=len(rows) > 1, **SETTINGS)
     return loss, full_gradients(encoders, temperature)
 
 
@@ -100,13 +103,14 @@ def count_reductions(rank, chunk_tokens, every_chunk):
     for name in ("reduce_scatter_single", "reduce_scatter_tensor"):
         if hasattr(dist, name):
             setattr(dist, name, counted)
-    gather_module._reduce_scatter = original
+    exchange_module._reduce_scatter = original
     result = cached_step(
         make_batch(rank, 6, [called]),
         temperature=temperature,
         sync=FSDP2Sync(called, reduce_every_chunk=every_chunk),
         group=dist.group.WORLD,
         keep_graphs=1,
+        loss=LOSS,
         **SETTINGS | {"chunk_tokens": chunk_tokens},
     )
     return result.num_chunks, len(calls)
@@ -130,7 +134,8 @@ def test_the_whole_step_may_run_under_autocast():
         narrow = torch.autocast("cpu", torch.bfloat16)
         encode = encoder if whole else narrow(encoder)
         with torch.autocast("cpu", torch.bfloat16, enabled=whole):
-            cached_step(make_batch(0, 5, [encode]), temperature=temperature, sync=NoSync(), group=None, keep_graphs=1, **SETTINGS)
+            batch = make_batch(0, 5, [encode])
+            cached_step(batch, loss=LOSS, temperature=temperature, sync=NoSync(), group=None, keep_graphs=1, **SETTINGS)
         found.append(full_gradients([encoder], temperature))
     largest = max(float(gradient.norm()) for gradient in found[1].values())
     trained = [name for name, gradient in found[1].items() if float(gradient.norm()) > 1e-3 * largest]  # keys' biases have none

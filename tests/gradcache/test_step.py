@@ -14,11 +14,12 @@ from gradcache import (
     OBJECTIVES,
     Batch,
     DDPSync,
+    LossOptions,
     NoSync,
     Temperature,
     Tower,
     cached_step,
-    gather,
+    exchange,
     reference_step,
 )
 from gradcache import plan as plan_module
@@ -107,8 +108,8 @@ def named(encoders, temperature):
 def expected(rows, num_towers, dropout, objective, symmetric, chunk_tokens, step):
     encoders, temperature = build(num_towers, dropout), Temperature(0.1, learnable=True)
     batches = [make_batch(rank, n, encoders) for rank, n in enumerate(rows)]
-    options = {"objective": OBJECTIVES[objective], "symmetric": symmetric, "chunk_tokens": chunk_tokens, "seed": 3, "step": step}
-    loss = reference_step(batches, temperature=temperature, **options)
+    options = LossOptions(objective=OBJECTIVES[objective], symmetric=symmetric)
+    loss = reference_step(batches, loss=options, temperature=temperature, chunk_tokens=chunk_tokens, seed=3, step=step)
     return loss, named(encoders, temperature)
 
 
@@ -118,8 +119,7 @@ def take_step(rank, rows, num_towers, dropout, objective, symmetric, chunk_token
     called = [DistributedDataParallel(e, broadcast_buffers=False) for e in encoders] if group else encoders
     result = cached_step(
         make_batch(rank, rows[rank], called),
-        objective=OBJECTIVES[objective],
-        symmetric=symmetric,
+        loss=LossOptions(objective=OBJECTIVES[objective], symmetric=symmetric),
         temperature=temperature,
         sync=DDPSync(*called) if group else NoSync(),
         group=group,
@@ -192,7 +192,7 @@ def test_the_proof_notices_a_wrong_scale():
 def test_gradients_add_up_over_steps():
     encoders, temperature = build(1, 0.0), Temperature(0.1, learnable=True)
     options = {
-        "objective": OBJECTIVES["info_nce"],
+        "loss": LossOptions(objective=OBJECTIVES["info_nce"]),
         "sync": NoSync(),
         "group": None,
         "chunk_tokens": 30,
@@ -212,7 +212,7 @@ def test_the_callers_generator_is_given_back():
     encoders = build(1, 0.2)
     torch.manual_seed(11)
     options = {
-        "objective": OBJECTIVES["info_nce"],
+        "loss": LossOptions(objective=OBJECTIVES["info_nce"]),
         "sync": NoSync(),
         "group": None,
         "chunk_tokens": 30,
@@ -227,7 +227,7 @@ def test_the_callers_generator_is_given_back():
 def test_a_step_without_any_query_is_refused():
     encoders = build(1, 0.0)
     options = {
-        "objective": OBJECTIVES["info_nce"],
+        "loss": LossOptions(objective=OBJECTIVES["info_nce"]),
         "sync": NoSync(),
         "group": None,
         "chunk_tokens": 30,
@@ -242,7 +242,14 @@ def test_a_step_without_any_query_is_refused():
 def test_equal_texts_are_encoded_once():
     encoders, rows_encoded = build(1, 0.0), []
     batch = make_batch(0, 20, [lambda inputs: rows_encoded.append(len(inputs["input_ids"])) or encoders[0](inputs)])
-    options = {"objective": OBJECTIVES["info_nce"], "sync": NoSync(), "group": None, "chunk_tokens": 50, "seed": 0, "step": 0}
+    options = {
+        "loss": LossOptions(objective=OBJECTIVES["info_nce"]),
+        "sync": NoSync(),
+        "group": None,
+        "chunk_tokens": 50,
+        "seed": 0,
+        "step": 0,
+    }
     result = cached_step(batch, temperature=Temperature(0.1), keep_graphs="all", **options)
     num_distinct = len(set(batch.keys.tolist()))
     assert sum(rows_encoded) == num_distinct < len(batch.keys)
@@ -266,7 +273,9 @@ def test_two_passes_of_the_same_texts_are_two_views():
             target=torch.arange(6),
             positive_keys=keys[:, None],
         )
-        taker(views, objective=OBJECTIVES["info_nce"], temperature=temperature, chunk_tokens=10**6, seed=3, step=7)
+        taker(
+            views, loss=LossOptions(objective=OBJECTIVES["info_nce"]), temperature=temperature, chunk_tokens=10**6, seed=3, step=7
+        )
         return seen, named([encoder], temperature)
 
     def cached(batch, **options):
@@ -281,10 +290,10 @@ def test_two_passes_of_the_same_texts_are_two_views():
     assert_same_gradients(found, wanted)
 
 
-COUNTED = [(gather, "_all_gather"), (gather, "_reduce_scatter"), (dist, "all_reduce")]
+COUNTED = [(exchange, "_all_gather"), (exchange, "_reduce_scatter"), (dist, "all_reduce"), (dist, "all_to_all_single")]
 
 
-def count_collectives(rank, chunk_tokens, symmetric, keep_graphs):
+def count_collectives(rank, chunk_tokens, symmetric, keep_graphs, gather):
     """Return how often each collective was called in one step, the reductions of DDP among them."""
     calls = dict.fromkeys([*(name for _, name in COUNTED), "parameters"], 0)
 
@@ -313,8 +322,7 @@ def count_collectives(rank, chunk_tokens, symmetric, keep_graphs):
     keys = rank * 64 + torch.arange(64)
     result = cached_step(
         Batch(towers=[tower], num_queries=32, keys=keys, target=torch.arange(32), positive_keys=keys[32:, None]),
-        objective=OBJECTIVES["info_nce"],
-        symmetric=symmetric,
+        loss=LossOptions(objective=OBJECTIVES["info_nce"], symmetric=symmetric, gather=gather),
         temperature=Temperature(0.1, learnable=True),
         sync=DDPSync(encoder),
         group=dist.group.WORLD,
@@ -326,18 +334,19 @@ def count_collectives(rank, chunk_tokens, symmetric, keep_graphs):
     return result.num_chunks, calls
 
 
+@pytest.mark.parametrize("gather", ["passages", "queries"])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_collectives_do_not_depend_on_the_number_of_chunks(symmetric):
+def test_collectives_do_not_depend_on_the_number_of_chunks(symmetric, gather):
     counts = []
     for num_chunks, keep_graphs in [(1, 0), (8, 3), (64, 0), (64, "all")]:
-        for chunks, calls in run_ranks(count_collectives, 2, 64 * 4 // num_chunks, symmetric, keep_graphs):
+        for chunks, calls in run_ranks(count_collectives, 2, 64 * 4 // num_chunks, symmetric, keep_graphs, gather):
             assert chunks == num_chunks
             counts.append(calls)
-    sides = 2 if symmetric else 1
     wanted = {
-        "_all_gather": 1 + sides,  # the counts, and each gathered side
-        "_reduce_scatter": sides,
+        "_all_gather": 3,  # the counts, the keys, and the rows of all sides that travel
+        "_reduce_scatter": 1,
         "all_reduce": 1,  # loss and temperature
+        "all_to_all_single": 2 if gather == "queries" else 0,  # statistics to the rows' owners, derivatives back
         "parameters": 1,
     }
     assert all(calls == wanted for calls in counts), counts

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradcache import Batch, Tower
+from gradcache import Batch, Ragged, Tower
 from trainer.data.cache import build_once
 from trainer.data.datasets import RetrievalData
 from trainer.data.sampler import choice
@@ -138,7 +138,7 @@ def collate(
         num_queries=len(query_n),
         keys=torch.from_numpy(keys),
         target=torch.arange(len(query_n)),
-        positive_keys=torch.from_numpy(_positive_keys(dataset, query_n, positive_n)),
+        positive_keys=_positive_keys(dataset, query_n),
     )
 
 
@@ -223,19 +223,18 @@ def _check_positives(dataset: TrainingSet, negatives: Negatives) -> None:
         )
 
 
-def _positive_keys(dataset: TrainingSet, query_n: np.ndarray, positive_n: np.ndarray) -> np.ndarray:
-    """Return the content keys of all positives of each query and of the document with its id, (n, M) int64, filled up with
-    the chosen positive's: no text of these is a negative of the query.
+def _positive_keys(dataset: TrainingSet, query_n: np.ndarray) -> Ragged:
+    """Return the content keys of all positives of each query and of the document with its id: no text of these is a negative
+    of the query.
     """
-    start, stop = dataset.positive_indptr[query_n], dataset.positive_indptr[query_n + 1]
-    most = max(1, int((stop - start).max(initial=0)))
-    at_nM = start[:, None] + np.arange(most)
-    is_there_nM = at_nM < stop[:, None]
-    rows_nM = np.where(is_there_nM, dataset.positive_rows[np.where(is_there_nM, at_nM, 0)], positive_n[:, None])
+    start, count = dataset.positive_indptr[query_n], dataset.positive_indptr[query_n + 1] - dataset.positive_indptr[query_n]
+    place = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    rows, query = dataset.positive_rows[np.repeat(start, count) + place], np.repeat(np.arange(len(query_n)), count)
     own_n = dataset.own_rows[query_n]
-    if (own_n >= 0).any():
-        rows_nM = np.column_stack([rows_nM, np.where(own_n >= 0, own_n, positive_n)])
-    return dataset.passage_keys[rows_nM]
+    rows, query = np.concatenate([rows, own_n[own_n >= 0]]), np.concatenate([query, np.flatnonzero(own_n >= 0)])
+    order = np.argsort(query, kind="stable")
+    counts = np.bincount(query, minlength=len(query_n))
+    return Ragged(torch.from_numpy(dataset.passage_keys[rows[order]]), torch.from_numpy(counts))
 
 
 def _stack(first_aL: Tensor, second_bL: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from trainer.ranges import job_section
 
 Mode = Literal["mixed", "homogeneous", "tasks"]  # how the queries of several sources share the batches
 Objective = Literal["info_nce", "info_nce_multi"]  # the names in gradcache.OBJECTIVES, known without torch
+Gather = Literal["auto", "passages", "queries"]
 Which = Literal["lowest", "best", "each"]  # of a query's positives, the one that its negatives are held to
 Margin = float | Literal["off"]
 

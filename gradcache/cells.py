@@ -1,0 +1,29 @@
+"""Scores of single pairs of rows, outside of the score matrix, and the way back of their gradients."""
+
+import torch
+from torch import Tensor
+
+# c cells, n and m rows, w width, b cells of a block
+
+BLOCK_CELLS = 65536  # multiplied at once, so that two copies of the rows are never whole
+
+
+def pair_scores(row_nw: Tensor, row_c: Tensor, column_mw: Tensor, column_c: Tensor) -> Tensor:
+    """Return the dot product of each pair, (c,), in float32, or float64 if the rows are."""
+    dtype = torch.promote_types(row_nw.dtype, torch.float32)
+    scores_c = row_nw.new_empty(len(row_c), dtype=dtype)
+    for score_b, row_b, column_b in zip(
+        scores_c.split(BLOCK_CELLS), row_c.split(BLOCK_CELLS), column_c.split(BLOCK_CELLS), strict=True
+    ):
+        score_b.copy_((row_nw[row_b].to(dtype) * column_mw[column_b].to(dtype)).sum(1))
+    return scores_c
+
+
+def add_pair_gradients(total_nw: Tensor | None, row_c: Tensor, column_mw: Tensor, column_c: Tensor, gradient_c: Tensor) -> None:
+    """Add to the rows' gradient what their pairs' scores give them; None: the rows have none. For columns swap the sides."""
+    if total_nw is None:
+        return
+    for row_b, column_b, gradient_b in zip(
+        row_c.split(BLOCK_CELLS), column_c.split(BLOCK_CELLS), gradient_c.split(BLOCK_CELLS), strict=True
+    ):
+        total_nw.index_add_(0, row_b, column_mw[column_b].to(total_nw.dtype) * gradient_b[:, None].to(total_nw.dtype))

@@ -1,0 +1,169 @@
+"""What ranks send each other for the loss: a fixed number of messages a step; ranks may have different numbers of rows, or none.
+
+Only detached tensors travel, outside autograd: the backward of a gather is the reduce-scatter below, called once for all
+tiles. Rows are padded to the largest rank, because gloo and NCCL move equal parts fastest.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gradcache.lost import naming_lost_ranks
+from gradcache.ragged import Ragged
+
+# n rows here, N rows of all ranks, D width, Q queries, P passages and X extra columns of all ranks, V values of a query
+
+# torch 2.13 renamed both and warns of the old names at every call.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """How much each rank has, rank by rank."""
+
+    queries: list[int]
+    passages: list[int]  # that are columns
+    extra: list[int]
+    positives: list[int]  # keys of judged positives
+
+    def window(self, name: str, rank: int) -> range:
+        """Return where a rank's rows stand among those of all ranks."""
+        counts = getattr(self, name)
+        first = sum(counts[:rank])
+        return range(first, first + counts[rank])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keys:
+    """The texts of all ranks by their content keys, ordered by rank, then by row within the rank."""
+
+    passage_P: Tensor
+    extra_X: Tensor
+    query_Q: Tensor
+    target_Q: Tensor  # of each query's own positive
+    positives: Ragged  # of each query, its own one among them
+    values_QV: Tensor  # float64, what travels with the queries
+
+
+def gather_integers(values: list[int], group: dist.ProcessGroup | None, device: torch.device) -> list[list[int]]:
+    """Return the values of every rank. Collective: one small all-gather. Raises LostRank."""
+    if group is None:
+        return [values]
+    mine = torch.tensor(values, dtype=torch.int64, device=device)
+    return _gathered(mine, group).view(group.size(), len(values)).tolist()
+
+
+def gather_values(values_S: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Return the values of every rank, (W, S). Collective: one small all-gather."""
+    return values_S[None] if group is None else _gathered(values_S, group).view(group.size(), -1)
+
+
+def all_reduce(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum values over the ranks, in place, and return them. Collective. Raises LostRank."""
+    if group is not None:
+        with naming_lost_ranks(group):
+            dist.all_reduce(values, group=group)
+    return values
+
+
+def gather_keys(mine: Keys, counts: Counts, group: dist.ProcessGroup | None) -> Keys:
+    """Return the keys of all ranks, from those of this rank. Collective: one all-gather, 8 bytes for each key and value."""
+    if group is None:
+        return mine
+    num_values = mine.values_QV.shape[1]
+    pieces = [mine.passage_P, mine.extra_X, mine.query_Q, mine.target_Q, mine.positives.counts_n, mine.positives.values_m]
+    packed = torch.cat([*pieces, mine.values_QV.flatten().view(torch.int64)])
+    sizes = [
+        [passages, extra, queries, queries, queries, positives, queries * num_values]
+        for passages, extra, queries, positives in zip(
+            counts.passages, counts.extra, counts.queries, counts.positives, strict=True
+        )
+    ]
+    lengths = [sum(size) for size in sizes]
+    blocks = _gathered(_padded(packed, max(lengths)), group).view(len(lengths), -1)
+    split = [block[:length].split(size) for block, length, size in zip(blocks, lengths, sizes, strict=True)]
+    passage, extra, query, target, per_query, positive, values = (torch.cat(parts) for parts in zip(*split, strict=True))
+    return Keys(
+        passage_P=passage,
+        extra_X=extra,
+        query_Q=query,
+        target_Q=target,
+        positives=Ragged(positive, per_query),
+        values_QV=values.view(torch.float64).view(-1, num_values),
+    )
+
+
+def gather_rows(parts: Sequence[Tensor], counts: Sequence[list[int]], group: dist.ProcessGroup | None) -> list[Tensor]:
+    """Return the rows of all ranks of each part, (N, D) each. counts: of each part the rows of each rank.
+
+    Collective: one all-gather for all parts.
+    """
+    if group is None or not parts:
+        return list(parts)
+    sizes = list(zip(*counts, strict=True))  # of each rank the rows of its parts
+    most = max(map(sum, sizes))
+    blocks = _gathered(_padded(torch.cat(list(parts)), most), group).view(len(sizes), most, -1)
+    if len(parts) == 1 and all(sum(size) == most for size in sizes):
+        return [blocks.flatten(0, 1)]  # no copy
+    split = [block[: sum(size)].split(size) for block, size in zip(blocks, sizes, strict=True)]
+    return [torch.cat(pieces) for pieces in zip(*split, strict=True)]
+
+
+def scatter_gradients(parts: Sequence[Tensor], counts: Sequence[list[int]], group: dist.ProcessGroup | None) -> list[Tensor]:
+    """Return of each part the sum over the ranks of the gradients of this rank's rows, (n, D) each.
+
+    parts: one row for each row of all ranks. They stay float32 also for bfloat16 embeddings, because the sum over many
+    ranks would lose bits otherwise. Collective: one reduce-scatter for all parts.
+    """
+    if group is None or not parts:
+        return list(parts)
+    sizes = list(zip(*counts, strict=True))
+    most = max(map(sum, sizes))
+    if len(parts) == 1 and all(sum(size) == most for size in sizes):
+        packed = parts[0].contiguous()
+    else:
+        packed = parts[0].new_zeros(len(sizes), most, parts[0].shape[1])
+        pieces = zip(*(part.split(count) for part, count in zip(parts, counts, strict=True)), strict=True)
+        for block, of_rank in zip(packed, pieces, strict=True):
+            torch.cat(of_rank, out=block[: sum(map(len, of_rank))])
+    mine = packed.new_empty(most, parts[0].shape[1])
+    with naming_lost_ranks(group):
+        _reduce_scatter(mine, packed.view(-1, mine.shape[1]), group=group)
+    own = sizes[group.rank()]
+    return list(mine[: sum(own)].split(own))
+
+
+def exchange(to_ranks: Sequence[Tensor], sizes: Sequence[int], group: dist.ProcessGroup | None) -> list[Tensor]:
+    """Send each rank its values, and return what each has sent; sizes: how much each sends. Collective: one all-to-all."""
+    if group is None:
+        return list(to_ranks)
+    received = to_ranks[0].new_empty(sum(sizes))
+    with naming_lost_ranks(group):
+        dist.all_to_all_single(received, torch.cat(list(to_ranks)), list(sizes), [len(v) for v in to_ranks], group=group)
+    return list(received.split(list(sizes)))
+
+
+def starts(counts: Sequence[int]) -> list[int]:
+    """Return where each rank's rows begin, and where all end."""
+    return list(itertools.accumulate(counts, initial=0))
+
+
+def _gathered(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return the tensors of all ranks, one behind the other. gloo knows no bfloat16: bytes travel."""
+    every = mine.new_empty(group.size() * len(mine), *mine.shape[1:])
+    with naming_lost_ranks(group):
+        _all_gather(every.view(torch.uint8), mine.contiguous().view(torch.uint8), group=group)
+    return every
+
+
+def _padded(rows: Tensor, num_rows: int) -> Tensor:
+    if len(rows) == num_rows:
+        return rows.contiguous()
+    padded = rows.new_zeros(num_rows, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    return padded

@@ -1,0 +1,5 @@
+"""Placeholder until the kernels arrive."""
+
+
+def can_fuse(scores):
+    return False
