@@ -1,0 +1,228 @@
+"""The log-sum-exp of rows and its gradient against float64: in plain torch, and by the kernels under Triton's interpreter.
+
+`tests/gpu/test_fused.py` repeats these proofs with the kernels compiled.
+"""
+
+import multiprocessing
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gradcache import fused
+from gradcache.fused import plain_row_log_sum_exp, plain_soft_max_gradient, row_log_sum_exp, soft_max_gradient
+from gradcache.objectives.tile import FLOOR
+
+SIZES = [(1, 1), (3, 7), (5, 1000), (2, 5000), (4, 4097)]
+
+
+@dataclass(frozen=True)
+class Way:
+    """Where and how the two functions are called."""
+
+    call: Callable[..., Any]
+    log_sum: Callable[..., torch.Tensor] = row_log_sum_exp
+    gradient: Callable[..., torch.Tensor] = soft_max_gradient
+    device: str = "cpu"
+
+
+def is_triton_imported():
+    return "triton" in sys.modules
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    """One process for this file: Triton asks for TRITON_INTERPRET when it is imported, which others may have done here."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")
+            imported = pool.submit(is_triton_imported).result()  # the process starts, and imports what this file does
+        assert not imported, "gradcache imports Triton before a kernel is launched"
+        yield Way(lambda fn, *args: pool.submit(fn, *args).result())
+
+
+@pytest.fixture(params=["plain", "interpreted"])
+def way(request):
+    if request.param == "interpreted":
+        return request.getfixturevalue("interpreter")
+    return Way(lambda fn, *args: fn(*args), plain_row_log_sum_exp, plain_soft_max_gradient)
+
+
+@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=str)
+def out_dtype(request):
+    return request.param
+
+
+def draw(way, *size):
+    return (torch.rand(size, generator=torch.Generator().manual_seed(sum(size))) * 2 - 1).to(way.device)
+
+
+def evaluate(way, scores, scale, gradient, out):
+    """Return the log-sum-exp and the gradient of the logits, float64."""
+    scale = torch.tensor(scale, device=way.device)
+    log_sum = way.call(way.log_sum, scores, scale)
+    assert log_sum.dtype == torch.float32 and log_sum.shape == scores.shape[:1]
+    found = way.call(way.gradient, scores, scale, log_sum, gradient, out)
+    assert found is out or torch.equal(found.nan_to_num(), out.nan_to_num())  # another process gives back a view of the memory
+    return log_sum.double(), out.double()
+
+
+def assert_right(way, scores, scale, out):
+    """Compare with float64, and its gradient by autograd."""
+    gradient = draw(way, len(scores)) + 2
+    logits = (scores.double() * torch.tensor(scale).double()).requires_grad_()
+    wanted = torch.logsumexp(logits, 1)
+    (wanted_gradient,) = torch.autograd.grad((wanted * gradient).sum(), logits)
+    assert (wanted_gradient != 0).any()
+    log_sum, found = evaluate(way, scores, scale, gradient, out)
+    # float32 rounds a logit by half of this, and a weight is as wrong, relatively, as its logit is absolutely.
+    error = 1.2e-7 * max(1, logits.abs().max().item())
+    torch.testing.assert_close(log_sum, wanted.detach(), atol=4 * error, rtol=1e-6)
+    least = 2**-24 if out.dtype == torch.float16 else 1e-37  # what the type holds near zero
+    torch.testing.assert_close(found, wanted_gradient, atol=least, rtol=6 * error + torch.finfo(out.dtype).eps)
+
+
+@pytest.mark.parametrize("scale", [1e-2, 20.0, 1e4])
+@pytest.mark.parametrize("size", SIZES)
+def test_values_and_gradients_are_those_of_float64(way, out_dtype, size, scale):
+    scores = draw(way, *size)
+    assert_right(way, scores, scale, torch.empty_like(scores, dtype=out_dtype))
+
+
+def test_a_maximum_far_behind_or_far_ahead_is_found(way, out_dtype):
+    scores = draw(way, 3, 9000)
+    scores[0, 0] = scores[1, 4096] = scores[2, -1] = 30
+    assert_right(way, scores, 20.0, torch.empty_like(scores, dtype=out_dtype))
+
+
+def test_tiles_may_be_slices_of_larger_memory(way, out_dtype):
+    scores, out = draw(way, 5, 300), torch.full((6, 400), 7.0, dtype=out_dtype, device=way.device)
+    assert_right(way, scores[1:4, 20:277], 20.0, out[2:5, 100:357])
+    out[2:5, 100:357] = 7
+    assert (out == 7).all()
+
+
+def test_gradients_may_take_the_place_of_scores(way):
+    scores = draw(way, 3, 5000)
+    gradient, tile = draw(way, 3), scores.clone()
+    _, wanted = evaluate(way, scores, 20.0, gradient, torch.empty_like(scores))
+    _, found = evaluate(way, tile, 20.0, gradient, tile)
+    assert torch.equal(found, wanted) and not torch.equal(tile, scores)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 20.0, 1e4])
+def test_masked_scores_weigh_nothing_and_rows_of_them_get_no_gradient(way, out_dtype, scale):
+    scores, gradient = draw(way, 4, 4100), draw(way, 4)
+    masked = torch.zeros_like(scores, dtype=torch.bool)
+    masked[0, ::2], masked[1, 4096:], masked[2:] = True, True, True
+    masked[2, 4099] = False
+    out = torch.full_like(scores, 7, dtype=out_dtype)
+    log_sum, found = evaluate(way, scores.masked_fill(masked, FLOOR), scale, gradient, out)
+    assert (found[masked] == 0).all() and (found[2, 4099] != 0) and (found[:2][~masked[:2]] != 0).any()
+    logits = (scores * scale).double().masked_fill(masked, -torch.inf)
+    torch.testing.assert_close(log_sum[:3], logits[:3].logsumexp(1), rtol=1e-6, atol=1e-6)
+    assert log_sum[3] <= FLOOR * scale * 0.98  # the rest is the logarithm of 4,100 columns
+
+
+def test_a_row_of_masked_scores_has_none_of_the_weight_of_other_columns(way):
+    scores, out = torch.full((2, 40), FLOOR, device=way.device), torch.full((2, 40), 7.0, device=way.device)
+    log_sum, gradient = (torch.tensor(values, device=way.device) for values in ([3.0, -torch.inf], [1.0, torch.inf]))
+    assert (way.call(way.gradient, scores, torch.tensor(20.0, device=way.device), log_sum, gradient, out) == 0).all()
+
+
+def test_what_is_not_a_number_is_not_hidden(way):
+    scores = draw(way, 2, 5000)
+    scores[1, 4500] = torch.nan
+    log_sum, found = evaluate(way, scores, 20.0, draw(way, 2), torch.empty_like(scores))
+    assert log_sum[0].isfinite() and log_sum[1].isnan()
+    assert found[0].isfinite().all() and found[1].isnan().all()
+
+
+@pytest.mark.parametrize("size", [(0, 5), (3, 0), (0, 0)])
+def test_no_rows_and_no_columns_are_allowed(way, out_dtype, size):
+    scores = draw(way, *size)
+    log_sum, found = evaluate(way, scores, 20.0, draw(way, size[0]), torch.empty_like(scores, dtype=out_dtype))
+    assert log_sum.tolist() == [FLOOR * 20] * size[0] and found.shape == size
+
+
+FAR = 2 * 2**30 + 5  # float32 scores: 8 GiB
+
+
+def evaluate_far(log_sum, gradient, memory):
+    """Return the log-sum-exp and the gradients of three rows that are 2^30 scores apart: the last starts beyond an int32."""
+    scores = memory.as_strided((3, 5), (2**30, 1))
+    scores[:] = torch.arange(15.0).view(3, 5)
+    scale = scores.new_tensor(1.0)
+    found = log_sum(scores, scale)
+    return found, gradient(scores, scale, found, torch.ones_like(found), scores).clone()
+
+
+def evaluate_file(path, *functions):
+    return evaluate_far(*functions, torch.from_file(path, shared=True, size=FAR))
+
+
+def assert_far_is_right(log_sum, found):
+    wanted = torch.arange(15.0, dtype=torch.float64).view(3, 5)
+    torch.testing.assert_close(log_sum.double().cpu(), wanted.logsumexp(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.double().cpu(), wanted.softmax(1), rtol=1e-5, atol=0)
+
+
+def test_offsets_beyond_two_billion_scores_are_counted(way, tmp_path):
+    # A file with a hole takes no memory and no disk.
+    assert_far_is_right(*way.call(evaluate_file, str(tmp_path / "scores"), way.log_sum, way.gradient))
+
+
+def test_plain_torch_does_not_wait_for_the_device():
+    with FakeTensorMode():  # it raises where a value is asked for
+        scores, scale, ones = torch.ones(3, 4), torch.ones(()), torch.ones(3)
+        for out in (scores, scores.half()):
+            plain_soft_max_gradient(scores, scale, plain_row_log_sum_exp(scores, scale), ones, out)
+
+
+def test_plain_torch_takes_float64():
+    scores, scale = torch.rand(3, 4, dtype=torch.float64), torch.tensor(2.0)
+    log_sum = plain_row_log_sum_exp(scores, scale)
+    found = plain_soft_max_gradient(scores, scale, log_sum, torch.ones(3), torch.empty_like(scores))
+    torch.testing.assert_close(log_sum, (scores * 2).logsumexp(1), rtol=1e-14, atol=0)
+    torch.testing.assert_close(found, (scores * 2).softmax(1), rtol=1e-14, atol=0)
+
+
+def test_the_kernels_take_float32_where_triton_runs(interpreter):
+    assert interpreter.call(fused.can_fuse, torch.ones(2, 3))
+    assert not interpreter.call(fused.can_fuse, torch.ones(2, 3, dtype=torch.float64))
+    assert not fused.can_fuse(torch.ones(2, 3))
+
+
+def test_without_triton_plain_torch_is_asked_for(monkeypatch, caplog):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "gradcache.kernels", raising=False)
+    fused._launches.cache_clear()
+    assert not fused.can_fuse(torch.ones(2, 3)) and not fused.can_fuse(torch.ones(2, 3))
+    fused._launches.cache_clear()
+    assert len(caplog.messages) == 1 and "plain torch" in caplog.text
+
+
+def test_the_kernels_compile_for_gpus(tmp_path, monkeypatch):
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from gradcache.kernels import row_log_sum_exp_kernel, soft_max_gradient_kernel
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants = {"BLOCK": fused.BLOCK, "HALF_FLOOR": FLOOR / 2}
+    for kernel, architecture in ((row_log_sum_exp_kernel, 90), (soft_max_gradient_kernel, 90), (soft_max_gradient_kernel, 80)):
+        kinds = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in kernel.arg_names} | {"out_ptr": "*bf16"}
+        signature = {name: "constexpr" if name in constants else kinds[name] for name in kernel.arg_names}
+        given = {name: value for name, value in constants.items() if name in signature}
+        source = ASTSource(kernel, signature, given)
+        options = {"num_warps": fused.NUM_WARPS}
+        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+        assert len(compiled.asm["cubin"]) > 1000
+        assert ("bf16" in compiled.asm["ptx"]) == ("out_ptr" in signature)
