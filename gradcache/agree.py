@@ -53,8 +53,8 @@ def agree(
 ) -> Agreed:
     """Return what the loss needs. Collective: one small all-gather.
 
-    Raises on every rank alike: ValueError if no rank has a query, the embeddings have several widths, or a value that the objective
-    needs is missing for a query; NotFinite.
+    Raises on every rank alike: NotFinite; ValueError if no rank has a query, the embeddings have several widths, or a value that
+    the objective needs is missing for a query.
     """
     embedding_nD = encoding.embedding_nD
     widths = encoding.widths or {0}
@@ -80,8 +80,8 @@ def agree(
     for rank, (number, query) in enumerate(zip(missing_names, missing_queries, strict=True)):
         if number >= 0:
             raise ValueError(
-                f"{type(objective).__name__} needs a value {objective.cell_values[number]!r} of every scored pair, and query {query} "
-                f"of rank {rank} has one without it"
+                f"{type(objective).__name__} needs a value {objective.cell_values[number]!r} of every scored pair, and query "
+                f"{query} of rank {rank} has one without it"
             )
     if embedding_nD is None:
         embedding_nD = torch.empty(0, max(widest), dtype=_DTYPES[max(dtypes)], device=device)

@@ -5,7 +5,8 @@ Every rank knows the 64-bit keys of the texts of all ranks; from these follow th
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,9 +32,19 @@ class Pools:
     passage: Source  # that are columns
     every_passage: Source  # of this rank
     extra: Source | None
-    queries: Source | None = None  # of all ranks
-    targets: Source | None = None
-    passages: Source | None = None
+    travelled: Mapping[str, Source] = field(default_factory=dict)  # of all ranks: queries, targets, passages
+
+    def columns(self, name: Literal["queries", "targets", "passages"], is_spread: bool) -> Source:
+        """Return this rank's own columns of a side, or those of all ranks."""
+        if not is_spread:
+            return self.travelled[name]
+        return {"queries": self.query, "targets": self.target, "passages": self.passage}[name]
+
+    def rows(self, name: Literal["queries", "targets"], is_spread: bool) -> Source:
+        """Return the rows of a side: of this rank, or where its columns are spread of all ranks."""
+        if is_spread:
+            return self.travelled[name]
+        return self.query if name == "queries" else self.target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,17 +84,22 @@ def forth(field: Field) -> Direction:
     """Return the queries against the passages."""
     pools, keys, is_spread = field.pools, field.keys, field.queries_travel
     texts = torch.cat([keys.passage_P, keys.extra_X])
-    first_N, text_keys = first_columns(texts), Ragged.of_table(texts[:, None])
-    of_passages = {"first_N": first_N, "row_keys": keys.positives, "column_keys": text_keys}
-    passages = pools.passage if is_spread else pools.passages
-    groups = [_Group(kind=OTHER_SIDE, source=passages, window=field.window("passages", is_spread), **of_passages)]
+    passages = _Group(
+        kind=OTHER_SIDE,
+        source=pools.columns("passages", is_spread),
+        window=field.window("passages", is_spread),
+        first_N=first_columns(texts),
+        row_keys=keys.positives,
+        column_keys=Ragged.of_table(texts[:, None]),
+    )
+    groups = [passages]
     if field.options.same_side:
         # Its own text, and queries that share a positive, are no negatives of a query.
         known = keys.positives.with_column(keys.query_Q)
         groups.append(
             _Group(
                 kind=SAME_SIDE,
-                source=pools.query if is_spread else pools.queries,
+                source=pools.columns("queries", is_spread),
                 window=field.window("queries", is_spread),
                 first_N=first_columns(keys.query_Q),
                 row_keys=known,
@@ -92,7 +108,8 @@ def forth(field: Field) -> Direction:
         )
     if pools.extra is not None:
         own, first = field.counts.window("extra", field.rank), len(keys.passage_P)
-        groups.append(_Group(kind=EXTRA, source=pools.extra, window=range(first + own.start, first + own.stop), **of_passages))
+        window = range(first + own.start, first + own.stop)
+        groups.append(replace(passages, kind=EXTRA, source=pools.extra, window=window))
     batch, device = field.batch, keys.query_Q.device
     chosen = None
     if batch.candidates is not None:
@@ -101,8 +118,7 @@ def forth(field: Field) -> Direction:
     return _direction(
         field,
         groups,
-        rows=pools.queries if is_spread else pools.query,
-        positives=pools.targets if is_spread else pools.target,
+        sides=("queries", "targets"),
         own=(pools.query, pools.target),
         target_first_Q=_first_of(texts, keys.target_Q),
         is_spread=is_spread,
@@ -118,7 +134,7 @@ def back(field: Field) -> Direction:
     groups = [
         _Group(
             kind=OTHER_SIDE,
-            source=pools.query if is_spread else pools.queries,
+            source=pools.columns("queries", is_spread),
             window=field.window("queries", is_spread),
             first_N=first_N,
             row_keys=Ragged.of_table(keys.target_Q[:, None]),
@@ -129,7 +145,7 @@ def back(field: Field) -> Direction:
         groups.append(
             _Group(
                 kind=SAME_SIDE,
-                source=pools.passage if is_spread else pools.passages,
+                source=pools.columns("passages", is_spread),
                 window=field.window("passages", is_spread),
                 first_N=first_columns(keys.passage_P),
                 row_keys=keys.positives,
@@ -139,8 +155,7 @@ def back(field: Field) -> Direction:
     return _direction(
         field,
         groups,
-        rows=pools.targets if is_spread else pools.target,
-        positives=pools.queries if is_spread else pools.query,
+        sides=("targets", "queries"),
         own=(pools.target, pools.query),
         target_first_Q=first_N,
         is_spread=is_spread,
@@ -163,8 +178,7 @@ def _direction(
     field: Field,
     groups: list[_Group],
     *,
-    rows: Source,
-    positives: Source | None,
+    sides: tuple[Literal["queries", "targets"], Literal["queries", "targets"]],  # of the rows, and of their positives
     own: tuple[Source, Source],
     target_first_Q: Tensor,
     is_spread: bool,
@@ -177,10 +191,9 @@ def _direction(
     firsts = list(itertools.accumulate((len(group.window) for group in ordered), initial=0))
     related = [(first, group.related(window)) for first, group in zip(firsts, ordered, strict=False)]
     repeated = [repeated_columns(g.first_N, g.window) + first for first, g in zip(firsts, ordered, strict=False)]
-    second = None
+    rows, second = field.pools.rows(sides[0], is_spread), None
     if objective.second is not None:
-        of_rows = positives if objective.second == "positive" else rows
-        assert of_rows is not None, "the rows of the second matrix have travelled"
+        of_rows = field.pools.rows(sides[1], is_spread) if objective.second == "positive" else rows
         second = of_rows, [group.source for group in ordered], field.second_view
     number = next(i for i, group in enumerate(ordered) if group.kind == OTHER_SIDE)
     siblings = _siblings(field, ordered[number], related[number], window, own_window, target_first_Q, is_spread)

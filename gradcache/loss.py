@@ -1,7 +1,7 @@
 """The loss of all ranks from detached embeddings, and the gradient of this rank's: phases 3 to 5 of a step.
 
-Either the passages travel, and every rank contrasts its own queries with all of them; or the queries travel with their positives' keys,
-every rank contrasts all queries with its own passages, and a few numbers a query travel back and forth.
+Either the passages travel, and every rank contrasts its own queries with all of them; or the queries travel, every rank contrasts
+all queries with its own passages, and a few numbers a query travel back and forth.
 """
 
 from collections.abc import Mapping, Sequence
@@ -151,7 +151,7 @@ def _gather(
     sources = {name: names[name] for name in travelling}
     of_ranks = [counts.passages if name == "passages" else counts.queries for name in travelling]
     rows = gather_rows([source.rows_ND for source in sources.values()], of_ranks, group)
-    pools = {name: Source(found, sources[name].is_trained) for name, found in zip(travelling, rows, strict=True)}
+    travelled = {name: Source(found, sources[name].is_trained) for name, found in zip(travelling, rows, strict=True)}
     second = options.objective.second
     second_view = None
     if second is not None and second != "positive":
@@ -159,7 +159,7 @@ def _gather(
     return Field(
         batch=batch,
         options=options,
-        pools=replace(local, **pools),
+        pools=replace(local, travelled=travelled),
         keys=keys,
         counts=counts,
         rank=0 if group is None else group.rank(),
@@ -177,30 +177,23 @@ def _travelling(options: LossOptions, way: Way) -> list[str]:
 
 def _bring_back(terms: Sequence[Term], pools: Pools, agreed: Agreed, group: dist.ProcessGroup | None) -> None:
     """Add the gradients of what has travelled, and of the rows' own positives, to this rank's rows. Collective."""
-    pairs = {
-        "queries": (pools.queries, pools.query),
-        "targets": (pools.targets, pools.target),
-        "passages": (pools.passages, pools.passage),
-    }
-    there = {name: pair for name, pair in pairs.items() if pair[0] is not None and pair[0].is_trained}
-    returned = [term for term in terms if term.direction.is_spread and term.of_positive_R is not None]
-    parts = [travelled.gradient() for travelled, _ in there.values()]
-    if returned:  # scores of positives that the tiles of other ranks have used come back as further components
-        further = torch.stack([term.of_positive_R for term in returned], dim=1)
-        widened = [further if len(part) == len(further) else further.new_zeros(len(part), len(returned)) for part in parts[:1]]
-        widened += [further.new_zeros(len(part), len(returned)) for part in parts[1:]]
-        parts = [torch.cat([part, more], dim=1) for part, more in zip(parts, widened, strict=True)]
+    own_sources = {"queries": pools.query, "targets": pools.target, "passages": pools.passage}
+    returned = {t: t.of_positive_R for t in terms if t.direction.is_spread and t.of_positive_R is not None}
+    there = {name: s for name, s in pools.travelled.items() if s.is_trained or (returned and name == "queries")}
+    parts = [source.gradient() for source in there.values()]
+    if returned:  # scores of positives that the tiles of other ranks have used come back as further components of the queries
+        further = torch.stack(list(returned.values()), dim=1)
+        others = [further.new_zeros(len(part), len(returned)) for part in parts[1:]]
+        parts = [torch.cat([part, more], dim=1) for part, more in zip(parts, [further, *others], strict=True)]
     counts = agreed.counts
     scattered = scatter_gradients(parts, [counts.passages if name == "passages" else counts.queries for name in there], group)
-    of_positives: dict[int, Tensor] = {}
-    for number, ((_, own), gradient) in enumerate(zip(there.values(), scattered, strict=True)):
-        width = own.rows_ND.shape[1]
-        own.gradient().add_(gradient[:, :width])
-        if number == 0 and returned:
-            of_positives = {id(term): column for term, column in zip(returned, gradient[:, width:].unbind(1), strict=True)}
+    for (name, _), gradient in zip(there.items(), scattered, strict=True):
+        own = own_sources[name].gradient()
+        own += gradient[:, : own.shape[1]]
+    if returned:
+        returned = dict(zip(returned, scattered[0][:, -len(returned) :].unbind(1), strict=True))
     for term in terms:
-        own_B = term.of_positive_R if not term.direction.is_spread else of_positives.get(id(term))
-        term.finish(own_B)
+        term.finish(returned.get(term, None if term.direction.is_spread else term.of_positive_R))
 
 
 def _own_gradient(batch: Batch, pools: Pools, rows_nD: Tensor) -> Tensor:

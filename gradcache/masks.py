@@ -1,7 +1,7 @@
 """Which columns are no negatives of a row, found by 64-bit content keys.
 
-A row leads to its keys and a key to the columns that have it. Both lists are as long as what is known of the texts: 65,536 rows that
-share one text take 65,536 entries, where their pairs would be billions. Pairs exist for one block of rows at a time.
+A row leads to its keys and a key to the columns that have it. Both lists are as long as what is known of the texts: 65,536 rows
+that share one text take 65,536 entries, where their pairs would be billions. Pairs exist for one block of rows at a time.
 """
 
 from collections.abc import Sequence

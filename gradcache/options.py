@@ -14,7 +14,7 @@ from gradcache.objectives.tile import Objective
 
 @dataclass(frozen=True, kw_only=True)
 class TextTerm:
-    """A term of the loss that sees one text alone, such as a distance to a teacher's vector: the mean over all rows of all ranks."""
+    """A term of the loss that sees one text alone, such as a distance to a teacher's vector: the mean over all ranks' rows."""
 
     function: Callable[[Tensor, Tensor], Tensor]  # embeddings (n, D), all outputs side by side, and keys (n,) -> (n,) losses
     weight: float = 1.0

@@ -3,7 +3,7 @@
 What it costs does not depend on the number of columns.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -73,7 +73,7 @@ class RowLoss:
         self.scale_gradient = self.loss_sum.clone()
         self.positive_gradient_B = torch.zeros_like(self.positive_B)
         self.cell_gradient_c = torch.zeros_like(self.cells.score_c)
-        self.parameters = [torch.zeros_like(parameter) for parameter in trained_parameters(self.objective)]
+        self.parameters = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in trained_parameters(self.objective)]
 
     def derivative(self, rows: slice, statistics_bS: Tensor) -> Tensor:
         """Add some rows' losses, and return the derivative to their statistics, (b, S)."""
@@ -108,7 +108,7 @@ class RowLoss:
             loss = self._sum(self._rows(rows, leaves, merged))
         self.loss_sum += loss.detach()
         if not loss.requires_grad:
-            self._direct = [None] * (len(leaves) + len(self.parameters))
+            self._direct: list[Tensor | None] = [None] * (len(leaves) + len(self.parameters))
             return torch.zeros_like(batch_WS)
         *self._direct, of_batch = self._differentiate(loss, leaves, batch_leaf, retain=True)
         return torch.zeros_like(batch_WS) if of_batch is None else of_batch
@@ -156,7 +156,7 @@ class RowLoss:
             return [None] * len(wanted)
         return list(torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=retain))
 
-    def _collect(self, rows: slice, leaves: list[Tensor], found: list[Tensor | None]) -> Tensor:
+    def _collect(self, rows: slice, leaves: list[Tensor], found: Sequence[Tensor | None]) -> Tensor:
         parts, positive, score, scale, *parameters = found
         if positive is not None:
             self.positive_gradient_B[rows] += positive

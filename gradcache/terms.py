@@ -1,7 +1,7 @@
 """One direction of the loss in one view of the embeddings: rows against columns, either of which may stand on other ranks.
 
-Where a rank holds all columns of its rows, statistics and gradient come in one sweep. Where columns are spread over the ranks, or the
-loss of a row depends on all others, they are two phases, and the ranks exchange a few numbers a row between them.
+Where a rank holds all columns of its rows, statistics and gradient come in one sweep. Where columns are spread over the ranks,
+or the loss of a row depends on all others, they are two phases, and the ranks exchange a few numbers a row between them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -83,9 +83,9 @@ class Direction:
     row_values: Mapping[str, Tensor]  # (R,)
 
 
-@dataclass
+@dataclass(eq=False)
 class Term:
-    """A direction in a view."""
+    """A direction in a view; a term equals itself alone."""
 
     direction: Direction
     view: View
@@ -123,7 +123,7 @@ class Term:
         return self._tiles.statistics(keep_bytes)
 
     def gradients(self, derivative_RS: Tensor, sibling_gradient: Tensor) -> None:
-        """Add the gradients, given the derivative to the statistics and to the scores of the siblings among this rank's columns."""
+        """Add the gradients, given the derivative to the statistics and to the scores of this rank's columns' siblings."""
         self._give_back(self._tiles.gradients(lambda rows, _: derivative_RS[rows]), sibling_gradient)
 
     def sibling_scores(self) -> Tensor:
@@ -138,7 +138,8 @@ class Term:
         if chosen is not None:
             rows, passages = (view_rows([s.rows_ND], self.view).rows_nw for s in (direction.own_rows, chosen.source))
             parts.append((CANDIDATE, chosen.row, pair_scores(rows, chosen.row, passages, chosen.passage), chosen.values))
-        cells = picked(parts, len(self.own_positive_B), sorted({name for *_, known in parts for name in known}))
+        names = {*self.objective.cell_values, *(name for *_, known in parts for name in known)}
+        cells = picked(parts, len(self.own_positive_B), sorted(names))
         self.loss = RowLoss(self.objective, self.scale, self.own_positive_B, cells, direction.values, self.progress)
 
     def sibling_derivatives(self) -> Tensor:
@@ -173,8 +174,12 @@ class Term:
         second = None
         if direction.second is not None:
             rows, columns, view = direction.second
-            second = tuple(view_rows([s.rows_ND for s in sources], view or self.view).rows_nw for sources in ([rows], columns))
-        kinds = [torch.full((len(s.rows_ND),), kind, dtype=torch.int8) for kind, s in zip(direction.kinds, direction.columns)]
+            second_rows, second_columns = (
+                view_rows([s.rows_ND for s in sources], view or self.view).rows_nw for sources in ([rows], columns)
+            )
+            second = second_rows, second_columns
+        sizes = [len(source.rows_ND) for source in direction.columns]
+        kinds = [torch.full((size,), kind, dtype=torch.int8) for kind, size in zip(direction.kinds, sizes, strict=True)]
         matrix = Matrix(
             row_RD=self._rows.rows_nw,
             column_PD=self._columns.rows_nw,

@@ -116,7 +116,7 @@ class Tiles:
             column_PD=torch.zeros(trained, width, dtype=self._dtype, device=device) if trained else None,
             scale=torch.zeros((), dtype=torch.float64, device=device),
             positive_R=torch.zeros_like(matrix.positive_R) if self._objective.returns_positive else None,
-            parameters=[torch.zeros_like(parameter) for parameter in trained_parameters(self._objective)],
+            parameters=[torch.zeros_like(parameter, dtype=torch.float64) for parameter in trained_parameters(self._objective)],
         )
         for rows in self._tiles():
             is_kept = rows.start in self._kept
@@ -269,8 +269,8 @@ class Tiles:
                 raise
             raise ValueError(
                 f"a tile of tile_rows={self._tile_rows} x {len(self._column_PD)} columns takes "
-                f"{self._tile_rows * self._row_bytes / 2**30:.1f} GiB, more than the memory of {self._column_PD.device} has left; "
-                "set tile_rows lower"
+                f"{self._tile_rows * self._row_bytes / 2**30:.1f} GiB, more than the memory of {self._column_PD.device} has "
+                "left; set tile_rows lower"
             ) from error
 
 

@@ -37,11 +37,11 @@ def choose_way(options: LossOptions, counts: Counts, views: Sequence[View], pass
     has_extra = sum(counts.extra) > 0
     if has_extra and options.gather == "passages" and num_ranks is not None:
         raise ValueError(
-            'gather="passages" lets each rank see all columns, and extra columns stay on their rank; set gather="queries" or "auto"'
+            'gather="passages" lets each rank see all columns, and extra columns stay on their rank; '
+            'set gather="queries" or "auto"'
         )
     if num_ranks is None:
-        travels = "queries" if options.gather == "queries" else "passages"
-        return Way(travels, "one process holds all rows")
+        return Way("queries" if options.gather == "queries" else "passages", "one process holds all rows")
     costs = {way: _cost(way, options, counts, views, passage_nD, num_ranks) for way in ("passages", "queries")}
     words = ", ".join(f"{way} {moved / GIB:.3g} GiB" for way, (moved, _) in costs.items())
     again = costs["queries"][1]

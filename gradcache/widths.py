@@ -1,4 +1,4 @@
-"""Views of embeddings: an output of several, cut to its first components and made unit length again; and the way back for gradients.
+"""Views of embeddings: an output of several, cut to its first components and made unit length again; and back for gradients.
 
 A model trained at several widths can be cut after training: its first components are an embedding of their own. Gathered is the
 whole embedding, once; each rank takes one view of what it has gathered at a time.

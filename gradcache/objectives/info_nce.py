@@ -21,7 +21,7 @@ class InfoNCE(Objective):
 
     def statistics(self, tile: Tile) -> Tensor:
         """Return the logarithm of the sum over the negatives, (t, 1)."""
-        return log_sum_exp(tile.logits_tP)[:, None]
+        return log_sum_exp(tile.logits)[:, None]
 
     def loss(self, rows: Rows) -> Tensor:
         """Return log(1 + exp(negatives - positive)), (t,), which is 0 for a row without negatives."""

@@ -21,7 +21,7 @@ SIBLING, CANDIDATE = 0, 1  # kinds of cells: another positive of the row; a text
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """t rows of the score matrix, P columns. Masked cells hold FLOOR: a row's positives, its own among them, and copies of texts."""
+    """t rows of the score matrix, P columns. Masked cells hold FLOOR: all positives of a row, and copies of texts."""
 
     scores_tP: Tensor  # raw, without the temperature; a leaf
     scale: Tensor  # scalar, the inverse temperature; a leaf
@@ -33,18 +33,18 @@ class Tile:
     make_logits: Callable[[], Tensor] | None = None  # of the loss; None: scores times scale
 
     @property
-    def logits_tP(self) -> Tensor:
-        """Scores times the inverse temperature. An objective that uses them and not the scores costs one pass less."""
+    def logits(self) -> Tensor:
+        """Scores times the inverse temperature, (t, P). An objective that uses them and not the scores costs one pass less."""
         return self.scores_tP * self.scale if self.make_logits is None else self.make_logits()
 
     @property
-    def is_negative_tP(self) -> Tensor:
-        """Which cells are negatives, bool."""
+    def is_negative(self) -> Tensor:
+        """Which cells are negatives, (t, P) bool."""
         return self.scores_tP.detach() > FLOOR / 2
 
     def sum(self, values_tP: Tensor) -> Tensor:
         """Return the sum of values over each row's negatives, (t,)."""
-        return torch.where(self.is_negative_tP, values_tP, 0).sum(1)
+        return torch.where(self.is_negative, values_tP, 0).sum(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,7 @@ class Objective:
     cell_values: Sequence[str] = ()  # values that every cell must have
     second: Literal["positive"] | str | None = None  # a second matrix: of the rows' positives, or of an output's name
     returns_positive: ClassVar[bool] = False  # whether `statistics` gives a gradient to `tile.positive_t`
-    is_soft_max: ClassVar[bool] = False  # whether `statistics` is nothing but `log_sum_exp(tile.logits_tP)`
+    is_soft_max: ClassVar[bool] = False  # whether `statistics` is nothing but `log_sum_exp(tile.logits)`
 
     def statistics(self, tile: Tile) -> Tensor:
         """Return what the tile's columns add to each row, (t, S)."""
