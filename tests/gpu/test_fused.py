@@ -8,6 +8,7 @@ from tests.gradcache.test_fused import (  # noqa: F401 - pytest collects them he
     FAR,
     Way,
     assert_far_is_right,
+    assert_tiles_are_equal,
     evaluate_far,
     test_a_maximum_far_behind_or_far_ahead_is_found,
     test_a_row_of_masked_scores_has_none_of_the_weight_of_other_columns,
@@ -48,3 +49,10 @@ def test_nothing_waits_for_a_gpu(way):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(out.double(), (scores.double() * 20).softmax(1), rtol=2**-7, atol=1e-30)
+
+
+@pytest.mark.parametrize("trains_rows", [True, False])
+@pytest.mark.parametrize("phases", [1, 2])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+def test_tiles_give_by_kernels_what_they_give_by_torch_on_a_gpu(dtype, tolerance, phases, trains_rows):
+    assert_tiles_are_equal(lambda fn, *args: fn(*args), "cuda", dtype, phases, trains_rows, tolerance)

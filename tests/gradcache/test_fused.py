@@ -16,7 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gradcache import fused
 from gradcache.fused import plain_row_log_sum_exp, plain_soft_max_gradient, row_log_sum_exp, soft_max_gradient
+from gradcache.masks import Masks, Related
+from gradcache.objectives import OBJECTIVES
 from gradcache.objectives.tile import FLOOR
+from gradcache.tiles import Matrix, Tiles
 
 SIZES = [(1, 1), (3, 7), (5, 1000), (2, 5000), (4, 4097)]
 
@@ -59,7 +62,11 @@ def out_dtype(request):
 
 
 def draw(way, *size):
-    return (torch.rand(size, generator=torch.Generator().manual_seed(sum(size))) * 2 - 1).to(way.device)
+    return draw_on(way.device, *size)
+
+
+def draw_on(device, *size):
+    return (torch.rand(size, generator=torch.Generator().manual_seed(sum(size))) * 2 - 1).to(device)
 
 
 def evaluate(way, scores, scale, gradient, out):
@@ -175,6 +182,49 @@ def assert_far_is_right(log_sum, found):
 def test_offsets_beyond_two_billion_scores_are_counted(way, tmp_path):
     # A file with a hole takes no memory and no disk.
     assert_far_is_right(*way.call(evaluate_file, str(tmp_path / "scores"), way.log_sum, way.gradient))
+
+
+def evaluate_tiles(device, dtype, phases, trains_rows):
+    """Return the statistics and gradients of 7 rows and 90 columns by torch and by kernels; row 5 has no negatives."""
+    rows, columns = (torch.nn.functional.normalize(draw_on(device, n, 12), dim=1).to(dtype) for n in (7, 90))
+    first, count = torch.tensor([0, 1, 2]), torch.tensor([1, 1, 88])
+    column = torch.tensor([4, 6, *(set(range(90)) - {8, 30})])
+    starts = [torch.tensor(values) for values in ([0, 1, 1, 2, 2, 2, 3, 3], [0, 1, 1, 2, 2, 2, 90, 90])]
+    related = Related(*(values.to(device) for values in (torch.tensor([0, 2, 5]), first, count, column)), *starts)
+    matrix = Matrix(
+        row_RD=rows,
+        column_PD=columns,
+        kind_P=torch.zeros(90, dtype=torch.int8, device=device),
+        masks=Masks(torch.tensor([8, 30], device=device), [(0, related)]),
+        scale=torch.tensor(20.0, device=device),
+        positive_R=torch.zeros(7, device=device),
+        trains_rows=trains_rows,
+        num_trained_columns=80,
+    )
+    found = []
+    for may_fuse in (False, True):
+        tiles = Tiles(matrix, OBJECTIVES["info_nce"], tile_rows=3, may_fuse=may_fuse)
+        assert tiles._fuses == may_fuse
+        statistics = [tiles.statistics(keep_bytes=2000)[0]] if phases == 2 else []  # one tile is kept
+        gradients = tiles.gradients(lambda rows, statistics: torch.sigmoid(statistics / 5) * (rows.start + 1))
+        parts = (gradients.row_RD, gradients.column_PD, gradients.scale)
+        found.append([part.detach().clone() for part in (*statistics, *parts) if part is not None])
+    return found
+
+
+def assert_tiles_are_equal(call, device, dtype, phases, trains_rows, tolerance):
+    plain, fused_ones = call(evaluate_tiles, device, dtype, phases, trains_rows)
+    assert len(plain) == len(fused_ones) == 2 + (phases == 2) + trains_rows
+    for wanted, value in zip(plain, fused_ones, strict=True):
+        assert (wanted != 0).any()
+        largest = wanted[wanted > FLOOR].abs().max().item()  # row 5 has -2e7
+        torch.testing.assert_close(value, wanted, rtol=tolerance, atol=tolerance * largest)
+
+
+@pytest.mark.parametrize("trains_rows", [True, False])
+@pytest.mark.parametrize("phases", [1, 2])
+def test_tiles_give_by_kernels_what_they_give_by_torch(interpreter, phases, trains_rows):
+    assert_tiles_are_equal(interpreter.call, "cpu", torch.float32, phases, trains_rows, 2e-6)
 
 
 def test_plain_torch_does_not_wait_for_the_device():
