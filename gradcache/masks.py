@@ -6,6 +6,7 @@ that share one text take 65,536 entries, where their pairs would be billions. Pa
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -23,8 +24,8 @@ class Related:
     first_e: Tensor  # where the columns of the entry's key begin in `column_k`
     count_e: Tensor
     column_k: Tensor  # columns of this rank, key by key; of several columns of one text the first
-    entry_start: Tensor  # (t + 1,) on the CPU: where the entries of a row begin
-    cell_start: Tensor  # (t + 1,) on the CPU: where the cells of a row begin
+    entry_start: Sequence[int]  # (t + 1,) on the host: where the entries of a row begin
+    cell_start: Sequence[int]  # (t + 1,) on the host: where the cells of a row begin
 
     def num_cells(self, rows: slice) -> int:
         """Return the cells of some rows; a cell of several common keys counts for each."""
@@ -88,8 +89,9 @@ def relate(row_keys: Ragged, column_keys: Ragged, first_N: Tensor, window: range
     row_e, first_e, count_e = rows.rows_m[has_any], first_e[has_any], count_e[has_any]
     entries_t = torch.bincount(row_e, minlength=len(row_keys.counts_n))
     cells_t = torch.zeros_like(entries_t).index_add_(0, row_e, count_e)
-    return Related(row_e, first_e, count_e, column_k, _starts(entries_t), _starts(cells_t))
+    return Related(row_e, first_e, count_e, column_k, starts_of(entries_t), starts_of(cells_t))
 
 
-def _starts(counts_t: Tensor) -> Tensor:
-    return torch.nn.functional.pad(counts_t.cumsum(0), (1, 0)).cpu()
+def starts_of(counts_t: Tensor) -> Sequence[int]:
+    """Return where the values of each row begin, and where all end, on the host: one wait for the device."""
+    return cast(Sequence[int], torch.nn.functional.pad(counts_t.cumsum(0), (1, 0)).cpu().numpy())

@@ -103,7 +103,7 @@ def _from_owners(
     by_rank = _exchanged(to_ranks, sizes, group)
     return {
         term: (
-            torch.cat([pieces[2 * i].view(-1, width) for pieces in by_rank]),
+            torch.cat([pieces[2 * i].view(n, width) for pieces, n in zip(by_rank, counts.queries, strict=True)]),
             torch.cat([pieces[2 * i + 1] for pieces in by_rank]),
         )
         for i, (term, width) in enumerate(widths.items())

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from gradcache.masks import starts_of
 from gradcache.objectives.tile import Cells, Objective, Rows, merge_all, trained_parameters
 
 # B rows of this rank, b some of them, S statistics, W tiles that are merged, c cells
@@ -22,7 +23,7 @@ class PickedCells:
     kind_c: Tensor
     score_c: Tensor
     values: Mapping[str, Tensor]
-    start: Tensor  # (B + 1,) on the CPU: where the cells of a row begin
+    start: Sequence[int]  # (B + 1,) on the host: where the cells of a row begin
     order_c: Tensor  # where each cell stood in the parts it came from
     sizes: list[int]  # of these parts
 
@@ -46,7 +47,7 @@ def picked(parts: list[tuple[int, Tensor, Tensor, Mapping[str, Tensor]]], num_ro
         name: torch.cat([known.get(name, torch.full_like(score, torch.nan)).to(score) for _, _, score, known in parts])
         for name in names
     }
-    start = torch.nn.functional.pad(torch.bincount(rows, minlength=num_rows).cumsum(0), (1, 0)).cpu()
+    start = starts_of(torch.bincount(rows, minlength=num_rows))
     order = rows.argsort(stable=True)
     sizes = [len(row) for _, row, _, _ in parts]
     return PickedCells(rows[order], kinds[order], scores[order], {n: v[order] for n, v in values.items()}, start, order, sizes)

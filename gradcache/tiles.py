@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gradcache import fused
+from gradcache.compiled import compiled_statistics
 from gradcache.masks import Masks
 from gradcache.objectives.tile import FLOOR, Objective, Tile, trained_parameters
 
@@ -58,8 +59,19 @@ class TileGradients:
 class Tiles:
     """One matrix, tile by tile. Scores that `statistics` has kept are used by `gradients`, which destroys them."""
 
-    def __init__(self, matrix: Matrix, objective: Objective, tile_rows: int | None = None, may_fuse: bool = True):
-        """tile_rows: rows evaluated at once; None: as many as make TILE_BYTES."""
+    def __init__(
+        self,
+        matrix: Matrix,
+        objective: Objective,
+        tile_rows: int | None = None,
+        may_fuse: bool = True,
+        compiles: bool | None = None,
+    ):
+        """tile_rows: rows evaluated at once; None: as many as make TILE_BYTES.
+
+        may_fuse: use the kernels of `gradcache/fused.py` where they run. compiles: let torch.compile fuse the passes of the
+        other objectives over a tile; None: on a GPU.
+        """
         row_RD, column_PD = _for_products(matrix.row_RD), _for_products(matrix.column_PD)
         if not len(column_PD):  # one masked column stands in for none, so that an objective needs no special case
             column_PD = row_RD.new_zeros(1, row_RD.shape[1])
@@ -80,6 +92,7 @@ class Tiles:
         self._kind = row_RD.device.type
         self._row_bytes = len(column_PD) * self._dtype.itemsize
         self._tile_rows = min(tile_rows or self._rows_of_tile(), max(1, len(row_RD)))
+        self._compiles = self._kind == "cuda" if compiles is None else compiles
         self._fuses = may_fuse and objective.is_soft_max and fused.can_fuse(row_RD.new_empty(0, 1, dtype=self._dtype))
         self._kept: dict[int, Tensor] = {}
         self._statistics_RS: Tensor | None = None
@@ -101,7 +114,7 @@ class Tiles:
                 continue
             for block in self._blocks(rows):
                 tile = self._tile(score_tP[block.start - rows.start : block.stop - rows.start], block)
-                found.append(self._objective.statistics(tile))
+                found.append(self._statistics(tile))
         self._statistics_RS = torch.cat(found) if found else self._row_RD.new_zeros(0, num_statistics(self._objective))
         return self._statistics_RS, kept_bytes
 
@@ -127,6 +140,9 @@ class Tiles:
         self._scratch_tP = None
         return total
 
+    def _statistics(self, tile: Tile) -> Tensor:
+        return compiled_statistics(self._objective, tile) if self._compiles else self._objective.statistics(tile)
+
     def _plain_gradient(self, score_tP: Tensor, rows: slice, derivative: Derivative, total: TileGradients) -> tuple[Tensor, bool]:
         """Put the gradient of the raw scores in the place of the scores; return it, and whether the scale's is in the total."""
         has_scale = True
@@ -149,7 +165,7 @@ class Tiles:
 
         with torch.enable_grad():
             tile = self._tile(leaves["scores"], block, leaves["scale"], leaves.get("positive"), logits)
-            statistics_bS = objective.statistics(tile)
+            statistics_bS = self._statistics(tile)
         derivative_bS = derivative(block, statistics_bS.detach())
         parameters = trained_parameters(objective)
         found = torch.autograd.grad(
