@@ -371,3 +371,24 @@ def test_a_frozen_tower_is_encoded_once_and_costs_no_gradient(rows):
             assert_same_gradients(found, wanted)
             chunks = [-(-number // 3) for number in (max(rows), 3 * max(rows))]
             assert calls[frozen] <= chunks[frozen] and calls[1 - frozen] > calls[frozen] / 4
+
+
+def missing_value_step(rank):
+    """Return what a rank says whose batch lacks, or whose other rank's batch lacks, a value that the objective needs."""
+    encoder = Encoder(0)
+    batch = make_batch(rank, 4, DistributedDataParallel(encoder, broadcast_buffers=False), candidates=candidates)
+    if rank == 1:
+        batch.candidates.values["teacher"][5] = torch.nan  # of query 2
+    try:
+        cached_step(
+            batch, loss=LossOptions(objective=Distilled()), temperature=Temperature(0.2), sync=NoSync(), group=dist.group.WORLD,
+            chunk_tokens=9, keep_graphs=0, seed=0, step=0,
+        )  # fmt: skip
+    except ValueError as error:
+        return str(error), [parameter.grad for parameter in encoder.parameters()]
+
+
+def test_a_value_that_is_missing_is_named_on_every_rank():
+    for message, gradients in run_ranks(missing_value_step, 2):
+        assert message == "Distilled needs a value 'teacher' of every scored pair, and query 2 of rank 1 has one without it"
+        assert gradients == [None, None]
