@@ -91,6 +91,7 @@ class Batch:
     def _values(self) -> list[tuple[str, Tensor, int]]:
         found = [(f"query_values[{name!r}]", values, self.num_queries) for name, values in self.query_values.items()]
         found += [(f"positive_values[{k!r}]", v, len(self.positives.values_m)) for k, v in self.positive_values.items()]
+        found.append(("positive_keys", self.positives.values_m, int(self.positives.counts_n.sum())))
         if self.candidates is not None:
             most = len(self.candidates.query)
             found += [("candidates.passage", self.candidates.passage, most)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from gradcache import GradientSync
-from gradcache.gather import all_reduce
+from gradcache.exchange import all_reduce
 from trainer.job import OptimSettings
 from trainer.optim import build_optimizer, moments_of
 from trainer.parts import Fragment, writing_share

@@ -1,21 +1,21 @@
 """Bad input ends a step on every rank alike, in one sentence, before any gradient."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gradcache import DDPSync, NoSync, NotFinite, Temperature, cached_step
+from gradcache import DDPSync, LossOptions, NoSync, NotFinite, Ragged, Temperature, cached_step
 from gradcache import tiles as tiles_module
-from gradcache.masks import mask_passages
-from gradcache.objectives import info_nce
-from gradcache.tiles import evaluate_tiles
-from tests.gradcache.test_backends import SETTINGS
+from tests.gradcache.test_backends import LOSS, SETTINGS
 from tests.gradcache.test_step import TinyEncoder, make_batch
+from tests.gradcache.vectors import step_of_vectors, vectors
 from tests.ranks import run_ranks
 
-STEP = SETTINGS | {"keep_graphs": 1}
+STEP = SETTINGS | {"loss": LOSS, "keep_graphs": 1}
 
 
 class Broken(nn.Module):
@@ -58,18 +58,38 @@ def test_unequal_widths_are_refused_on_every_rank():
 
 
 def test_a_tile_larger_than_memory_is_a_sentence(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("can't allocate memory")))
-    masks = mask_passages(torch.arange(3), torch.arange(3)[:, None], torch.arange(5))
+    allocate = torch.Tensor.new_empty
+
+    def new_empty(like, *size, **options):
+        if size == (2, 5):
+            raise RuntimeError("can't allocate memory")
+        return allocate(like, *size, **options)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    loss = LossOptions(objective=LOSS.objective, tile_rows=2)
     with pytest.raises(ValueError, match=r"a tile of tile_rows=2 x 5 columns takes .* set tile_rows lower"):
-        evaluate_tiles(torch.randn(3, 4), torch.randn(5, 4), masks, 1.0, info_nce, 1.0, tile_rows=2)
+        step_of_vectors(vectors(torch.randn(3, 4), torch.randn(5, 4)), loss, 1.0)
     assert tiles_module.TILE_BYTES["cpu"] <= 2**28, "three times this and the embeddings are what a loss may hold"
+
+
+def test_positives_that_do_not_fit_the_queries_are_refused_and_uneven_numbers_are_not():
+    batch, found = vectors(torch.randn(3, 4), torch.randn(5, 4)), []
+    table = torch.tensor([[3, 6], [4, 4], [5, 5]])
+    for positive_keys in (table, Ragged(torch.tensor([6, 4]), torch.tensor([1, 1, 0]))):  # a target needs no naming
+        step = step_of_vectors(replace(batch, positive_keys=positive_keys), LOSS, 1.0)[0]
+        found.append((step.loss, step.share_masked))
+    assert found[0] == found[1] and found[0][1] == 1 / 15
+    with pytest.raises(ValueError, match=r"batch\.target has 3 and batch\.positive_keys 2 entries, expected one for each"):
+        replace(batch, positive_keys=table[:2])
+    with pytest.raises(ValueError, match=r"batch has 2 values of positive_keys, expected 3"):
+        replace(batch, positive_keys=Ragged(torch.tensor([6, 4]), torch.tensor([1, 1, 1])))
 
 
 def test_all_columns_masked_is_a_loss_of_zero_and_zero_gradients():
     encoder = TinyEncoder(0, 0.0)
     batch = make_batch(0, 3, [encoder])
     everything = batch.keys[None].expand(3, -1).clone()
-    batch = type(batch)(towers=batch.towers, num_queries=3, keys=batch.keys, target=batch.target, positive_keys=everything)
+    batch = replace(batch, positive_keys=everything)
     result = cached_step(batch, temperature=Temperature(0.1), sync=NoSync(), group=None, **STEP)
     assert result.loss == pytest.approx(0, abs=1e-6) and result.share_masked > 0.5
     assert all(p.grad is None or float(p.grad.abs().max()) < 1e-6 for p in encoder.parameters())

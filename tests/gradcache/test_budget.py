@@ -7,7 +7,7 @@ from torch import nn
 from gradcache import Budget, NoSync, Temperature, Tower, cached_step, probe_budget
 from gradcache.budget import BACKWARD_SHARE, CHUNK_SHARE, GraphCost, choose_tokens, measure_graphs, saved_bytes
 from gradcache.plan import encode_chunk, plan_encoding
-from tests.gradcache.test_backends import SETTINGS
+from tests.gradcache.test_backends import LOSS, SETTINGS
 from tests.gradcache.test_step import TinyEncoder, make_batch
 
 
@@ -55,7 +55,7 @@ def test_what_a_probe_chooses_holds_in_a_step(caplog):
     caplog.set_level("INFO", "gradcache")
     budget = probe_budget(batch.towers, limit, torch.device("cpu"))
     assert "graphs kept" in caplog.text
-    options = SETTINGS | {"chunk_tokens": budget.chunk_tokens, "keep_graphs": budget.keep_graphs}
+    options = SETTINGS | {"loss": LOSS, "chunk_tokens": budget.chunk_tokens, "keep_graphs": budget.keep_graphs}
 
     held = []
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from gradcache import DDPSync, FSDP2Sync, NoSync, Temperature, cached_step, lost
-from tests.gradcache.test_backends import SETTINGS, shard
+from tests.gradcache.test_backends import LOSS, SETTINGS, shard
 from tests.gradcache.test_step import TinyEncoder, make_batch
 from tests.ranks import PRELOAD
 
@@ -49,8 +49,8 @@ def stepping_rank(rank: int, backend: str, how: str, folder) -> None:
         os._exit(9)
     try:
         while True:
-            batch = make_batch(rank, 3, [called])
-            cached_step(batch, temperature=Temperature(0.1), sync=sync, group=dist.group.WORLD, keep_graphs=0, **SETTINGS)
+            step = {"loss": LOSS, "sync": sync, "group": dist.group.WORLD, "keep_graphs": 0, **SETTINGS}
+            cached_step(make_batch(rank, 3, [called]), temperature=Temperature(0.1), **step)
     except RuntimeError as error:
         (folder / f"{rank}").write_text(f"{type(error).__name__}: {error}")
     os._exit(0)  # as a rank does that has nothing left to say: its connections close

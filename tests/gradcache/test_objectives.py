@@ -5,36 +5,37 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from gradcache import OBJECTIVES, DDPSync, Temperature, cached_step, reference_step
-from gradcache.masks import mask_passages
-from gradcache.tiles import evaluate_tiles
+from gradcache import OBJECTIVES, DDPSync, LossOptions, Temperature, cached_step, reference_step
 from tests.gradcache.test_step import build, make_batch, named
+from tests.gradcache.vectors import step_of_vectors, vectors
 from tests.gradients import assert_same_gradients
 from tests.ranks import run_ranks
 
-OPTIONS = {"chunk_tokens": 22, "seed": 3, "symmetric": True}
+LOSS = LossOptions(objective=OBJECTIVES["info_nce_multi"], symmetric=True)
+OPTIONS = {"chunk_tokens": 22, "seed": 3, "loss": LOSS}
 
 
 @pytest.mark.parametrize("name", ["info_nce", "info_nce_multi"])
 def test_info_nce_is_cross_entropy_whatever_the_tile(name):
     torch.manual_seed(0)
     q, p = torch.randn(5, 8, dtype=torch.float64, requires_grad=True), torch.randn(9, 8, dtype=torch.float64, requires_grad=True)
-    loss = torch.nn.functional.cross_entropy(q @ p.T * 3, torch.arange(5))
-    loss.backward()
-    masks = mask_passages(torch.arange(5), torch.arange(5)[:, None], torch.arange(9))
+    log_scale = torch.tensor(3.0, dtype=torch.float64).log().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(q @ p.T * log_scale.exp(), torch.arange(5))
+    wanted = torch.autograd.grad(loss, [q, p, log_scale])
     for tile_rows in (1, 2, 5, None):
-        found = evaluate_tiles(q.detach(), p.detach(), masks, 3.0, OBJECTIVES[name], 1 / 5, tile_rows)
-        assert torch.allclose(found.loss_sum / 5, loss)
-        assert torch.allclose(found.row_BD, q.grad) and torch.allclose(found.column_PD, p.grad)
+        q.grad = p.grad = None
+        result, temperature = step_of_vectors(vectors(q, p), LossOptions(objective=OBJECTIVES[name], tile_rows=tile_rows), 3.0)
+        assert result.loss == pytest.approx(loss.item(), rel=1e-6)
+        for found, gradient in zip([q.grad, p.grad, temperature.log_scale.grad], wanted, strict=True):
+            torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-7)  # a temperature starts as a float32
 
 
 @pytest.mark.parametrize("name", ["info_nce", "info_nce_multi"])
 def test_a_row_without_negatives_has_no_loss_and_a_finite_gradient(name):
-    q, p = torch.randn(1, 4), torch.randn(2, 4)
-    masks = mask_passages(torch.tensor([0]), torch.tensor([[7, 8]]), torch.tensor([7, 8]))
-    found = evaluate_tiles(q, p, masks, 2.0, OBJECTIVES[name], 1.0)
-    assert float(found.loss_sum) == pytest.approx(0, abs=1e-6)
-    assert found.row_BD.abs().max() < 1e-6 and found.column_PD.abs().max() < 1e-6  # NaN fails too
+    q, p = torch.randn(1, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True)
+    result, _ = step_of_vectors(vectors(q, p, torch.tensor([[1, 2]])), LossOptions(objective=OBJECTIVES[name]), 2.0)
+    assert result.loss == pytest.approx(0, abs=1e-6)
+    assert q.grad.abs().max() < 1e-6 and p.grad.abs().max() < 1e-6  # NaN fails too
 
 
 def two_steps(rank, rows, mutation):
@@ -49,7 +50,6 @@ def two_steps(rank, rows, mutation):
             module.zero_grad(set_to_none=True)
         cached_step(
             make_batch(rank, rows[rank], called, seed=step),
-            objective=OBJECTIVES["info_nce_multi"],
             temperature=temperature,
             sync=sync,
             group=dist.group.WORLD,
@@ -64,7 +64,7 @@ def two_steps(rank, rows, mutation):
 def wanted(rows, step):
     encoders, temperature = build(2, 0.2), Temperature(0.1, learnable=True)
     batches = [make_batch(rank, n, encoders, seed=step) for rank, n in enumerate(rows)]
-    reference_step(batches, objective=OBJECTIVES["info_nce_multi"], temperature=temperature, step=step, **OPTIONS)
+    reference_step(batches, temperature=temperature, step=step, **OPTIONS)
     return named(encoders, temperature)
 
 

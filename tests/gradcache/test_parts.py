@@ -8,17 +8,18 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from gradcache import OBJECTIVES, DDPSync, FSDP2Sync, NoSync, Temperature, cached_step, reference_step
+from gradcache import OBJECTIVES, DDPSync, FSDP2Sync, LossOptions, NoSync, Temperature, cached_step, reference_step
 from tests.gradcache.test_backends import build, full_gradients, shard
 from tests.gradcache.test_step import TinyEncoder, make_batch
 from tests.gradcache.test_tight import Limited
 from tests.gradients import assert_same_gradients
 from tests.ranks import run_ranks
 
-PARTS = [  # weight, what is said of the loss, the seed of the batch and of its draws
-    (0.7, {"objective": OBJECTIVES["info_nce_multi"], "symmetric": True}, 3),
-    (2.0, {"objective": OBJECTIVES["info_nce"]}, 4),
-    (0.25, {"objective": OBJECTIVES["info_nce"], "same_side": True}, 5),
+LOSS = LossOptions(objective=OBJECTIVES["info_nce"])
+PARTS = [  # weight, the loss, the seed of the batch and of its draws
+    (0.7, LossOptions(objective=OBJECTIVES["info_nce_multi"], symmetric=True, gather="queries"), 3),
+    (2.0, LOSS, 4),
+    (0.25, LossOptions(objective=OBJECTIVES["info_nce"], same_side=True, gather="passages"), 5),
 ]
 STEP = {"chunk_tokens": 22, "step": 7}
 CASES = [(1, 0), (1, "all"), (2, 1)]  # towers, kept graphs
@@ -38,11 +39,11 @@ BACKENDS = [
 def expected(rows, num_towers, equal_chunks):
     """Return the losses of the parts and the weighted sum of their references' gradients."""
     losses, total = [], {}
-    for ranks, (weight, options, seed) in zip(rows, PARTS, strict=True):
+    for ranks, (weight, loss, seed) in zip(rows, PARTS, strict=True):
         encoders, temperature = build(num_towers)
         batches = [make_batch(rank, n, encoders, seed=seed) for rank, n in enumerate(ranks)]
-        options = options | STEP | {"seed": seed, "equal_chunks": equal_chunks}
-        losses.append(reference_step(batches, temperature=temperature, **options))
+        options = STEP | {"seed": seed, "equal_chunks": equal_chunks}
+        losses.append(reference_step(batches, loss=loss, temperature=temperature, **options))
         for name, gradient in full_gradients(encoders, temperature).items():
             total[name] = total.get(name, 0) + weight * gradient
     return losses, total
@@ -59,10 +60,11 @@ def take_parts(rank, rows, called, temperature, sync, group, keep_graphs):
             keep_graphs=keep_graphs,
             weight=weight,
             is_last=i == len(PARTS) - 1,
+            loss=loss,
             seed=seed,
-            **options | STEP,
+            **STEP,
         ).loss
-        for i, (ranks, (weight, options, seed)) in enumerate(zip(rows, PARTS, strict=True))
+        for i, (ranks, (weight, loss, seed)) in enumerate(zip(rows, PARTS, strict=True))
     ]
 
 
@@ -122,7 +124,7 @@ def count_synchronisations(rank, num_parts):
             group=dist.group.WORLD,
             keep_graphs=1,
             is_last=part == num_parts - 1,
-            objective=OBJECTIVES["info_nce"],
+            loss=LOSS,
             seed=part,
             **STEP,
         )
@@ -145,7 +147,7 @@ def test_a_first_part_that_does_not_fit_into_memory_is_made_again_in_halves():
             encode = called if part == 0 else encoder
             cached_step(
                 make_batch(0, 6, [encode], seed=part),
-                objective=OBJECTIVES["info_nce"],
+                loss=LOSS,
                 temperature=temperature,
                 sync=NoSync(encoder),
                 group=None,
@@ -161,7 +163,7 @@ def test_a_first_part_that_does_not_fit_into_memory_is_made_again_in_halves():
 
 def gradient_of_a_first_part(rank):
     encoder = DistributedDataParallel(TinyEncoder(0, 0.0).train(), broadcast_buffers=False)
-    options = {"objective": OBJECTIVES["info_nce"], "seed": 0, "keep_graphs": 0, **STEP}
+    options = {"loss": LOSS, "seed": 0, "keep_graphs": 0, **STEP}
     cached_step(
         make_batch(rank, 4, [encoder]),
         temperature=Temperature(0.1),

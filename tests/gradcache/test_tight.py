@@ -10,12 +10,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradcache import DDPSync, NoSync, Temperature, cached_step, reference_step
 from gradcache.plan import plan_encoding
-from tests.gradcache.test_backends import SETTINGS, full_gradients
+from tests.gradcache.test_backends import LOSS, SETTINGS, full_gradients
 from tests.gradcache.test_step import TinyEncoder, make_batch
 from tests.gradients import assert_same_gradients
 from tests.ranks import run_ranks
 
-WHOLE = SETTINGS | {"chunk_tokens": 44, "keep_graphs": 0}
+WHOLE = SETTINGS | {"loss": LOSS, "chunk_tokens": 44, "keep_graphs": 0}
 
 
 class Limited:

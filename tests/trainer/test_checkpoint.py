@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import trainer.checkpoint
 import trainer.parts
 from gradcache import Temperature, cached_step
-from tests.gradcache.test_backends import SETTINGS
+from tests.gradcache.test_backends import LOSS, SETTINGS
 from tests.gradcache.test_step import TinyEncoder, make_batch
 from tests.ranks import run_ranks
 from trainer.backends import parallelize
@@ -75,6 +75,7 @@ def take_steps(world, state, num_steps):
             sync=state.parallel.sync,
             group=world.group,
             keep_graphs=1,
+            loss=LOSS,
             **SETTINGS | {"step": state.step},
         )
         state.parallel.update(state.scaler)

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
 
 from gradcache import Temperature, cached_step, reference_step
-from tests.gradcache.test_backends import SETTINGS, full_gradients
+from tests.gradcache.test_backends import LOSS, SETTINGS, full_gradients
 from tests.gradcache.test_step import TinyEncoder, make_batch
 from tests.gradients import assert_same_gradients
 from tests.ranks import run_ranks
@@ -72,6 +72,7 @@ def one_step(rank, encode, settings=None, keep_graphs=1):
         sync=parallel.sync,
         group=dist.group.WORLD,
         keep_graphs=keep_graphs,
+        loss=LOSS,
         **SETTINGS,
     )
     return result.loss, full_gradients([encoder], temperature), gathered, copied
@@ -81,7 +82,7 @@ def reference(encode):
     encoder, temperature = build()
     called = encode_in(encoder, PrecisionSettings(encode=encode), torch.device("cpu"))
     batches = [make_batch(rank, rows, [called]) for rank, rows in enumerate(ROWS)]
-    loss = reference_step(batches, temperature=temperature, equal_chunks=True, **SETTINGS)
+    loss = reference_step(batches, temperature=temperature, equal_chunks=True, loss=LOSS, **SETTINGS)
     return loss, full_gradients([encoder], temperature)
 
 
@@ -130,7 +131,9 @@ def steps_on_two_nodes(rank):
     parallel = parallelize(encoder, world_of(rank, 2), settings, OptimSettings())
     assert parallel.num_shards == 2
     batch = make_batch(rank, NODE_ROWS[rank], [parallel.module])
-    result = cached_step(batch, temperature=temperature, sync=parallel.sync, group=dist.group.WORLD, keep_graphs=1, **SETTINGS)
+    result = cached_step(
+        batch, temperature=temperature, sync=parallel.sync, group=dist.group.WORLD, keep_graphs=1, loss=LOSS, **SETTINGS
+    )
     parallel.trained()  # all sharded
     held = held_bytes(encoder)
     refused = []
@@ -145,7 +148,7 @@ def steps_on_two_nodes(rank):
 def test_a_copy_on_each_node_gives_the_references_gradient_and_uneven_nodes_are_refused():
     encoder, temperature = build()
     batches = [make_batch(rank, rows, [encoder]) for rank, rows in enumerate(NODE_ROWS)]
-    wanted_loss = reference_step(batches, temperature=temperature, equal_chunks=True, **SETTINGS)
+    wanted_loss = reference_step(batches, temperature=temperature, equal_chunks=True, loss=LOSS, **SETTINGS)
     wanted = full_gradients([encoder], temperature)
     numel = sum(p.numel() for p in encoder.parameters())
     for loss, gradients, held, refused in run_ranks(steps_on_two_nodes, 4):

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from gradcache import cached_step, reference_step
-from tests.gradcache.test_backends import SETTINGS, build, full_gradients, make_batch
+from tests.gradcache.test_backends import LOSS, SETTINGS, build, full_gradients, make_batch
 from tests.gradients import assert_same_gradients
 from tests.ranks import run_ranks
 from trainer.backends import parallelize
@@ -46,6 +46,7 @@ def two_steps_of_each(rank, rows):
                 sync=parallel.sync,
                 group=dist.group.WORLD,
                 keep_graphs=keep_graphs,
+                loss=LOSS,
                 **SETTINGS,
             )
             gradients = {f"tower0.{name}": gradient for name, gradient in parallel.full_gradients().items()}
@@ -61,7 +62,7 @@ def test_gradients_under_deepspeed_are_the_references(rows):
         for seed in range(2):
             encoders, temperature = build(1)
             batches = [make_batch(rank, n, encoders, seed=seed) for rank, n in enumerate(rows)]
-            loss = reference_step(batches, temperature=temperature, equal_chunks=equal_chunks, **SETTINGS)
+            loss = reference_step(batches, temperature=temperature, equal_chunks=equal_chunks, loss=LOSS, **SETTINGS)
             wanted[equal_chunks, seed] = loss, full_gradients(encoders, temperature)
     for found in run_ranks(two_steps_of_each, len(rows), rows, timeout_s=300):
         for number, (loss, gradients) in enumerate(found):

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradcache import DDPSync, Temperature, cached_step, reference_step
 from gradcache.budget import saved_bytes
-from tests.gradcache.test_backends import SETTINGS
+from tests.gradcache.test_backends import LOSS, SETTINGS
 from tests.gradcache.test_step import TinyEncoder, make_batch
 from tests.gradients import assert_same_gradients, gradients_of
 from tests.ranks import run_ranks
@@ -52,6 +52,7 @@ def step(rank, rows, kind):
         sync=DDPSync(*(c for c, t in zip(called, trained, strict=True) if t)),
         group=dist.group.WORLD,
         keep_graphs=2,
+        loss=LOSS,
         **SETTINGS,
     )
     assert all(p.grad is None for e in encoders for p in e.parameters() if not p.requires_grad)
@@ -62,7 +63,7 @@ def step(rank, rows, kind):
 @pytest.mark.parametrize("rows", [(5, 3), (0, 4)])
 def test_what_is_trained_gets_the_references_gradient(kind, rows):
     encoders, temperature = build(kind)
-    reference_step([make_batch(rank, n, encoders) for rank, n in enumerate(rows)], temperature=temperature, **SETTINGS)
+    reference_step([make_batch(rank, n, encoders) for rank, n in enumerate(rows)], temperature=temperature, loss=LOSS, **SETTINGS)
     wanted = gradients_of(**{f"tower{i}": e for i, e in enumerate(encoders)}, temperature=temperature)
     assert len(wanted) > 8
     for found in run_ranks(step, len(rows), rows, kind):
@@ -90,7 +91,7 @@ def step_of_two_towers(rank, rows, folder):
     called = DistributedDataParallel(encoder, broadcast_buffers=False)
     batch = make_batch(rank, rows[rank], sides_of(called))
     sync = DDPSync(called)
-    cached_step(batch, temperature=temperature, sync=sync, group=dist.group.WORLD, keep_graphs=2, **SETTINGS)
+    cached_step(batch, temperature=temperature, sync=sync, group=dist.group.WORLD, keep_graphs=2, loss=LOSS, **SETTINGS)
     return gradients_of(encoder=encoder, temperature=temperature)
 
 
@@ -99,7 +100,7 @@ def test_two_towers_in_one_wrapper_get_the_references_gradient(tmp_path, rows):
     folder = write_tiny_encoder(tmp_path / "model")
     encoder, temperature = two_towers(folder)
     batches = [make_batch(rank, n, sides_of(encoder)) for rank, n in enumerate(rows)]
-    reference_step(batches, temperature=temperature, **SETTINGS)
+    reference_step(batches, temperature=temperature, loss=LOSS, **SETTINGS)
     wanted = gradients_of(encoder=encoder, temperature=temperature)
     assert {name.split(".")[1] for name in wanted if name.startswith("encoder")} == {"query", "passage"}
     for found in run_ranks(step_of_two_towers, len(rows), rows, folder):

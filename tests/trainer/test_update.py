@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gradcache import Temperature, cached_step
-from tests.gradcache.test_backends import SETTINGS
+from tests.gradcache.test_backends import LOSS, SETTINGS
 from tests.gradcache.test_step import TinyEncoder, make_batch
 from tests.ranks import run_ranks
 from tests.trainer.test_checkpoint import world_of
@@ -77,6 +77,7 @@ def take_step(run, poisoned=""):
         group=world.group,
         scaler=state.scaler,
         keep_graphs=1,
+        loss=LOSS,
         **SETTINGS | {"step": state.step},
     )
     hook.remove()

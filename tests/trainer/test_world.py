@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from tests.gradcache.test_backends import SETTINGS
+from tests.gradcache.test_backends import LOSS, SETTINGS
 from tests.gradcache.test_step import TinyEncoder, make_batch
 from tests.ranks import run_ranks
 from trainer.backends import parallelize
@@ -30,7 +30,9 @@ def outputs_and_gradients(rank, environment):
     parallel = parallelize(encoder, world, ParallelSettings(), OptimSettings())
     batch = make_batch(rank, 4, [parallel.module])
     temperature = Temperature(0.1, learnable=True)
-    result = cached_step(batch, temperature=temperature, sync=parallel.sync, group=world.group, keep_graphs=1, **SETTINGS)
+    result = cached_step(
+        batch, temperature=temperature, sync=parallel.sync, group=world.group, keep_graphs=1, loss=LOSS, **SETTINGS
+    )
     kept = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
     return result.loss, parallel.full_gradients(), said, kept
 

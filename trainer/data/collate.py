@@ -103,8 +103,7 @@ def collate(
     has_two_towers: bool = False,  # `encode` is then told the side of its texts
 ) -> Batch:
     """Return what this rank encodes and contrasts in a step; query_n: numbers of its queries, (n,) int64, n may be 0."""
-    chosen = choose_passages(dataset, negatives, query_n, per_query, seed, step)
-    positive_n, passage_p = chosen.rows[: len(query_n)], chosen.rows
+    passage_p = choose_passages(dataset, negatives, query_n, per_query, seed, step).rows
     keys = np.concatenate([dataset.query_keys[query_n], dataset.passage_keys[passage_p]])
     input_keys = np.concatenate([dataset.queries.keys(query_n), dataset.passages.keys(passage_p)])
     lengths = np.concatenate([dataset.queries.lengths[query_n], dataset.passages.lengths[passage_p]])

@@ -6,7 +6,7 @@ from transformers.utils import logging as transformers_logging
 
 from gradcache import NoSync, Temperature, cached_step, reference_step
 from gradcache.budget import saved_bytes
-from tests.gradcache.test_backends import SETTINGS
+from tests.gradcache.test_backends import LOSS, SETTINGS
 from tests.gradcache.test_step import make_batch
 from tests.gradients import assert_same_gradients, gradients_of
 from tests.trainer.encoder.families import CONFIGS, DECODERS, TEXTS, write_family
@@ -65,9 +65,9 @@ def test_a_cached_step_gives_the_references_gradient(folder, settings):
         count, temperature = len(tokenizer), Temperature(0.1, learnable=True)
         batch = make_batch(0, 6, [lambda inputs, e=encoder, n=count: e({**inputs, "input_ids": inputs["input_ids"] % n})])
         if kept is None:
-            reference_step([batch], temperature=temperature, **SETTINGS)
+            reference_step([batch], temperature=temperature, loss=LOSS, **SETTINGS)
         else:
-            cached_step(batch, temperature=temperature, sync=NoSync(), group=None, keep_graphs=kept, **SETTINGS)
+            cached_step(batch, temperature=temperature, sync=NoSync(), group=None, keep_graphs=kept, loss=LOSS, **SETTINGS)
         found.append(gradients_of(encoder=encoder, temperature=temperature))
     assert_same_gradients(found[0], found[2])
     assert_same_gradients(found[1], found[2])
