@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 import trainer.train
+from gradcache import OBJECTIVES, Batch, Tower
 from gradcache.agree import agree
 from launch.named import model_folder
 from mining.audit import reasons_of_collapse
@@ -36,13 +37,13 @@ def embeddings(rank):
 
 def spread_of(rank, num_ranks):
     num_queries, num_passages = SIDES[rank]
-    keys = torch.arange(num_queries + num_passages)
-    positives = torch.zeros(num_queries, 1, dtype=torch.int64)
-    batch = SimpleNamespace(num_queries=num_queries, num_passages=num_passages, keys=keys, positive_keys=positives)
+    keys, target = torch.arange(num_queries + num_passages), torch.zeros(num_queries, dtype=torch.int64)
+    tower = Tower(encode=lambda rows: rows, lengths=torch.ones_like(keys), load=lambda rows: rows)
+    batch = Batch(towers=[tower], num_queries=num_queries, keys=keys, target=target, positive_keys=target[:, None])
     found = torch.from_numpy(embeddings(rank)) if len(keys) else None
     encoding = SimpleNamespace(embedding_nD=found, widths={8} if len(keys) else set())
     group = dist.group.WORLD if num_ranks > 1 else None
-    return agree(batch, encoding, 0, group, torch.device("cpu")).spread  # type: ignore[arg-type]
+    return agree(batch, encoding, OBJECTIVES["info_nce"], 0, group, torch.device("cpu")).spread  # type: ignore[arg-type]
 
 
 def plain_spread(rows_nD):

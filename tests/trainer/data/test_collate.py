@@ -41,6 +41,11 @@ def positives(dataset, q):
     return dataset.positive_rows[dataset.positive_indptr[q] : dataset.positive_indptr[q + 1]]
 
 
+def keys_of(ragged):
+    """The keys of each row."""
+    return [set(keys.tolist()) for keys in ragged.values_m.split(ragged.counts_n.tolist())]
+
+
 def make(dataset, negatives, query_n, per_query=2, step=5):
     return collate(
         dataset, negatives, query_n, encode=print, device=CPU, per_query=per_query, seed=1, step=step
@@ -107,10 +112,31 @@ def test_the_choice_changes_from_step_to_step_and_not_within_one(dataset, negati
 def test_all_judged_positives_are_known_by_key(dataset, negatives):
     query_n = np.arange(dataset.num_queries)
     batch = make(dataset, negatives, query_n)
-    assert batch.positive_keys.shape[1] == 2
+    found = keys_of(batch.positive_keys)
+    assert {len(keys) for keys in found} == {1, 2} and batch.positive_keys.counts_n.sum() == len(batch.positive_keys.values_m)
     for q in query_n:
-        keys = set(dataset.passages.keys(positives(dataset, q)).tolist())
-        assert set(batch.positive_keys[q].tolist()) == keys
+        assert found[q] == set(dataset.passages.keys(positives(dataset, q)).tolist())
+
+
+def test_a_query_of_a_thousand_positives_costs_a_thousand_keys_and_the_others_one_each(dataset):
+    counts = np.array([*[1] * 500, 1000, *[1] * 500])
+    indptr, rows = np.concatenate([[0], np.cumsum(counts)]), np.zeros(2000, np.int64)
+    rows[500:1500] = np.arange(1000) % len(dataset.passage_keys)
+    query_n, none = np.arange(1001) % dataset.num_queries, np.zeros(2000, np.float32)
+    wide = replace(
+        dataset,
+        queries=dataset.queries.select(query_n),
+        query_keys=dataset.query_keys[query_n],
+        own_rows=np.full(1001, -1),
+        positive_indptr=indptr,
+        positive_rows=rows,
+        positive_grades=none,
+        positive_teacher=none,
+    )
+    found = make(wide, None, np.arange(1001)).positive_keys
+    assert found.counts_n.tolist() == counts.tolist() and len(found.values_m) == 1000 + 1000
+    assert found.values_m.tolist() == dataset.passage_keys[rows].tolist()
+    assert found.values_m.untyped_storage().nbytes() == 8 * 2000
 
 
 EACH = {"positive": "each", "relative_margin": 0.1, "absolute_margin": "off", "adaptive_margin": "off", "teacher_margin": 0.5}
@@ -180,7 +206,8 @@ def test_the_document_with_the_id_of_a_query_is_no_negative_of_it(dataset, negat
     query_n, own_n = np.array([3, 0, 14]), np.array([7, -1, 9])
     own_rows = np.full(dataset.num_queries, -1)
     own_rows[query_n] = own_n
-    without, found = (make(each, negatives, query_n).positive_keys for each in (dataset, replace(dataset, own_rows=own_rows)))
+    pair = dataset, replace(dataset, own_rows=own_rows)
+    without, found = (keys_of(make(each, negatives, query_n).positive_keys) for each in pair)
     for row, (before, after, own) in enumerate(zip(without, found, own_n, strict=True)):
         more = {int(dataset.passage_keys[own])} if own >= 0 else set()
-        assert set(after.tolist()) == set(before.tolist()) | more, row
+        assert after == before | more, row

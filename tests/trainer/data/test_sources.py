@@ -128,7 +128,8 @@ def test_equal_texts_behind_different_prefixes_are_known_to_be_equal(folder):
     batch = collate(dataset, None, query_n, encode=print, device=torch.device("cpu"), per_query=0, seed=0, step=0)
     keys, inputs = batch.keys.tolist(), batch.towers[0].encode_keys.tolist()
     assert keys[0] == keys[1] != keys[2] and len(set(inputs[:3])) == 3, "they are encoded apart"
-    first, again = (set(batch.positive_keys[row].tolist()) for row in (0, 1))
+    positives = batch.positive_keys
+    first, again, _ = (set(keys.tolist()) for keys in positives.values_m.split(positives.counts_n.tolist()))
     assert first == again and set(keys[3:5]) <= first, "either's positive is known to the other"
     assert inputs[3] != inputs[4]
     conflicts = build_order(data, dataset, "train", seed=0, batch=8, avoid_duplicates=True).conflicts
