@@ -92,13 +92,16 @@ def _largest(parts_WtS: Tensor) -> Tensor:
 
 
 def _log_sum_exp(parts_WtS: Tensor) -> Tensor:
-    return torch.logsumexp(parts_WtS, 0)
+    # The gradient's weights are quotients of sums, and so add up to 1 to a rounding. Those of torch's own are off together by the
+    # rounding of the result, which the gradient of a temperature, a difference of large numbers, shows tenfold.
+    most_tS = parts_WtS.detach().amax(0)
+    return most_tS + (parts_WtS - most_tS).exp().sum(0).log()
 
 
 def _weighted_mean(parts_WtS: Tensor) -> Tensor:
     log_weight_Wt1, means = parts_WtS[..., :1], parts_WtS[..., 1:]
     share_Wt1 = torch.softmax(log_weight_Wt1, 0)
-    return torch.cat([torch.logsumexp(log_weight_Wt1, 0), (share_Wt1 * means).sum(0)], 1)
+    return torch.cat([_log_sum_exp(log_weight_Wt1), (share_Wt1 * means).sum(0)], 1)
 
 
 SUM = Merge(_sum, identity=0.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gradcache import OBJECTIVES, LossOptions, NoSync, Temperature, cached_step
-from gradcache.objectives.tile import FLOOR, log_sum_exp
+from gradcache.objectives.tile import FLOOR, LOG_SUM_EXP, log_sum_exp, merge_all
 from tests.gradcache.test_backends import LOSS, SETTINGS, full_gradients
 from tests.gradcache.test_step import TinyEncoder, make_batch
 from tests.gradcache.vectors import step_of_vectors, vectors
@@ -97,3 +97,15 @@ def test_log_sum_exp_is_torchs():
     gradients = [torch.autograd.grad((value * torch.arange(1, 6)).sum(), logits)[0] for value in (found, wanted)]
     assert bool(gradients[1].isfinite().all()) and float(gradients[1].abs().sum()) > 1
     torch.testing.assert_close(*gradients)
+
+
+def test_merged_weights_add_up_to_one_whatever_the_rounding_of_their_sum():
+    torch.manual_seed(0)
+    parts = 12 + torch.randn(3, 500, 1)  # of 3 ranks
+    parts[0, 7], parts[:, 8] = FLOOR, FLOOR
+    parts.requires_grad_()
+    merged = merge_all(parts, [LOG_SUM_EXP])
+    torch.testing.assert_close(merged.double(), parts.double().logsumexp(0), rtol=1e-6, atol=0)
+    (weight,) = torch.autograd.grad(merged.sum(), parts)
+    assert float((weight.sum(0) - 1).abs().max()) < 3e-7 < 2 * torch.finfo().eps * 12, "of float32, not of a number near 12"
+    torch.testing.assert_close(weight, torch.softmax(parts.detach(), 0))
