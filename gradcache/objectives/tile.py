@@ -123,7 +123,8 @@ def merge_all(parts_WtS: Tensor, merges: Sequence[Merge]) -> Tensor:
     """Return the statistics of all columns from those of several tiles, (t, S)."""
     widths = [merge.width for merge in merges]
     pieces = parts_WtS.split(widths, dim=2)
-    return torch.cat([merge.merge(piece) for merge, piece in zip(merges, pieces, strict=True)], dim=1)
+    merged = [merge.merge(piece) for merge, piece in zip(merges, pieces, strict=True)]
+    return torch.cat(merged, dim=1) if merged else parts_WtS[0]  # an objective of cells alone has none
 
 
 class Objective:
