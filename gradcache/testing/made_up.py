@@ -34,51 +34,54 @@ def make_up(
     every query, so that no row has a negative.
     """
     generator = torch.Generator().manual_seed(len(rows) + sum(rows))
+
+    def values(names: Sequence[str], count: int) -> dict[str, Tensor]:
+        return {name: 0.5 + torch.rand(count, generator=generator) for name in names}
+
     width = WIDTH + (SECOND_WIDTH if _second_output(objective) else 0)
-    of_text = torch.randn(2 * FIRST_EXTRA, width, generator=generator, dtype=torch.float64)
+    unit = torch.randn(2 * FIRST_EXTRA, width, generator=generator, dtype=torch.float64)
+    unit /= unit.norm(dim=1, keepdim=True)
     batches, embedded = [], []
     for rank, num_queries in enumerate(rows):
         query = (3 * rank + 2 * torch.arange(num_queries)) % QUERY_TEXTS
         keys = torch.cat([query, FIRST_PASSAGE + query, FIRST_PASSAGE + (query + 5) % PASSAGE_TEXTS])  # positive, hard negative
-        leaf = torch.nn.functional.normalize(of_text[keys], dim=1).requires_grad_()
-        embedded.append(leaf)
-        batches.append(_batch(objective, leaf, keys, num_queries, query_values, has_extra, all_related, of_text, rank, generator))
+        embedded.append(unit[keys].requires_grad_())
+        every = Ragged.of_table((FIRST_PASSAGE + torch.arange(PASSAGE_TEXTS)).repeat(num_queries, 1))
+        positives = every if all_related else _positives(query)
+        extra_keys = torch.tensor([FIRST_EXTRA + rank, FIRST_PASSAGE + rank, FIRST_EXTRA])
+        number = torch.arange(num_queries)
+        batches.append(
+            Batch(
+                towers=[_tower(embedded[-1])],
+                num_queries=num_queries,
+                keys=keys,
+                target=number,
+                positive_keys=positives,
+                positive_values=values(objective.cell_values, len(positives.values_m)),
+                query_values=values(("weight", *query_values), num_queries),
+                candidates=Candidates(
+                    query=number.repeat_interleave(2),
+                    passage=torch.stack([number, num_queries + number], 1).flatten(),
+                    values=values(objective.cell_values, 2 * num_queries),
+                ),
+                own_only=(torch.arange(2 * num_queries) == 2 * num_queries - 1) if has_extra else None,
+                extra=Extra(embedding_xD=unit[extra_keys], keys=extra_keys) if has_extra else None,
+                outputs={"embedding": WIDTH, str(objective.second): SECOND_WIDTH} if _second_output(objective) else None,
+            )
+        )
     return MadeUp(batches, embedded)
 
 
-def _batch(objective, leaf, keys, num_queries, query_values, has_extra, all_related, of_text, rank, generator) -> Batch:
-    def draw(count: int) -> Tensor:
-        return 0.5 + torch.rand(count, generator=generator)
+def _tower(leaf_nD: Tensor) -> Tower:
+    """Return one that has the embeddings already."""
+    return Tower(encode=lambda rows: leaf_nD[rows], lengths=torch.ones(len(leaf_nD), dtype=torch.int64), load=lambda rows: rows)
 
-    query = keys[:num_queries]
-    if all_related:
-        positives = Ragged.of_table((FIRST_PASSAGE + torch.arange(PASSAGE_TEXTS)).repeat(num_queries, 1))
-    else:  # one, two or three, as the text has it
-        counts = 1 + query % 3
-        steps = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-        positives = Ragged(FIRST_PASSAGE + (query.repeat_interleave(counts) + 3 * steps) % PASSAGE_TEXTS, counts)
-    num_cells = 2 * num_queries
-    own_only = torch.zeros(2 * num_queries, dtype=torch.bool)
-    own_only[-1:] = has_extra
-    extra_keys = torch.tensor([FIRST_EXTRA + rank, FIRST_PASSAGE + rank, FIRST_EXTRA])
-    extra_xD = torch.nn.functional.normalize(of_text[extra_keys], dim=1)
-    return Batch(
-        towers=[Tower(encode=lambda rows: leaf[rows], lengths=torch.ones(len(keys), dtype=torch.int64), load=lambda rows: rows)],
-        num_queries=num_queries,
-        keys=keys,
-        target=torch.arange(num_queries),
-        positive_keys=positives,
-        positive_values={name: draw(len(positives.values_m)) for name in objective.cell_values},
-        query_values={name: draw(num_queries) for name in ("weight", *query_values)},
-        candidates=Candidates(
-            query=torch.arange(num_queries).repeat_interleave(2),
-            passage=torch.arange(num_cells).view(2, -1).T.flatten(),  # its positive and its hard negative
-            values={name: draw(num_cells) for name in objective.cell_values},
-        ),
-        own_only=own_only if has_extra else None,
-        extra=Extra(embedding_xD=extra_xD, keys=extra_keys) if has_extra else None,
-        outputs={"embedding": WIDTH, objective.second: SECOND_WIDTH} if _second_output(objective) else None,
-    )
+
+def _positives(query: Tensor) -> Ragged:
+    """Return the keys of one, two or three positives, as the query's text has them."""
+    counts = 1 + query % 3
+    number = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    return Ragged(FIRST_PASSAGE + (query.repeat_interleave(counts) + 3 * number) % PASSAGE_TEXTS, counts)
 
 
 def _second_output(objective: Objective) -> bool:

@@ -21,7 +21,7 @@ from gradcache.testing.made_up import MadeUp, make_up
 
 QUOTIENT_STEP, QUOTIENT_TOLERANCE = 1e-6, 1e-4  # of difference quotients in float64, whose own error is about 1e-8
 ROWS = [(5,), (3, 2), (0, 4), (2, 0, 3)]  # queries of each rank
-SETTINGS: list[dict[str, Any]] = [  # rows of a tile that do and do not divide, none of them more than once with the same others
+SETTINGS: list[dict[str, Any]] = [  # rows of a tile that do and do not divide what there is
     {"gather": "passages", "symmetric": False, "same_side": False, "tile_rows": None, "keep_scores_gib": None},
     {"gather": "queries", "symmetric": True, "same_side": True, "tile_rows": 2, "keep_scores_gib": None},
     {"gather": "queries", "symmetric": True, "same_side": False, "tile_rows": 1, "keep_scores_gib": 0.0},
@@ -46,7 +46,8 @@ def prove(
         made = make_up(objective, (5,), query_values, has_extra=True)
         options = LossOptions(objective=objective, symmetric=symmetric, same_side=True)
         _check_shapes(made, options)
-        _check_without_negatives(make_up(objective, (3,), query_values, all_related=True), options)
+        related = make_up(objective, (3,), query_values, all_related=True)
+        _check_without_negatives(related, options)
         whole = by_oracle(made, options, objective)
         for change in changes(objective):
             found = by_oracle(made, replace(options, objective=change.objective), objective)
@@ -54,6 +55,7 @@ def prove(
                 raise AssertionError(f"{_name(objective)}: {words} {change.meaning}")
         if not stops_gradient:
             _check_derivative(made, options, whole)
+        _check_step(related, options)
         for rows in ROWS:
             for setting in SETTINGS:
                 made = make_up(objective, rows, query_values, has_extra=setting["gather"] == "queries")
