@@ -65,10 +65,11 @@ def texts(num_rows: int, num_distinct: int, seed: int) -> list[list[int]]:
     return [text(int(i)) for i in torch.randint(num_distinct, (num_rows,), generator=generator)]
 
 
-def make_batch(rank: int, num_queries: int, encoders: list[nn.Module], seed: int = 0) -> Batch:
-    """One rank's batch: queries, their positives, some hard negatives; several positives a query, equal texts."""
+def make_batch(rank: int, num_queries: int, encoders: list[nn.Module], seed: int = 0, num_negatives: int = 1) -> Batch:
+    """One rank's batch: queries, their positives, so many hard negatives a query; several positives a query, equal texts."""
     query = texts(num_queries, 40, seed=seed + 10 * rank)
-    passage = texts(2 * num_queries, 25, seed=seed + 10 * rank + 5)
+    num_distinct = 25 if num_negatives else 8  # few enough that ranks have texts in common
+    passage = texts((1 + num_negatives) * num_queries, num_distinct, seed=seed + 10 * rank + 5)
     rows = query + [[0, *text][:MAX_TOKENS] for text in passage]  # token 0 as the passages' prefix
     keys = torch.tensor([hash(tuple(text)) for text in rows], dtype=torch.int64)
     target = torch.arange(num_queries)

@@ -18,18 +18,17 @@ def test_every_objective_of_the_package_is_proven(name):
 
 
 class LearnedMargin(nn.Module, Objective):
-    """A sum of hinges, with a margin for each half of the batch's weights."""
+    """A sum of hinges, with a margin for each kind of columns."""
 
     merges = (SUM,)
     returns_positive = True
 
     def __init__(self):
         super().__init__()
-        self.margins = nn.Parameter(torch.tensor([0.3, 0.6]))
+        self.margins = nn.Parameter(torch.tensor([0.3, 0.6, 0.4]))
 
     def statistics(self, tile):
-        margin_t = self.margins[(tile.row_values["weight"] > 1).long()]
-        return tile.sum(relu(tile.scores_tP - (tile.positive_t - margin_t)[:, None]))[:, None]
+        return tile.sum(relu(tile.scores_tP - tile.positive_t[:, None] + self.margins[tile.kind_P.long()]))[:, None]
 
     def loss(self, rows):
         return rows.statistics_tS[:, 0] * rows.scale
@@ -70,7 +69,7 @@ class Guided(Objective):
 
     def statistics(self, tile):
         log_weight_tP = torch.where(tile.is_negative_tP, tile.second_tP, FLOOR)
-        mean_t = (log_weight_tP.softmax(1) * torch.where(tile.is_negative_tP, tile.scores_tP, 0)).sum(1)
+        mean_t = tile.row_values["weight"] * tile.sum(log_weight_tP.softmax(1) * tile.scores_tP)
         return torch.stack([log_weight_tP.logsumexp(1), mean_t], 1)
 
     def loss(self, rows):
