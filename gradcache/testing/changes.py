@@ -15,7 +15,7 @@ from gradcache.objectives.tile import FLOOR, OTHER_SIDE, Merge, Objective, Rows,
 
 COLUMN_CUTS = [(1,), (2, 3), (4, 4)]  # sizes of a tile's first parts; the rest is the last one
 ATTRIBUTES = ["merges", "batch_merges", "wants_siblings", "cell_values", "second", "returns_positive", "is_soft_max"]
-MASKED = "masked cells are used: choose by `tile.is_negative_tP`, or add up with `tile.sum`"
+MASKED = "masked cells are used: choose by `tile.is_negative`, or add up with `tile.sum`"
 
 
 class Changed(Objective):
@@ -82,7 +82,7 @@ def changes(objective: Objective) -> Iterator[Change]:
 
 
 def _with_floor(tile: Tile) -> Tile:
-    return replace(tile, scores_tP=torch.where(tile.is_negative_tP, tile.scores_tP, 3 * FLOOR))
+    return replace(tile, scores_tP=torch.where(tile.is_negative, tile.scores_tP, 3 * FLOOR))
 
 
 def _with_masked_columns(tile: Tile) -> Tile:

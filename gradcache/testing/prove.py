@@ -76,9 +76,9 @@ def _check_shapes(made: MadeUp, options: LossOptions) -> None:
 
     def statistics(tile: Tile) -> Tensor:
         found = check_merges("statistics", objective.statistics(tile), len(tile.scores_tP), "merges", objective.merges)
-        if objective.is_soft_max and not torch.allclose(found, log_sum_exp(tile.logits_tP)[:, None]):
+        if objective.is_soft_max and not torch.allclose(found, log_sum_exp(tile.logits)[:, None]):
             raise AssertionError(
-                f"{name} has is_soft_max=True, and its statistics are not `log_sum_exp(tile.logits_tP)`; set it to False"
+                f"{name} has is_soft_max=True, and its statistics are not `log_sum_exp(tile.logits)`; set it to False"
             )
         return found
 

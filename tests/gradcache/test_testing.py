@@ -7,7 +7,15 @@ from torch.nn.functional import relu
 
 from gradcache import OBJECTIVES, Objective
 from gradcache.objectives import InfoNCE
-from gradcache.objectives.tile import CANDIDATE, FLOOR, LOG_SUM_EXP, MAXIMUM, SUM, Merge, log_sum_exp, top_k, weighted_mean
+from gradcache.objectives.extensions import (
+    AdaptiveMargins,
+    AlignmentUniformity,
+    AttractionRepulsion,
+    HardestNegatives,
+    Progressive,
+    Sigmoid,
+)
+from gradcache.objectives.tile import CANDIDATE, FLOOR, LOG_SUM_EXP, MAXIMUM, SUM, Merge, log_sum_exp, weighted_mean
 from gradcache.testing import prove
 from gradcache.testing.threads import run_threads
 
@@ -34,19 +42,6 @@ class LearnedMargin(nn.Module, Objective):
         return rows.statistics_tS[:, 0] * rows.scale
 
 
-class HardestThree(Objective):
-    """Hinges of the three hardest negatives."""
-
-    merges = (top_k(3),)
-
-    def statistics(self, tile):
-        missing = tile.scores_tP.new_full((len(tile.scores_tP), 3), FLOOR)
-        return torch.cat([tile.scores_tP, missing], 1).topk(3, dim=1).values
-
-    def loss(self, rows):
-        return relu(rows.statistics_tS - rows.positive_t[:, None] + 0.5).sum(1)
-
-
 class Distilled(Objective):
     """Squares of differences to a teacher's scores of the candidates; no columns count."""
 
@@ -68,18 +63,12 @@ class Guided(Objective):
     second = "guide"
 
     def statistics(self, tile):
-        log_weight_tP = torch.where(tile.is_negative_tP, tile.second_tP, FLOOR)
+        log_weight_tP = torch.where(tile.is_negative, tile.second_tP, FLOOR)
         mean_t = tile.row_values["weight"] * tile.sum(log_weight_tP.softmax(1) * tile.scores_tP)
         return torch.stack([log_weight_tP.logsumexp(1), mean_t], 1)
 
     def loss(self, rows):
         return rows.scale * (rows.statistics_tS[:, 1] - rows.positive_t) * (1 + rows.progress)
-
-
-class LikePositives(Guided):
-    """The same with the scores of the rows' positives."""
-
-    second = "positive"
 
 
 class WholeBatch(Objective):
@@ -89,7 +78,7 @@ class WholeBatch(Objective):
     batch_merges = (LOG_SUM_EXP, SUM)
 
     def statistics(self, tile):
-        return log_sum_exp(tile.logits_tP)[:, None]
+        return log_sum_exp(tile.logits)[:, None]
 
     def batch_statistics(self, rows):
         return torch.stack([rows.statistics_tS[:, 0], rows.positive_t * rows.values["margin"]], 1)
@@ -98,7 +87,11 @@ class WholeBatch(Objective):
         return (rows.batch[0] - rows.scale * rows.positive_t).exp().log1p() + rows.batch[1].square()
 
 
-@pytest.mark.parametrize("objective", [LearnedMargin(), HardestThree(), Distilled(), Guided(), LikePositives()])
+FAMILIES = [LearnedMargin(), Distilled(), Guided(), HardestNegatives(3), AttractionRepulsion(), Sigmoid(-1.0)]
+FAMILIES += [AdaptiveMargins(), AlignmentUniformity()]
+
+
+@pytest.mark.parametrize("objective", FAMILIES, ids=lambda objective: type(objective).__name__)
 def test_objectives_of_all_families_are_proven(objective):
     prove(objective)
 
@@ -108,13 +101,9 @@ def test_an_objective_of_the_whole_batch_is_proven_with_values_of_its_queries():
 
 
 def test_what_is_detached_on_purpose_has_to_be_said():
-    class Weighted(InfoNCE):
-        def loss(self, rows):
-            return super().loss(rows) * rows.positive_t.detach()
-
     with pytest.raises(AssertionError, match="gradient of the embeddings is not the derivative of the loss"):
-        prove(Weighted())
-    prove(Weighted(), stops_gradient=True)
+        prove(Progressive())
+    prove(Progressive(), stops_gradient=True)
 
 
 class NoMerge(InfoNCE):
@@ -132,7 +121,7 @@ class SumOfMaxima(Objective):
     merges = (LOG_SUM_EXP, SUM)
 
     def statistics(self, tile):
-        return torch.stack([log_sum_exp(tile.logits_tP), tile.scores_tP.amax(1).clamp(min=-2)], 1)
+        return torch.stack([log_sum_exp(tile.logits), tile.scores_tP.amax(1).clamp(min=-2)], 1)
 
     def loss(self, rows):
         return relu(rows.statistics_tS[:, 1] - rows.positive_t + 2) + rows.statistics_tS[:, 0].clamp(min=-9)
@@ -142,7 +131,7 @@ class MeanOfTile(SumOfMaxima):
     merges = (SUM,)
 
     def statistics(self, tile):
-        return (tile.sum(tile.scores_tP) / tile.is_negative_tP.sum(1).clamp(min=1))[:, None]
+        return (tile.sum(tile.scores_tP) / tile.is_negative.sum(1).clamp(min=1))[:, None]
 
     def loss(self, rows):
         return rows.statistics_tS[:, 0] - rows.positive_t
@@ -212,9 +201,9 @@ class OtherWithoutGradient(InfoNCE):
         return super().statistics(tile) * (1 if torch.is_grad_enabled() else 1.1)
 
 
-class WideTilesOnly(HardestThree):
+class WideTilesOnly(HardestNegatives):
     def statistics(self, tile):
-        return tile.scores_tP.topk(3, dim=1).values
+        return tile.scores_tP.topk(self.k, dim=1).values
 
 
 class OneLoss(InfoNCE):
@@ -231,7 +220,7 @@ class SmallestAsMaximum(MeanOfTile):
     merges = (MAXIMUM,)
 
     def statistics(self, tile):
-        return torch.where(tile.is_negative_tP, tile.scores_tP, 2).amin(1, keepdim=True)
+        return torch.where(tile.is_negative, tile.scores_tP, 2).amin(1, keepdim=True)
 
 
 @pytest.mark.parametrize(
