@@ -3,6 +3,7 @@
 import functools
 import itertools
 from dataclasses import replace
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -178,6 +179,13 @@ def step(rank, rows, name, gather, tile_rows, take):
     return value, gradients_of(**named, **({"objective": objective} if isinstance(objective, nn.Module) else {}))
 
 
+@functools.cache
+def expected(rows, name):
+    """Return what the reference finds, however rows and tiles are cut."""
+    value, gradients = step(0, rows, name, "auto", None, "reference")
+    return value, MappingProxyType(gradients)
+
+
 def steps(rank, rows, cases):
     return [step(rank, rows, *case, "cached") for case in cases]
 
@@ -196,7 +204,8 @@ def test_each_extension_has_the_oracles_gradient(rows):
             try:
                 assert value == pytest.approx(wanted_value, rel=1e-10)
                 for name in [name for name, gradient in wanted.items() if gradient is None]:  # a loss without a temperature
-                    assert wanted.pop(name) is None and not gradients.pop(name).any()
+                    assert not gradients.pop(name).any()
+                wanted = {name: gradient for name, gradient in wanted.items() if gradient is not None}
                 assert_same_gradients(gradients, wanted)
                 for name in wanted:
                     torch.testing.assert_close(gradients[name], wanted[name], rtol=1e-8, atol=1e-11)
