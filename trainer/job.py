@@ -157,6 +157,14 @@ class LossSettings:
         if self.widths is not None and self.widths[0] > width:
             raise InputError(f"loss.widths begins with {self.widths[0]}, and the model's embeddings have {width} components")
 
+    def check_memory(self, memory_bytes: int) -> None:
+        """Raise InputError if more scores are to be kept than a rank's memory holds."""
+        asked, has = self.keep_scores_gib, memory_bytes / 2**30
+        if asked is not None and asked > has:
+            raise InputError(
+                f"loss.keep_scores_gib={asked:g} is more than the {has:.1f} GiB of memory that a rank has; set it lower"
+            )
+
 
 @job_section
 class PrecisionSettings:

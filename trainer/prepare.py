@@ -36,7 +36,7 @@ from trainer.handoff.weights import checkpoints_folder, is_finite
 from trainer.interrupt import Interrupt
 from trainer.job import TrainJob
 from trainer.last_good import newest_to_resume
-from trainer.loading import Loaded, is_empty, load
+from trainer.loading import Loaded, is_empty, load, memory_bytes
 from trainer.metrics import Metrics, NoMetrics, NoStatus, Status, TrainerMetrics
 from trainer.mined_clusters import MinedClusters
 from trainer.optim import build_schedule
@@ -85,7 +85,7 @@ class Training:
     is_at_bound: bool = False  # the learnt temperature, behind the last step
     data_s: float = 0.0  # that the last step took to put its batch together
     dev: dict[str, Any] | None = None  # the last evaluation in between
-    travels: str = ""  # to the other ranks in the last step: passages or queries
+    told_ways: set[str] = field(default_factory=set)  # what travels to the other ranks, as the log says once
     batch_key: str = ""  # of the queries of the last step: equal keys, equal global batches
 
 
@@ -93,6 +93,7 @@ def prepare(job: TrainJob, world: World) -> Training:
     """Return a started or resumed run. Collective. Raises InputError for a job or data that cannot be used."""
     run = job.run.folder
     check_trackers(job.run.trackers)
+    job.loss.check_memory(-world.all_max([-memory_bytes(world)])[0])
     claim = claim_run(job, world)
     status: Status | NoStatus = Status(run, "trainer", claim.check) if world.speaks else NoStatus()
     status.update(phase="reading the data", step=0)

@@ -15,6 +15,7 @@ import xxhash
 
 from gradcache import NotFinite, StepResult, cached_step
 from gradcache.replay import replay_seed
+from gradcache.way import Way
 from trainer.budget import find_budget
 from trainer.data.collate import collate
 from trainer.data.sampler import Part, rank_slice, sources_begun_anew, step_parts
@@ -104,10 +105,7 @@ def step(run: Training) -> StepResult:
         log.info("step %d: source %s begins again, others are longer", number, run.data.sources[source].name)
     results = [take_part(run, part, i, is_last=i == len(parts) - 1) for i, part in enumerate(parts)]
     result = joined(results, [run.tasks[part.source].weight for part in parts])
-    if run.world.group is not None and result.way.travels != run.travels:
-        run.travels = result.way.travels
-        gather, reason = run.job.loss.gather, result.way.reason
-        log.info("step %d: %s travel to the other ranks (loss.gather=%s); %s", number + 1, run.travels, gather, reason)
+    tell_way(run, result.way)
     if result.num_halved:  # on any rank: all go on with one budget
         assert run.state.budget is not None
         run.state.budget = run.state.budget.halved()
@@ -148,6 +146,15 @@ def take_part(run: Training, part: Part, number: int, is_last: bool) -> StepResu
         weight=task.weight,
         is_last=is_last,
     )
+
+
+def tell_way(run: Training, way: Way) -> None:
+    """Log, once for each, what travels to the other ranks and why."""
+    if run.world.group is None or way.travels in run.told_ways:
+        return
+    run.told_ways.add(way.travels)
+    told = run.state.step + 1, way.travels, run.job.loss.gather, way.reason
+    log.info("step %d: %s travel to the other ranks, loss.gather=%s; %s", *told)
 
 
 def record(run: Training, result: StepResult, grad_norm: float, seconds: float) -> None:

@@ -4,6 +4,8 @@ Weights are spoilt and healed by the test behind an update, so that evaluations 
 """
 
 import json
+import logging
+import re
 import shutil
 from dataclasses import replace
 
@@ -204,13 +206,20 @@ def train_faster_at_the_end(rank, job):
         return run
 
     trainer.train.prepare = prepared
-    return train(job, world_of(rank)).evaluations
+    said, handler = [], logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("trainer.train").addHandler(handler)
+    logging.getLogger("trainer.train").setLevel("INFO")
+    return train(job, world_of(rank)).evaluations, [line for line in said if "travel" in line]
 
 
 def test_the_best_checkpoint_is_tested_by_all_ranks_together(root):
     job = job_of(root, "ranks", eval=EvalSettings(every_steps=2), parallel=ParallelSettings(backend="fsdp2"))
     job = replace(job, optim=OptimSettings(steps=6, lr=1e-3))
-    first, _ = run_ranks(train_faster_at_the_end, 2, job)
+    (first, said), (_, said_by_the_other) = run_ranks(train_faster_at_the_end, 2, job)
+    numbers = r"a rank would move for passages \S+ GiB, queries \S+ GiB a step"
+    assert len(said) == 1 and re.fullmatch(rf"step 1: \w+ travel to the other ranks, loss\.gather=auto; {numbers}", said[0])
+    assert said_by_the_other == said, "every rank comes to the same choice by the same numbers"
     assert (first["trained"]["step"], first["last"]["step"]) == (4, 6)
     assert json.loads((job.run.folder / "results.json").read_text())["steps"] == {"trained": 4, "last": 6}
     encoder = job.run.folder / "checkpoints" / "step-00000004" / "encoder"

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import trainer.milestones
 import trainer.train
+from gradcache import OBJECTIVES
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from tests.trainer.worlds import world_of
 from trainer.data.clusters import Clusters
@@ -36,6 +37,7 @@ from trainer.job import (
     TrainJob,
 )
 from trainer.parts import Parts
+from trainer.tasks import loss_options
 from trainer.train import train
 from trainer.update import update
 
@@ -71,18 +73,35 @@ def final(job, step=6):
     return open_checkpoint(job.run.folder / "checkpoints" / f"step-{step:08d}")
 
 
-def test_a_task_of_each_source_makes_one_update(job, root, caplog):
+def test_a_task_of_each_source_makes_one_update(job, root, caplog, monkeypatch):
+    taken, cached_step = [], trainer.train.cached_step
+
+    def watched(batch, **options):
+        taken.append((options["loss"], options["progress"], options["weight"]))
+        return cached_step(batch, **options)
+
+    monkeypatch.setattr(trainer.train, "cached_step", watched)
     sources = {
         "code": SourceSettings(path=root / "data", batch=7, temperature=0.1),
         "notes": SourceSettings(path=root / "more", batch=5, id_prefix="n-", objective="info_nce_multi", loss_weight=0.5),
     }
-    job = replace(job, sources=sources, batch=BatchSettings(mode="tasks"))
+    loss = LossSettings(symmetric=True, tile_rows=3, keep_scores_gib=0.1)
+    job = replace(job, sources=sources, batch=BatchSettings(mode="tasks"), loss=loss)
     caplog.set_level("INFO")
     assert train(job, world_of()).step == 6
     steps = [line for line in lines(job) if "loss" in line]
     assert steps[0]["num_queries"] == 12 and len({line["batch_key"] for line in steps}) == 6
     assert "source notes begins again, others are longer" in caplog.text
     assert final(job).manifest["num_steps"] == 6
+    whole = loss_options(loss, job.precision)
+    both = [(whole, 1.0), (replace(whole, objective=OBJECTIVES["info_nce_multi"]), 0.5)]
+    assert taken == [(options, step / 6, weight) for step in range(6) for options, weight in both]
+
+
+def test_scores_beyond_memory_are_refused_before_a_run_begins(job):
+    with pytest.raises(InputError, match=r"loss\.keep_scores_gib=1e\+07 is more than the \d+\.\d GiB of memory"):
+        train(replace(job, loss=LossSettings(keep_scores_gib=1e7)), world_of())
+    assert not job.run.folder.exists()
 
 
 @pytest.mark.parametrize("mode", ["mixed", "homogeneous"])
