@@ -1,12 +1,25 @@
 """The same proofs where the tensors live on a GPU."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from gradcache import OBJECTIVES, Batch, NoSync, Temperature, Tower, cached_step, probe_budget, reference_step
-from gradcache.masks import mask_passages
-from gradcache.tiles import evaluate_tiles
+from gradcache import (
+    OBJECTIVES,
+    Batch,
+    LossOptions,
+    NoSync,
+    Ragged,
+    Temperature,
+    Tower,
+    cached_step,
+    probe_budget,
+    reference_step,
+)
+from gradcache.masks import Masks, first_columns, relate
+from gradcache.tiles import Matrix, Tiles
 from mining.index import ExactIndex, FaissIndex, build_indexes
 from mining.settings import IndexSettings
 from tests.gradcache.test_step import build, make_batch, named
@@ -20,7 +33,8 @@ from trainer.encoder.tokens import tokenize
 from trainer.encoder.topk import BestOf, best_of_keys, top_k
 
 pytestmark = pytest.mark.gpu
-OPTIONS = {"chunk_tokens": 35, "seed": 3, "step": 7, "symmetric": True}
+LOSS = LossOptions(objective=OBJECTIVES["info_nce"], symmetric=True)
+OPTIONS = {"chunk_tokens": 35, "seed": 3, "step": 7}
 
 
 def on_gpu(encoder):
@@ -28,9 +42,9 @@ def on_gpu(encoder):
     return lambda inputs: encoder({name: tensor.cuda() for name, tensor in inputs.items()})
 
 
-@pytest.mark.parametrize("keep_graphs", [0, 2, "all"])
+@pytest.mark.parametrize(("keep_graphs", "gather"), [(0, "queries"), (2, "passages"), ("all", "queries")])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_gradients_are_the_references_on_a_gpu(keep_graphs, dropout):
+def test_gradients_are_the_references_on_a_gpu(keep_graphs, gather, dropout):
     found = []
     for step in ("cached", "reference"):
         encoders, temperature = [e.cuda() for e in build(1, dropout)], Temperature(0.1, learnable=True).cuda()
@@ -38,7 +52,7 @@ def test_gradients_are_the_references_on_a_gpu(keep_graphs, dropout):
         if step == "cached":
             cached_step(
                 batch,
-                objective=OBJECTIVES["info_nce"],
+                loss=replace(LOSS, gather=gather),
                 temperature=temperature,
                 sync=NoSync(),
                 group=None,
@@ -46,17 +60,17 @@ def test_gradients_are_the_references_on_a_gpu(keep_graphs, dropout):
                 **OPTIONS,
             )
         else:
-            reference_step([batch], objective=OBJECTIVES["info_nce"], temperature=temperature, **OPTIONS)
+            reference_step([batch], loss=LOSS, temperature=temperature, **OPTIONS)
         found.append(named(encoders, temperature))
     assert_same_gradients(*found)
 
 
-def take_step(encode=lambda encoder: on_gpu(encoder), **options):
+def take_step(encode=lambda encoder: on_gpu(encoder), loss=LOSS, scaler=None):
     """Return the result of a step on a GPU and its gradients."""
     encoders, temperature = [e.cuda() for e in build(1, 0.0)], Temperature(0.1, learnable=True).cuda()
     batch = make_batch(0, 6, [encode(e) for e in encoders])
-    given = {"keep_graphs": 1, "objective": OBJECTIVES["info_nce"], **OPTIONS, **options}
-    result = cached_step(batch, temperature=temperature, sync=NoSync(), group=None, **given)
+    step = {"sync": NoSync(), "group": None, "keep_graphs": 1, "scaler": scaler, **OPTIONS}
+    result = cached_step(batch, loss=loss, temperature=temperature, **step)
     return result, named(encoders, temperature)
 
 
@@ -73,20 +87,20 @@ def test_bfloat16_encoding_and_products_point_the_same_way_on_a_gpu():
         return encode
 
     exact, wanted = take_step()
-    for result, found in (take_step(under_autocast), take_step(product_dtype=torch.bfloat16)):
+    for result, found in (take_step(under_autocast), take_step(loss=replace(LOSS, product_dtype=torch.bfloat16))):
         assert result.loss == pytest.approx(exact.loss, rel=2e-2) and result.loss != exact.loss
         assert torch.cosine_similarity(flat(found), flat(wanted), 0) > 0.99
 
 
 def test_gradients_at_several_widths_are_the_references_on_a_gpu():
-    options = {"widths": (32, 12, 5), "width_weights": (1.0, 2.0, 0.5)}
-    result, found = take_step(**options)
+    loss = replace(LOSS, widths=(32, 12, 5), width_weights=(1.0, 2.0, 0.5))
+    result, found = take_step(loss=loss)
     encoders, temperature = [e.cuda() for e in build(1, 0.0)], Temperature(0.1, learnable=True).cuda()
     batch = make_batch(0, 6, [on_gpu(e) for e in encoders])
-    wanted = reference_step([batch], objective=OBJECTIVES["info_nce"], temperature=temperature, **OPTIONS, **options)
+    wanted = reference_step([batch], loss=loss, temperature=temperature, **OPTIONS)
     assert result.loss == pytest.approx(wanted, rel=1e-5)
     assert_same_gradients(found, named(encoders, temperature))
-    narrow, rounded = take_step(product_dtype=torch.bfloat16, **options)
+    narrow, rounded = take_step(loss=replace(loss, product_dtype=torch.bfloat16))
     assert narrow.loss == pytest.approx(wanted, rel=2e-2) and narrow.loss != result.loss
     assert torch.cosine_similarity(flat(rounded), flat(found), 0) > 0.99
 
@@ -122,7 +136,7 @@ def wide_batch(encoder, num_pairs=512):
 @pytest.mark.parametrize("keep_graphs", [0, "all"])
 def test_a_gpu_that_is_too_small_for_a_chunk_gives_the_same_gradient(keep_graphs, caplog):
     found = []
-    options = {"objective": OBJECTIVES["info_nce"], "seed": 0, "step": 0}
+    options = {"loss": replace(LOSS, symmetric=False), "seed": 0, "step": 0}
     for fits in (True, False):
         encoder, temperature = Wide().cuda(), Temperature(0.1, learnable=True).cuda()
         torch.cuda.empty_cache()
@@ -155,7 +169,7 @@ def test_what_a_probe_chooses_fits_a_gpu():
     before = torch.cuda.memory_allocated()
     cached_step(
         batch,
-        objective=OBJECTIVES["info_nce"],
+        loss=replace(LOSS, symmetric=False),
         temperature=Temperature(0.1).cuda(),
         sync=NoSync(),
         group=None,
@@ -174,9 +188,17 @@ def test_a_million_columns_take_time_and_no_memory():
     own, keys = torch.arange(rows, device="cuda"), torch.arange(columns, device="cuda")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    masks = mask_passages(own, own[:, None], keys)
-    found = evaluate_tiles(query, passage, masks, 0.05, OBJECTIVES["info_nce"], 1 / rows)
-    assert torch.isfinite(found.loss_sum) and torch.isfinite(found.column_PD).all()
+    related = relate(Ragged.of_table(own[:, None]), Ragged.of_table(keys[:, None]), first_columns(keys), range(columns))
+    matrix = Matrix(
+        row_RD=query,
+        column_PD=passage,
+        kind_P=torch.zeros(columns, dtype=torch.int8, device="cuda"),
+        masks=Masks(keys[:0], [(0, related)]),
+        scale=torch.tensor(0.05, device="cuda"),
+        positive_R=torch.zeros(rows, device="cuda"),
+    )
+    found = Tiles(matrix, OBJECTIVES["info_nce"]).gradients(lambda block, statistics_bS: torch.full_like(statistics_bS, 1 / rows))
+    assert float(found.row_RD.norm()) > 0 and torch.isfinite(found.column_PD).all()
     assert torch.cuda.max_memory_allocated() - before < columns * width * (4 + 2) + 3 * 2**30
 
 
