@@ -114,8 +114,8 @@ def test_what_masks_hold_grows_with_rows_and_texts(num_rows, num_query_texts, nu
     with Sizes() as sizes:
         there, again = forth(field), back(field)
         count_masked(field, there)
-    assert sizes.largest <= 4 * num_rows, sizes.of_largest
-    assert sizes.total <= 1000 * num_rows  # of all that was created on the way, a measure of the work
+    assert sizes.largest_bytes <= 4 * 8 * num_rows, sizes.of_largest
+    assert sizes.num_values <= 1000 * num_rows
     if num_labels == 2:
         ((_, related), _) = again.masks.related
         assert related.num_cells(slice(0, num_rows)) == num_rows**2 // 2, "pairs are counted, not listed"
@@ -166,4 +166,4 @@ def test_a_loss_over_two_labels_is_the_plain_one(name, num_queries):
     labels = torch.stack([rows.grad[num_queries:][of_query == which].sum(0) for which in range(2)])
     torch.testing.assert_close(labels, gradient[num_queries : num_queries + 2], rtol=1e-6, atol=1e-10)
     if name == "info_nce":
-        assert sizes.largest <= 1.5 * num_queries**2, sizes.of_largest  # the scores themselves
+        assert sizes.largest_bytes <= 1.5 * 8 * num_queries**2, sizes.of_largest  # the scores themselves
