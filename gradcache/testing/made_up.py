@@ -13,7 +13,7 @@ from gradcache.ragged import Ragged
 # n rows of a rank, B queries of it, D width
 
 WIDTH, SECOND_WIDTH = 5, 3
-QUERY_TEXTS, PASSAGE_TEXTS = 5, 8  # fewer than rows, so that texts repeat
+QUERY_TEXTS, PASSAGE_TEXTS = 5, 10  # fewer than rows, so that texts repeat
 FIRST_PASSAGE, FIRST_EXTRA = 100, 200  # keys
 
 
@@ -78,8 +78,8 @@ def _tower(leaf_nD: Tensor) -> Tower:
 
 
 def _positives(query: Tensor) -> Ragged:
-    """Return the keys of one, two or three positives, as the query's text has them."""
-    counts = 1 + query % 3
+    """Return the keys of one to four positives, as the query's text has them; some stand on several ranks."""
+    counts = 1 + (query + 1) % 4
     number = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
     return Ragged(FIRST_PASSAGE + (query.repeat_interleave(counts) + 3 * number) % PASSAGE_TEXTS, counts)
 

@@ -42,6 +42,18 @@ class LearnedMargin(nn.Module, Objective):
         return rows.statistics_tS[:, 0] * rows.scale
 
 
+class LogitsAndScores(Objective):
+    """A soft-max of logits beside a sum of scores."""
+
+    merges = (LOG_SUM_EXP, SUM)
+
+    def statistics(self, tile):
+        return torch.stack([log_sum_exp(tile.logits), tile.sum(tile.scores_tP.square())], 1)
+
+    def loss(self, rows):
+        return relu(rows.statistics_tS[:, 0] - rows.scale * rows.positive_t) + rows.statistics_tS[:, 1]
+
+
 class Distilled(Objective):
     """Squares of differences to a teacher's scores of the candidates; no columns count."""
 
@@ -87,7 +99,7 @@ class WholeBatch(Objective):
         return (rows.batch[0] - rows.scale * rows.positive_t).exp().log1p() + rows.batch[1].square()
 
 
-FAMILIES = [LearnedMargin(), Distilled(), Guided(), HardestNegatives(3), AttractionRepulsion(), Sigmoid(-1.0)]
+FAMILIES = [LearnedMargin(), LogitsAndScores(), Distilled(), Guided(), HardestNegatives(3), AttractionRepulsion(), Sigmoid(-1.0)]
 FAMILIES += [AdaptiveMargins(), AlignmentUniformity()]
 
 
