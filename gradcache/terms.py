@@ -12,9 +12,10 @@ from torch import Tensor
 
 from gradcache.cells import add_pair_gradients, pair_scores
 from gradcache.masks import Masks
+from gradcache.matrix import Matrix, TileGradients
 from gradcache.objectives.tile import CANDIDATE, SIBLING, Objective
 from gradcache.rows import RowLoss, picked
-from gradcache.tiles import Matrix, TileGradients, Tiles
+from gradcache.tiles import Tiles
 from gradcache.widths import View, ViewedRows, view_rows
 
 # R rows of a term, B rows of this rank, P columns, D width, S statistics, c cells

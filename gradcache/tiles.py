@@ -6,8 +6,8 @@ batch. The objective sees a block at a time, because on a CPU its passes over a 
 what they cost over a tile in memory. Nothing here waits for a GPU.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,10 @@ from torch import Tensor
 from gradcache import fused
 from gradcache.compiled import compiled_statistics
 from gradcache.masks import Masks
+from gradcache.matrix import Matrix, TileGradients
 from gradcache.objectives.tile import FLOOR, Objective, Tile, trained_parameters
+from gradcache.products import add_product, for_products, product
+from gradcache.soft_max import Largest, put_gradient, take_soft_max
 
 # R rows, P columns, D width, S statistics, t rows of one tile, b rows of one block
 
@@ -23,37 +26,8 @@ TILE_BYTES = {"cpu": 256 * 2**20, "cuda": 1024 * 2**20}  # scores of one tile, b
 BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}  # scores of one block: 4 MiB stay in a core's share of the cache
 BLOCK_CELLS = 4 * 2**20  # masked cells of one block, which stand in a list of 16 bytes each
 FEWEST_ROWS = {"cpu": 1, "cuda": 512}  # of a tile, where memory allows: below, products on a GPU lose speed
-COLUMNS_AT_ONCE = 16384  # whose gradient in half precision is made beside the sum
 
 Derivative = Callable[[slice, Tensor], Tensor]  # of the loss of some rows, from their statistics (b, S) to these, (b, S)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Matrix:
-    """Rows and columns whose scores become a loss, in one view."""
-
-    row_RD: Tensor  # detached, of one floating type with the columns, which is that of the products
-    column_PD: Tensor
-    kind_P: Tensor  # int8
-    masks: Masks
-    scale: Tensor  # scalar in the type of the scores: float32, or float64 if the rows are
-    positive_R: Tensor  # raw score of each row's own positive
-    row_values: Mapping[str, Tensor] = field(default_factory=dict)
-    second: tuple[Tensor, Tensor] | None = None  # rows (R, E) and columns (P, E) of the second matrix
-    progress: float = 0.0
-    trains_rows: bool = True
-    num_trained_columns: int | None = None  # the first ones; None: all
-
-
-@dataclass
-class TileGradients:
-    """The gradient of the statistics under their derivatives."""
-
-    row_RD: Tensor | None
-    column_PD: Tensor | None  # of the trained columns
-    scale: Tensor  # scalar float64
-    positive_R: Tensor | None
-    parameters: list[Tensor]
 
 
 class Tiles:
@@ -72,29 +46,25 @@ class Tiles:
         may_fuse: use the kernels of `gradcache/fused.py` where they run. compiles: let torch.compile fuse the passes of the
         other objectives over a tile; None: on a GPU.
         """
-        row_RD, column_PD = _for_products(matrix.row_RD), _for_products(matrix.column_PD)
+        row_RD, column_PD = for_products(matrix.row_RD), for_products(matrix.column_PD)
         if not len(column_PD):  # one masked column stands in for none, so that an objective needs no special case
             column_PD = row_RD.new_zeros(1, row_RD.shape[1])
             masks = Masks(torch.zeros(1, dtype=torch.int64, device=row_RD.device), [])
             second = matrix.second and (matrix.second[0], matrix.second[1].new_zeros(1, matrix.second[1].shape[1]))
-            matrix = Matrix(
-                **{
-                    **vars(matrix),
-                    "masks": masks,
-                    "second": second,
-                    "num_trained_columns": 0,
-                    "kind_P": matrix.kind_P.new_zeros(1),
-                }
-            )
+            kind_P = matrix.kind_P.new_zeros(1)
+            matrix = replace(matrix, masks=masks, second=second, num_trained_columns=0, kind_P=kind_P)
         self._matrix, self._objective = matrix, objective
         self._row_RD, self._column_PD = row_RD, column_PD
         self._dtype = torch.promote_types(row_RD.dtype, torch.float32)
         self._kind = row_RD.device.type
         self._row_bytes = len(column_PD) * self._dtype.itemsize
-        self._tile_rows = min(tile_rows or self._rows_of_tile(), max(1, len(row_RD)))
+        self._tile_rows = min(tile_rows or rows_of_tile(self._row_bytes, row_RD.device), max(1, len(row_RD)))
         self._compiles = self._kind == "cuda" if compiles is None else compiles
         self._fuses = may_fuse and objective.is_soft_max and fused.can_fuse(row_RD.new_empty(0, 1, dtype=self._dtype))
-        self._kept: dict[int, Tensor] = {}
+        # Where rows have no gradient, the scale's needs the scores beside the soft-max.
+        self._is_closed = objective.is_soft_max and matrix.trains_rows
+        self._kept: dict[int, Tensor] = {}  # scores by tile, or in closed form the soft-max of this rank's columns
+        self._largest: dict[int, Largest] = {}  # by block
         self._statistics_RS: Tensor | None = None
         self._scratch_tP: Tensor | None = None
 
@@ -113,8 +83,12 @@ class Tiles:
                 found.append(fused.row_log_sum_exp(score_tP, self._matrix.scale)[:, None])
                 continue
             for block in self._blocks(rows):
-                tile = self._tile(score_tP[block.start - rows.start : block.stop - rows.start], block)
-                found.append(self._statistics(tile))
+                score_bP = score_tP[block.start - rows.start : block.stop - rows.start]
+                if self._is_closed:
+                    self._largest[block.start] = largest = take_soft_max(score_bP, self._matrix.scale, keeps)
+                    found.append(largest.log_sum_exp()[:, None])
+                else:
+                    found.append(self._statistics(self._tile(score_bP, block)))
         self._statistics_RS = torch.cat(found) if found else self._row_RD.new_zeros(0, num_statistics(self._objective))
         return self._statistics_RS, kept_bytes
 
@@ -134,8 +108,12 @@ class Tiles:
         for rows in self._tiles():
             is_kept = rows.start in self._kept
             score_tP = self._kept.pop(rows.start) if is_kept else self._scores(rows)
-            differentiate = self._fused_gradient if self._fuses else self._plain_gradient
-            gradient_tP, has_scale = differentiate(score_tP, rows, derivative, total)
+            if self._fuses:
+                gradient_tP, has_scale = self._fused_gradient(score_tP, rows, derivative, total)
+            elif self._is_closed:
+                gradient_tP, has_scale = self._closed_gradient(score_tP, rows, derivative, is_kept), False
+            else:
+                gradient_tP, has_scale = self._plain_gradient(score_tP, rows, derivative, total)
             self._add_products(total, rows, gradient_tP.to(self._row_RD.dtype), has_scale)
         self._scratch_tP = None
         return total
@@ -194,6 +172,18 @@ class Tiles:
             self._fill(score_bP, block, 0.0)
         return has_scale
 
+    def _closed_gradient(self, score_tP: Tensor, rows: slice, derivative: Derivative, is_kept: bool) -> Tensor:
+        """Put the gradient of the raw scores, of rows of the soft-max kind, in the place of the scores; return it."""
+        scale = self._matrix.scale
+        for block in self._blocks(rows):
+            score_bP = score_tP[block.start - rows.start : block.stop - rows.start]
+            largest, is_soft_max = self._largest.pop(block.start, None), is_kept
+            if largest is None:  # one sweep
+                largest, is_soft_max = take_soft_max(score_bP, scale, keeps=True), True
+            derivative_b = derivative(block, largest.log_sum_exp()[:, None])[:, 0].to(self._dtype)
+            put_gradient(score_bP, scale, largest, derivative_b, is_soft_max)
+        return score_tP
+
     def _fused_gradient(self, score_tP: Tensor, rows: slice, derivative: Derivative, total: TileGradients) -> tuple[Tensor, bool]:
         """Return the same of rows of the soft-max kind, in the type of the products."""
         scale = self._matrix.scale
@@ -212,13 +202,13 @@ class Tiles:
     def _add_products(self, total: TileGradients, rows: slice, gradient_tP: Tensor, has_scale: bool) -> None:
         row_tD = self._row_RD[rows]
         if total.row_RD is not None:
-            gradient_tD = _product(gradient_tP, self._column_PD, out=total.row_RD[rows])
+            gradient_tD = product(gradient_tP, self._column_PD, out=total.row_RD[rows])
             if not has_scale:
                 # The gradient of the scale is that of the scores times the scores, over the scale; a row's sum of them is
                 # its embedding times its gradient.
                 total.scale += (row_tD * gradient_tD).sum(dtype=torch.float64) / self._matrix.scale
         if total.column_PD is not None:
-            _add_product(total.column_PD, gradient_tP[:, : len(total.column_PD)].T, row_tD)
+            add_product(total.column_PD, gradient_tP[:, : len(total.column_PD)].T, row_tD)
 
     def _scores(self, rows: slice, out_tP: Tensor | None = None) -> Tensor:
         """Return the raw scores of a tile, FLOOR where masked."""
@@ -226,7 +216,7 @@ class Tiles:
             if self._scratch_tP is None:
                 self._scratch_tP = self._new_tile()
             out_tP = self._scratch_tP[: rows.stop - rows.start]
-        _product(self._row_RD[rows], self._column_PD.T, out=out_tP)
+        product(self._row_RD[rows], self._column_PD.T, out=out_tP)
         for block in self._blocks(rows):
             self._fill(out_tP[block.start - rows.start : block.stop - rows.start], block, FLOOR)
         return out_tP
@@ -242,7 +232,7 @@ class Tiles:
         matrix = self._matrix
         second = None
         if matrix.second is not None:
-            second = _product(_for_products(matrix.second[0][block]), _for_products(matrix.second[1]).T)
+            second = product(for_products(matrix.second[0][block]), for_products(matrix.second[1]).T)
         return Tile(
             scores_tP=score_bP,
             scale=matrix.scale if scale is None else scale,
@@ -268,14 +258,6 @@ class Tiles:
             yield slice(start, stop)
             start = stop
 
-    def _rows_of_tile(self) -> int:
-        rows = max(1, TILE_BYTES.get(self._kind, TILE_BYTES["cuda"]) // self._row_bytes)
-        fewest = FEWEST_ROWS.get(self._kind, FEWEST_ROWS["cuda"])
-        if self._kind == "cuda" and rows < fewest:
-            free, _ = torch.cuda.mem_get_info(self._row_RD.device)
-            rows = max(rows, min(fewest, free // 4 // self._row_bytes))
-        return rows
-
     def _new_tile(self) -> Tensor:
         """Return memory for the scores of one tile; raises ValueError, with its size, if there is not enough."""
         try:
@@ -290,29 +272,16 @@ class Tiles:
             ) from error
 
 
+def rows_of_tile(row_bytes: int, device: torch.device) -> int:
+    """Return how many rows of scores are evaluated at once."""
+    rows = max(1, TILE_BYTES.get(device.type, TILE_BYTES["cuda"]) // row_bytes)
+    fewest = FEWEST_ROWS.get(device.type, FEWEST_ROWS["cuda"])
+    if device.type == "cuda" and rows < fewest:
+        free, _ = torch.cuda.mem_get_info(device)
+        rows = max(rows, min(fewest, free // 4 // row_bytes))
+    return rows
+
+
 def num_statistics(objective: Objective) -> int:
     """Return S."""
     return sum(merge.width for merge in objective.merges)
-
-
-def _for_products(values: Tensor) -> Tensor:
-    """Return values as the device multiplies them: a CPU has no fast product of half precision with float32 sums."""
-    if values.device.type == "cuda" and values.dtype in (torch.bfloat16, torch.float16):
-        return values
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return left @ right with float32 sums, also of half-precision values."""
-    if left.dtype in (torch.float32, torch.float64):
-        return torch.mm(left, right, out=out)
-    return torch.mm(left, right, out_dtype=torch.float32, out=out)
-
-
-def _add_product(total_PD: Tensor, left_Pt: Tensor, right_tD: Tensor) -> None:
-    """Add a product to a sum, without a temporary of its size."""
-    if left_Pt.dtype == total_PD.dtype:
-        total_PD.addmm_(left_Pt, right_tD)
-        return
-    for total, left in zip(total_PD.split(COLUMNS_AT_ONCE), left_Pt.split(COLUMNS_AT_ONCE), strict=True):
-        total += _product(left, right_tD)

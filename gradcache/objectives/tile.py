@@ -141,6 +141,11 @@ class Objective:
     returns_positive: ClassVar[bool] = False  # whether `statistics` gives a gradient to `tile.positive_t`
     is_soft_max: ClassVar[bool] = False  # whether `statistics` is nothing but `log_sum_exp(tile.logits)`
 
+    def __init_subclass__(cls) -> None:
+        """Take a subclass with statistics of its own for one of the soft-max kind only if it says so itself."""
+        if "statistics" in vars(cls) and "is_soft_max" not in vars(cls):
+            cls.is_soft_max = False
+
     def statistics(self, tile: Tile) -> Tensor:
         """Return what the tile's columns add to each row, (t, S)."""
         raise NotImplementedError

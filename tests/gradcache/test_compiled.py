@@ -6,11 +6,12 @@ from torch.nn.functional import normalize
 
 from gradcache import compiled
 from gradcache.masks import Masks, first_columns, relate, repeated_columns
+from gradcache.matrix import Matrix
 from gradcache.objectives import MultiPositiveInfoNCE
 from gradcache.objectives.extensions import AdaptiveMargins, AttractionRepulsion, HardestNegatives, Sigmoid
 from gradcache.objectives.tile import trained_parameters
 from gradcache.ragged import Ragged
-from gradcache.tiles import Matrix, Tiles
+from gradcache.tiles import Tiles
 
 
 def matrix(progress):

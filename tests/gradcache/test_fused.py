@@ -18,9 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gradcache import fused
 from gradcache.fused import plain_row_log_sum_exp, plain_soft_max_gradient, row_log_sum_exp, soft_max_gradient
 from gradcache.masks import Masks, Related
+from gradcache.matrix import Matrix
 from gradcache.objectives import OBJECTIVES
 from gradcache.objectives.tile import FLOOR
-from gradcache.tiles import Matrix, Tiles
+from gradcache.tiles import Tiles
 
 SIZES = [(1, 1), (3, 7), (5, 1000), (2, 5000), (4, 4097)]
 
