@@ -26,6 +26,7 @@ class Way:
 
     travels: Literal["passages", "queries"]
     reason: str
+    foreseen_bytes: float = 0.0  # that a rank moves in a step
 
 
 def choose_way(options: LossOptions, counts: Counts, views: Sequence[View], passage_nD: Tensor, num_ranks: int | None) -> Way:
@@ -49,12 +50,12 @@ def choose_way(options: LossOptions, counts: Counts, views: Sequence[View], pass
         words += f" and {again / 1e12:.3g} TFLOP of products again"
     words = f"a rank would move for {words} a step"
     if options.gather != "auto":
-        return Way(options.gather, f"asked for; {words}")
+        return Way(options.gather, f"asked for; {words}", costs[options.gather][0])
     if has_extra:
-        return Way("queries", f"some columns stand on one rank alone; {words}")
+        return Way("queries", f"some columns stand on one rank alone; {words}", costs["queries"][0])
     rate = PRODUCTS_PER_BYTE.get(passage_nD.device.type, PRODUCTS_PER_BYTE["cuda"])
     cheaper = min(costs, key=lambda way: costs[way][0] + costs[way][1] / rate)
-    return Way("queries" if cheaper == "queries" else "passages", words)
+    return Way("queries" if cheaper == "queries" else "passages", words, costs[cheaper][0])
 
 
 def _cost(
