@@ -42,24 +42,35 @@ def bench_step(
 
 @bench_app.command("loss")
 def bench_loss(
-    rows: Annotated[int, typer.Option(min=1, help="rows of scores")] = 65536,
-    columns: Annotated[int, typer.Option(min=1, help="columns of scores, the pool")] = 65536,
-    width: Annotated[int, typer.Option(min=1, help="of an embedding")] = 384,
+    rows: Annotated[int | None, typer.Option(min=1, help="rows of scores, over all ranks; default: 65536")] = None,
+    columns: Annotated[int | None, typer.Option(min=1, help="columns of scores, over all ranks; default: 65536")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="of an embedding; default: 384, on a GPU 768")] = None,
     rounds: Rounds = 3,
-    half: Annotated[bool, typer.Option("--half", help="bfloat16 products, float32 sums")] = False,
+    half: Annotated[
+        bool | None, typer.Option("--half/--full", help="bfloat16 products, float32 sums; default: on a GPU alone")
+    ] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="processes on this machine, each with columns of its own")] = 1,
     peer: Peer = True,
     out: Out = None,
     as_json: Json = False,
 ) -> int:
     """Measure the loss against the matrix products in it.
 
-    Three products are needed, gradients included. It takes ten minutes on two cores.
+    Three products are needed, gradients included. On a GPU a pool of a
+    million columns has its turn, too. With several ranks both ways of
+    gathering are measured, and memory by hard negatives, without the
+    peer. It takes a quarter of an hour on two cores.
     """
     from launch.bench.loss import bench_loss as run_bench
-    from launch.tables import loss_parts
+    from launch.loss_tables import loss_parts, loss_rank_parts
+    from launch.ranks import on_ranks
 
-    found = run_bench(rows, columns, width, rounds, half, peer)
-    return _print_bench("loss", found, loss_parts(found), out, as_json)
+    arguments: dict[str, Any] = {"rows": rows, "columns": columns, "width": width, "rounds": rounds, "half": half}
+    if ranks == 1:
+        found = run_bench(**arguments, peer=peer)
+        return _print_bench("loss", found, loss_parts(found), out, as_json)
+    found = on_ranks("launch.bench.loss_ranks", ranks, **arguments)
+    return _print_bench("loss-ranks", found, loss_rank_parts(found), out, as_json)
 
 
 @bench_app.command("mining")

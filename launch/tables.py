@@ -80,7 +80,7 @@ def step_parts(found: dict[str, Any]) -> list[Part]:
     """Return everybody's step, ours against a plain one, and memory against the batch."""
     title = (
         f"{found['pairs_per_rank']} pairs a rank, {counted(found['ranks'], 'rank')}, texts up to {found['max_tokens']} tokens, "
-        f"{found['precision']}, {_machine(found)}, medians of {found['rounds']}"
+        f"{found['precision']}, {machine_words(found)}, medians of {found['rounds']}"
     )
     parts: list[Part] = [_times(title, found["steps"])]
     if against := found.get("against_plain"):
@@ -97,29 +97,6 @@ def step_parts(found: dict[str, Any]) -> list[Part]:
     return parts
 
 
-def loss_parts(found: dict[str, Any]) -> list[Part]:
-    """Return the loss stage against bare products and the peer."""
-    size = f"{found['rows']:,} x {found['columns']:,}, width {found['width']}"
-    title = f"loss stage, {size}, {found['precision']}, {_machine(found)}"
-    rows = [
-        (name, f"{seconds:.2f}", f"{found['ratio']:.2f}" if name == "ours" else "1.00")
-        for name, seconds in found["seconds"].items()
-    ]
-    parts: list[Part] = [
-        Sheet(title, ("", "seconds", "ratio"), rows),
-        f"{found['peak_gib_beyond_embeddings']:.2f} GiB beyond the embeddings, "
-        f"{found['share_of_matmul_rate']:.0%} of the {found['matmul_gflops']:,.0f} GFLOP/s of a large product.",
-    ]
-    if peer := found.get("peer"):
-        title = f"{peer['rows']:,} x {peer['rows']:,}, the peer at mini_batch_size {peer['mini_batch_size']}"
-        times = [
-            (name, f"{seconds:.2f}", f"{peer['ratio']:.2f}" if name == "ours" else "1.00")
-            for name, seconds in peer["seconds"].items()
-        ]
-        parts.append(Sheet(title, ("", "seconds", "ratio"), times))
-    return parts
-
-
 def doctor_parts(found: dict[str, Any]) -> list[Part]:
     """Return all findings, then what to do about those that are not ok."""
     rows = [(line["name"], line["verdict"], line["found"]) for line in found["findings"]]
@@ -133,7 +110,7 @@ def mining_parts(found: dict[str, Any]) -> list[Part]:
     """Return encoding and search against the bare work, and what two ranks and the memory came to."""
     encoding, search = found["encoding"], found["search"]
     titles = {
-        "encoding": f"encoding {encoding['texts']} texts, {encoding['tokens']:,} tokens, {_machine(found)}",
+        "encoding": f"encoding {encoding['texts']} texts, {encoding['tokens']:,} tokens, {machine_words(found)}",
         "search": f"exact search, {search['queries']:,} x {search['passages']:,}, width {search['width']}, k {search['top_k']}",
     }
     parts: list[Part] = []
@@ -169,7 +146,8 @@ def _times(title: str, rows: dict[str, dict[str, float]]) -> Sheet:
     return Sheet(title, ("", "seconds", "ratio", "peak GiB", "of matmul rate"), cells)
 
 
-def _machine(found: dict[str, Any]) -> str:
+def machine_words(found: dict[str, Any]) -> str:
+    """Return the device, and how many threads of it."""
     return found["device"] + (f", {counted(found['threads'], 'thread')}" if "threads" in found else "")
 
 

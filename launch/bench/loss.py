@@ -1,90 +1,84 @@
 """`negpool bench loss`: the loss and its gradients from embeddings, against the three matrix products it cannot do without.
 
-The bare products run in the same tiles, because the whole matrix of scores would not fit: it is what nobody should hold.
-The peer's loss stage has its turn on a smaller square, at the best of its tile sizes. Memory is the peak above the
-embeddings, gradients included.
+One process has all columns of its rows. `launch/bench/loss_ranks.py` measures several ranks, each with columns of its own. The
+peer's loss stage has its turn on a smaller square, at the best of its tile sizes. Memory is the peak above the embeddings,
+gradients included.
 """
 
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from gradcache import OBJECTIVES, Batch, LossOptions, Temperature, Tower
-from gradcache.agree import Agreed
-from gradcache.exchange import Counts
-from gradcache.loss import global_loss
-from gradcache.tiles import TILE_BYTES
-from launch.bench.machine import describe, matmul_rate, measured
-from launch.output import messages
+from launch.bench.machine import describe, matmul_rate, seconds_of
+from launch.bench.stage import SCALE, BareProducts, make_stage, unit_rows
+from launch.bench.turns import compared, take_turns
 from trainer.errors import InputError
+from trainer.world import World, join_world
 
-SCALE = 20.0
+SIZES = {"cpu": [(65536, 65536)], "cuda": [(65536, 65536), (4096, 1048576)]}  # rows and columns, where none are asked for
+WIDTH = {"cpu": 384, "cuda": 768}
+WANTED = {"cpu": 1.1, "cuda": 1.3}  # of the time of the bare products
+BARE, OURS = "bare products", "ours"
 PEER_ROWS = 8192
 PEER_TILES = (32, 128, 512)
 
 
-def bench_loss(rows: int, columns: int, width: int, rounds: int, half: bool, peer: bool) -> dict[str, Any]:
-    """Return the table. half: bfloat16 embeddings and products, float32 sums."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if half else torch.float32
-    rate = matmul_rate(device, dtype if device.type == "cuda" else torch.float32)  # what a CPU's tiles are multiplied in
-    row_BD, column_PD = (_unit(n, width, device, dtype) for n in (rows, columns))
-    costs: dict[str, list[tuple[float, float]]] = {"three bare products": [], "ours": []}
-    for number in range(rounds):
-        for name, work in (("three bare products", _bare), ("ours", _ours)):
-            with measured(device) as cost:
-                work(row_BD, column_PD)
-            costs[name].append((cost.seconds, cost.peak_gib))
-            messages().print(f"[dim]round {number + 1}: {name}: {cost.seconds:.2f} s, {cost.peak_gib:.2f} GiB[/dim]")
-    seconds = {name: statistics.median(s for s, _ in turns) for name, turns in costs.items()}
-    found = {
-        **describe(device),
-        "rows": rows,
-        "columns": columns,
-        "width": width,
-        "precision": "bf16" if half else "fp32",
+def bench_loss(
+    rows: int | None, columns: int | None, width: int | None, rounds: int, half: bool | None, peer: bool
+) -> dict[str, Any]:
+    """Return the table; None: what suits the device. half: bfloat16 embeddings and products, float32 sums."""
+    world = join_world()
+    try:
+        return _bench(world, rows, columns, width, rounds, half, peer)
+    finally:
+        world.leave()
+
+
+def _bench(
+    world: World, rows: int | None, columns: int | None, width: int | None, rounds: int, half: bool | None, peer: bool
+) -> dict[str, Any]:
+    device = world.device
+    sizes = SIZES[device.type]
+    if rows is not None or columns is not None:
+        sizes = [(rows or columns or 0, columns or rows or 0)]
+    found = about(world, width, half)
+    return {
+        **found,
         "rounds": rounds,
-        "matmul_gflops": round(rate / 1e9, 1),
-        "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "ratio": round(
-            statistics.median(a / b for (a, _), (b, _) in zip(costs["ours"], costs["three bare products"], strict=True)), 3
-        ),
-        "peak_gib_beyond_embeddings": round(statistics.median(gib for _, gib in costs["ours"]), 3),
-        "share_of_matmul_rate": round(6 * rows * columns * width / seconds["ours"] / rate, 3),
+        "sizes": [_measure(world, *size, found["width"], found["precision"] == "bf16", rounds) for size in sizes],
+        **({"peer": _against_peer(found["width"], rounds, device)} if peer else {}),
     }
-    if peer:
-        found["peer"] = _against_peer(width, rounds, device)
-    return found
 
 
-def _unit(num_rows: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    torch.manual_seed(num_rows)
-    return torch.nn.functional.normalize(torch.randn(num_rows, width, device=device), dim=1).to(dtype)
+def about(world: World, width: int | None, half: bool | None) -> dict[str, Any]:
+    """Return the machine, and the width and precision that are asked for or suit it."""
+    device = world.device
+    half = device.type == "cuda" if half is None else half
+    multiplied_in = torch.bfloat16 if half and device.type == "cuda" else torch.float32  # a CPU multiplies in float32
+    return {
+        **describe(device),
+        "width": width or WIDTH[device.type],
+        "precision": "bf16" if half else "fp32",
+        "matmul_gflops": round(matmul_rate(device, multiplied_in) / 1e9, 1),
+    }
 
 
-def _ours(row_BD: Tensor, column_PD: Tensor) -> None:
-    num_rows, num_columns = len(row_BD), len(column_PD)
-    keys = torch.arange(num_rows + num_columns)
-    tower = Tower(encode=lambda rows: rows, lengths=torch.ones_like(keys), load=lambda rows: rows)
-    target = torch.arange(num_rows)
-    batch = Batch(towers=[tower], num_queries=num_rows, keys=keys, target=target, positive_keys=keys[num_rows:][target][:, None])
-    counts = Counts(queries=[num_rows], passages=[num_columns], extra=[0], positives=[num_rows])
-    agreed = Agreed(torch.cat([row_BD, column_PD]), counts, [num_rows + num_columns], 0, None)
-    options = LossOptions(objective=OBJECTIVES["info_nce"])
-    global_loss(batch, agreed, options=options, temperature=Temperature(1 / SCALE).to(row_BD.device), group=None)
+def check_size(rows: int, columns: int) -> None:
+    """Raise InputError where a row would have no positive of its own."""
+    if rows > columns:
+        raise InputError(f"{rows} rows need as many columns for their positives, and there are {columns}; set --columns higher")
 
 
-def _bare(row_BD: Tensor, column_PD: Tensor) -> None:
-    tile_rows = max(1, TILE_BYTES[row_BD.device.type] // (len(column_PD) * 4))
-    score_tP = row_BD.new_empty(min(tile_rows, len(row_BD)), len(column_PD))
-    row_gradient, column_gradient = torch.empty_like(row_BD), torch.zeros_like(column_PD)
-    for start in range(0, len(row_BD), tile_rows):
-        part = row_BD[start : start + tile_rows]
-        score = torch.mm(part, column_PD.T, out=score_tP[: len(part)])
-        torch.mm(score, column_PD, out=row_gradient[start : start + tile_rows])
-        column_gradient.addmm_(score.T, part)
+def _measure(world: World, rows: int, columns: int, width: int, half: bool, rounds: int) -> dict[str, Any]:
+    check_size(rows, columns)
+    dtype = torch.bfloat16 if half else torch.float32
+    stage = make_stage(rows, columns, width, dtype, world.device)
+    bare = BareProducts(*stage.agreed.embedding_nD.split([rows, columns]))
+    ways: dict[str, Callable[[], Any]] = {BARE: bare.run, OURS: stage.loss}
+    sides = compared(take_turns(ways, rounds, world), BARE, {OURS: WANTED[world.device.type]})
+    return {"rows": rows, "columns": columns, "flops": 6 * rows * columns * width, "sides": sides}
 
 
 def _against_peer(width: int, rounds: int, device: torch.device) -> dict[str, Any]:
@@ -93,7 +87,8 @@ def _against_peer(width: int, rounds: int, device: torch.device) -> dict[str, An
         from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
     except ImportError as error:
         raise InputError("the peer is not installed; run: pip install 'negpool[bench]', or use --no-peer") from error
-    query, passage = (_unit(PEER_ROWS + i, width, device, torch.float32)[:PEER_ROWS] for i in range(2))
+    query, passage = (unit_rows(PEER_ROWS, width, device, torch.float32, seed) for seed in range(2))
+    stage = make_stage(PEER_ROWS, PEER_ROWS, width, torch.float32, device)
 
     def theirs(tile: int) -> None:
         loss = CachedMultipleNegativesRankingLoss(torch.nn.Sequential(torch.nn.Identity()), scale=SCALE, mini_batch_size=tile)  # type: ignore[arg-type]
@@ -104,17 +99,13 @@ def _against_peer(width: int, rounds: int, device: torch.device) -> dict[str, An
     ours = []
     for _ in range(rounds):
         for tile in PEER_TILES:
-            with measured(device) as cost:
-                theirs(tile)
-            seconds[tile].append(cost.seconds)
-        with measured(device) as cost:
-            _ours(query, passage)
-        ours.append(cost.seconds)
+            seconds[tile].append(seconds_of(lambda tile=tile: theirs(tile), device))
+        ours.append(seconds_of(stage.loss, device))
     medians = {tile: statistics.median(turns) for tile, turns in seconds.items()}
     best = min(medians, key=lambda tile: medians[tile])
     return {
         "rows": PEER_ROWS,
         "mini_batch_size": best,
-        "seconds": {"sentence-transformers": round(medians[best], 3), "ours": round(statistics.median(ours), 3)},
+        "seconds": {"sentence-transformers": round(medians[best], 3), OURS: round(statistics.median(ours), 3)},
         "ratio": round(statistics.median(ours) / medians[best], 3),
     }
