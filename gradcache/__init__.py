@@ -6,7 +6,9 @@ Tensors, modules and process groups only: no text, no Hugging Face, no files.
 from gradcache.agree import NotFinite
 from gradcache.batch import Batch, Candidates, Extra, Tower
 from gradcache.budget import Budget, probe_budget
+from gradcache.cache import cached_encode
 from gradcache.chunks import plan_chunks
+from gradcache.contrastive import contrastive_loss
 from gradcache.lost import LostRank
 from gradcache.objectives import OBJECTIVES, Objective, Rows, Tile
 from gradcache.options import LossOptions, TextTerm
@@ -37,7 +39,9 @@ __all__ = [
     "TextTerm",
     "Tile",
     "Tower",
+    "cached_encode",
     "cached_step",
+    "contrastive_loss",
     "plan_chunks",
     "probe_budget",
     "reference_step",
