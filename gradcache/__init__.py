@@ -11,6 +11,7 @@ from gradcache.chunks import plan_chunks
 from gradcache.contrastive import contrastive_loss
 from gradcache.lost import LostRank
 from gradcache.objectives import OBJECTIVES, Objective, Rows, Tile
+from gradcache.objectives.tile import LOG_SUM_EXP, MAXIMUM, SUM, Merge, top_k, weighted_mean
 from gradcache.options import LossOptions, TextTerm
 from gradcache.ragged import Ragged
 from gradcache.reference import reference_step
@@ -19,7 +20,10 @@ from gradcache.sync import DDPSync, FSDP2Sync, GradientSync, NoSync
 from gradcache.temperature import Temperature
 
 __all__ = [
+    "LOG_SUM_EXP",
+    "MAXIMUM",
     "OBJECTIVES",
+    "SUM",
     "Batch",
     "Budget",
     "Candidates",
@@ -29,6 +33,7 @@ __all__ = [
     "GradientSync",
     "LossOptions",
     "LostRank",
+    "Merge",
     "NoSync",
     "NotFinite",
     "Objective",
@@ -45,4 +50,6 @@ __all__ = [
     "plan_chunks",
     "probe_budget",
     "reference_step",
+    "top_k",
+    "weighted_mean",
 ]

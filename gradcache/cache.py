@@ -41,6 +41,7 @@ def cached_encode(
 
     encode: takes a chunk of an input and returns its embeddings, (rows, D); or a tuple with one for each input.
     inputs: a tensor, a list, or a mapping of such, of one entry a row; a chunk is of the same kind, with some of the rows.
+    Strings and numbers in a mapping go to every chunk.
     chunk_rows: rows encoded at once. keep_graphs: chunks that keep their graph, and are encoded once instead of twice.
     models: what `encode` calls where it is a function and no module, so that DistributedDataParallel can be told when to reduce:
     once, in the last backward, and not at all under its `no_sync`.
@@ -84,9 +85,9 @@ def _tower(encode: Encode, rows: Any, name: str) -> Tower:
 def _count(rows: Any, name: str) -> int:
     """Return how many rows an input has. Raises TypeError, or ValueError where its parts have different numbers."""
     if isinstance(rows, Mapping):
-        counts = {key: _count(part, f"{name}[{key!r}]") for key, part in rows.items()}
+        counts = {key: _count(part, f"{name}[{key!r}]") for key, part in rows.items() if not _is_of_all_rows(part)}
         if len(set(counts.values())) != 1:
-            found = ", ".join(f"{count} of {key!r}" for key, count in counts.items()) or "nothing"
+            found = ", ".join(f"{count} of {key!r}" for key, count in counts.items()) or "no rows"
             raise ValueError(f"{name} holds {found}; expected the same number of rows of each")
         return next(iter(counts.values()))
     if isinstance(rows, list) or (isinstance(rows, Tensor) and rows.ndim):
@@ -94,9 +95,14 @@ def _count(rows: Any, name: str) -> int:
     raise TypeError(f"{name} is a {type(rows).__name__} without rows; expected a tensor, a list, or a mapping of these")
 
 
+def _is_of_all_rows(part: Any) -> bool:
+    """Return whether a part of a mapping says one thing of all rows, such as the name of a task, and goes to every chunk."""
+    return part is None or isinstance(part, str | int | float) or (isinstance(part, Tensor) and not part.ndim)
+
+
 def _pick(rows: Any, chosen: Tensor) -> Any:
     if isinstance(rows, Mapping):
-        return {key: _pick(part, chosen) for key, part in rows.items()}
+        return {key: part if _is_of_all_rows(part) else _pick(part, chosen) for key, part in rows.items()}
     return rows[chosen.to(rows.device)] if isinstance(rows, Tensor) else [rows[i] for i in chosen.tolist()]
 
 

@@ -16,7 +16,6 @@ from gradcache.batch import Batch, Tower
 from gradcache.encode import Encoding
 from gradcache.loss import global_loss
 from gradcache.lost import naming_lost_ranks
-from gradcache.objectives import InfoNCE
 from gradcache.objectives.tile import trained_parameters
 from gradcache.options import LossOptions
 from gradcache.plan import Plan
@@ -25,7 +24,7 @@ from gradcache.temperature import Temperature
 
 # B queries and n passages of this rank, D width
 
-OPTIONS = LossOptions(objective=InfoNCE())
+OPTIONS = LossOptions()
 ROWS_OF_A_RANK = 1 << 40  # more than any rank has, so that default keys of different ranks differ
 
 

@@ -1,13 +1,13 @@
 """How scores become a loss: all settings that the mathematics reads, in one object."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from gradcache.objectives.tile import Objective
+from gradcache.objectives import InfoNCE, Objective
 
 # n rows, D width
 
@@ -24,7 +24,7 @@ class TextTerm:
 class LossOptions:
     """How scores become a loss."""
 
-    objective: Objective
+    objective: Objective = field(default=InfoNCE())
     symmetric: bool = False  # the mean of both directions, queries -> passages and target passages -> queries
     same_side: bool = False  # the rows of a direction's own side are negatives, too: query-query and passage-passage
     gather: Literal["auto", "passages", "queries"] = "auto"  # what travels to the other ranks

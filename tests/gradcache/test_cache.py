@@ -58,7 +58,11 @@ def test_gradients_are_those_of_one_graph(chunk_rows, keep_graphs):
 
 
 def test_any_loss_may_follow_and_each_input_may_have_its_own_encoder():
-    pictures, words, sounds = torch.randn(5, 3, 2), [torch.randn(4) for _ in range(7)], {"wave": {"left": torch.randn(3, 4)}}
+    pictures, words, sounds = (
+        torch.randn(5, 3, 2),
+        [torch.randn(4) for _ in range(7)],
+        {"wave": {"left": torch.randn(3, 4)}, "times": 2},
+    )
 
     def build():
         torch.manual_seed(1)
@@ -68,7 +72,7 @@ def test_any_loss_may_follow_and_each_input_may_have_its_own_encoder():
         return (
             lambda x: models[0](x.flatten(1)),
             lambda x: models[1](torch.stack(x)),
-            lambda x: models[2](x["wave"]["left"]),
+            lambda x: models[2](x["wave"]["left"] * x["times"]),
         )
 
     def loss_of(a, b, c):
@@ -220,8 +224,8 @@ def test_the_average_over_ranks_is_exact_without_ddp_too():
             {"inputs": [{"ids": torch.ones(3, 2), "mask": torch.ones(4, 2)}]},
             "input 0 holds 3 of 'ids', 4 of 'mask'; expected the",
         ),
-        ({"inputs": [{"ids": torch.ones(3, 2), "task": "sts"}]}, r"input 0\['task'\] is a str without rows"),
-        ({"inputs": [{}]}, "input 0 holds nothing"),
+        ({"inputs": [{"ids": torch.ones(3, 2), "mask": (1, 1, 1)}]}, r"input 0\['mask'\] is a tuple without rows"),
+        ({"inputs": [{"task": "sts"}]}, "input 0 holds no rows"),
         ({"inputs": []}, "encode has 0 functions for 0 inputs"),
         ({"encode": (len, len)}, "encode has 2 functions for 1 inputs; expected one, or one for each input"),
         ({"encode": lambda x: {"embedding": x}}, "encode returned a dict; expected a tensor of embeddings"),
