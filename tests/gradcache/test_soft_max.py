@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import gradcache.tiles
+import gradcache.blocks
 from gradcache.masks import Masks
 from gradcache.matrix import Matrix
 from gradcache.objectives.info_nce import InfoNCE
@@ -49,7 +49,7 @@ def gradients(matrix, objective, keep_bytes, derivative_R1):
 @pytest.mark.parametrize("repeated", [(), (0, 7), tuple(range(37))], ids=["no mask", "two masked", "all masked"])
 @pytest.mark.parametrize("keep_bytes", [None, 0, ONE_TILE, 10**9], ids=["one sweep", "again", "one tile kept", "kept"])
 def test_closed_form_equals_autograd(monkeypatch, keep_bytes, repeated):
-    monkeypatch.setitem(gradcache.tiles.BLOCK_BYTES, "cpu", 2 * 37 * 8)
+    monkeypatch.setitem(gradcache.blocks.BLOCK_BYTES, "cpu", 2 * 37 * 8)
     derivative_R1 = torch.linspace(-1, 2, ROWS, dtype=torch.float64)[:, None]
     (expected, by_autograd), (actual, closed) = (
         gradients(matrix(37, repeated), objective, keep_bytes, derivative_R1) for objective in (ByAutograd(), InfoNCE())

@@ -3,7 +3,7 @@
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradcache import OBJECTIVES, LossOptions, NoSync, Temperature, cached_step, tiles
+from gradcache import OBJECTIVES, LossOptions, NoSync, Temperature, blocks, cached_step
 from gradcache.objectives.extensions import AdaptiveMargins, AlignmentUniformity
 from tests.gradcache.objectives.test_extensions import Encoder, make_batch
 
@@ -32,7 +32,7 @@ class Waits(TorchDispatchMode):
 def test_the_host_waits_once_a_step_and_not_once_a_tile_or_block(objective, gather, monkeypatch):
     counts = []
     for tile_rows, block_bytes in ((None, 2**20), (8, 2**20), (8, 16)):
-        monkeypatch.setitem(tiles.BLOCK_BYTES, "cpu", block_bytes)
+        monkeypatch.setitem(blocks.BLOCK_BYTES, "cpu", block_bytes)
         options = LossOptions(objective=objective, symmetric=True, same_side=True, gather=gather, tile_rows=tile_rows)
         with Waits() as seen:
             cached_step(
