@@ -17,14 +17,7 @@ from tests.ranks import run_ranks
 
 LOSS = LossOptions(objective=OBJECTIVES["info_nce_multi"])
 SETTINGS = {"chunk_tokens": 22, "seed": 3, "step": 7}
-CASES = [  # towers, kept graphs, symmetric, reduce every chunk
-    (1, 0, False, False),
-    (1, 2, True, False),
-    (1, "all", False, False),
-    (1, 2, False, True),
-    (2, 1, True, False),
-    (2, 1, True, True),
-]
+CASES = [(1, 2, False, False), (2, 1, True, True)]  # towers, kept graphs, symmetric, reduce every chunk
 
 
 def build(num_towers):
@@ -79,8 +72,8 @@ def expected(rows, num_towers, symmetric, seed):
     return loss, full_gradients(encoders, temperature)
 
 
-@pytest.mark.parametrize("rows", [(5,), (5, 3), (0, 4), (3, 0, 1)])
-def test_gradients_under_fsdp2_are_the_references(rows):
+@pytest.mark.parametrize("rows", [(5, 3), (3, 0, 1)])
+def test_gradients_of_two_steps_under_fsdp2_are_the_references(rows):
     for found in run_ranks(sharded_steps, len(rows), rows):
         for number, (loss, gradients) in enumerate(found):
             num_towers, _, symmetric, _ = CASES[number // 2]

@@ -22,7 +22,7 @@ from tests.ranks import run_ranks
 
 VALUES: dict[str, list] = {
     "rows": [(5,), (5, 3), (0, 4), (2, 4, 3), (3, 0, 1)],  # queries of each rank
-    "backend": ["plain", "fsdp2"],  # plain: DDP on several ranks
+    "backend": ["plain", "fsdp2", "fsdp2, each chunk reduced"],  # plain: DDP on several ranks
     "num_towers": [1, 2],
     "num_negatives": [0, 1, 7],  # hard ones of a query
     "chunk_tokens": [22, 35, 10_000],  # two rows of 11, sizes that do not divide, one chunk
@@ -107,10 +107,10 @@ def steps(rank: int, cases: list[Case]):
     found = []
     for case in cases:
         encoders, temperature, options = build(case)
-        group = dist.group.WORLD if len(case["rows"]) > 1 or case["backend"] == "fsdp2" else None
-        if case["backend"] == "fsdp2":
+        group = dist.group.WORLD if len(case["rows"]) > 1 or case["backend"] != "plain" else None
+        if case["backend"] != "plain":
             called = [shard(encoder) for encoder in encoders]
-            sync = FSDP2Sync(*called)
+            sync = FSDP2Sync(*called, reduce_every_chunk=case["backend"] != "fsdp2")
         elif group is not None:
             called = [DistributedDataParallel(encoder, broadcast_buffers=False) for encoder in encoders]
             sync = DDPSync(*called)
@@ -129,7 +129,7 @@ def expected(case: Case):
     batches = [batch_of(case, rank, encoders) for rank in range(len(case["rows"]))]
     loss = reference_step(
         batches, loss=options, temperature=temperature, chunk_tokens=case["chunk_tokens"],
-        equal_chunks=case["backend"] == "fsdp2", **STEP,
+        equal_chunks=case["backend"] != "plain", **STEP,
     )  # fmt: skip
     return loss, gradients(encoders, temperature, options)
 

@@ -38,6 +38,18 @@ def test_a_row_without_negatives_has_no_loss_and_a_finite_gradient(name):
     assert q.grad.abs().max() < 1e-6 and p.grad.abs().max() < 1e-6  # NaN fails too
 
 
+def test_same_side_info_nce_is_cross_entropy_over_both_sides():
+    torch.manual_seed(0)
+    q, p = torch.nn.functional.normalize(torch.randn(8, 6), dim=1).split(4)
+    options = LossOptions(objective=OBJECTIVES["info_nce"], symmetric=True, same_side=True)
+    found, _ = step_of_vectors(vectors(q, p), options, 2.0)
+    own = torch.full((4, 4), 0.0).fill_diagonal_(-torch.inf)
+    forth = torch.cat([q @ p.T, q @ q.T + own], 1) / 0.5
+    back = torch.cat([p @ q.T, p @ p.T + own], 1) / 0.5
+    wanted = sum(torch.nn.functional.cross_entropy(scores, torch.arange(4)) for scores in (forth, back)) / 2
+    assert found.loss == pytest.approx(float(wanted), rel=1e-6)
+
+
 def two_steps(rank, rows, mutation):
     encoders, temperature = build(2, 0.2), Temperature(0.1, learnable=True)
     called = [DistributedDataParallel(e, broadcast_buffers=False) for e in encoders]
