@@ -62,7 +62,7 @@ def cached_encode(
         is_trained = torch.is_grad_enabled()
         seed = int(torch.randint(2**62, ()))
         plan = plan_encoding(towers, chunk_rows, seed, 0, 0 if world is None else world.rank())
-        with sync.held(is_trained), borrowed_generators():
+        with sync.held(is_trained), borrowed_generators(), _saying_rows():
             encoding = encode_all(plan, keep_graphs if is_trained else 0, sync.sync)
         if len(encoding.widths) > 1:
             raise ValueError(f"encode returned embeddings of widths {sorted(encoding.widths)}; expected one width")
@@ -153,6 +153,15 @@ class _Autocast:
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.is_enabled)
 
 
+@contextlib.contextmanager
+def _saying_rows() -> Iterator[None]:
+    """Name the setting of this module where a chunk does not fit into memory, halved or not."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError("a chunk of rows does not fit into memory; set chunk_rows lower") from error
+
+
 class _Encoded(torch.autograd.Function):
     """Embeddings that are there, and what their backward runs."""
 
@@ -175,6 +184,7 @@ class _Encoded(torch.autograd.Function):
         gradient_nD = torch.cat(gradients)
         # The gradients that arrive are such that their average over the ranks is meant.
         scale = 1 / sync.sync.gradient_scale()
-        with naming_lost_ranks(ranks_of("all")), sync.held(), borrowed_generators(), ctx.autocast.again(), torch.enable_grad():
+        again = ctx.autocast.again(), torch.enable_grad()
+        with naming_lost_ranks(ranks_of("all")), sync.held(), borrowed_generators(), _saying_rows(), again[0], again[1]:
             backpropagate(encoding, gradient_nD, sync.sync, scale, sync.is_last)
         return None, None, None, None

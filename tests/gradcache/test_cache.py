@@ -241,6 +241,29 @@ def test_what_does_not_fit_is_one_sentence(given, said):
     assert "\n" not in str(caught.value)
 
 
+class Small(nn.Linear):
+    """Has memory for some rows, in its first or its second encoding."""
+
+    def __init__(self, most_rows, in_which):
+        super().__init__(4, WIDTH)
+        self.most_rows, self.in_which = most_rows, in_which
+
+    def forward(self, rows):
+        if len(rows) > self.most_rows and torch.is_grad_enabled() == (self.in_which == 2):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(rows)
+
+
+@pytest.mark.parametrize("in_which", [1, 2])
+def test_a_chunk_that_does_not_fit_is_halved_or_named(in_which):
+    model, rows = Small(2, in_which), torch.randn(7, 4)
+    (embedding,) = cached_encode(model, rows, chunk_rows=5, keep_graphs=0)
+    embedding.sum().backward()
+    torch.testing.assert_close(model.weight.grad, rows.sum(0).expand(WIDTH, 4))
+    with pytest.raises(torch.OutOfMemoryError, match=r"^a chunk of rows does not fit into memory; set chunk_rows lower$"):
+        cached_encode(Small(0, in_which), rows, chunk_rows=5, keep_graphs=0)[0].sum().backward()
+
+
 def refused_models(rank):
     with pytest.raises(ValueError, match="is under fully_shard, which cached_encode does not know; use cached_step"):
         cached_encode(fully_shard(nn.Linear(4, 4)), torch.ones(3, 4), chunk_rows=2)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradcache import OBJECTIVES, Batch, LossOptions, NotFinite, Objective, Temperature, Tower, contrastive_loss
 from gradcache.lost import told_failure
@@ -201,6 +202,29 @@ def test_a_loss_without_grad_mode_has_no_graph_and_a_backward_runs_once():
     loss.backward()
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that anything made."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        made = [part for part in (found if isinstance(found, tuple | list) else [found]) if isinstance(part, torch.Tensor)]
+        self.num_elements = max([self.num_elements, *(part.numel() for part in made)])
+        return found
+
+
+def test_no_matrix_of_all_scores_is_ever_made():
+    query, passage = embeddings(0, 64, 512)
+    with Largest() as found:
+        contrastive_loss(query, passage, temperature=0.2, options=LossOptions(tile_rows=4)).backward()
+        assert query.grad.norm() > 0
+    assert 4 * 512 <= found.num_elements <= passage.numel() + query.numel() < 64 * 512
+    with Largest() as found:
+        plain([(query, passage)], 0.2)
+    assert found.num_elements == 64 * 512
 
 
 def of_embeddings(**changed):
