@@ -204,6 +204,14 @@ def test_a_loss_without_grad_mode_has_no_graph_and_a_backward_runs_once():
         loss.backward()
 
 
+def test_a_side_that_is_not_trained_gets_no_gradient_and_changes_none():
+    (query, passage), (wanted, _) = embeddings(0, 4, 9), embeddings(0, 4, 9)
+    contrastive_loss(query, passage.detach(), temperature=0.2).backward()
+    plain([(wanted, passage.detach())], 0.2).backward()
+    torch.testing.assert_close(query.grad, wanted.grad)
+    assert query.grad.norm() > 0 and passage.grad is None
+
+
 class Largest(TorchDispatchMode):
     """The largest tensor that anything made."""
 
