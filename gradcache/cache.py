@@ -5,7 +5,6 @@ dropout, and puts the gradients into the model's parameters. Source: Gao et al. 
 """
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -117,6 +116,8 @@ class _Reducer:
                     f"encode is a function on {world.size()} ranks; set models=[...] to the modules that it calls, as they are "
                     "wrapped, so that their gradients are reduced once"
                 )
+        if not isinstance(models, list | tuple) or not all(isinstance(model, nn.Module) for model in models):
+            raise TypeError(f"models is {type(models).__name__}; expected a list of the modules that encode calls")
         parts = dict.fromkeys(part for model in models for part in model.modules())
         if any(isinstance(part, FSDPModule) for part in parts):
             raise ValueError("a model is under fully_shard, which cached_encode does not know; use cached_step with FSDP2Sync")
@@ -149,8 +150,11 @@ class _Autocast:
     def now(cls, device_type: str) -> "_Autocast":
         return cls(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
 
-    def again(self) -> torch.autocast:
-        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.is_enabled)
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Encode with graph as in that moment; a backward has neither its precision nor grad mode."""
+        with torch.autocast(self.device_type, dtype=self.dtype, enabled=self.is_enabled), torch.enable_grad():
+            yield
 
 
 @contextlib.contextmanager
@@ -167,12 +171,10 @@ class _Encoded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, encoding: Encoding, sync: _Reducer, sizes: list[int], anchor: Tensor) -> tuple[Tensor, ...]:
-        embedding_nD = encoding.embedding_nD
-        if embedding_nD is None:
-            embedding_nD = torch.empty(0, 0, device=sync.device)
+        embedding_nD = torch.empty(0, 0, device=sync.device) if encoding.embedding_nD is None else encoding.embedding_nD
         encoding.embedding_nD = None  # the caller's from here on
         ctx.encoding, ctx.sync, ctx.autocast = encoding, sync, _Autocast.now(embedding_nD.device.type)
-        return tuple(embedding_nD[stop - size : stop] for size, stop in zip(sizes, itertools.accumulate(sizes), strict=True))
+        return tuple(part.clone() for part in embedding_nD.split(sizes))  # as views they could not be changed in place
 
     @staticmethod
     @once_differentiable
@@ -184,7 +186,6 @@ class _Encoded(torch.autograd.Function):
         gradient_nD = torch.cat(gradients)
         # The gradients that arrive are such that their average over the ranks is meant.
         scale = 1 / sync.sync.gradient_scale()
-        again = ctx.autocast.again(), torch.enable_grad()
-        with naming_lost_ranks(ranks_of("all")), sync.held(), borrowed_generators(), _saying_rows(), again[0], again[1]:
+        with naming_lost_ranks(ranks_of("all")), sync.held(), borrowed_generators(), _saying_rows(), ctx.autocast.again():
             backpropagate(encoding, gradient_nD, sync.sync, scale, sync.is_last)
         return None, None, None, None

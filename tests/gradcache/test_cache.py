@@ -78,9 +78,14 @@ def test_any_loss_may_follow_and_each_input_may_have_its_own_encoder():
     def loss_of(a, b, c):
         return (a.mean(0) * b.sum(0)).sum() + (c @ a.T).square().mean()
 
+    def halved(a, b, c):
+        return a / 2, b, c
+
     found, wanted = build(), build()
-    loss_of(*cached_encode(encoders(found), pictures, words, sounds, chunk_rows=2)).backward()
-    loss_of(*(e(x) for e, x in zip(encoders(wanted), (pictures, words, sounds), strict=True))).backward()
+    embedded = cached_encode(encoders(found), pictures, words, sounds, chunk_rows=2)
+    embedded[0].mul_(0.5)
+    loss_of(*embedded).backward()
+    loss_of(*halved(*(e(x) for e, x in zip(encoders(wanted), (pictures, words, sounds), strict=True)))).backward()
     assert_same_gradients(gradients_of(model=found), gradients_of(model=wanted))
 
 
@@ -231,6 +236,7 @@ def test_the_average_over_ranks_is_exact_without_ddp_too():
         ({"encode": lambda x: {"embedding": x}}, "encode returned a dict; expected a tensor of embeddings"),
         ({"encode": lambda x: x[:, None]}, r"encode returned \(2, 1, 4\) for 2 rows; expected \(rows, width\)"),
         ({"encode": (lambda x: x, lambda x: x[:, :3]), "inputs": [torch.ones(3, 4)] * 2}, r"embeddings of widths \[3, 4\]"),
+        ({"models": nn.Identity()}, "models is Identity; expected a list of the modules that encode calls"),
         ({"keep_graphs": -1}, "keep_graphs=-1 must be at least 0"),
     ],
 )
