@@ -105,7 +105,6 @@ def step(run: Training) -> StepResult:
         log.info("step %d: source %s begins again, others are longer", number, run.data.sources[source].name)
     results = [take_part(run, part, i, is_last=i == len(parts) - 1) for i, part in enumerate(parts)]
     result = joined(results, [run.tasks[part.source].weight for part in parts])
-    tell_way(run, result.way)
     if result.num_halved:  # on any rank: all go on with one budget
         assert run.state.budget is not None
         run.state.budget = run.state.budget.halved()
@@ -131,7 +130,7 @@ def take_part(run: Training, part: Part, number: int, is_last: bool) -> StepResu
     run.data_s += time.perf_counter() - started
     if state.budget is None:
         state.budget = find_budget(job.chunk, batch, state.parallel.encoder, world)
-    return cached_step(
+    result = cached_step(
         batch,
         loss=task.loss,
         progress=state.step / max(1, run.num_steps),
@@ -146,6 +145,8 @@ def take_part(run: Training, part: Part, number: int, is_last: bool) -> StepResu
         weight=task.weight,
         is_last=is_last,
     )
+    tell_way(run, result.way)
+    return result
 
 
 def tell_way(run: Training, way: Way) -> None:
