@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from gradcache.tiles import TILE_BYTES
+from gradcache.way import kept_by_default
 from launch.jobfile import Jobs
 from launch.plan import Plan, cores_and_gpus, share_out
 from launch.plan_warnings import warnings_of_job, warnings_of_plan
@@ -24,6 +25,7 @@ from trainer.budget import CPU_BUDGET, held_bytes
 from trainer.data.datasets import RetrievalData, open_data
 from trainer.encoder.model import check_model, load_encoder
 from trainer.prepare import check_sizes
+from trainer.tasks import loss_options
 
 SAMPLED, PASSED = 1000, 16  # texts whose lengths are measured; texts that go through the model
 GIB = 2**30
@@ -130,10 +132,20 @@ def trainer_memory(jobs: Jobs, shares: Plan, encoder: Any, counts: dict[str, Any
         "weights, gradients, moments": weights + rest,
         "embeddings": rows * encoder.width * 4 * 4,
         "scores": 2 * min(TILE_BYTES[device], 4 * counts["queries_a_step"] * counts["passages_a_step"]),
+        "kept scores": _kept_scores(jobs, shares, counts, device),
         "graph of a chunk": tokens * bytes_of_token,
         "libraries": 0 if shares.train_gpus else held_now() - weights,
     }
     return {name: round(max(0.0, size) / GIB, 3) for name, size in found.items()}
+
+
+def _kept_scores(jobs: Jobs, shares: Plan, counts: dict[str, Any], device: str) -> float:
+    """Return the bytes of scores that a rank keeps between the loss and its gradient, if its passages stay with it."""
+    options = loss_options(jobs.train.loss, jobs.train.precision)
+    if shares.train_ranks == 1 or options.gather == "passages":
+        return 0
+    scores = 4 * counts["queries_a_step"] * counts["passages_a_step"] / shares.train_ranks
+    return min(scores, kept_by_default(options, torch.device(device)))
 
 
 def miner_memory(jobs: Jobs, data: RetrievalData, shares: Plan, width: int) -> dict[str, Any]:

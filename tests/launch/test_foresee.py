@@ -4,9 +4,10 @@ import io
 import json
 
 import pytest
+import torch
 from rich.console import Console
 
-from launch.foresee import count_steps, disk_bytes, foresee, swap_steps
+from launch.foresee import count_steps, disk_bytes, foresee, swap_steps, trainer_memory
 from launch.foreseen import foreseen_text
 from launch.jobfile import read_job
 from launch.plan import Plan
@@ -100,3 +101,16 @@ def test_a_fixed_number_of_steps_and_all_negatives_are_counted(root):
 def test_a_job_that_cannot_run_is_refused(root):
     with pytest.raises(InputError, match="36 training queries, fewer than batch"):
         foresee(job(root, "batch.queries=500"))
+
+
+def test_kept_scores_count_where_passages_may_stay_with_their_ranks(root):
+    counts = {"queries_a_step": 8192, "passages_a_step": 65536, "tokens_a_step_and_rank": 10}
+
+    def kept(ranks, *words):
+        encoder = torch.nn.Linear(4, 4)
+        encoder.width = 4
+        return trainer_memory(job(root, *words), Plan(ranks, 1, 1), encoder, counts, 1.0)["kept scores"]
+
+    assert kept(1) == kept(2, "loss.gather=passages") == 0
+    assert kept(4) == 0.5 and kept(2, "loss.keep_scores_gib=9") == 1 and kept(1024) == pytest.approx(2 / 1024, abs=1e-3)
+    assert kept(2, "loss.keep_scores_gib=0.25") == 0.25
