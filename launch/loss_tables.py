@@ -44,8 +44,8 @@ def loss_rank_parts(found: dict[str, Any]) -> list[Part]:
         (
             f"{travels} travel, {row['hard_negatives']} hard negatives",
             f"{row[travels]['peak_gib']:.3f}",
-            f"{row[travels]['moved_gib'] * 1024:.1f}",
-            f"{row[travels]['foreseen_gib'] * 1024:.1f}",
+            f"{row[travels]['moved_bytes'] / 2**20:.1f}",
+            f"{row[travels]['foreseen_bytes'] / 2**20:.1f}",
         )
         for travels in ("queries", "passages")
         for row in memory["by_negatives"]

@@ -43,13 +43,14 @@ def _bench(
     sizes = SIZES[device.type]
     if rows is not None or columns is not None:
         sizes = [(rows or columns or 0, columns or rows or 0)]
-    found = about(world, width, half)
-    return {
-        **found,
-        "rounds": rounds,
-        "sizes": [_measure(world, *size, found["width"], found["precision"] == "bf16", rounds) for size in sizes],
-        **({"peer": _against_peer(found["width"], rounds, device)} if peer else {}),
-    }
+    for size in sizes:
+        check_size(*size)
+    loss_class = _peer_class() if peer else None
+    found = about(world, width, half) | {"rounds": rounds}
+    found["sizes"] = [_measure(world, *size, found["width"], found["precision"] == "bf16", rounds) for size in sizes]
+    if peer:
+        found["peer"] = _against_peer(loss_class, found["width"], rounds, device)
+    return found
 
 
 def about(world: World, width: int | None, half: bool | None) -> dict[str, Any]:
@@ -72,7 +73,6 @@ def check_size(rows: int, columns: int) -> None:
 
 
 def _measure(world: World, rows: int, columns: int, width: int, half: bool, rounds: int) -> dict[str, Any]:
-    check_size(rows, columns)
     dtype = torch.bfloat16 if half else torch.float32
     stage = make_stage(rows, columns, width, dtype, world.device)
     bare = BareProducts(*stage.agreed.embedding_nD.split([rows, columns]))
@@ -81,17 +81,21 @@ def _measure(world: World, rows: int, columns: int, width: int, half: bool, roun
     return {"rows": rows, "columns": columns, "flops": 6 * rows * columns * width, "sides": sides}
 
 
-def _against_peer(width: int, rounds: int, device: torch.device) -> dict[str, Any]:
-    """Return our time over the peer's for a square of PEER_ROWS, and the peer's tile."""
+def _peer_class() -> Any:
     try:
         from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
     except ImportError as error:
         raise InputError("the peer is not installed; run: pip install 'negpool[bench]', or use --no-peer") from error
+    return CachedMultipleNegativesRankingLoss
+
+
+def _against_peer(loss_class: Any, width: int, rounds: int, device: torch.device) -> dict[str, Any]:
+    """Return our time over the peer's for a square of PEER_ROWS, and the peer's tile."""
     query, passage = (unit_rows(PEER_ROWS, width, device, torch.float32, seed) for seed in range(2))
     stage = make_stage(PEER_ROWS, PEER_ROWS, width, torch.float32, device)
 
     def theirs(tile: int) -> None:
-        loss = CachedMultipleNegativesRankingLoss(torch.nn.Sequential(torch.nn.Identity()), scale=SCALE, mini_batch_size=tile)  # type: ignore[arg-type]
+        loss = loss_class(torch.nn.Sequential(torch.nn.Identity()), scale=SCALE, mini_batch_size=tile)
         leaves = [[part.clone().requires_grad_() for part in side.split(tile)] for side in (query, passage)]
         loss.calculate_loss(leaves, with_backward=True)
 

@@ -33,22 +33,28 @@ def bench_loss_on_ranks(
     """Return the tables on rank 0, None elsewhere; rows and columns of all ranks together. Collective."""
     world = join_world()
     try:
-        default = SIZES[world.device.type][0]
-        rows, columns = rows or columns or default[0], columns or rows or default[1]
-        own_rows, own_columns = rows // world.num_ranks, columns // world.num_ranks
-        if not own_rows:
-            raise InputError(f"{counted(rows, 'row')} for {counted(world.num_ranks, 'rank')}; set --rows higher")
-        check_size(own_rows, own_columns)
-        found = about(world, width, half)
-        dtype = torch.bfloat16 if found["precision"] == "bf16" else torch.float32
-        found |= {"ranks": world.num_ranks, "rounds": rounds}
-        found |= _times(world, own_rows, own_columns, found["width"], dtype, rounds)
-        queries = min(MEMORY_QUERIES, own_rows)
-        memory = [_memory(world, queries, negatives, found["width"], dtype) for negatives in HARD_NEGATIVES]
-        found |= {"memory": {"queries_per_rank": queries, "by_negatives": memory}}
+        found = measure(world, rows, columns, width, rounds, half)
         return found if world.speaks else None
     finally:
         world.leave()
+
+
+def measure(
+    world: World, rows: int | None, columns: int | None, width: int | None, rounds: int, half: bool | None
+) -> dict[str, Any]:
+    """Return the tables. Collective."""
+    default = SIZES[world.device.type][0]
+    rows, columns = rows or columns or default[0], columns or rows or default[1]
+    own_rows, own_columns = rows // world.num_ranks, columns // world.num_ranks
+    if not own_rows:
+        raise InputError(f"{counted(rows, 'row')} for {counted(world.num_ranks, 'rank')}; set --rows higher")
+    check_size(own_rows, own_columns)
+    found = about(world, width, half) | {"ranks": world.num_ranks, "rounds": rounds}
+    dtype = torch.bfloat16 if found["precision"] == "bf16" else torch.float32
+    found |= _times(world, own_rows, own_columns, found["width"], dtype, rounds)
+    queries = min(MEMORY_QUERIES, own_rows)
+    memory = [_memory(world, queries, negatives, found["width"], dtype) for negatives in HARD_NEGATIVES]
+    return found | {"memory": {"queries_per_rank": queries, "by_negatives": memory}}
 
 
 def _times(world: World, own_rows: int, own_columns: int, width: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
@@ -97,8 +103,8 @@ def _one_step(world: World, stage: Stage, travels: str) -> dict[str, Any]:
     peak_kib, moved_bytes = world.all_max([int(cost.peak_gib * 2**20), moved.num_bytes])
     return {
         "peak_gib": round(peak_kib / 2**20, 4),
-        "moved_gib": round(moved_bytes / GIB, 6),
-        "foreseen_gib": round(way.foreseen_bytes / GIB, 6),
+        "moved_bytes": moved_bytes,
+        "foreseen_bytes": int(way.foreseen_bytes),
     }
 
 
