@@ -205,8 +205,12 @@ class _Both:
         second_rows: Tensor | None,
     ) -> Tensor:
         objective = self.options.objective
+        if not any(len(group.keys) for group in groups):  # one masked column stands in for none, as in the tiles
+            one, guide = groups[0].rows.new_zeros(1, rows.shape[1]), groups[0].guides.new_zeros(1, groups[0].guides.shape[1])
+            groups = [_Columns(OTHER_SIDE, one, guide, [0], [[True]] * len(rows))]
         columns = torch.cat([group.rows for group in groups])
-        is_masked = torch.tensor([[m for g in groups for m in g.masked(row)] for row in range(len(rows))], device=rows.device)
+        masked = [[m for group in groups for m in group.masked(row)] for row in range(len(rows))]
+        is_masked = torch.tensor(masked, dtype=torch.bool, device=rows.device)
         second = None
         if second_rows is not None:
             guides = columns if objective.second == "positive" else torch.cat([group.guides for group in groups])

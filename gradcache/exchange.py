@@ -107,7 +107,7 @@ def gather_rows(parts: Sequence[Tensor], counts: Sequence[list[int]], group: dis
         return list(parts)
     sizes = list(zip(*counts, strict=True))  # of each rank the rows of its parts
     most = max(map(sum, sizes))
-    blocks = _gathered(_padded(torch.cat(list(parts)), most), group).view(len(sizes), most, -1)
+    blocks = _gathered(_padded(torch.cat(list(parts)), most), group).view(len(sizes), most, parts[0].shape[1])
     if len(parts) == 1 and all(sum(size) == most for size in sizes):
         return [blocks.flatten(0, 1)]  # no copy
     split = [block[: sum(size)].split(size) for block, size in zip(blocks, sizes, strict=True)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from gradcache.cells import add_pair_gradients, pair_scores
 from gradcache.masks import Masks
 from gradcache.matrix import Matrix, TileGradients
-from gradcache.objectives.tile import CANDIDATE, SIBLING, Objective
+from gradcache.objectives.tile import CANDIDATE, OTHER_SIDE, SIBLING, Objective
 from gradcache.rows import RowLoss, picked
 from gradcache.tiles import Tiles
 from gradcache.widths import View, ViewedRows, view_rows
@@ -200,7 +200,7 @@ class Term:
         siblings, direction = self.direction.siblings, self.direction
         rows_nw, columns_nw = self._rows.rows_nw, self._columns.rows_nw
         add_pair_gradients(found.row_RD, siblings.row, columns_nw, siblings.column, sibling_gradient)
-        if direction.columns[0].is_trained:  # a sibling is no extra column
+        if direction.columns[list(direction.kinds).index(OTHER_SIDE)].is_trained:  # where siblings stand
             add_pair_gradients(found.column_PD, siblings.column, rows_nw, siblings.row, sibling_gradient)
         if found.row_RD is not None:
             direction.rows.add(self._rows.whole(found.row_RD.mul_(self.weight)), self.view)

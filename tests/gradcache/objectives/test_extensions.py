@@ -107,6 +107,10 @@ def own_only(rank, num_queries):
     return torch.arange(3 * num_queries) >= 2 * num_queries
 
 
+def all_own(rank, num_queries):
+    return torch.ones(3 * num_queries, dtype=torch.bool)
+
+
 def extra(rank, num_queries):
     keys = torch.arange(2 + rank) + 205 + 5 * rank
     return Extra(embedding_xD=normalize(features(keys + 1000)[:, :1].repeat(1, WIDTH) + torch.arange(WIDTH), dim=1), keys=keys)
@@ -149,6 +153,7 @@ CASES = {
     "weights": ({"symmetric": True, "same_side": True}, InfoNCE, {"query_values": weights}),
     "candidates": ({}, Distilled, {"candidates": candidates}),
     "own columns": ({"symmetric": True}, Distilled, {"candidates": candidates, "own_only": own_only}),
+    "no columns": ({}, Distilled, {"candidates": candidates, "own_only": all_own}),
     "extra": ({}, InfoNCE, {"extra": extra}),
     "widths and uniformity": ({"same_side": True, "widths": (6, 3), "width_weights": (1.0, 2.0)}, AlignmentUniformity, {}),
     "ARM at widths": ({"symmetric": True, "widths": (5, 2)}, AdaptiveMargins, {}),
