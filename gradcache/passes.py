@@ -6,6 +6,7 @@ the gradient.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -20,6 +21,15 @@ from gradcache.products import for_products, product
 from gradcache.soft_max import Largest, put_gradient, take_soft_max
 
 # P columns, S statistics, t rows of one tile, b rows of one block
+
+
+@dataclass
+class Kept:
+    """What stays between the statistics of a matrix and its gradients."""
+
+    scores: dict[int, Tensor] = field(default_factory=dict)  # by tile; in closed form their soft-max
+    largest: dict[int, Largest] = field(default_factory=dict)  # by block, or by tile
+
 
 Derivative = Callable[[slice, Tensor], Tensor]  # of the loss of some rows, from their statistics (b, S) to these, (b, S)
 
@@ -128,9 +138,8 @@ class ByAutograd:
 class InClosedForm:
     """Rows of the soft-max kind that have a gradient, in plain torch, block by block; it keeps their soft-max as the scores."""
 
-    def __init__(self, matrix: Matrix, blocks: Blocks):
-        self._scale, self._blocks = matrix.scale, blocks
-        self._largest: dict[int, Largest] = {}  # by block
+    def __init__(self, matrix: Matrix, blocks: Blocks, kept: Kept):
+        self._scale, self._blocks, self._largest = matrix.scale, blocks, kept.largest
 
     def statistics(self, score_tP: Tensor, rows: slice, is_kept: bool) -> Tensor:
         """See `Pass`."""
@@ -156,27 +165,26 @@ class InClosedForm:
 class ByKernel:
     """Rows of the soft-max kind by the kernels of `gradcache/fused.py`; the gradient comes in the type of the products."""
 
-    def __init__(self, matrix: Matrix, dtype: torch.dtype):
-        self._matrix, self._dtype = matrix, dtype
-        self._log_sum: dict[int, Tensor] = {}  # by tile
+    def __init__(self, matrix: Matrix, dtype: torch.dtype, kept: Kept):
+        self._matrix, self._dtype, self._largest = matrix, dtype, kept.largest
 
     def statistics(self, score_tP: Tensor, rows: slice, is_kept: bool) -> Tensor:
         """See `Pass`."""
-        self._log_sum[rows.start] = log_sum_t = fused.row_log_sum_exp(score_tP, self._matrix.scale)
-        return log_sum_t[:, None]
+        self._largest[rows.start] = largest = fused.row_largest(score_tP, self._matrix.scale)
+        return largest.log_sum_exp()[:, None]
 
     def gradient(
         self, score_tP: Tensor, rows: slice, derivative: Derivative, total: TileGradients, is_kept: bool
     ) -> tuple[Tensor, bool]:
         """See `Pass`."""
         scale = self._matrix.scale
-        log_sum_t = self._log_sum.pop(rows.start, None)
-        if log_sum_t is None:  # one sweep
-            log_sum_t = fused.row_log_sum_exp(score_tP, scale)
-        derivative_t = derivative(rows, log_sum_t[:, None])[:, 0].to(score_tP.dtype)
+        largest = self._largest.pop(rows.start, None)
+        if largest is None:  # one sweep
+            largest = fused.row_largest(score_tP, scale)
+        derivative_t = derivative(rows, largest.log_sum_exp()[:, None])[:, 0].to(score_tP.dtype)
         if not self._matrix.trains_rows:
-            soft_max_tP = fused.soft_max_gradient(score_tP, scale, log_sum_t, derivative_t, torch.empty_like(score_tP))
+            soft_max_tP = fused.soft_max_gradient(score_tP, scale, largest, derivative_t, torch.empty_like(score_tP))
             total.scale += (soft_max_tP * score_tP).sum(dtype=torch.float64)
         out_tP = score_tP if self._dtype == score_tP.dtype else torch.empty_like(score_tP, dtype=self._dtype)
-        gradient_tP = fused.soft_max_gradient(score_tP, scale, log_sum_t, derivative_t * scale, out_tP)
+        gradient_tP = fused.soft_max_gradient(score_tP, scale, largest, derivative_t * scale, out_tP)
         return gradient_tP, not self._matrix.trains_rows

@@ -26,9 +26,9 @@ def evaluate_terms(terms: Sequence[Term], counts: Counts, group: dist.ProcessGro
     spread = [term for term in others if term.direction.is_spread]
     begun: dict[Term, tuple[Tensor, Tensor]] = {}
     for term in others:
-        statistics_RS, kept_bytes = term.statistics(keep_bytes)
+        statistics_RS, sibling_scores, kept_bytes = term.statistics(keep_bytes)
+        begun[term] = statistics_RS, sibling_scores
         keep_bytes -= kept_bytes
-        begun[term] = statistics_RS, term.sibling_scores()
     known = {term: (statistics_RS[None], scores) for term, (statistics_RS, scores) in begun.items()}
     if spread:
         known |= _to_owners({term: begun[term] for term in spread}, counts, group)

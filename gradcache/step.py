@@ -94,7 +94,7 @@ def cached_step(
         agreed = agree(batch, encoding, loss.objective, len(chunks) - len(plan.chunks), group, device)
         loss_scale = 1.0 if scaler is None or not scaler.is_enabled() else scaler.scale(torch.ones((), device=device)).item()
         scale = loss_scale * weight
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False), naming_lost_ranks(group):
             found = global_loss(
                 batch, agreed, options=loss, temperature=temperature, group=group, gradient_scale=scale, progress=progress
             )

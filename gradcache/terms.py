@@ -14,6 +14,7 @@ from gradcache.cells import add_pair_gradients, pair_scores
 from gradcache.masks import Masks
 from gradcache.matrix import Matrix, TileGradients
 from gradcache.objectives.tile import CANDIDATE, OTHER_SIDE, SIBLING, Objective
+from gradcache.passes import Kept
 from gradcache.rows import RowLoss, picked
 from gradcache.tiles import Tiles
 from gradcache.widths import View, ViewedRows, view_rows
@@ -101,6 +102,7 @@ class Term:
     def __post_init__(self) -> None:
         self._scale_gradient = torch.zeros((), dtype=torch.float64, device=self.scale.device)
         self._parameters: list[Tensor] = []
+        self._kept = Kept()
 
     @property
     def weight(self) -> float:
@@ -118,13 +120,20 @@ class Term:
         self.begin_loss(self.sibling_scores())
         self._give_back(self._tiles.gradients(self.loss.derivative), self.sibling_derivatives())
 
-    def statistics(self, keep_bytes: int) -> tuple[Tensor, int]:
-        """Return the statistics of this rank's columns, (R, S), and the bytes of the scores that were kept."""
+    def statistics(self, keep_bytes: int) -> tuple[Tensor, Tensor, int]:
+        """Return the statistics of this rank's columns, (R, S), the siblings' scores, and the bytes of scores that were kept.
+
+        The view is closed until `gradients`: several terms hold one copy of cut rows at a time.
+        """
         self._open()
-        return self._tiles.statistics(keep_bytes)
+        statistics_RS, kept_bytes = self._tiles.statistics(keep_bytes)
+        sibling_scores = self.sibling_scores()
+        self._close()
+        return statistics_RS, sibling_scores, kept_bytes
 
     def gradients(self, derivative_RS: Tensor, sibling_gradient: Tensor) -> None:
         """Add the gradients, given the derivative to the statistics and to the scores of this rank's columns' siblings."""
+        self._open()
         self._give_back(self._tiles.gradients(lambda rows, _: derivative_RS[rows]), sibling_gradient)
 
     def sibling_scores(self) -> Tensor:
@@ -194,7 +203,10 @@ class Term:
             trains_rows=direction.rows.is_trained,
             num_trained_columns=sum(len(source.rows_ND) for source in direction.columns if source.is_trained),
         )
-        self._tiles = Tiles(matrix, self.objective, self.tile_rows)
+        self._tiles = Tiles(matrix, self.objective, self.tile_rows, self._kept)
+
+    def _close(self) -> None:
+        del self._rows, self._columns, self._tiles
 
     def _give_back(self, found: TileGradients, sibling_gradient: Tensor) -> None:
         siblings, direction = self.direction.siblings, self.direction
@@ -214,7 +226,7 @@ class Term:
         self._scale_gradient += found.scale
         self._parameters = found.parameters
         self.of_positive_R = found.positive_R
-        del self._rows, self._columns, self._tiles
+        self._close()
 
     def _give_back_pairs(self, rows: Source, row_c: Tensor, columns: Source, column_c: Tensor, gradient_c: Tensor) -> None:
         viewed = [view_rows([source.rows_ND], self.view) for source in (rows, columns)]

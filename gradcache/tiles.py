@@ -17,8 +17,9 @@ from gradcache.blocks import Blocks
 from gradcache.masks import Masks
 from gradcache.matrix import Matrix, TileGradients
 from gradcache.objectives.tile import FLOOR, Objective, trained_parameters
-from gradcache.passes import ByAutograd, ByKernel, Derivative, InClosedForm, Pass
+from gradcache.passes import ByAutograd, ByKernel, Derivative, InClosedForm, Kept, Pass
 from gradcache.products import add_product, for_products, product
+from gradcache.tight import is_out_of_memory
 
 # R rows, P columns, D width, S statistics, t rows of one tile
 
@@ -27,13 +28,17 @@ FEWEST_ROWS = {"cpu": 1, "cuda": 512}  # of a tile, where memory allows: below, 
 
 
 class Tiles:
-    """One matrix, tile by tile. Scores that `statistics` has kept are used by `gradients`, which destroys them."""
+    """One matrix, tile by tile. Scores that `statistics` has kept are used by `gradients`, which destroys them.
+
+    The two may be called on two objects that share `kept`, of the same rows and columns.
+    """
 
     def __init__(
         self,
         matrix: Matrix,
         objective: Objective,
         tile_rows: int | None = None,
+        kept: Kept | None = None,
         may_fuse: bool = True,
         compiles: bool | None = None,
     ):
@@ -55,8 +60,8 @@ class Tiles:
         self._row_bytes = len(column_PD) * self._dtype.itemsize
         self._tile_rows = min(tile_rows or rows_of_tile(self._row_bytes, row_RD.device), max(1, len(row_RD)))
         self._blocks = Blocks(matrix.masks, self._row_bytes, row_RD.device.type)
+        self._kept = Kept() if kept is None else kept
         self._pass = self._choose_pass(objective, may_fuse, compiles)
-        self._kept: dict[int, Tensor] = {}  # by tile
         self._scratch_tP: Tensor | None = None
 
     @torch.no_grad()
@@ -65,11 +70,9 @@ class Tiles:
         kept_bytes, found = 0, []
         for rows in self._tiles():
             size = (rows.stop - rows.start) * self._row_bytes
-            keeps = kept_bytes + size <= keep_bytes
-            if keeps:
-                self._kept[rows.start] = self._row_RD.new_empty(rows.stop - rows.start, len(self._column_PD), dtype=self._dtype)
-                kept_bytes += size
-            score_tP = self._scores(rows, self._kept.get(rows.start))
+            keeps = kept_bytes + size <= keep_bytes and self._keep(rows)
+            kept_bytes += size if keeps else 0
+            score_tP = self._scores(rows, self._kept.scores.get(rows.start))
             found.append(self._pass.statistics(score_tP, rows, keeps))
         return torch.cat(found) if found else self._row_RD.new_zeros(0, num_statistics(self._objective)), kept_bytes
 
@@ -87,8 +90,8 @@ class Tiles:
             parameters=[torch.zeros_like(parameter, dtype=torch.float64) for parameter in trained_parameters(self._objective)],
         )
         for rows in self._tiles():
-            is_kept = rows.start in self._kept
-            score_tP = self._kept.pop(rows.start) if is_kept else self._scores(rows)
+            is_kept = rows.start in self._kept.scores
+            score_tP = self._kept.scores.pop(rows.start) if is_kept else self._scores(rows)
             gradient_tP, has_scale = self._pass.gradient(score_tP, rows, derivative, total, is_kept)
             self._add_products(total, rows, gradient_tP.to(self._row_RD.dtype), has_scale)
         self._scratch_tP = None
@@ -97,10 +100,10 @@ class Tiles:
     def _choose_pass(self, objective: Objective, may_fuse: bool, compiles: bool | None) -> Pass:
         row_RD = self._row_RD
         if objective.is_soft_max and may_fuse and fused.can_fuse(row_RD.new_empty(0, 1, dtype=self._dtype)):
-            return ByKernel(self._matrix, row_RD.dtype)
+            return ByKernel(self._matrix, row_RD.dtype, self._kept)
         # Where rows have no gradient, the scale's needs the scores beside the soft-max.
         if objective.is_soft_max and self._matrix.trains_rows:
-            return InClosedForm(self._matrix, self._blocks)
+            return InClosedForm(self._matrix, self._blocks, self._kept)
         return ByAutograd(self._matrix, objective, self._blocks, row_RD.is_cuda if compiles is None else compiles)
 
     def _add_products(self, total: TileGradients, rows: slice, gradient_tP: Tensor, has_scale: bool) -> None:
@@ -129,18 +132,31 @@ class Tiles:
         for start in range(0, len(self._row_RD), self._tile_rows):
             yield slice(start, min(start + self._tile_rows, len(self._row_RD)))
 
+    def _keep(self, rows: slice) -> bool:
+        """Take memory that stays for the scores of a tile; return whether there was any."""
+        try:
+            self._kept.scores[rows.start] = self._new_scores(rows.stop - rows.start)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
+
     def _new_tile(self) -> Tensor:
         """Return memory for the scores of one tile; raises ValueError, with its size, if there is not enough."""
         try:
-            return self._column_PD.new_empty(self._tile_rows, len(self._column_PD), dtype=self._dtype)
-        except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, plain on a CPU
-            if "memory" not in str(error).lower():
+            return self._new_scores(self._tile_rows)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
                 raise
             raise ValueError(
                 f"a tile of tile_rows={self._tile_rows} x {len(self._column_PD)} columns takes "
                 f"{self._tile_rows * self._row_bytes / 2**30:.1f} GiB, more than the memory of {self._column_PD.device} has "
                 "left; set tile_rows lower"
             ) from error
+
+    def _new_scores(self, num_rows: int) -> Tensor:
+        return self._column_PD.new_empty(num_rows, len(self._column_PD), dtype=self._dtype)
 
 
 def rows_of_tile(row_bytes: int, device: torch.device) -> int:

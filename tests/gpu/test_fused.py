@@ -1,9 +1,9 @@
-"""The proofs of the log-sum-exp of rows and its gradient again, by the kernels that Triton compiles for a GPU."""
+"""The proofs of the soft-max of rows and its gradient again, by the kernels that Triton compiles for a GPU."""
 
 import pytest
 import torch
 
-from gradcache.fused import can_fuse, plain_row_log_sum_exp, plain_soft_max_gradient, row_log_sum_exp, soft_max_gradient
+from gradcache.fused import can_fuse, plain_row_largest, plain_soft_max_gradient, row_largest, soft_max_gradient
 from tests.gradcache.test_fused import (  # noqa: F401 - pytest collects them here, with the fixtures below
     FAR,
     Way,
@@ -11,12 +11,13 @@ from tests.gradcache.test_fused import (  # noqa: F401 - pytest collects them he
     assert_tiles_are_equal,
     evaluate_far,
     test_a_maximum_far_behind_or_far_ahead_is_found,
-    test_a_row_of_masked_scores_has_none_of_the_weight_of_other_columns,
+    test_a_row_of_masked_scores_gives_nothing_whatever_comes_back,
     test_gradients_may_take_the_place_of_scores,
     test_masked_scores_weigh_nothing_and_rows_of_them_get_no_gradient,
     test_no_rows_and_no_columns_are_allowed,
     test_tiles_may_be_slices_of_larger_memory,
     test_values_and_gradients_are_those_of_float64,
+    test_weights_add_up_to_one_whatever_the_rounding_of_their_sum,
     test_what_is_not_a_number_is_not_hidden,
 )
 
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(params=["plain", "compiled"])
 def way(request):
-    functions = {"plain": (plain_row_log_sum_exp, plain_soft_max_gradient), "compiled": (row_log_sum_exp, soft_max_gradient)}
+    functions = {"plain": (plain_row_largest, plain_soft_max_gradient), "compiled": (row_largest, soft_max_gradient)}
     return Way(lambda fn, *args: fn(*args), *functions[request.param], device="cuda")
 
 
@@ -35,17 +36,17 @@ def out_dtype(request):
 
 
 def test_offsets_beyond_two_billion_scores_are_counted_on_a_gpu(way):
-    assert_far_is_right(*evaluate_far(way.log_sum, way.gradient, torch.empty(FAR, device="cuda")))
+    assert_far_is_right(*evaluate_far(way.largest, way.gradient, torch.empty(FAR, device="cuda")))
 
 
 def test_nothing_waits_for_a_gpu(way):
     scores, ones = torch.rand(600, 70_001, device="cuda"), torch.ones(600, device="cuda")
     scale, out = torch.tensor(20.0, device="cuda"), torch.empty_like(scores, dtype=torch.bfloat16)
     assert can_fuse(scores)  # compiled, before waiting is forbidden
-    way.gradient(scores, scale, way.log_sum(scores, scale), ones, out)
+    way.gradient(scores, scale, way.largest(scores, scale), ones, out)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        way.gradient(scores, scale, way.log_sum(scores, scale), ones, out)
+        way.gradient(scores, scale, way.largest(scores, scale), ones, out)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(out.double(), (scores.double() * 20).softmax(1), rtol=2**-7, atol=1e-30)

@@ -16,12 +16,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gradcache import fused
-from gradcache.fused import plain_row_log_sum_exp, plain_soft_max_gradient, row_log_sum_exp, soft_max_gradient
+from gradcache.fused import plain_row_largest, plain_soft_max_gradient, row_largest, soft_max_gradient
 from gradcache.masks import Masks, Related
 from gradcache.matrix import Matrix
 from gradcache.objectives import OBJECTIVES
 from gradcache.objectives.tile import FLOOR
 from gradcache.passes import ByKernel
+from gradcache.soft_max import Largest
 from gradcache.tiles import Tiles
 
 SIZES = [(1, 1), (3, 7), (5, 1000), (2, 5000), (4, 4097)]
@@ -32,7 +33,7 @@ class Way:
     """Where and how the two functions are called."""
 
     call: Callable[..., Any]
-    log_sum: Callable[..., torch.Tensor] = row_log_sum_exp
+    largest: Callable[..., Largest] = row_largest
     gradient: Callable[..., torch.Tensor] = soft_max_gradient
     device: str = "cpu"
 
@@ -58,7 +59,7 @@ def interpreter():
 def way(request):
     if request.param == "interpreted":
         return request.getfixturevalue("interpreter")
-    return Way(lambda fn, *args: fn(*args), plain_row_log_sum_exp, plain_soft_max_gradient)
+    return Way(lambda fn, *args: fn(*args), plain_row_largest, plain_soft_max_gradient)
 
 
 @pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -77,9 +78,10 @@ def draw_on(device, *size):
 def evaluate(way, scores, scale, gradient, out):
     """Return the log-sum-exp and the gradient of the logits, float64."""
     scale = torch.tensor(scale, device=way.device)
-    log_sum = way.call(way.log_sum, scores, scale)
+    largest = way.call(way.largest, scores, scale)
+    log_sum = largest.log_sum_exp()
     assert log_sum.dtype == torch.float32 and log_sum.shape == scores.shape[:1]
-    found = way.call(way.gradient, scores, scale, log_sum, gradient, out)
+    found = way.call(way.gradient, scores, scale, largest, gradient, out)
     assert found is out or torch.equal(found.nan_to_num(), out.nan_to_num())  # another process gives back a view of the memory
     return log_sum.double(), out.double()
 
@@ -141,10 +143,17 @@ def test_masked_scores_weigh_nothing_and_rows_of_them_get_no_gradient(way, out_d
     assert log_sum[3] <= FLOOR * scale * 0.98  # the rest is the logarithm of 4,100 columns
 
 
-def test_a_row_of_masked_scores_has_none_of_the_weight_of_other_columns(way):
+def test_weights_add_up_to_one_whatever_the_rounding_of_their_sum(way):
+    scores, ones = draw(way, 40, 5000), torch.ones(40, device=way.device)
+    _, found = evaluate(way, scores, 20.0, ones, torch.empty_like(scores))
+    # The log-sum-exp is near 25, whose rounding alone is 1e-6.
+    assert float((found.sum(1) - 1).abs().max()) < 4e-7
+
+
+def test_a_row_of_masked_scores_gives_nothing_whatever_comes_back(way):
     scores, out = torch.full((2, 40), FLOOR, device=way.device), torch.full((2, 40), 7.0, device=way.device)
-    log_sum, gradient = (torch.tensor(values, device=way.device) for values in ([3.0, -torch.inf], [1.0, torch.inf]))
-    assert (way.call(way.gradient, scores, torch.tensor(20.0, device=way.device), log_sum, gradient, out) == 0).all()
+    scale, gradient = torch.tensor(20.0, device=way.device), torch.tensor([1.0, torch.inf], device=way.device)
+    assert (way.call(way.gradient, scores, scale, way.call(way.largest, scores, scale), gradient, out) == 0).all()
 
 
 def test_what_is_not_a_number_is_not_hidden(way):
@@ -165,13 +174,13 @@ def test_no_rows_and_no_columns_are_allowed(way, out_dtype, size):
 FAR = 2 * 2**30 + 5  # float32 scores: 8 GiB
 
 
-def evaluate_far(log_sum, gradient, memory):
+def evaluate_far(largest, gradient, memory):
     """Return the log-sum-exp and the gradients of three rows that are 2^30 scores apart: the last starts beyond an int32."""
     scores = memory.as_strided((3, 5), (2**30, 1))
     scores[:] = torch.arange(15.0).view(3, 5)
     scale = scores.new_tensor(1.0)
-    found = log_sum(scores, scale)
-    return found, gradient(scores, scale, found, torch.ones_like(found), scores).clone()
+    found = largest(scores, scale)
+    return found.log_sum_exp(), gradient(scores, scale, found, torch.ones_like(found.share_b), scores).clone()
 
 
 def evaluate_file(path, *functions):
@@ -186,7 +195,7 @@ def assert_far_is_right(log_sum, found):
 
 def test_offsets_beyond_two_billion_scores_are_counted(way, tmp_path):
     # A file with a hole takes no memory and no disk.
-    assert_far_is_right(*way.call(evaluate_file, str(tmp_path / "scores"), way.log_sum, way.gradient))
+    assert_far_is_right(*way.call(evaluate_file, str(tmp_path / "scores"), way.largest, way.gradient))
 
 
 def evaluate_tiles(device, dtype, phases, trains_rows):
@@ -236,14 +245,14 @@ def test_plain_torch_does_not_wait_for_the_device():
     with FakeTensorMode():  # it raises where a value is asked for
         scores, scale, ones = torch.ones(3, 4), torch.ones(()), torch.ones(3)
         for out in (scores, scores.half()):
-            plain_soft_max_gradient(scores, scale, plain_row_log_sum_exp(scores, scale), ones, out)
+            plain_soft_max_gradient(scores, scale, plain_row_largest(scores, scale), ones, out)
 
 
 def test_plain_torch_takes_float64():
     scores, scale = torch.rand(3, 4, dtype=torch.float64), torch.tensor(2.0)
-    log_sum = plain_row_log_sum_exp(scores, scale)
-    found = plain_soft_max_gradient(scores, scale, log_sum, torch.ones(3), torch.empty_like(scores))
-    torch.testing.assert_close(log_sum, (scores * 2).logsumexp(1), rtol=1e-14, atol=0)
+    largest = plain_row_largest(scores, scale)
+    found = plain_soft_max_gradient(scores, scale, largest, torch.ones(3).double(), torch.empty_like(scores))
+    torch.testing.assert_close(largest.log_sum_exp(), (scores * 2).logsumexp(1), rtol=1e-14, atol=0)
     torch.testing.assert_close(found, (scores * 2).softmax(1), rtol=1e-14, atol=0)
 
 
@@ -268,11 +277,11 @@ def test_the_kernels_compile_for_gpus(tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from gradcache.kernels import row_log_sum_exp_kernel, soft_max_gradient_kernel
+    from gradcache.kernels import row_largest_kernel, soft_max_gradient_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants = {"BLOCK": fused.BLOCK, "HALF_FLOOR": FLOOR / 2}
-    for kernel, architecture in ((row_log_sum_exp_kernel, 90), (soft_max_gradient_kernel, 90), (soft_max_gradient_kernel, 80)):
+    for kernel, architecture in ((row_largest_kernel, 90), (soft_max_gradient_kernel, 90), (soft_max_gradient_kernel, 80)):
         kinds = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in kernel.arg_names} | {"out_ptr": "*bf16"}
         signature = {name: "constexpr" if name in constants else kinds[name] for name in kernel.arg_names}
         given = {name: value for name, value in constants.items() if name in signature}
