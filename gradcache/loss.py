@@ -14,8 +14,9 @@ from torch import Tensor
 from gradcache.agree import Agreed
 from gradcache.batch import Batch
 from gradcache.cells import pair_scores
-from gradcache.directions import Field, Pools, back, count_masked, forth
+from gradcache.directions import back, count_masked, forth
 from gradcache.exchange import Keys, all_reduce, gather_keys, gather_rows, scatter_gradients
+from gradcache.field import Field, Pools
 from gradcache.objectives.tile import trained_parameters
 from gradcache.options import LossOptions
 from gradcache.phases import evaluate_terms

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gradcache import DDPSync, LossOptions, NoSync, NotFinite, Ragged, Temperature, cached_step
+from gradcache import DDPSync, LossOptions, NoSync, NotFinite, Ragged, Temperature, cached_step, siblings
 from gradcache import tiles as tiles_module
 from tests.gradcache.test_backends import LOSS, SETTINGS
 from tests.gradcache.test_step import TinyEncoder, make_batch
@@ -55,6 +55,28 @@ def wider_on_rank_1(rank):
 
 def test_unequal_widths_are_refused_on_every_rank():
     run_ranks(wider_on_rank_1, 2)
+
+
+def test_scores_that_find_no_memory_are_computed_again(monkeypatch):
+    torch.manual_seed(0)
+    rows = vectors(torch.randn(6, 4), torch.randn(9, 4))
+    loss, allocate, refused = LossOptions(gather="queries", tile_rows=2), torch.Tensor.new_empty, []
+    wanted = step_of_vectors(rows, loss, 1.0)
+
+    def new_empty(like, *size, **options):
+        if size == (2, 9) and not refused:
+            refused.append(size)
+            raise RuntimeError("can't allocate memory")
+        return allocate(like, *size, **options)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    assert step_of_vectors(rows, loss, 1.0)[0].loss == wanted[0].loss and refused
+
+
+def test_more_pairs_of_positives_than_can_be_listed_are_a_sentence(monkeypatch):
+    monkeypatch.setattr(siblings, "MOST_SIBLINGS", 3)
+    with pytest.raises(ValueError, match=r"would list \d+ pairs of a row and another of its positives, more than 3; .*info_nce"):
+        cached_step(make_batch(0, 8, [TinyEncoder(0, 0.0)]), temperature=Temperature(0.1), sync=NoSync(), group=None, **STEP)
 
 
 def test_a_tile_larger_than_memory_is_a_sentence(monkeypatch):

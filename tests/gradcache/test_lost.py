@@ -4,6 +4,7 @@ import datetime
 import multiprocessing
 import os
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,9 +50,10 @@ def stepping_rank(rank: int, backend: str, how: str, folder) -> None:
         os._exit(9)
     try:
         while True:
-            step = {"loss": LOSS, "sync": sync, "group": dist.group.WORLD, "keep_graphs": 0, **SETTINGS}
+            loss = replace(LOSS, keep_scores_gib=1e9) if rank == 1 and how == "refuses" else LOSS
+            step = {"loss": loss, "sync": sync, "group": dist.group.WORLD, "keep_graphs": 0, **SETTINGS}
             cached_step(make_batch(rank, 3, [called]), temperature=Temperature(0.1), **step)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         (folder / f"{rank}").write_text(f"{type(error).__name__}: {error}")
     os._exit(0)  # as a rank does that has nothing left to say: its connections close
 
@@ -79,6 +81,12 @@ def test_a_rank_that_fails_tells_the_others_why(tmp_path, backend):
     assert own == "RuntimeError: an illegal memory access\nin a long traceback", "its own error stays what it is"
     told = "LostRank: rank 1 failed: RuntimeError: an illegal memory access; start the run again"
     assert first == third == f"{told}, it goes on from its last checkpoint"
+
+
+def test_what_one_rank_alone_refuses_is_told_to_the_others(tmp_path):
+    first, own, third = said_by_ranks(tmp_path, "none", "refuses")
+    assert own.startswith("ValueError: keep_scores_gib=1e+09 is more than the ") and own.endswith("set it lower")
+    assert first == third == f"LostRank: rank 1 failed: {own}; start the run again, it goes on from its last checkpoint"
 
 
 @pytest.mark.parametrize(("backend", "how"), [("none", "dies"), ("none", "hangs"), ("ddp", "dies"), ("fsdp2", "dies")])

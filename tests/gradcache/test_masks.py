@@ -5,8 +5,9 @@ import torch
 from torch.nn.functional import normalize, softplus
 
 from gradcache import OBJECTIVES, Batch, LossOptions, NoSync, Temperature, Tower, cached_step
-from gradcache.directions import Field, Pools, back, count_masked, forth
+from gradcache.directions import back, count_masked, forth
 from gradcache.exchange import Counts, Keys
+from gradcache.field import Field, Pools
 from gradcache.masks import Masks, first_columns, relate, repeated_columns
 from gradcache.ragged import Ragged
 from gradcache.terms import Source

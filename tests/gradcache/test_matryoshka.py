@@ -101,7 +101,8 @@ def test_collectives_do_not_depend_on_the_number_of_widths(gather):
             assert calls == {"_all_gather": 3, "_reduce_scatter": 1, "all_reduce": 1, "all_to_all_single": back_and_forth}
 
 
-def test_one_cut_of_the_columns_is_held_at_a_time(monkeypatch):
+@pytest.mark.parametrize("gather", ["passages", "queries"])
+def test_one_cut_of_the_columns_is_held_at_a_time(monkeypatch, gather):
     cuts, most = [], []
 
     def watched(parts, view):
@@ -113,9 +114,9 @@ def test_one_cut_of_the_columns_is_held_at_a_time(monkeypatch):
     monkeypatch.setattr(terms_module, "view_rows", watched)
     encoder = TinyEncoder(0, 0.0).train()
     step = {"sync": NoSync(), "group": None, "keep_graphs": 0, **SETTINGS}
-    cached_step(make_batch(0, 6, [encoder]), loss=WIDE, temperature=Temperature(0.1), **step)
-    # for each width the rows and the columns of its tiles, then those of the rows' own positives
-    assert len(cuts) == 12 and max(most) == 2, "the rows and the columns of one width"
+    cached_step(make_batch(0, 6, [encoder]), loss=replace(WIDE, gather=gather), temperature=Temperature(0.1), **step)
+    # for each width the rows and the columns of its tiles, in each of the phases, then those of the rows' own positives
+    assert len(cuts) == (12 if gather == "passages" else 18) and max(most) == 2, "the rows and the columns of one width"
 
 
 def test_gathered_rows_stay_as_they_are():
