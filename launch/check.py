@@ -32,6 +32,7 @@ from trainer.encoder.model import load_encoder
 from trainer.errors import InputError
 from trainer.handoff.negatives import Negatives
 from trainer.job import OptimSettings, TrainJob
+from trainer.loading import memory_bytes
 from trainer.parallel import Parallel
 from trainer.precision import set_tf32
 from trainer.prepare import tokenized
@@ -81,6 +82,7 @@ def _check(job: TrainJob, world: World, num_queries: int) -> dict[str, Any] | No
     data = open_data(job.data, job.sources)
     encoder, tokenizer, traits = load_encoder(job.model)
     job.loss.check_model(encoder.width)
+    job.loss.check_memory(-world.all_max([-memory_bytes(world)])[0])
     dataset = tokenized(job, data, tokenizer, traits)
     if dataset.num_queries < num_queries:
         raise InputError(f"{data.path} has {counted(dataset.num_queries, 'training query')}; set batch.queries lower")
