@@ -28,7 +28,11 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("gather", ["passages", "queries"])
-@pytest.mark.parametrize("objective", [OBJECTIVES["info_nce_multi"], AdaptiveMargins(), AlignmentUniformity()], ids=str)
+@pytest.mark.parametrize(
+    "objective",
+    [OBJECTIVES["info_nce_multi"], AdaptiveMargins(), AlignmentUniformity()],
+    ids=lambda objective: type(objective).__name__,
+)
 def test_the_host_waits_once_a_step_and_not_once_a_tile_or_block(objective, gather, monkeypatch):
     counts = []
     for tile_rows, block_bytes in ((None, 2**20), (8, 2**20), (8, 16)):
