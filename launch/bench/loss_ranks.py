@@ -51,9 +51,10 @@ def measure(
     check_size(own_rows, own_columns)
     found = about(world, width, half) | {"ranks": world.num_ranks, "rounds": rounds}
     dtype = torch.bfloat16 if found["precision"] == "bf16" else torch.float32
-    found |= _times(world, own_rows, own_columns, found["width"], dtype, rounds)
+    # Memory comes first: a process that has held more gives little of it back.
     queries = min(MEMORY_QUERIES, own_rows)
     memory = [_memory(world, queries, negatives, found["width"], dtype) for negatives in HARD_NEGATIVES]
+    found |= _times(world, own_rows, own_columns, found["width"], dtype, rounds)
     return found | {"memory": {"queries_per_rank": queries, "by_negatives": memory}}
 
 
