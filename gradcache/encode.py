@@ -26,6 +26,17 @@ class Encoding:
     kept: dict[int, Tensor]  # embeddings with their graph, by chunk
     widths: set[int]  # more than one where towers do not fit together
 
+    @property
+    def num_padded_tokens(self) -> int:
+        """Padded tokens of all chunks."""
+        return sum(chunk.num_padded_tokens for chunk in self.plan.chunks)
+
+    @property
+    def share_encoded_twice(self) -> float:
+        """Share of the padded tokens whose graph is not kept; until `backpropagate` has used the graphs."""
+        num_once = sum(self.plan.chunks[i].num_padded_tokens for i in self.kept)
+        return 1 - num_once / self.num_padded_tokens if self.num_padded_tokens else 0.0
+
 
 def num_kept_graphs(keep_graphs: int | Literal["all"], num_chunks: int) -> int:
     """Return how many of the chunks keep their graph."""

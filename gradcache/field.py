@@ -71,6 +71,7 @@ class Group:
     column_keys: Ragged
 
     def related(self, rows: range, window: range | None = None) -> Related:
+        """Return which of these columns, or of those of another window, are no negatives of some rows of all ranks."""
         return relate(part_of(self.row_keys, rows), self.column_keys, self.first_N, self.window if window is None else window)
 
 

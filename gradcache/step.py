@@ -87,13 +87,10 @@ def cached_step(
     with borrowed_generators():
         with naming_lost_ranks(group):  # sharded parameters are gathered within
             encoding = encode_all(plan, keep_graphs, sync)
-        chunks = encoding.plan.chunks
-        num_padded = sum(chunk.num_padded_tokens for chunk in chunks)
-        num_once = sum(chunks[i].num_padded_tokens for i in encoding.kept)
+        chunks, share_encoded_twice = encoding.plan.chunks, encoding.share_encoded_twice
         encoded = _now_s(device)
         agreed = agree(batch, encoding, loss.objective, len(chunks) - len(plan.chunks), group, device)
-        loss_scale = 1.0 if scaler is None or not scaler.is_enabled() else scaler.scale(torch.ones((), device=device)).item()
-        scale = loss_scale * weight
+        scale = weight * _scale_of(scaler, device)
         with torch.autocast(device.type, enabled=False), naming_lost_ranks(group):
             found = global_loss(
                 batch, agreed, options=loss, temperature=temperature, group=group, gradient_scale=scale, progress=progress
@@ -107,8 +104,8 @@ def cached_step(
         num_chunks=len(chunks),
         num_halved=agreed.num_halved,
         num_tokens=sum(chunk.num_tokens for chunk in chunks),
-        num_padded_tokens=num_padded,
-        share_encoded_twice=1 - num_once / num_padded if num_padded else 0.0,
+        num_padded_tokens=encoding.num_padded_tokens,
+        share_encoded_twice=share_encoded_twice,
         share_masked=found.share_masked,
         way=found.way,
         spread=agreed.spread,
@@ -125,6 +122,11 @@ def _equalized(
     every = gather_integers(chunks_of_each_tower(plan, batch.towers), group, device)
     most = [max(counts) for counts in zip(*every, strict=True)]
     return plan_encoding(batch.towers, chunk_tokens, seed, step, group.rank(), most)
+
+
+def _scale_of(scaler: torch.amp.GradScaler | None, device: torch.device) -> float:
+    """Return the factor by which float16's gradients are kept from underflow."""
+    return 1.0 if scaler is None or not scaler.is_enabled() else scaler.scale(torch.ones((), device=device)).item()
 
 
 def _now_s(device: torch.device) -> float:
