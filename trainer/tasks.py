@@ -7,7 +7,7 @@ import torch
 
 from gradcache import OBJECTIVES, LossOptions, StepResult, Temperature
 from trainer.data.datasets import RetrievalData
-from trainer.job import LossSettings
+from trainer.loss_settings import LossSettings
 from trainer.precision import PrecisionSettings, product_dtype
 
 SUMMED = ("num_queries", "num_chunks", "num_halved", "num_tokens", "num_padded_tokens", "encode_s", "loss_s", "backward_s")

@@ -38,11 +38,11 @@ from trainer.job import (
     CheckpointSettings,
     ChunkSettings,
     EmaSettings,
-    LossSettings,
     ModelSettings,
     OptimSettings,
     TrainJob,
 )
+from trainer.loss_settings import LossSettings
 from trainer.metrics import read_status
 from trainer.world import World
 

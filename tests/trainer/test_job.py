@@ -3,7 +3,7 @@
 import pytest
 
 from trainer.errors import InputError
-from trainer.job import LossSettings
+from trainer.loss_settings import LossSettings
 
 
 def test_widths_beyond_the_models_are_one_sentence():

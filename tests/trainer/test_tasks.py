@@ -7,7 +7,8 @@ import torch
 
 import trainer.tasks
 from gradcache import OBJECTIVES, LossOptions
-from trainer.job import LossSettings, PrecisionSettings
+from trainer.job import PrecisionSettings
+from trainer.loss_settings import LossSettings
 from trainer.ranges import job_section
 from trainer.tasks import loss_options
 

@@ -32,10 +32,10 @@ from trainer.job import (
     ChunkSettings,
     EmaSettings,
     EvalSettings,
-    LossSettings,
     OptimSettings,
     TrainJob,
 )
+from trainer.loss_settings import LossSettings
 from trainer.parts import Parts
 from trainer.tasks import loss_options
 from trainer.train import train

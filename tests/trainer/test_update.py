@@ -16,7 +16,8 @@ from trainer.early_stop import EarlyStop, RollBack, StopSettings
 from trainer.ema import build_average
 from trainer.errors import InputError, MustNotGoOn
 from trainer.handoff.settings import RunSettings
-from trainer.job import EmaSettings, LossSettings, OptimSettings, ParallelSettings, TrainJob
+from trainer.job import EmaSettings, OptimSettings, ParallelSettings, TrainJob
+from trainer.loss_settings import LossSettings
 from trainer.state import TrainState
 from trainer.update import check_skipped, update
 
