@@ -1,7 +1,9 @@
 """What a run tells the outside: JSON lines, trackers such as TensorBoard, and a status file that is replaced by rename.
 
 A disk that fails here ends no run: it is warned of once, and again when it is over; lines are kept until they can be
-written. Ranks that do not record get the null objects, so that no loop asks whether recording is on.
+written. A training step waits for none of it: lines, trackers and the status are written by threads, and what is read right
+behind `record` may lack the last moment; `close` and a new phase wait for all. Ranks that do not record get the null objects, so
+that no loop asks whether recording is on.
 """
 
 import collections
@@ -22,6 +24,7 @@ from trainer.errors import MUST_NOT_GO_ON, REFUSED, InputError, MachineFailed, R
 from trainer.handoff.clock import seconds_since_written
 from trainer.handoff.manifest import disk_error, is_disk_full, write_atomically
 from trainer.trackers import Trackers
+from trainer.writer import Writer
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +53,12 @@ class MetricsFile:
             raise self._failure
 
     def record(self, step: int, values: dict[str, Any]) -> None:
-        """Append one line; numbers, strings and lists of them. What the disk refuses is written with a later one."""
-        self._kept.append(json.dumps({"step": step, "time": round(time.time(), 3), **values}).encode() + b"\n")
+        """Append one line; numbers, strings and lists of them."""
+        self.append(line_of(step, values))
+
+    def append(self, line: bytes) -> None:
+        """Append one line; what the disk refuses is written with a later one."""
+        self._kept.append(line)
         self._write_kept()
 
     def close(self) -> None:
@@ -91,24 +98,37 @@ class MetricsFile:
         self._handle = -1
 
 
+def line_of(step: int, values: dict[str, Any]) -> bytes:
+    """Return a record as a line of JSON, with the time of now."""
+    return json.dumps({"step": step, "time": round(time.time(), 3), **values}).encode() + b"\n"
+
+
 class TrainerMetrics:
-    """JSON lines in `logs/metrics.jsonl`, and every number among them in the trackers."""
+    """JSON lines in `logs/metrics.jsonl`, and every number among them in the trackers.
+
+    Each has a thread of its own: a server that is gone may hold a tracker for minutes, and no line waits for it.
+    """
 
     def __init__(self, run: Path, trackers: tuple[str, ...] = ("tensorboard",)):
-        """trackers: see `Trackers`."""
+        """trackers: see `Trackers`. They start in their thread, which takes seconds of imports."""
         self._lines = MetricsFile(run / "logs" / "metrics.jsonl")
+        self._line_writer, self._tracker_writer = Writer(), Writer()
         self._trackers = Trackers(trackers, run)
+        self._tracker_writer.put(self._trackers.start)
 
     def record(self, step: int, values: dict[str, Any]) -> None:
-        """Record one step or event."""
-        self._lines.record(step, values)
+        """Record one step or event, behind the caller's back."""
+        self._line_writer.put(self._lines.append, line_of(step, values))
         numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
         if numbers:
-            self._trackers.record(step, numbers)
+            self._tracker_writer.put(self._trackers.record, step, numbers)
 
     def close(self) -> None:
-        self._lines.close()
-        self._trackers.close()
+        """Return when all is written."""
+        self._line_writer.put(self._lines.close)
+        self._tracker_writer.put(self._trackers.close)
+        self._line_writer.wait()
+        self._tracker_writer.wait()
 
 
 class NoMetrics:
@@ -128,31 +148,47 @@ class Status:
         """may_write: called before each write; raises if this process may not write any more."""
         self._path = _status_file(run, side)
         self.values: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname()}
-        self._written = 0.0
+        self._writer, self._put_at = Writer(), 0.0
         self._may_write, self._min_interval_s = may_write, min_interval_s
-        self._writing = threading.Lock()
+        self._changing = threading.Lock()
+        self._is_put = False
         self._is_failing = False
 
     def update(self, **values: Any) -> None:
-        """Merge values in and write the file, at most every `min_interval_s` unless the phase changed. From any thread."""
-        with self._writing:
+        """Merge values in, and have the file written, at most every `min_interval_s`. From any thread.
+
+        Returns at once, and raises what `may_write` said to an earlier call; where the phase changed, when it is written.
+        """
+        self._writer.check()
+        with self._changing:
             changed_phase = values.get("phase", self.values.get("phase")) != self.values.get("phase")
             if changed_phase:
                 self.values["phase_since"] = time.time()
             self.values |= values
-            if changed_phase or time.monotonic() - self._written >= self._min_interval_s:
-                self._write()
+            if changed_phase or time.monotonic() - self._put_at >= self._min_interval_s:
+                self._put()
+        if changed_phase:
+            self._writer.wait()
 
     def close(self) -> None:
-        """Write the last values, which `update` may have kept for later."""
-        with self._writing, contextlib.suppress(RunInUse):
-            self._write()
+        """Write the last values, which `update` may have kept for later, and return when they are written."""
+        with contextlib.suppress(RunInUse):
+            with self._changing:
+                self._put()
+            self._writer.wait()
+
+    def _put(self) -> None:
+        if not self._is_put:  # else a disk is slow, and what it has not begun with takes these values along
+            self._is_put, self._put_at = True, time.monotonic()
+            self._writer.put(self._write)
 
     def _write(self) -> None:
-        self._written = time.monotonic()
         self._may_write()
+        with self._changing:
+            self._is_put = False
+            values = {**self.values, "heartbeat": time.time()}
         try:
-            _replace(self._path, {**self.values, "heartbeat": time.time()})
+            _replace(self._path, values)
         except (InputError, MachineFailed) as failure:
             if not self._is_failing:
                 log.warning("the status is not told, and the run goes on: %s", failure)

@@ -24,12 +24,15 @@ class Trackers:
 
     def __init__(self, names: tuple[str, ...], run: Path):
         """names: in TRACKERS, installed. W&B and MLflow take their servers from their own environment variables."""
-        self._run = run
+        self._names, self._run = names, run
         self._trackers: dict[str, Any] = {}
         self._asked_again_at: dict[str, float] = {}  # those that have failed
-        for name in names:
+
+    def start(self) -> None:
+        """Start all; warns of one that does not. Clients keep things by thread, so one thread calls every method."""
+        for name in self._names:
             try:
-                self._trackers[name] = _start(name, run)
+                self._trackers[name] = _start(name, self._run)
             except Exception as error:  # of the client's own making: not logged in, no such server, …
                 log.warning("run.trackers: %s does not start (%s); the run goes on without it", name, _first_line(error))
 

@@ -1,23 +1,19 @@
-"""JSON lines always; trackers by name, real ones where they are installed; one that fails takes nothing with it."""
+"""JSON lines always, a status that is replaced; a training step waits for neither, and a disk that fails ends no run."""
 
 import errno
 import json
 import os
-import sys
 import threading
 import time
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.disk import fill, small_disk
-from trainer.errors import InputError, MachineFailed, MustNotGoOn
-from trainer.handoff.settings import RunSettings
+from trainer.errors import InputError, MachineFailed, MustNotGoOn, RunInUse
 from trainer.metrics import MetricsFile, NoMetrics, Status, TrainerMetrics, read_status, write_end
-from trainer.trackers import PAUSE_S, TRACKERS, check_trackers
+from trainer.trackers import Trackers
 
 RECORDS = [
     (1, {"loss": 2.5, "event": "saved", "health/counts": [1, 2], "chunk_tokens": None}),
@@ -51,138 +47,6 @@ def test_tensorboard_has_the_numbers_by_step(tmp_path):
     events.Reload()
     found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert found == {"loss": [(1, 2.5), (2, 1.5)], "eval/ndcg@10": [(2, 0.25)]}
-
-
-def test_mlflow_has_the_numbers_under_names_that_it_takes(tmp_path, monkeypatch):
-    mlflow = pytest.importorskip("mlflow", reason="pip install mlflow")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    mlflow.set_tracking_uri((tmp_path / "store").as_uri())
-    record_all(TrainerMetrics(tmp_path / "run", ("mlflow", "tensorboard")))
-    client = mlflow.MlflowClient()
-    (experiment,) = [e for e in client.search_experiments() if e.name == "negpool"]
-    (run,) = client.search_runs([experiment.experiment_id])
-    assert run.info.run_name == "run" and run.info.status == "FINISHED"
-    assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")] == [(1, 2.5), (2, 1.5)]
-    assert run.data.metrics["eval/ndcg_10"] == 0.25
-
-
-class StoodInServer:
-    """What W&B and MLflow are asked to do, kept in a list."""
-
-    def __init__(self):
-        self.__spec__ = ModuleSpec("stood_in", None)  # accelerate looks whether there is one
-        self.calls = []
-        self.is_gone = False
-
-    def init(self, **options):
-        self.calls.append(("init", options))
-        return SimpleNamespace(log=self.log, finish=lambda: self.calls.append(("finish", None)))
-
-    def log(self, values, step):
-        if self.is_gone:
-            raise ConnectionError("no route to host")
-        self.calls.append((step, values))
-
-
-def test_mlflow_is_told_the_experiment_the_run_and_names_that_it_takes(tmp_path, monkeypatch):
-    server, started = StoodInServer(), []
-    server.search_experiments = lambda filter_string: []
-    server.create_experiment = lambda name, **_: name
-    server.start_run = lambda **options: started.append((options["experiment_id"], options["run_name"]))
-    server.log_metrics = server.log
-    server.end_run = lambda: server.calls.append(("finish", None))
-    monkeypatch.setitem(sys.modules, "mlflow", server)
-    record_all(TrainerMetrics(tmp_path / "run", ("mlflow",)))
-    assert started == [("negpool", "run")]
-    assert server.calls == [(1, {"loss": 2.5}), (2, {"loss": 1.5, "eval/ndcg_10": 0.25}), ("finish", None)]
-
-
-@pytest.fixture
-def wandb(monkeypatch):
-    server = StoodInServer()
-    monkeypatch.setitem(sys.modules, "wandb", server)
-    return server
-
-
-def test_wandb_is_told_the_project_the_run_and_every_number(tmp_path, wandb):
-    run = tmp_path / "my-run"
-    record_all(TrainerMetrics(run, ("wandb",)))
-    (_, options), *logged, (last, _) = wandb.calls
-    assert options == {"project": "negpool", "name": "my-run", "dir": str(run / "logs")}
-    assert logged == [(1, {"loss": 2.5}), (2, {"loss": 1.5, "eval/ndcg@10": 0.25})] and last == "finish"
-
-
-def test_a_tracker_that_fails_is_left_alone_for_a_while_and_the_others_go_on(tmp_path, wandb, caplog, monkeypatch):
-    caplog.set_level("INFO")
-    metrics = TrainerMetrics(tmp_path, ("wandb", "tensorboard"))
-    wandb.is_gone = True
-    metrics.record(*RECORDS[0])
-    wandb.is_gone = False
-    metrics.record(*RECORDS[1])
-    assert len(wandb.calls) == 1, "a server that is gone may hold every call for minutes"
-    now = time.monotonic
-    monkeypatch.setattr(time, "monotonic", lambda: now() + PAUSE_S)
-    metrics.record(3, {"loss": 0.5})
-    metrics.close()
-    assert caplog.text.count("wandb fails, the run goes on without it: no route to host") == 1
-    assert caplog.text.count("wandb answers again") == 1
-    assert wandb.calls[1:] == [(3, {"loss": 0.5}), ("finish", None)]
-    assert len(lines_of(tmp_path)) == 3
-    events = EventAccumulator(str(tmp_path / "logs" / "tensorboard"))
-    events.Reload()
-    assert len(events.Scalars("loss")) == 3
-
-
-def test_tensorboard_begins_a_new_file_when_its_disk_is_well_again(tmp_path, monkeypatch):
-    metrics = TrainerMetrics(tmp_path)
-    metrics.record(*RECORDS[0])
-    with monkeypatch.context() as patched:
-        patched.setattr("torch.utils.tensorboard.SummaryWriter.flush", stale)
-        metrics.record(*RECORDS[1])
-    now = time.monotonic
-    monkeypatch.setattr(time, "monotonic", lambda: now() + PAUSE_S)
-    metrics.record(3, {"loss": 0.5})
-    metrics.close()
-    assert len(list((tmp_path / "logs" / "tensorboard").glob("events*"))) == 2
-
-
-def test_the_thread_of_tensorboard_fails_without_a_traceback(tmp_path, monkeypatch, capsys, caplog):
-    def refuse(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # pytest has one of its own
-    metrics = TrainerMetrics(tmp_path)
-    monkeypatch.setattr("tensorboard.compat.tensorflow_stub.io.gfile.LocalFileSystem.append", refuse)
-    for step in range(3):
-        metrics.record(step, {"loss": 0.5})
-    metrics.close()
-    assert caplog.text.count("tensorboard fails, the run goes on without it: [Errno 28] No space left on device") == 1
-    assert "Traceback" not in capsys.readouterr().err
-
-
-def test_a_tracker_that_does_not_start_or_end_is_left_out(tmp_path, wandb, caplog):
-    def refuse(**_):
-        raise ConnectionError("No API key configured. Use `wandb login`.\nMore lines")
-
-    wandb.init = refuse
-    record_all(TrainerMetrics(tmp_path, ("wandb",)))
-    assert "run.trackers: wandb does not start (No API key configured. Use `wandb login`); the run goes on" in caplog.text
-    assert len(lines_of(tmp_path)) == 2
-    wandb.init = lambda **_: SimpleNamespace(log=wandb.log, finish=refuse)
-    record_all(TrainerMetrics(tmp_path, ("wandb",)))
-    assert len(lines_of(tmp_path)) == 4
-
-
-def test_a_tracker_that_is_not_installed_is_one_sentence(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else object())
-    check_trackers(("tensorboard", "mlflow"))
-    with pytest.raises(InputError, match=r"run\.trackers names 'wandb', which is not installed; run: pip install wandb"):
-        check_trackers(("tensorboard", "wandb"))
-
-
-def test_a_run_may_name_every_tracker_or_none():
-    assert RunSettings(trackers=()).trackers == ()
-    assert RunSettings(trackers=tuple(TRACKERS)).trackers == tuple(TRACKERS)
 
 
 def test_half_a_line_of_a_full_disk_does_not_spoil_the_next(tmp_path):
@@ -237,9 +101,83 @@ def test_a_status_that_fails_for_a_while_ends_nothing_and_recovers(tmp_path, mon
         patched.setattr(os, "replace", stale)
         for step in (2, 3):
             status.update(step=step)
+            status.close()
     assert read_status(tmp_path, "trainer")["step"] == 1 and caplog.text.count("Stale file handle") == 1
     status.update(step=4)
+    status.close()
     assert read_status(tmp_path, "trainer")["step"] == 4 and caplog.text.count("is written again") == 1
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """A disk that takes nothing until it is told to go on."""
+    goes_on = threading.Event()
+    for name in ("write", "fsync"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, real=real: (goes_on.wait(10), real(*args))[1])
+    yield goes_on
+    goes_on.set()
+
+
+def test_a_step_does_not_wait_for_a_slow_disk_or_tracker_and_nothing_is_lost(tmp_path, slow_disk, monkeypatch):
+    tracked = []
+    monkeypatch.setattr(Trackers, "record", lambda _, step, numbers: (slow_disk.wait(10), tracked.append(step)))
+    status = Status(tmp_path, "trainer", min_interval_s=0)
+    metrics = TrainerMetrics(tmp_path, ())
+    seen = []
+    for step in range(1, 101):
+        values = {"loss": float(step), "seen": seen}
+        metrics.record(step, values)
+        status.update(step=step)
+        seen.append(step)  # the caller goes on: a line is of the moment in which it was handed over
+    assert (tmp_path / "logs" / "metrics.jsonl").read_text() == "" and read_status(tmp_path, "trainer") == {}
+    slow_disk.set()
+    metrics.close()
+    status.close()
+    assert [(line["step"], line["seen"][-1:]) for line in lines_of(tmp_path)] == [(s, [s - 1] * (s > 1)) for s in range(1, 101)]
+    assert tracked == list(range(1, 101))
+    assert read_status(tmp_path, "trainer")["step"] == 100
+
+
+def test_a_slow_disk_gets_the_newest_status_and_not_every_one(tmp_path, slow_disk, monkeypatch):
+    replaced = []
+    monkeypatch.setattr("trainer.metrics._replace", lambda path, values: (slow_disk.wait(10), replaced.append(values["step"])))
+    status = Status(tmp_path, "trainer", min_interval_s=0)
+    for step in range(100):
+        status.update(step=step)
+    slow_disk.set()
+    status.close()
+    assert len(replaced) <= 3 and replaced[-1] == 99
+
+
+def test_a_lost_place_ends_the_loop_at_its_next_update(tmp_path):
+    is_lost = threading.Event()
+
+    def may_write():
+        if is_lost.is_set():
+            raise RunInUse("went over to start 2")
+
+    status = Status(tmp_path, "trainer", may_write, min_interval_s=0)
+    status.update(phase="training", step=1)
+    is_lost.set()
+    status.update(step=2)  # told behind the loop's back
+    status.close()  # says nothing, as the run ends for that reason
+    for _ in range(2):  # a heartbeat's thread may hear it first
+        with pytest.raises(RunInUse, match="went over to start 2"):
+            status.update(step=3)
+    with pytest.raises(RunInUse):
+        status.update(phase="evaluating")
+    status.close()
+    assert read_status(tmp_path, "trainer")["step"] == 1
+
+
+def test_lines_reach_the_disk_though_nobody_closes(tmp_path):
+    metrics = TrainerMetrics(tmp_path, ())
+    metrics.record(1, {"loss": 1.0})
+    deadline = time.monotonic() + 10
+    while not lines_of(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert [line["step"] for line in lines_of(tmp_path)] == [1]
 
 
 def test_a_place_where_nobody_may_write_is_refused_before_anything():
