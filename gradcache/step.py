@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
 from gradcache.agree import agree
 from gradcache.batch import Batch
@@ -85,18 +86,18 @@ def cached_step(
         plan = _equalized(plan, batch, chunk_tokens, seed, step, group, device)
     sync.hold()
     with borrowed_generators():
-        with naming_lost_ranks(group):  # sharded parameters are gathered within
+        with naming_lost_ranks(group), record_function("encode"):  # sharded parameters are gathered within
             encoding = encode_all(plan, keep_graphs, sync)
         chunks, share_encoded_twice = encoding.plan.chunks, encoding.share_encoded_twice
         encoded = _now_s(device)
         agreed = agree(batch, encoding, loss.objective, len(chunks) - len(plan.chunks), group, device)
         scale = weight * _scale_of(scaler, device)
-        with torch.autocast(device.type, enabled=False), naming_lost_ranks(group):
+        with torch.autocast(device.type, enabled=False), naming_lost_ranks(group), record_function("loss"):
             found = global_loss(
                 batch, agreed, options=loss, temperature=temperature, group=group, gradient_scale=scale, progress=progress
             )
         evaluated = _now_s(device)
-        with naming_lost_ranks(group):
+        with naming_lost_ranks(group), record_function("backward"):
             backpropagate(encoding, found.gradient_nD, sync, scale, is_last)
     return StepResult(
         loss=found.value,

@@ -46,7 +46,7 @@ CALLED = {  # what other trainers' arguments are called here
     "eval_steps": "eval.every_steps",
 }
 SHORT_NAME = 3  # letters: one wrong letter is much of such a name, as in optim.le
-MAY_CHANGE = {"launch", "mine", "parallel", "chunk", "checkpoint", "eval"}  # sections, from one start of a run to the next
+MAY_CHANGE = {"launch", "mine", "parallel", "chunk", "checkpoint", "eval", "profile"}  # sections, from start to start
 
 
 @job_section

@@ -1,5 +1,6 @@
 """What a training run is told: the sections of a job file that the trainer reads."""
 
+import re
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -172,6 +173,24 @@ class EvalSettings:
 
 
 @job_section
+class ProfileSettings:
+    """Section `profile`: steps to look at closely."""
+
+    steps: str | None = None
+    """FIRST:LAST, "10:13" for steps 10, 11 and 12: their trace goes to logs/, for https://ui.perfetto.dev. None: no trace."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and not len(self.numbers):
+            raise InputError(f'profile.steps="{self.steps}" names no steps; expected "10:13" for the steps 10, 11 and 12')
+
+    @property
+    def numbers(self) -> range:
+        """The steps, as the log counts them: the first is 1."""
+        found = re.fullmatch(r"(\d+):(\d+)", self.steps or "")
+        return range(0) if found is None or found[1] == "0" else range(int(found[1]), int(found[2]))
+
+
+@job_section
 class TrainJob:
     """All that the trainer is told."""
 
@@ -190,6 +209,7 @@ class TrainJob:
     stop: StopSettings = field(default_factory=StopSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
+    profile: ProfileSettings = field(default_factory=ProfileSettings)
 
     def __post_init__(self) -> None:
         if self.precision.encode == "fp16" and self.parallel.backend != "ddp":

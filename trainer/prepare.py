@@ -42,6 +42,7 @@ from trainer.mined_clusters import MinedClusters
 from trainer.optim import build_schedule
 from trainer.parallel import take_weights
 from trainer.precision import DTYPES, encode_in, loss_scaler, set_tf32
+from trainer.profile import Profile, open_profile
 from trainer.state import TrainState
 from trainer.symptoms import Gradients, Lasting
 from trainer.tasks import Task, build_tasks, loss_options
@@ -79,6 +80,7 @@ class Training:
     claim: Claim  # this start's place in the run folder
     saved_step: int | None  # of the newest checkpoint
     warnings: Warnings
+    profile: Profile
     collapse: Collapse = field(default_factory=Collapse)
     gradients: Gradients = field(default_factory=Gradients)
     narrowing: Lasting = field(default_factory=Lasting)  # of the embeddings of steps
@@ -155,6 +157,7 @@ def prepare(job: TrainJob, world: World) -> Training:
         claim,
         None if checkpoint is None else checkpoint.step,
         Warnings(status, metrics),
+        open_profile(job.profile.numbers, range(state.step + 1, num_steps + 1), world, run / "logs", metrics.record),
     )
 
 

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import torch
 import xxhash
+from torch.profiler import record_function
 
 from gradcache import NotFinite, StepResult, cached_step
 from gradcache.replay import replay_seed
@@ -44,17 +45,21 @@ def train(job: TrainJob, world: World) -> Outcome:
             evaluate_on_dev(run)
             save(run)
         while state.step < run.num_steps:
+            run.profile.before_step(state.step + 1)
             if switch_negatives(run):
                 return stop(run)
             run.status.update(phase="training")
             started = time.perf_counter()
             result = step(run)
-            grad_norm = update(run)
+            with record_function("update"):
+                grad_norm = update(run)
             state.step += 1
-            record(run, result, grad_norm, time.perf_counter() - started)
+            with record_function("record"):
+                record(run, result, grad_norm, time.perf_counter() - started)
             check_skipped(run)
             warn_of_step(run, grad_norm, result.spread)
             check_collapsed(run, result.spread)
+            run.profile.after_step(state.step)
             is_best = evaluate_on_dev(run)
             if state.step % job.checkpoint.every_steps == 0 or state.step == run.num_steps or is_best:
                 save(run)
@@ -66,6 +71,7 @@ def train(job: TrainJob, world: World) -> Outcome:
         raise not_finite(run, error) from error
     finally:
         run.feed.close()
+        run.profile.close()
         run.metrics.close()
         run.status.close()  # the step at which it ended, for whoever starts it again
         run.claim.release()
