@@ -12,6 +12,7 @@ from typing import Any
 
 import typer
 
+from launch.allocator import NVIDIA_DRIVER, allocator_setting
 from trainer.errors import EXIT_REFUSED, TOLD, InputError, exit_code
 from trainer.handoff.manifest import disk_error, is_disk_error
 from trainer.handoff.rights import unreadable
@@ -24,6 +25,7 @@ def main() -> None:
     """Run one command and exit with its code; Ctrl-C is KeyboardInterrupt."""
     # Everything comes from this machine unless the user's environment says otherwise.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.update(allocator_setting(os.environ, NVIDIA_DRIVER.exists()))
     # At its end Python searches all that the libraries made for garbage: more than a second, for nothing.
     atexit.register(gc.freeze)
     from launch.commands import app
