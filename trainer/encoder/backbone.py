@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from trainer.encoder.architecture import load_config, without_pooler
-from trainer.encoder.dropout import ATTENTION, replace_dropout
+from trainer.encoder.attention import ATTENTION
+from trainer.encoder.dropout import replace_dropout
 from trainer.encoder.peft_folder import add_to_weights, base_of, transformer_of
 from trainer.encoder.settings import ModelSettings
 from trainer.encoder.tensors import refused_pickle
@@ -113,19 +114,20 @@ def max_positions(model: PreTrainedModel) -> int:
     if table is None:
         recorded = getattr(model.config, "max_position_embeddings", None) or 0
         return recorded if recorded > 0 else UNLIMITED
+    return table.num_embeddings - first_position(model)
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """Return the position of a text's first token."""
+    table = _position_table(model)
     # RoBERTa and its kin count from the number behind the padding's.
-    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+    return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
 
 
 def positions_from_mask(model: PreTrainedModel) -> bool:
     """Return whether positions are those of a table counted from the first column, so that padding on the left moves them."""
     table = _position_table(model)
     return table is not None and table.padding_idx is None
-
-
-def positions(mask_nL: Tensor) -> Tensor:
-    """Return the number of each real token among its text's, (n, L) int64."""
-    return (mask_nL.cumsum(1) - 1).clamp(min=0)
 
 
 def quantization(settings: ModelSettings) -> dict:

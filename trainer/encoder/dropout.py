@@ -9,13 +9,9 @@ Source of the blockwise backward: FlashAttention (Dao et al. 2022, arXiv 2205.14
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 # n rows, H heads, L tokens, D width of a head, b rows of a block
 
-ATTENTION = "negpool_cpu"  # name of `attention_forward` for transformers
 BLOCK_ELEMENTS = 2**20  # attention probabilities of a block: 4 MiB, some of which fits every second-level cache
 
 
@@ -58,32 +54,19 @@ class _Dropout(torch.autograd.Function):
         return (gradient * mask).mul_(ctx.scale), None
 
 
-def attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
-    """Return what transformers' `sdpa` attention returns; with dropout on the CPU by blocks of our own.
+def dropped_attention(query, key, value, mask: Tensor | None, rate: float, scaling: float | None) -> Tensor:
+    """Return softmax(scaling * query @ key^T + mask), dropped out, @ value, all (n, H, L, D), in blocks.
 
-    query: (n, H, L, D); key, value: the same, or with fewer heads, each for several of the query's.
-    Source of the signature: transformers' AttentionInterface.
+    key, value: as many heads as the query, or fewer, each for several of the query's. mask: True where a key is seen, or what
+    is added.
     """
-    if dropout == 0 or torch.compiler.is_compiling() or not _is_plain(query, key, value, kwargs):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
-    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
-    mask = attention_mask
-    if mask is None and causal:
-        mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool).tril()
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
     queries_per_key = query.shape[1] // key.shape[1]
     if queries_per_key > 1:
         key, value = (t.repeat_interleave(queries_per_key, dim=1) for t in (key, value))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _Attention.apply(query, key, value, mask, dropout, scaling).transpose(1, 2).contiguous(), None
-
-
-def _is_plain(query: Tensor, key: Tensor, value: Tensor, kwargs: dict) -> bool:
-    """Return whether attention is of one text with itself, in float32 on the CPU, with nothing added to it."""
-    is_whole = query.shape[2] == key.shape[2] and key.shape == value.shape and query.shape[3] == key.shape[3]
-    is_extended = any(kwargs.get(name) is not None for name in ("position_bias", "cache", "softcap", "s_aux"))
-    return is_whole and not is_extended and query.dtype == torch.float32 and query.device.type == "cpu"
+    return _Attention.apply(query, key, value, mask, rate, scaling)
 
 
 class _Attention(torch.autograd.Function):
@@ -130,7 +113,3 @@ def _probabilities(query, key, bias, rows: slice, scaling: float) -> Tensor:
     if bias is not None:
         logits += bias[rows] if len(bias) > 1 else bias
     return torch.softmax(logits, -1)
-
-
-AttentionInterface.register(ATTENTION, attention_forward)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -11,7 +11,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from trainer.encoder.attention import without_cudnn
 from trainer.encoder.pooling import mean
+from trainer.encoder.rows import Rows, rows_of
 
 # n rows, L tokens, D width, r latents, H heads
 MOST_HEADS = 8  # of the paper
@@ -31,19 +33,21 @@ class LatentAttention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, states_nLD: Tensor, mask_nL: Tensor, real_nL: Tensor | None = None) -> Tensor:
-        """Return the (n, D) mean over the real tokens."""
-        states_nLD = states_nLD + self.out(self._attend(self.norm(states_nLD)))
-        return mean(states_nLD + self.mlp(self.mlp_norm(states_nLD)), mask_nL)
+    def forward(self, states: Tensor, rows: Rows) -> Tensor:
+        """Return the (n, D) mean over the pooled tokens of states of (n, L, D), or of packed ones of (T, D)."""
+        batch = states if states.ndim == 3 else states.unsqueeze(0)
+        states = states + self.out(self._attend(self.norm(batch))).view_as(states)
+        return mean(states + self.mlp(self.mlp_norm(states)), rows)
 
     def _attend(self, states_nLD: Tensor) -> Tensor:
         key_rD, value_rD = self.key_value(self.latent_norm(self.latents_rD)).chunk(2, dim=-1)
         # nLHd -> nHLd; the latents are the same for every row
         query_nHLd = _in_heads(self.query(states_nLD), self.num_heads)
         key_1Hrd, value_1Hrd = (_in_heads(t.unsqueeze(0), self.num_heads) for t in (key_rD, value_rD))
-        attended = nn.functional.scaled_dot_product_attention(
-            query_nHLd, key_1Hrd.expand(len(states_nLD), -1, -1, -1), value_1Hrd.expand(len(states_nLD), -1, -1, -1)
-        )
+        with without_cudnn(states_nLD.device):
+            attended = nn.functional.scaled_dot_product_attention(
+                query_nHLd, key_1Hrd.expand(len(states_nLD), -1, -1, -1), value_1Hrd.expand(len(states_nLD), -1, -1, -1)
+            )
         return attended.transpose(1, 2).flatten(2)
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
@@ -74,7 +78,7 @@ class LatentPooling(nn.Module):
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add `sentence_embedding`."""
-        features["sentence_embedding"] = self.attention(features["token_embeddings"], features["attention_mask"])
+        features["sentence_embedding"] = self.attention(features["token_embeddings"], rows_of(features))
         return features
 
     def get_embedding_dimension(self) -> int:

@@ -1,6 +1,6 @@
-"""One vector from the token states of a text.
+"""One vector from the token states of a text, whether its chunk is padded, (n, L, D), or packed, (T, D).
 
-Where a model leaves prompts out, `mask_nL` is of the tokens behind them, and `real_nL` of the whole text.
+Where a model leaves prompts out, the pooled tokens are those behind them.
 """
 
 from collections.abc import Callable
@@ -8,46 +8,47 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# n rows, L tokens, D width
+from trainer.encoder.rows import Rows, wide
+
+# n rows, L tokens of the longest row, T tokens of all rows, D width
 
 
-def mean(states_nLD: Tensor, mask_nL: Tensor, real_nL: Tensor | None = None) -> Tensor:
-    """Return the mean state of the real tokens."""
-    return _total(states_nLD, mask_nL, power=1.0)
+def mean(states: Tensor, rows: Rows) -> Tensor:
+    """Return the mean state of the pooled tokens."""
+    return _total(states, rows, power=1.0)
 
 
-def mean_sqrt(states_nLD: Tensor, mask_nL: Tensor, real_nL: Tensor | None = None) -> Tensor:
-    """Return the sum of the real tokens' states over the square root of their number."""
-    return _total(states_nLD, mask_nL, power=0.5)
+def mean_sqrt(states: Tensor, rows: Rows) -> Tensor:
+    """Return the sum of the pooled tokens' states over the square root of their number."""
+    return _total(states, rows, power=0.5)
 
 
-def weighted_mean(states_nLD: Tensor, mask_nL: Tensor, real_nL: Tensor | None = None) -> Tensor:
+def weighted_mean(states: Tensor, rows: Rows) -> Tensor:
     """Return the mean state with the first real token weighted 1, the second 2, and so on.
 
     Source: SGPT, arXiv 2202.08904; later tokens of a causal model have seen more of the text.
     """
-    real_nL = mask_nL if real_nL is None else real_nL
-    weight_nL1 = (real_nL.cumsum(1) * mask_nL).unsqueeze(-1).to(_wide(states_nLD))
-    total_nD = (states_nLD * weight_nL1).sum(1)
-    return (total_nD / weight_nL1.sum(1).clamp(min=1e-9)).to(states_nLD.dtype)
+    numbers = rows.numbers(states)
+    weight = (numbers if rows.pooled is None else numbers * rows.pooled).unsqueeze(-1).to(wide(states))
+    return (rows.total(states * weight) / rows.total(weight).clamp(min=1e-9)).to(states.dtype)
 
 
-def largest(states_nLD: Tensor, mask_nL: Tensor, real_nL: Tensor | None = None) -> Tensor:
-    """Return the largest value of each number among the real tokens' states."""
-    return states_nLD.masked_fill(mask_nL.unsqueeze(-1) == 0, -torch.inf).amax(1)
+def largest(states: Tensor, rows: Rows) -> Tensor:
+    """Return the largest value of each number among the pooled tokens' states."""
+    return rows.largest(states if rows.pooled is None else states.masked_fill(rows.pooled.unsqueeze(-1) == 0, -torch.inf))
 
 
-def cls(states_nLD: Tensor, mask_nL: Tensor, real_nL: Tensor | None = None) -> Tensor:
-    """Return the state of the first real token, whichever side is padded."""
-    return _at(states_nLD, mask_nL.int().argmax(1))
+def cls(states: Tensor, rows: Rows) -> Tensor:
+    """Return the state of the first pooled token."""
+    return rows.first(states)
 
 
-def last(states_nLD: Tensor, mask_nL: Tensor, real_nL: Tensor | None = None) -> Tensor:
-    """Return the state of the last real token, whichever side is padded. Source: cpt-text, arXiv 2201.10005."""
-    return _at(states_nLD, mask_nL.shape[1] - 1 - mask_nL.flip(1).int().argmax(1))
+def last(states: Tensor, rows: Rows) -> Tensor:
+    """Return the state of the last pooled token. Source: cpt-text, arXiv 2201.10005."""
+    return rows.last(states)
 
 
-Pooling = Callable[..., Tensor]  # (states, mask, real tokens)
+Pooling = Callable[..., Tensor]  # (states, rows)
 # name in job files -> function; `latent` has weights of its own (latent.py)
 POOLINGS: dict[str, Pooling] = {
     "mean": mean,
@@ -75,7 +76,7 @@ def pooling_of(name: str) -> Pooling | None:
         return None
     if len(parts) == 1:
         return parts[0]
-    return lambda states_nLD, mask_nL, real_nL: torch.cat([part(states_nLD, mask_nL, real_nL) for part in parts], -1)  # type: ignore[misc]
+    return lambda states, rows: torch.cat([part(states, rows) for part in parts], -1)  # type: ignore[misc]
 
 
 def num_poolings(name: str) -> int:
@@ -83,16 +84,11 @@ def num_poolings(name: str) -> int:
     return name.count("+") + 1
 
 
-def _total(states_nLD: Tensor, mask_nL: Tensor, power: float) -> Tensor:
-    weight_nL1 = mask_nL.unsqueeze(-1).to(states_nLD.dtype)
-    total_nD = (states_nLD * weight_nL1).sum(1, dtype=_wide(states_nLD))
-    return (total_nD / weight_nL1.sum(1, dtype=_wide(states_nLD)).clamp(min=1).pow(power)).to(states_nLD.dtype)
-
-
-def _wide(states_nLD: Tensor) -> torch.dtype:
-    """Return what sums over tokens are made in."""
-    return torch.promote_types(states_nLD.dtype, torch.float32)
-
-
-def _at(states_nLD: Tensor, position_n: Tensor) -> Tensor:
-    return states_nLD[torch.arange(len(states_nLD), device=states_nLD.device), position_n]
+def _total(states: Tensor, rows: Rows, power: float) -> Tensor:
+    if rows.pooled is None:
+        weight = states.new_ones(()).expand(*states.shape[:-1], 1)
+        total_nD = rows.total(states)
+    else:
+        weight = rows.pooled.unsqueeze(-1).to(states.dtype)
+        total_nD = rows.total(states * weight)
+    return (total_nD / rows.total(weight).clamp(min=1).pow(power)).to(states.dtype)

@@ -3,15 +3,17 @@
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trainer.encoder.backbone import checkpoint_activations, layers_of, positions, positions_from_mask
+from trainer.encoder.backbone import checkpoint_activations, layers_of, positions_from_mask
 from trainer.encoder.compiled import CompiledLayers
 from trainer.encoder.layers import Layer, width_behind
+from trainer.encoder.packed import transformer_inputs
 from trainer.encoder.pooling import Pooling, num_poolings
+from trainer.encoder.rows import Packed, Padded, rows_of
 from trainer.encoder.settings import Traits
 
 # n rows, L tokens, D width
@@ -43,19 +45,17 @@ class Encoder(nn.Module):
         self._compiled = CompiledLayers(model) if is_compiled else None
         self._needs_positions = positions_from_mask(model)
 
-    def forward(self, inputs: Mapping[str, Tensor], keep_activations: bool = False) -> Tensor:
+    def forward(self, inputs: Mapping[str, Any], keep_activations: bool = False) -> Tensor:
         """Return (n, D) embeddings of `input_ids` and `attention_mask`, each (n, L), padded on either side.
 
-        `pooled_mask`, where it is among the inputs, is of the tokens that are pooled: those behind the prompt.
+        Without `attention_mask` no token is padding. `pooled_mask`, where it is among the inputs, is of the tokens that are
+        pooled: those behind the prompt. Packed texts have `starts` and `longest` instead, see packed.py.
         keep_activations: recompute none in backward, also where the model's layers are set to.
         """
-        mask_nL = inputs["attention_mask"]
-        taken = {"input_ids": inputs["input_ids"], "attention_mask": mask_nL}
-        if self._needs_positions:
-            taken["position_ids"] = positions(mask_nL)
+        rows = rows_of(inputs)
         with self._checkpointing_paused(keep_activations):
-            states_nLD = self._run(taken)
-        embedding_nD = self.pool(states_nLD, inputs.get("pooled_mask", mask_nL), mask_nL)
+            states = self._run(self._taken(inputs["input_ids"], rows))
+        embedding_nD = self.pool(states.squeeze(0) if isinstance(rows, Packed) else states, rows)
         for layer in self.dense:
             embedding_nD = layer(embedding_nD)
         embedding_nD = embedding_nD[:, : self.cut]
@@ -103,7 +103,16 @@ class Encoder(nn.Module):
         """Width of a token's state."""
         return self.model.config.hidden_size
 
-    def _run(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def _taken(self, ids: Tensor, rows: Padded | Packed) -> dict[str, Any]:
+        """Return what the transformer is given."""
+        if isinstance(rows, Packed):
+            return transformer_inputs(self.model, ids, rows)
+        taken = {"input_ids": ids, "attention_mask": rows.real}
+        if self._needs_positions:
+            taken["position_ids"] = rows.places()
+        return taken
+
+    def _run(self, inputs: Mapping[str, Any]) -> Tensor:
         run = functools.partial(self.model, **inputs)
         return (run() if self._compiled is None else self._compiled.call(run)).last_hidden_state
 
@@ -132,7 +141,7 @@ class TwoTowers(Encoder):
         self.query, self.passage = query, passage
         self.normalize = query.normalize
 
-    def forward(self, inputs: Mapping[str, Tensor], keep_activations: bool = False, side: Side | None = None) -> Tensor:
+    def forward(self, inputs: Mapping[str, Any], keep_activations: bool = False, side: Side | None = None) -> Tensor:
         """Return (n, D) embeddings of one side's texts, as `Encoder.forward` does."""
         if side is None:  # no tower is the default, because a mistake would train the wrong one without any sign of it
             raise ValueError(f"two towers must be told whose texts these are: side={' or '.join(SIDES)}")

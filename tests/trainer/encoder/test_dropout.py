@@ -5,7 +5,8 @@ import torch
 from transformers import BertConfig, BertModel
 
 from trainer.encoder import dropout as dropout_module
-from trainer.encoder.dropout import ATTENTION, Dropout, attention_forward, keep_mask, replace_dropout
+from trainer.encoder.attention import ATTENTION, attention_forward
+from trainer.encoder.dropout import Dropout, keep_mask, replace_dropout
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])

@@ -12,6 +12,7 @@ from tests.trainer.encoder.families import TEXTS, write_family
 from trainer.encoder.latent import LatentAttention
 from trainer.encoder.model import ModelSettings, load_encoder
 from trainer.encoder.pooling import MODES, POOLINGS
+from trainer.encoder.rows import Padded
 from trainer.errors import InputError
 
 
@@ -32,7 +33,7 @@ def padded_states(side):
 def test_pooling_is_that_of_sentence_transformers(name, side, dtype):
     states, mask = padded_states(side)
     theirs = Pooling(8, MODES[name][0])({"token_embeddings": states.to(dtype), "attention_mask": mask})
-    assert torch.equal(POOLINGS[name](states.to(dtype), mask), theirs["sentence_embedding"])
+    assert torch.equal(POOLINGS[name](states.to(dtype), Padded(mask, mask)), theirs["sentence_embedding"])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -48,7 +49,7 @@ def test_latent_attention_is_its_formula(side):
     attended = states + torch.cat(heads, -1) @ pool.out.weight.T
     wanted = attended + pool.mlp(pool.mlp_norm(attended))
     real = [wanted[row][mask[row].bool()].mean(0) for row in range(3)]
-    torch.testing.assert_close(pool(states, mask), torch.stack(real))
+    torch.testing.assert_close(pool(states, Padded(mask, mask)), torch.stack(real))
 
 
 def test_every_new_weight_behind_the_transformer_is_trained_and_the_same_at_every_start(tmp_path):
