@@ -28,6 +28,7 @@ class Tower:
     encode_kept: Callable[[Any], Any] | None = None  # for chunks that keep their graph: without activation checkpointing
     encode_keys: Tensor | None = None  # (n,) int64: rows of equal keys are encoded once; None: every row by itself
     is_frozen: bool = False  # encoded once, without a graph, and no gradient is computed for it
+    is_packed: bool = False  # rows of a chunk stand one behind the other, so none is padded to the longest
 
 
 @dataclass(frozen=True, kw_only=True)

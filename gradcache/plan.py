@@ -30,7 +30,9 @@ class Chunk:
 
     @property
     def num_padded_tokens(self) -> int:
-        """Rows x the longest of them."""
+        """Rows x the longest of them; of packed rows their tokens."""
+        if self.tower.is_packed:
+            return self.num_tokens
         return len(self.rows) * int(self.lengths.max()) if len(self.rows) else 0
 
     def halves(self) -> list["Chunk"]:
@@ -62,7 +64,7 @@ def plan_encoding(
         first_u, place_n = unique_rows(tower.encode_keys, len(tower.lengths))
         places.append(place_n + num_distinct)
         lengths_u = tower.lengths[first_u]
-        planned = plan_chunks(lengths_u, chunk_tokens)
+        planned = plan_chunks(lengths_u, chunk_tokens, tower.is_packed)
         if num_chunks is not None:
             planned = equalize_chunks(planned, num_chunks[number])
         chunks += [
