@@ -12,14 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gradcache.gates import all_gather as _all_gather
+from gradcache.gates import reduce_scatter as _reduce_scatter
 from gradcache.lost import naming_lost_ranks
 from gradcache.ragged import Ragged
 
 # n rows here, N rows of all ranks, D width, Q queries, P passages and X extra columns of all ranks, V values of a query
-
-# torch 2.13 renamed both and warns of the old names at every call.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ Each finding is one of: ok; absent, where something can be done without it; miss
 there and does not work. Started by mpiexec or srun on several nodes, the shared folder is looked at from all of them.
 """
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -19,8 +18,11 @@ from typing import Any, Literal
 
 import filelock
 import psutil
+from packaging.version import Version
 
 from launch.counted import counted
+from launch.versions import library_version as _version
+from launch.versions import oldest_supported
 
 Verdict = Literal["ok", "absent", "missing", "wrong"]
 NEEDED = ("torch", "transformers", "accelerate", "datasets", "mpi4py", "bm25s", "ir-measures")
@@ -77,7 +79,11 @@ def _machine() -> Iterator[Finding]:
 
 def _libraries() -> Iterator[Finding]:
     for name in NEEDED:
-        version = _version(name)
+        version, oldest = _version(name), oldest_supported(name)
+        if version and oldest and Version(version) < Version(oldest):
+            found = f"{version} is too old: negpool needs {oldest} or newer"
+            yield Finding(name, "wrong", found, f"pip install --upgrade '{name}>={oldest}'")
+            continue
         remedy = "" if version else f"pip install {name}"
         yield Finding(name, "ok" if version else "missing", version or "not installed", remedy)
     for name, remedy in OPTIONAL.items():
@@ -280,13 +286,6 @@ def _mpi_world() -> Any:
     except (ImportError, RuntimeError):
         return None
     return MPI.COMM_WORLD
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _run(*words: str) -> str:

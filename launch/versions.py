@@ -7,6 +7,8 @@ import platform
 import subprocess
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 from trainer.handoff.manifest import write_atomically
 
 LIBRARIES = ("negpool", "torch", "transformers", "accelerate", "deepspeed", "datasets", "numpy", "faiss-cpu", "faiss-gpu",
@@ -35,6 +37,16 @@ def library_version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def oldest_supported(name: str) -> str | None:
+    """Return the oldest version of a library that negpool works with, as pyproject.toml has it; None where it says none."""
+    try:
+        requirements = map(Requirement, importlib.metadata.requires("negpool") or [])
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+        return None
+    bounds = (bound.version for each in requirements if each.name == name and each.marker is None for bound in each.specifier)
+    return next(bounds, None)
 
 
 def _commit() -> str | None:

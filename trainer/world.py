@@ -9,7 +9,6 @@ import ctypes
 import datetime
 import logging
 import os
-import warnings
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import KwargsHandler
 
+from gradcache.gates import quiet_torch
 from trainer.errors import TOLD, exit_code
 
 log = logging.getLogger(__name__)
@@ -108,10 +108,6 @@ class World:
             dist.barrier(group=self.control)
 
 
-# torch 2.13 renamed the argument; the old name is the one that all versions we support know.
-warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-
-
 def take_arithmetic(environment: MutableMapping[str, str], encode: str, tf32: bool, compiles: bool) -> list[str]:
     """Take out of the environment all that would change a step's numbers; return a clause for each that the job does not ask for.
 
@@ -145,6 +141,7 @@ def join_world(
     """
     clauses = take_arithmetic(os.environ, encode, tf32, compiles)
     timeout = datetime.timedelta(seconds=timeout_s)
+    quiet_torch()
     keep_freed_memory()
     use_cpu = not torch.cuda.is_available()
     num_launched = int(os.environ.get("WORLD_SIZE", "1"))

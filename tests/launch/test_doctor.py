@@ -55,6 +55,16 @@ def test_a_missing_library_has_the_command_that_installs_it(monkeypatch):
     assert (found["peft"].verdict, found["peft"].remedy) == ("absent", "pip install 'negpool[lora]'")
 
 
+def test_a_library_that_is_too_old_is_wrong(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda name: "2.7.1+cu126" if name == "torch" else None)
+    monkeypatch.setattr(doctor, "oldest_supported", {"torch": "2.8"}.get)
+    found = by_name(doctor._libraries())["torch"]
+    assert (found.verdict, found.remedy) == ("wrong", "pip install --upgrade 'torch>=2.8'")
+    assert found.found == "2.7.1+cu126 is too old: negpool needs 2.8 or newer"
+    monkeypatch.setattr(doctor, "_version", lambda name: "2.10.0")  # which a comparison of texts would call older
+    assert by_name(doctor._libraries())["torch"].verdict == "ok"
+
+
 CPU_AND_GPU = {"faiss-cpu": "1.15.1", "faiss-gpu": "1.15.0"}
 
 
