@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 
 
 def share_of(folder, wait_s):
-    """Profile two steps that each wait, then multiply, without a word to the device at their end; return the share and kernels."""
+    """Profile two steps that wait, then multiply, with no word to the device at their end; return the share and kernels."""
     told, world = [], replace(world_of(), device=torch.device("cuda", 0))
     square = torch.randn(4096, 4096, device="cuda")
     square @ square  # loads the kernel
