@@ -38,8 +38,8 @@ class Budget:
     keep_graphs: int | Literal["all"]
 
     def halved(self) -> "Budget":
-        """Return a smaller budget, after a chunk did not fit into memory."""
-        return Budget(max(1, self.chunk_tokens // 2), 0)
+        """Return a smaller budget, after memory was too small: one without kept graphs, or else with smaller chunks."""
+        return Budget(self.chunk_tokens if self.keep_graphs else max(1, self.chunk_tokens // 2), 0)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ The last chunks may keep their graph in the first encoding; they need no second 
 that are kept. A chunk that does not fit goes through `gradcache/tight.py`.
 """
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,7 +13,16 @@ from torch import Tensor
 
 from gradcache.plan import Chunk, Plan, encode_chunk
 from gradcache.sync import GradientSync
-from gradcache.tight import draws, encode_or_halve, is_out_of_memory, out_of_memory, tight_surrogates
+from gradcache.tight import (
+    encode_in_room,
+    free_what_failed,
+    is_out_of_memory,
+    out_of_memory,
+    shrink_chunks,
+    tight_surrogates,
+)
+
+log = logging.getLogger(__name__)
 
 # n rows of the batch, u distinct rows, which are encoded, m rows of a chunk
 
@@ -25,6 +35,7 @@ class Encoding:
     embedding_nD: Tensor | None  # detached; None without rows, and where widths differ
     kept: dict[int, Tensor]  # embeddings with their graph, by chunk
     widths: set[int]  # more than one where towers do not fit together
+    num_refused: int = 0  # chunks and graphs that did not fit into memory
 
     @property
     def num_padded_tokens(self) -> int:
@@ -49,26 +60,19 @@ def num_kept_graphs(keep_graphs: int | Literal["all"], num_chunks: int) -> int:
 def encode_all(plan: Plan, keep_graphs: int | Literal["all"], sync: GradientSync) -> Encoding:
     """Return the embeddings of the batch's rows, with the graphs of the last `keep_graphs` chunks."""
     first_kept = len(plan.chunks) - num_kept_graphs(keep_graphs, len(plan.chunks))
-    done = [
-        encoded
-        for i, chunk in enumerate(plan.chunks)
-        for encoded in encode_or_halve(
-            chunk,
-            with_graph=i >= first_kept and not chunk.tower.is_frozen,
-            may_halve=not sync.communicates_in_forward,
-        )
-    ]
+    keeps = [i >= first_kept and not chunk.tower.is_frozen for i, chunk in enumerate(plan.chunks)]
+    done, num_refused = encode_in_room(plan.chunks, keeps, not sync.communicates_in_forward)
     plan = replace(plan, chunks=[encoded.chunk for encoded in done])
     kept = {i: encoded.embedding_mD for i, encoded in enumerate(done) if encoded.with_graph}
     filled = [(encoded.chunk, encoded.embedding_mD.detach()) for encoded in done if len(encoded.chunk.rows)]
     widths = {embedding.shape[1] for _, embedding in filled}
     if len(widths) != 1:
-        return Encoding(plan, None, kept, widths)
+        return Encoding(plan, None, kept, widths, num_refused)
     # Chunk order -> order of the distinct rows -> order of the batch, in one copy.
     row_of_place = torch.empty(plan.num_distinct, dtype=torch.int64)
     row_of_place[torch.cat([chunk.places for chunk, _ in filled])] = torch.arange(plan.num_distinct)
     embedding_uD = torch.cat([embedding for _, embedding in filled])
-    return Encoding(plan, embedding_uD[row_of_place[plan.place_n].to(embedding_uD.device)], kept, widths)
+    return Encoding(plan, embedding_uD[row_of_place[plan.place_n].to(embedding_uD.device)], kept, widths, num_refused)
 
 
 def backpropagate(encoding: Encoding, gradient_nD: Tensor, sync: GradientSync, scale: float, is_last: bool = True) -> None:
@@ -80,38 +84,49 @@ def backpropagate(encoding: Encoding, gradient_nD: Tensor, sync: GradientSync, s
     plan = encoding.plan
     gradient_uD = gradient_nD.new_zeros(plan.num_distinct, gradient_nD.shape[1])
     gradient_uD.index_add_(0, plan.place_n.to(gradient_nD.device), gradient_nD).mul_(scale * sync.gradient_scale())
-    halvings = [0] * len(plan.chunks)
-    while (failed := _backward_all(plan, encoding.kept, gradient_uD, sync, halvings, is_last)) is not None:
+    halvings, has_failed = [0] * len(plan.chunks), False
+    while (failed := _backward_all(plan, encoding.kept, gradient_uD, sync, halvings, is_last, has_failed)) is not None:
         # A backward that ran out of memory has left part of its gradient behind: all are taken back and made again.
-        if halvings[failed] and (draws(plan.chunks[failed]) or 2 ** halvings[failed] >= len(plan.chunks[failed].rows)):
-            raise out_of_memory(plan.chunks[failed])
-        halvings[failed] += 1
+        has_failed = True
         sync.forget_gradients()
+        if encoding.kept:
+            log.warning("out of memory: %d kept graphs are given up", len(encoding.kept))
+            encoding.kept.clear()
+        elif not shrink_chunks(plan.chunks, halvings, failed):
+            raise out_of_memory(plan.chunks[failed])
+        free_what_failed()
 
 
 def _backward_all(
-    plan: Plan, kept: dict[int, Tensor], gradient_uD: Tensor, sync: GradientSync, halvings: list[int], is_last_of_step: bool
+    plan: Plan,
+    kept: dict[int, Tensor],
+    gradient_uD: Tensor,
+    sync: GradientSync,
+    halvings: list[int],
+    is_last_of_step: bool,
+    has_failed: bool,
 ) -> int | None:
     """Run all backwards, those of chunks with halvings in less memory; return the chunk whose backward ran out of memory.
 
     Kept graphs come first, so that their memory is free before the next chunk is encoded again.
+    has_failed: one ran out of memory before; then none of them synchronises, so that each can be repeated, but an empty one does.
     """
     trained = [i for i, chunk in enumerate(plan.chunks) if not chunk.tower.is_frozen]
     order = [*kept, *(i for i in trained if i not in kept)]
-    if not order and is_last_of_step:
-        sync.last_backward(gradient_uD.sum())  # nothing to add, but the others wait for this rank
+    synchronising = order[-1] if order and is_last_of_step and not has_failed else None
     for i in order:
-        is_last = is_last_of_step and i == order[-1]
         try:
             for surrogate, is_last_part in _surrogates(plan.chunks[i], kept.pop(i, None), gradient_uD, sync, halvings[i]):
-                (sync.last_backward if is_last and is_last_part else sync.backward)(surrogate)
+                (sync.last_backward if i == synchronising and is_last_part else sync.backward)(surrogate)
                 del surrogate
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            if is_last or not sync.can_forget_gradients():
+            if not sync.can_forget_gradients():
                 raise out_of_memory(plan.chunks[i]) from error
             return i
+    if is_last_of_step and synchronising is None:
+        sync.last_backward(gradient_uD.sum())  # nothing to add, but the others wait for this rank
     return None
 
 

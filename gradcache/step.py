@@ -34,7 +34,7 @@ class StepResult:
     loss: float  # mean over the queries of all ranks
     num_queries: int  # of all ranks
     num_chunks: int
-    num_halved: int  # chunks that did not fit into memory and were halved, the most on any rank
+    num_halved: int  # chunks and graphs that did not fit into memory, and backwards of the last step; the most on any rank
     num_tokens: int  # encoded, without padding, a second encoding not counted
     num_padded_tokens: int  # the same with padding
     share_encoded_twice: float  # of the padded tokens
@@ -90,7 +90,8 @@ def cached_step(
             encoding = encode_all(plan, keep_graphs, sync)
         chunks, share_encoded_twice = encoding.plan.chunks, encoding.share_encoded_twice
         encoded = _now_s(device)
-        agreed = agree(batch, encoding, loss.objective, len(chunks) - len(plan.chunks), group, device)
+        num_refused, sync.num_forgotten = encoding.num_refused + sync.num_forgotten, 0
+        agreed = agree(batch, encoding, loss.objective, num_refused, group, device)
         scale = weight * _scale_of(scaler, device)
         with torch.autocast(device.type, enabled=False), naming_lost_ranks(group), record_function("loss"):
             found = global_loss(

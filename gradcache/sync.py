@@ -18,6 +18,7 @@ class GradientSync(Protocol):
     """
 
     communicates_in_forward: bool  # every rank must then make as many forwards and backwards, in one order
+    num_forgotten: int  # times that gradients were taken back, because a backward ran out of memory; a step resets it
 
     def hold(self) -> None:
         """Called before the first forward of a step or part: from here on no backward reduces gradients."""
@@ -47,6 +48,7 @@ class NoSync:
     communicates_in_forward = False
 
     def __init__(self, *modules: nn.Module):
+        self.num_forgotten = 0
         self._modules = modules
         self._started_clean = False
 
@@ -73,6 +75,7 @@ class NoSync:
 
     def forget_gradients(self) -> None:
         """Set all gradients to None."""
+        self.num_forgotten += 1
         for parameter in self._parameters():
             parameter.grad = None
 
@@ -97,6 +100,7 @@ class DDPSync(NoSync):
                 )
         super().__init__(*modules)
         self._wrapped = modules
+        self._has_communicated = False
 
     def settle_buckets(self) -> None:
         """Lay the buckets out for good, before the first step. Collective: one reduction of zeros.
@@ -122,6 +126,7 @@ class DDPSync(NoSync):
             module.require_backward_grad_sync = False
             # DDP does it in the next forward, which a rank without rows never makes.
             module.reducer._rebuild_buckets()
+        self._has_communicated = False
         super().hold()
 
     def last_backward(self, surrogate: Tensor) -> None:
@@ -144,6 +149,7 @@ class DDPSync(NoSync):
         loss, other backwards ran in between, and a rank without rows made no forward at all.
         """
         start = reach_parameters(surrogate, module)
+        self._has_communicated = True
         module.require_backward_grad_sync = True
         module.reducer.prepare_for_backward([start])
         return start
@@ -151,6 +157,10 @@ class DDPSync(NoSync):
     def gradient_scale(self) -> float:
         """Return W: DDP divides the sum by it."""
         return float(self._wrapped[0].process_group.size())
+
+    def can_forget_gradients(self) -> bool:
+        """Return False where the reducers were armed, too: some gradients may be on their way."""
+        return super().can_forget_gradients() and not self._has_communicated
 
 
 class FSDP2Sync:
@@ -163,6 +173,7 @@ class FSDP2Sync:
     """
 
     communicates_in_forward = True
+    num_forgotten = 0
 
     def __init__(self, *modules: FSDPModule, reduce_every_chunk: bool = False, reshard_every_backward: bool = True):
         self._modules = modules

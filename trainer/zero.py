@@ -170,6 +170,7 @@ class DeepSpeedSync:
 
     def __init__(self, engine, reduce_every_chunk: bool = False):
         self._engine = engine
+        self.num_forgotten = 0
         self._stage = int(engine.zero_optimization_stage())
         self._every_chunk = reduce_every_chunk
         self._coalescing: contextlib.ExitStack | None = None  # open from a step's first part to its last

@@ -8,12 +8,10 @@ import torch
 
 from gradcache import (
     OBJECTIVES,
-    Batch,
     LossOptions,
     NoSync,
     Ragged,
     Temperature,
-    Tower,
     cached_step,
     probe_budget,
     reference_step,
@@ -23,6 +21,7 @@ from gradcache.tiles import Matrix, Tiles
 from mining.index import ExactIndex, FaissIndex, build_indexes
 from mining.settings import IndexSettings
 from tests.gradcache.test_step import build, make_batch, named
+from tests.gradcache.wide import Wide, wide_batch
 from tests.gradients import assert_same_gradients
 from tests.mining.test_index import NoCentroids
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
@@ -112,27 +111,6 @@ def test_float16_gradients_unscaled_are_those_of_float32_on_a_gpu():
     assert_same_gradients({name: g / 2**10 for name, g in found.items()}, wanted)
 
 
-class Wide(torch.nn.Module):
-    """An encoder whose graph takes 1 MiB a row."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = torch.nn.Sequential(torch.nn.Linear(16, 2**17), torch.nn.Tanh(), torch.nn.Linear(2**17, 8))
-
-    def forward(self, rows):
-        return torch.nn.functional.normalize(self.layers(rows))
-
-
-def wide_batch(encoder, num_pairs=512):
-    rows = torch.randn(2 * num_pairs, 16, generator=torch.Generator().manual_seed(1))
-    ones, keys = torch.ones(2 * num_pairs, dtype=torch.int64), torch.arange(2 * num_pairs)
-    tower = Tower(encode=encoder, lengths=ones, load=lambda chosen: rows[chosen].cuda())
-    return Batch(
-        towers=[tower], num_queries=num_pairs, keys=keys, target=torch.arange(num_pairs), positive_keys=keys[num_pairs:, None]
-    )
-
-
 @pytest.mark.parametrize("keep_graphs", [0, "all"])
 def test_a_gpu_that_is_too_small_for_a_chunk_gives_the_same_gradient(keep_graphs, caplog):
     found = []
@@ -145,7 +123,7 @@ def test_a_gpu_that_is_too_small_for_a_chunk_gives_the_same_gradient(keep_graphs
         torch.cuda.set_per_process_memory_fraction(1.0 if fits else room / total)
         try:
             result = cached_step(
-                wide_batch(encoder),
+                wide_batch(encoder, device="cuda"),
                 temperature=temperature,
                 sync=NoSync(encoder),
                 group=None,
@@ -162,7 +140,7 @@ def test_a_gpu_that_is_too_small_for_a_chunk_gives_the_same_gradient(keep_graphs
 
 def test_what_a_probe_chooses_fits_a_gpu():
     encoder, limit = Wide().cuda(), 256 * 2**20
-    batch = wide_batch(encoder)
+    batch = wide_batch(encoder, device="cuda")
     budget = probe_budget(batch.towers, limit, torch.device("cuda"))
     gradients = 2 * sum(p.nbytes for p in encoder.parameters())  # a chunk's own, and the sum of all
     torch.cuda.reset_peak_memory_stats()

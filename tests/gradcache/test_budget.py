@@ -71,4 +71,4 @@ def test_what_a_probe_chooses_holds_in_a_step(caplog):
     assert kept and sum(held[:kept]) + 0.5 * max(held) <= limit, "kept graphs come first"
     assert sum(held[:kept]) > 0.5 * limit and BACKWARD_SHARE * max(held) <= limit
     assert probe_budget(batch.towers, 2**34, torch.device("cpu")).keep_graphs == "all"
-    assert Budget(100, "all").halved() == Budget(50, 0)
+    assert Budget(100, "all").halved() == Budget(100, 0) and Budget(100, 0).halved() == Budget(50, 0)
