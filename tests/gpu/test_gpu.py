@@ -177,7 +177,10 @@ def test_a_million_columns_take_time_and_no_memory():
     )
     found = Tiles(matrix, OBJECTIVES["info_nce"]).gradients(lambda block, statistics_bS: torch.full_like(statistics_bS, 1 / rows))
     assert float(found.row_RD.norm()) > 0 and torch.isfinite(found.column_PD).all()
-    assert torch.cuda.max_memory_allocated() - before < columns * width * (4 + 2) + 3 * 2**30
+    # The columns' gradient, and one tile of all rows: scores in float32, their gradient in bfloat16. The rest is the product that
+    # is added to the gradient, a few columns at once, the workspace of the products, and keys of columns.
+    held = columns * width * 4 + rows * columns * (4 + 2)
+    assert torch.cuda.max_memory_allocated() - before < held + 2**28
 
 
 class OneShard:
