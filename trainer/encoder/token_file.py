@@ -28,7 +28,7 @@ class TokenFile:
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Return the tokens of some rows one after the other, int32."""
-        parts = []
+        parts = [np.empty(0, np.int32)]
         for number, row in zip(*(part.tolist() for part in np.divmod(rows, ROWS_OF_BATCH)), strict=True):
             values, offsets = self._batches[number]
             parts.append(values[offsets[row] : offsets[row + 1]])

@@ -79,6 +79,14 @@ class TokenTable:
         prompts = None if self.prompt_tokens is None else self.prompt_tokens[rows]
         return replace(self, digest=digest, lengths=lengths, key_of_row=keys, row_in_file=in_file, prompt_tokens=prompts)
 
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Return the token ids of some rows one after the other, int32."""
+        return self.ids.read(self._in_file(np.asarray(rows)))
+
+    def prompts(self, rows: np.ndarray) -> np.ndarray:
+        """Return how many tokens at the start of some rows are not pooled, (n,) int64."""
+        return np.zeros(len(rows), np.int64) if self.prompt_tokens is None else self.prompt_tokens[rows]
+
     def pad(self, rows: np.ndarray) -> dict[str, Tensor]:
         """Return `input_ids` and `attention_mask` of some rows, (n, longest) int64, padded on the right.
 
@@ -87,8 +95,7 @@ class TokenTable:
         lengths = self.lengths[rows]
         is_token = np.arange(lengths.max(initial=0)) < lengths[:, None]
         ids = np.full(is_token.shape, self.pad_id, np.int64)
-        if len(rows):
-            ids[is_token] = self.ids.read(self._in_file(np.asarray(rows)))
+        ids[is_token] = self.read(rows)
         padded = {"input_ids": ids, "attention_mask": is_token.astype(np.int64)}
         if self.prompt_tokens is not None:
             is_behind = np.arange(ids.shape[1]) >= self.prompt_tokens[rows][:, None]
