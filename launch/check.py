@@ -25,7 +25,7 @@ from launch.jobfile import Override, read_job
 from launch.ranks import answer, on_ranks
 from trainer.backends import parallelize
 from trainer.budget import CPU_BUDGET
-from trainer.data.collate import TrainingSet, collate
+from trainer.data.collate import RowEncoder, TrainingSet, collate
 from trainer.data.datasets import open_data
 from trainer.data.sampler import choice, global_batch, rank_slice
 from trainer.encoder.model import load_encoder
@@ -156,12 +156,10 @@ class _Step:
             self.dataset,
             self.negatives,
             rank_slice(self.rows, rank, self.world.num_ranks),
-            encode=encode,
-            device=self.world.device,
+            RowEncoder(encode, self.world.device, self.has_two_towers),
             per_query=self.job.negatives.per_query,
             seed=self.job.run.seed,
             step=0,
-            has_two_towers=self.has_two_towers,
         )
 
     def temperature(self) -> Temperature:

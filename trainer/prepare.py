@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from torch.optim import AdamW
 from transformers import PreTrainedTokenizerBase
 
@@ -19,13 +18,14 @@ from trainer.backends import parallelize
 from trainer.budget import kept_budget
 from trainer.checkpoint import Saver, clean_parts, load_state, load_weights
 from trainer.collapse import Collapse
-from trainer.data.collate import TrainingSet, given_negatives, training_set
+from trainer.data.collate import RowEncoder, TrainingSet, given_negatives, training_set
 from trainer.data.datasets import RetrievalData, open_data
 from trainer.data.order import build_order
 from trainer.data.sampler import Order
 from trainer.early_stop import EarlyStop, RollBack
 from trainer.ema import build_average
 from trainer.encoder.model import Encoder, Traits
+from trainer.encoder.packed import packs
 from trainer.encoder.tokens import tokenize_side
 from trainer.errors import InputError
 from trainer.feed import NegativesFeed
@@ -61,7 +61,7 @@ class Training:
     world: World
     data: RetrievalData
     dataset: TrainingSet
-    encode: Callable[..., Tensor]  # the encoder under its backend, under autocast if that is asked for
+    rows: RowEncoder  # the encoder under its backend, under autocast if that is asked for
     state: TrainState
     plain: Encoder | None  # a copy that no backend holds: what is published and, of a sharded one, evaluated
     lr_factor: Callable[[int], float]  # of a step's learning rate
@@ -75,7 +75,6 @@ class Training:
     order: Order  # of the training queries
     clusters: MinedClusters | None  # that make its batches
     tasks: dict[int | None, Task]  # what becomes of each source's queries
-    has_two_towers: bool
     num_steps: int
     claim: Claim  # this start's place in the run folder
     saved_step: int | None  # of the newest checkpoint
@@ -138,7 +137,12 @@ def prepare(job: TrainJob, world: World) -> Training:
         world,
         data,
         dataset,
-        encode_in(state.parallel.module, job.precision, world.device),
+        RowEncoder(
+            encode_in(state.parallel.module, job.precision, world.device),
+            world.device,
+            encoder.has_two_towers,
+            is_packed=packs(encoder, world.device, DTYPES[job.precision.encode]),
+        ),
         state,
         loaded.plain,
         build_schedule(job.optim, num_steps),
@@ -152,7 +156,6 @@ def prepare(job: TrainJob, world: World) -> Training:
         order,
         clusters,
         build_tasks(loss_options(job.loss, job.precision), data, state.temperature, world.device),
-        encoder.has_two_towers,
         num_steps,
         claim,
         None if checkpoint is None else checkpoint.step,

@@ -126,12 +126,10 @@ def take_part(run: Training, part: Part, number: int, is_last: bool) -> StepResu
         run.dataset,
         run.feed.of_step(state.step),
         rank_slice(part.rows, world.rank, world.num_ranks),
-        encode=run.encode,
-        device=world.device,
+        run.rows,
         per_query=job.negatives.per_query,
         seed=job.run.seed,
         step=state.step,
-        has_two_towers=run.has_two_towers,
     )
     run.data_s += time.perf_counter() - started
     if state.budget is None:

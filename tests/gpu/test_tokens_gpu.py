@@ -12,8 +12,8 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("include_prompt", [True, False])
 def test_inputs_on_a_gpu_are_those_of_a_cpu_and_keep_the_host_from_waiting(tables, is_packed, include_prompt):  # noqa: F811
     for seed in range(3):
-        device = torch.device("cuda", torch.cuda.current_device())
-        (tokens, where), (on_cpu, _) = (step_of(tables[include_prompt], seed, is_packed, d) for d in (device, torch.device("cpu")))
+        tokens, where = step_of(tables[include_prompt], seed, is_packed, torch.device("cuda", torch.cuda.current_device()))
+        on_cpu, _ = step_of(tables[include_prompt], seed, is_packed)
         chunks = [*chunks_of(where, 60, is_packed), torch.empty(0, dtype=torch.int64)]
         torch.cuda.set_sync_debug_mode("error")
         try:

@@ -12,13 +12,14 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradcache import Batch, Ragged, Tower
 from trainer.data.cache import build_once
 from trainer.data.datasets import RetrievalData
 from trainer.data.sampler import choice
 from trainer.data.texts import join_keys
+from trainer.encoder.step_tokens import StepTokens
 from trainer.encoder.tokens import TokenTable
 from trainer.errors import InputError
 from trainer.handoff.negatives import Negatives
@@ -90,50 +91,48 @@ def given_negatives(data: RetrievalData, split: str) -> Negatives | None:
     return Negatives(indptr, data.given.ids[at], scores, GIVEN, {"origin": "the data set"}, teacher_scores=scores)
 
 
+@dataclass(frozen=True)
+class RowEncoder:
+    """What makes embeddings of a step's rows, and how it takes them."""
+
+    encode: Callable[..., Tensor]  # inputs of a chunk -> (m, D)
+    device: torch.device
+    has_two_towers: bool = False  # `encode` is then told the side of its texts
+    is_packed: bool = False  # its inputs are not padded
+
+
 def collate(
     dataset: TrainingSet,
     negatives: Negatives | None,
     query_n: np.ndarray,
+    encoder: RowEncoder,
     *,
-    encode: Callable[..., Tensor],
-    device: torch.device,
     per_query: int | Literal["all"],
     seed: int,
     step: int,
-    has_two_towers: bool = False,  # `encode` is then told the side of its texts
 ) -> Batch:
     """Return what this rank encodes and contrasts in a step; query_n: numbers of its queries, (n,) int64, n may be 0."""
     passage_p = choose_passages(dataset, negatives, query_n, per_query, seed, step).rows
     keys = np.concatenate([dataset.query_keys[query_n], dataset.passage_keys[passage_p]])
     input_keys = np.concatenate([dataset.queries.keys(query_n), dataset.passages.keys(passage_p)])
     lengths = np.concatenate([dataset.queries.lengths[query_n], dataset.passages.lengths[passage_p]])
-
-    def load(rows: Tensor) -> dict[str, Tensor]:
-        if not len(rows):  # any input will do
-            return {name: values.to(device) for name, values in dataset.passages.pad(np.zeros(1, np.int64)).items()}
-        number = rows.numpy()
-        is_query = number < len(query_n)
-        sides = (
-            dataset.queries.pad(query_n[number[is_query]]),
-            dataset.passages.pad(passage_p[number[~is_query] - len(query_n)]),
-        )
-        order = np.argsort(np.concatenate([np.flatnonzero(is_query), np.flatnonzero(~is_query)]))
-        return {name: _stack(*(side[name] for side in sides))[order].to(device) for name in sides[0]}
+    tokens = StepTokens([(dataset.queries, query_n), (dataset.passages, passage_p)], encoder.device, encoder.is_packed)
 
     def tower(encode: Callable[..., Tensor], first: int, stop: int) -> Tower:
         return Tower(
             encode=encode,
             encode_kept=functools.partial(encode, keep_activations=True),
             lengths=torch.from_numpy(lengths[first:stop].astype(np.int64)),
-            load=lambda rows: load(rows + first),
+            load=lambda rows: tokens.load(rows + first),
             # Of the token ids, prefix included: equal ones are equal inputs of a tower.
             encode_keys=torch.from_numpy(input_keys[first:stop]),
+            is_packed=encoder.is_packed,
         )
 
     cuts = [("query", 0, len(query_n)), ("passage", len(query_n), len(keys))]
-    sides = [tower(functools.partial(encode, side=side), *cut) for side, *cut in cuts] if has_two_towers else []
+    sides = [tower(functools.partial(encoder.encode, side=side), *cut) for side, *cut in cuts]
     return Batch(
-        towers=sides or [tower(encode, 0, len(keys))],
+        towers=sides if encoder.has_two_towers else [tower(encoder.encode, 0, len(keys))],
         num_queries=len(query_n),
         keys=torch.from_numpy(keys),
         target=torch.arange(len(query_n)),
@@ -234,9 +233,3 @@ def _positive_keys(dataset: TrainingSet, query_n: np.ndarray) -> Ragged:
     order = np.argsort(query, kind="stable")
     counts = np.bincount(query, minlength=len(query_n))
     return Ragged(torch.from_numpy(dataset.passage_keys[rows[order]]), torch.from_numpy(counts))
-
-
-def _stack(first_aL: Tensor, second_bL: Tensor) -> Tensor:
-    """Return both blocks of rows padded to one width: zeros are padding, for ids under a zero mask too."""
-    width = max(first_aL.shape[1], second_bL.shape[1])
-    return torch.cat([nn.functional.pad(block, (0, width - block.shape[1])) for block in (first_aL, second_bL)])

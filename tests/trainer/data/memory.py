@@ -41,7 +41,7 @@ def use(folder: Path) -> dict[str, float]:
     from transformers import AutoTokenizer
 
     from trainer.data.cache import tables_asked_for
-    from trainer.data.collate import collate, training_set
+    from trainer.data.collate import RowEncoder, collate, training_set
     from trainer.data.datasets import open_dataset
     from trainer.data.sampler import global_batch
     from trainer.encoder.model import Traits
@@ -62,9 +62,7 @@ def use(folder: Path) -> dict[str, float]:
     opened_s = time.perf_counter() - started
     for step in range(NUM_BATCHES):
         rows = global_batch(0, step, dataset.num_queries, BATCH)
-        batch = collate(
-            dataset, None, rows, encode=print, device=torch.device("cpu"), per_query=0, seed=0, step=step
-        )  # fmt: skip
+        batch = collate(dataset, None, rows, RowEncoder(print, torch.device("cpu")), per_query=0, seed=0, step=step)
         batch.towers[0].load(torch.arange(len(batch.keys)))
     after = process.memory_info()
     return {

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
-from trainer.data.collate import choose_passages, collate, training_set
+from trainer.data.collate import RowEncoder, choose_passages, collate, training_set
 from trainer.data.datasets import open_dataset
 from trainer.data.sampler import rank_slice
 from trainer.encoder.tokens import tokenize
@@ -47,16 +47,14 @@ def keys_of(ragged):
 
 
 def make(dataset, negatives, query_n, per_query=2, step=5):
-    return collate(
-        dataset, negatives, query_n, encode=print, device=CPU, per_query=per_query, seed=1, step=step
-    )  # fmt: skip
+    return collate(dataset, negatives, query_n, RowEncoder(print, CPU), per_query=per_query, seed=1, step=step)
 
 
 def tokens(batch, rows):
     """The real token ids of some rows of the batch."""
     inputs = batch.towers[0].load(torch.tensor(rows))
-    pairs = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
-    return [tuple(ids[mask.bool()].tolist()) for ids, mask in pairs]
+    masks = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))  # none where all rows are of one length
+    return [tuple(ids[mask.bool()].tolist()) for ids, mask in zip(inputs["input_ids"], masks, strict=True)]
 
 
 def of_table(table, rows):
@@ -186,9 +184,8 @@ def test_a_rank_may_have_no_query_or_no_negative(dataset, negatives, query_n):
 
 def test_two_towers_have_the_rows_of_one_and_are_told_their_side(dataset, negatives):
     query_n = np.arange(5)
-    options = {"device": CPU, "per_query": 2, "seed": 1, "step": 5}
     one, two = (
-        collate(dataset, negatives, query_n, encode=lambda *_, **said: said, has_two_towers=is_two, **options)
+        collate(dataset, negatives, query_n, RowEncoder(lambda *_, **said: said, CPU, is_two), per_query=2, seed=1, step=5)
         for is_two in (False, True)
     )
     assert [len(tower.lengths) for tower in two.towers] == [5, len(one.keys) - 5] and two.keys.equal(one.keys)
@@ -211,3 +208,19 @@ def test_the_document_with_the_id_of_a_query_is_no_negative_of_it(dataset, negat
     for row, (before, after, own) in enumerate(zip(without, found, own_n, strict=True)):
         more = {int(dataset.passage_keys[own])} if own >= 0 else set()
         assert after == before | more, row
+
+
+@pytest.mark.parametrize("has_two_towers", [False, True])
+def test_packed_towers_have_the_rows_of_padded_ones(dataset, negatives, has_two_towers):
+    query_n = np.array([3, 0, 14, 21])
+    padded = make(dataset, negatives, query_n)
+    encoder = RowEncoder(lambda *_, **said: said, CPU, has_two_towers, is_packed=True)
+    packed, first = collate(dataset, negatives, query_n, encoder, per_query=2, seed=1, step=5), 0
+    for tower in packed.towers:
+        assert tower.is_packed
+        rows = torch.randperm(len(tower.lengths))
+        inputs = tower.load(rows)
+        parts = inputs["input_ids"].split(inputs["starts"].diff().tolist())
+        assert [tuple(ids.tolist()) for ids in parts] == tokens(padded, (rows + first).tolist())
+        first += len(rows)
+    assert first == len(padded.keys)

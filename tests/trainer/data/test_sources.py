@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from trainer.data.clusters import Clusters, write_clusters
-from trainer.data.collate import GIVEN, choose_passages, collate, given_negatives, training_set
+from trainer.data.collate import GIVEN, RowEncoder, choose_passages, collate, given_negatives, training_set
 from trainer.data.datasets import open_data, open_dataset
 from trainer.data.order import build_order
 from trainer.data.sampler import step_parts
@@ -125,7 +125,7 @@ def test_equal_texts_behind_different_prefixes_are_known_to_be_equal(folder):
     dataset = training_set(data, "train", queries.select(data.training_queries()), passages)
     half = dataset.num_queries // 2
     query_n = np.array([0, half, 1])  # one text twice, and another
-    batch = collate(dataset, None, query_n, encode=print, device=torch.device("cpu"), per_query=0, seed=0, step=0)
+    batch = collate(dataset, None, query_n, RowEncoder(print, torch.device("cpu")), per_query=0, seed=0, step=0)
     keys, inputs = batch.keys.tolist(), batch.towers[0].encode_keys.tolist()
     assert keys[0] == keys[1] != keys[2] and len(set(inputs[:3])) == 3, "they are encoded apart"
     positives = batch.positive_keys
