@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from torch import nn
 
 from trainer.encoder.shards import Shards
 from trainer.encoder.tokens import TokenTable
+from trainer.encoder.towers import Encoder
 from trainer.errors import NotFiniteEmbedding
 from trainer.handoff.lease import Lease, WorkFailed
 from trainer.handoff.retry import patiently
@@ -28,7 +28,7 @@ class Texts:
     """Texts, what encodes them, and where their embeddings are kept."""
 
     shards: Shards
-    encoder: nn.Module
+    encoder: Encoder
     tokens: TokenTable
 
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from trainer.encoder.encode import DTYPES, encode_rows, token_budget
+from trainer.encoder.packed import packs
 from trainer.encoder.settings import EncodeSettings
 from trainer.encoder.tokens import TokenTable
 from trainer.encoder.towers import Encoder, Side
@@ -88,7 +88,7 @@ class Shards:
         return remove_torn(self._path(shard))
 
     def embed(
-        self, shard: int, encoder: nn.Module, tokens: TokenTable, on_progress: Callable[[int], None] = lambda n: None
+        self, shard: int, encoder: Encoder, tokens: TokenTable, on_progress: Callable[[int], None] = lambda n: None
     ) -> np.ndarray:
         """Return the embeddings of one shard as they are stored; raises NotFiniteEmbedding."""
         rows, settings = self.rows(shard), self.settings
@@ -162,6 +162,7 @@ def open_shards(
         **numerics(encoder),
         "shard_rows": shard_rows,
         **({} if part is None else {"part": part}),
+        **({"packed": True} if packs(encoder, next(encoder.parameters()).device, DTYPES[settings.dtype]) else {}),
     }
     fingerprint = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:24]
     folder = root / fingerprint
