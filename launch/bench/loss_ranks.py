@@ -17,6 +17,7 @@ from launch.bench.stage import BareProducts, Stage, make_stage, unit_rows
 from launch.bench.turns import compared, take_turns
 from launch.counted import counted
 from launch.ranks import answer
+from trainer.encoder.encode import DTYPES
 from trainer.errors import InputError
 from trainer.world import World, join_world
 
@@ -50,7 +51,7 @@ def measure(
         raise InputError(f"{counted(rows, 'row')} for {counted(world.num_ranks, 'rank')}; set --rows higher")
     check_size(own_rows, own_columns)
     found = about(world, width, half) | {"ranks": world.num_ranks, "rounds": rounds}
-    dtype = torch.bfloat16 if found["precision"] == "bf16" else torch.float32
+    dtype = DTYPES[found["precision"]]
     # Memory comes first: a process that has held more gives little of it back.
     queries = min(MEMORY_QUERIES, own_rows)
     memory = [_memory(world, queries, negatives, found["width"], dtype) for negatives in HARD_NEGATIVES]

@@ -8,9 +8,8 @@ compared with ours.
 """
 
 import functools
-import statistics
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,24 @@ import torch
 
 from gradcache.chunks import plan_chunks
 from launch.bench.idle import measure_idle
-from launch.bench.machine import describe, matmul_rate, seconds_of, tiled_product
+from launch.bench.machine import describe, matmul_rate, tiled_product
+from launch.bench.made_texts import data_of
 from launch.bench.mining_ranks import prepare_service
+from launch.bench.peer import open_peer
+from launch.bench.shapes import model_of
+from launch.bench.step import PEER, forward_flops, precision_of
+from launch.bench.turns import Turns, compared, take_turns
 from launch.counted import counted
 from launch.output import messages
 from launch.ranks import on_ranks
 from trainer.data.datasets import open_dataset
-from trainer.encoder.encode import ENCODE_TOKENS, ENCODE_TOKENS_CUDA, encode_rows
+from trainer.encoder.encode import DTYPES, encode_rows, token_budget
 from trainer.encoder.model import Encoder, ModelSettings, load_encoder
 from trainer.encoder.source import resolve_model
 from trainer.encoder.tokens import TokenTable, tokenize
 from trainer.encoder.topk import BestOf, tile_shape
 from trainer.errors import InputError
+from trainer.world import World, stay_alone
 
 WANTED: dict[str, Any] = {
     "encoding": {"bare model": 0.95, "sentence-transformers": 1.15},
@@ -41,25 +46,29 @@ WANTED: dict[str, Any] = {
 }
 RANKS = {"num_texts": 768, "max_tokens": 64, "num_queries": 4096, "num_passages": 131072}  # some seconds of work for two
 SEARCH_QUERIES, SEARCH_PASSAGES, SEARCH_WIDTH, TOP_K = 2048, 131072, 384, 200
-EQUAL = 1e-5  # largest difference of two embeddings of one text
+EQUAL = {"fp32": 1e-5, "bf16": 2e-2}  # largest difference of two embeddings of one text
+PEER_ROWS = {"cpu": (32,), "cuda": (32, 128, 512)}  # of a batch of the peer's, whose own default is 32
 
-Turns = Mapping[str, Callable[[], object]]
 
-
-def bench_mining(data: str, model: str, texts: int, max_tokens: int, rounds: int, passages: int, peer: bool) -> dict[str, Any]:
+def bench_mining(
+    data: str, model: str, texts: int, max_tokens: int, rounds: int, passages: int, half: bool | None, peer: bool
+) -> dict[str, Any]:
     """Return the figures, each with the wanted one.
 
-    texts: that are encoded; passages: of the corpus whose memory is measured, 0: none is.
+    texts: that are encoded; passages: of the corpus whose memory is measured, 0: none is. half: encode in bfloat16, everybody;
+    None: on a GPU.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoding = _encoding(Path(data), model, texts, max_tokens, rounds, device, peer)
-    search = _search(rounds, device)
+    world = stay_alone(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    data, model, precision = str(data_of(data)), model_of(model), precision_of(half, world.device)
+    encoding = _encoding(Path(data), model, texts, max_tokens, rounds, world, precision, peer)
+    search = measure_search(world, rounds)
     messages().print("[dim]two ranks of one thread against one[/dim]")
     ranks = on_ranks("launch.bench.mining_ranks", 2, mpi=True, what="ranks", data=data, model=model, rounds=rounds, **RANKS)
     ranks |= {**RANKS, "wanted": WANTED["ranks"]}
     messages().print("[dim]steps of a trainer, with and without an idle miner[/dim]")
     idle = {**measure_idle(Path(data), model, rounds), "wanted": WANTED["idle"]}
-    found = {**describe(device), "rounds": rounds, "encoding": encoding, "search": search, "ranks": ranks, "idle": idle}
+    about = {**describe(world.device), "rounds": rounds}
+    found = {**about, "encoding": encoding, "search": search, "ranks": ranks, "idle": idle}
     if passages:
         messages().print(f"[dim]a service with {counted(passages, 'passage')}: some minutes[/dim]")
         with tempfile.TemporaryDirectory() as folder:
@@ -70,8 +79,9 @@ def bench_mining(data: str, model: str, texts: int, max_tokens: int, rounds: int
 
 
 def _encoding(
-    path: Path, model: str, num_texts: int, max_tokens: int, rounds: int, device: torch.device, peer: bool
+    path: Path, model: str, num_texts: int, max_tokens: int, rounds: int, world: World, precision: str, peer: bool
 ) -> dict[str, Any]:
+    device, dtype = world.device, DTYPES[precision]
     encoder, tokenizer, _ = load_encoder(ModelSettings(name=model, max_passage_tokens=max_tokens))
     encoder.eval().to(device)
     corpus = open_dataset(path, None).corpus
@@ -81,45 +91,69 @@ def _encoding(
     tokens = tokenize(texts, tokenizer, prefix="", max_tokens=max_tokens)
     rows = np.arange(num_texts)
     batches = _batches(tokens, rows, device)
-    turns: dict[str, Callable[[], object]] = {
-        "bare model": lambda: _forward(encoder, batches),
-        "ours": lambda: encode_rows(encoder, tokens, rows),
+    ways: dict[str, Callable[[], object]] = {
+        "bare model": lambda: _forward(encoder, batches, dtype),
+        "ours": lambda: encode_rows(encoder, tokens, rows, dtype=dtype),
     }
     found: dict[str, Any] = {"texts": num_texts, "tokens": int(tokens.lengths.sum()), "max_tokens": max_tokens}
     if peer:
-        theirs = _peer(model, max_tokens, device)
-        words = list(texts["text"])
-        turns["sentence-transformers"] = lambda: theirs.encode(words, normalize_embeddings=encoder.normalize)
-        difference = np.abs(theirs.encode(words, normalize_embeddings=encoder.normalize) - encode_rows(encoder, tokens, rows))
-        found["largest_difference"] = float(difference.max())
-        if not difference.max() <= EQUAL:
-            raise RuntimeError(f"the peer's embeddings differ by {difference.max():.1e}: not the same work")
-    return found | _speeds(_rounds(turns, rounds, device), WANTED["encoding"], found["tokens"], "tokens_per_s")
+        theirs, words = _peer(model, max_tokens, device, dtype, encoder.normalize), list(texts["text"])
+        difference = np.abs(theirs(words, PEER_ROWS["cpu"][0]) - encode_rows(encoder, tokens, rows, dtype=dtype)).max()
+        found["largest_difference"] = float(difference)
+        if not difference <= EQUAL[precision]:
+            raise RuntimeError(f"the peer's embeddings differ by {difference:.1e}: not the same work")
+        ways |= {f"{PEER}, {n} a batch": functools.partial(theirs, words, n) for n in PEER_ROWS[device.type]}
+    turns = _with_best_peer(take_turns(ways, rounds, world))
+    flops, rate = forward_flops(encoder, tokens.lengths), matmul_rate(device, dtype)
+    found |= _speeds(turns, WANTED["encoding"], found["tokens"], "tokens_per_s")
+    return found | _share(flops / turns["ours"].median_s, rate, precision)
+
+
+def _with_best_peer(turns: dict[str, Turns]) -> dict[str, Turns]:
+    """Return the turns with one row of the peer, that of its fastest batch."""
+    theirs = {name: found for name, found in turns.items() if name.startswith(PEER)}
+    others = {name: found for name, found in turns.items() if name not in theirs}
+    return others | ({PEER: min(theirs.values(), key=lambda found: found.median_s)} if theirs else {})
+
+
+def _share(flops_per_s: float, rate: float, precision: str) -> dict[str, Any]:
+    return {
+        "precision": precision,
+        "matmul_gflops": round(rate / 1e9, 1),
+        "share_of_matmul_rate": round(flops_per_s / rate, 3),
+    }
 
 
 def _batches(tokens: TokenTable, rows: np.ndarray, device: torch.device) -> list[dict[str, torch.Tensor]]:
-    budget = ENCODE_TOKENS_CUDA if device.type == "cuda" else ENCODE_TOKENS
-    chunks = plan_chunks(torch.as_tensor(tokens.lengths[rows]), budget)
+    chunks = plan_chunks(torch.as_tensor(tokens.lengths[rows]), token_budget(device))
     return [{name: tensor.to(device) for name, tensor in tokens.pad(rows[chunk.numpy()]).items()} for chunk in chunks]
 
 
-def _forward(encoder: Encoder, batches: list[dict[str, torch.Tensor]]) -> None:
-    with torch.inference_mode():
+def _forward(encoder: Encoder, batches: list[dict[str, torch.Tensor]], dtype: torch.dtype) -> None:
+    device = next(encoder.parameters()).device
+    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for batch in batches:
             encoder(batch)
 
 
-def _peer(model: str, max_tokens: int, device: torch.device) -> Any:
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise InputError("the peer is not installed; run: pip install 'negpool[bench]', or use --no-peer") from error
-    theirs = SentenceTransformer(resolve_model(model), device=str(device))
+def _peer(
+    model: str, max_tokens: int, device: torch.device, dtype: torch.dtype, normalize: bool
+) -> Callable[[list[str], int], np.ndarray]:
+    """Return sentence-transformers' way from texts to embeddings, in batches of so many."""
+    theirs = open_peer(resolve_model(model), device, dtype)
     theirs.max_seq_length = max_tokens
-    return theirs
+
+    def encode(words: list[str], rows: int) -> np.ndarray:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            found = theirs.encode(words, batch_size=rows, normalize_embeddings=normalize, convert_to_numpy=False)
+        return torch.stack(list(found)).float().cpu().numpy()
+
+    return encode
 
 
-def _search(rounds: int, device: torch.device) -> dict[str, Any]:
+def measure_search(world: World, rounds: int) -> dict[str, Any]:
+    """Return what exact search takes, against the product in its tiles."""
+    device = world.device
     query_QD, passage_ND = (unit(n, SEARCH_WIDTH) for n in (SEARCH_QUERIES, SEARCH_PASSAGES))
     rows_n = np.arange(SEARCH_PASSAGES)
 
@@ -130,11 +164,15 @@ def _search(rounds: int, device: torch.device) -> dict[str, Any]:
 
     query, passage = torch.from_numpy(query_QD).to(device), torch.from_numpy(passage_ND).to(device)
     tile = tile_shape(TOP_K, device.type)
-    turns: Turns = {"bare product": functools.partial(tiled_product, query, passage, tile), "ours": ours}
+    ways: dict[str, Callable[[], object]] = {
+        "bare product": functools.partial(tiled_product, query, passage, tile),
+        "ours": ours,
+    }
     flops = 2 * SEARCH_QUERIES * SEARCH_PASSAGES * SEARCH_WIDTH
     found = {"queries": SEARCH_QUERIES, "passages": SEARCH_PASSAGES, "width": SEARCH_WIDTH, "top_k": TOP_K}
-    found |= _speeds(_rounds(turns, rounds, device), WANTED["search"], flops / 1e9, "gflops")
-    return found | {"matmul_gflops": round(matmul_rate(device) / 1e9, 1)}
+    turns = take_turns(ways, rounds, world)
+    found |= _speeds(turns, WANTED["search"], flops / 1e9, "gflops")
+    return found | _share(flops / turns["ours"].median_s, matmul_rate(device), "fp32")
 
 
 def unit(num_rows: int, width: int) -> np.ndarray:
@@ -143,26 +181,11 @@ def unit(num_rows: int, width: int) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def _rounds(turns: Turns, rounds: int, device: torch.device) -> dict[str, list[float]]:
-    for work in turns.values():
-        work()  # the first call of each loads what it needs
-    seconds: dict[str, list[float]] = {name: [] for name in turns}
-    for number in range(rounds):
-        for name, work in turns.items():
-            seconds[name].append(seconds_of(work, device))
-            messages().print(f"[dim]round {number + 1}: {name}: {seconds[name][-1]:.2f} s[/dim]")
-    return seconds
-
-
-def _speeds(seconds: dict[str, list[float]], wanted: dict[str, float], work: float, unit_name: str) -> dict[str, Any]:
+def _speeds(turns: dict[str, Turns], wanted: dict[str, float], work: float, unit_name: str) -> dict[str, Any]:
     """Return everybody's median time and rate, and our rate over theirs, the median of the rounds, beside the wanted one."""
     sides = {
-        name: {
-            "seconds": round(statistics.median(turns), 3),
-            "ratio": round(statistics.median(a / b for a, b in zip(turns, seconds["ours"], strict=True)), 3),
-            unit_name: round(work / statistics.median(turns), 1),
-        }
-        for name, turns in seconds.items()
+        name: {"seconds": row["seconds"], "ratio": row["ratio"], unit_name: round(work / row["seconds"], 1)}
+        for name, row in compared(turns, "ours", {}).items()
     }
     ratios = {name: {"found": sides[name]["ratio"], "wanted": wanted[name]} for name in sides if name in wanted}
     return {"sides": sides, "our_rate_over": ratios}

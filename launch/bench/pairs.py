@@ -1,17 +1,20 @@
 """Pairs of a query and a passage, as a step takes them: query i belongs to passage i."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from gradcache import Batch, Tower
+from gradcache import Batch
 from launch.counted import counted
-from trainer.data.datasets import RetrievalData
-from trainer.encoder.tokens import TokenTable
+from trainer.data.collate import TrainingSet, collate
+from trainer.data.datasets import RetrievalData, open_dataset
+from trainer.encoder.tokens import TokenTable, tokenize
 from trainer.errors import InputError
 
 
@@ -30,37 +33,66 @@ class Pairs:
         """Tokens of every text."""
         return np.concatenate([table.lengths for table in self.tables])
 
+    def tokens(self, pairs: int) -> np.ndarray:
+        """Return the tokens of each text of the first pairs."""
+        return np.concatenate([table.lengths[:pairs] for table in self.tables])
+
     def batch(self, pairs: int, encode: Callable[..., Tensor], device: torch.device) -> Batch:
-        """Return the first pairs, from the first again where there are too few."""
-        row_n = np.arange(pairs) % len(self)
+        """Return the first pairs as a job's step collates them, from the first again where there are too few.
 
-        def tower(table: TokenTable) -> Tower:
-            def load(chosen: Tensor) -> dict[str, Tensor]:
-                return {name: values.to(device) for name, values in table.pad(row_n[chosen.numpy()]).items()}
+        Texts that repeat are encoded again: they stand for others.
+        """
+        rows = np.arange(pairs) % len(self)
+        batch = collate(self._training_set(), None, rows, encode=encode, device=device, per_query=0, seed=0, step=0)
+        return replace(batch, towers=[replace(tower, encode_keys=None) for tower in batch.towers])
 
-            return Tower(encode=encode, lengths=torch.from_numpy(table.lengths[row_n].astype(np.int64)), load=load)
+    def _training_set(self) -> TrainingSet:
+        queries, passages = self.tables
+        every = np.arange(len(self))
+        return TrainingSet(
+            queries=queries,
+            passages=passages,
+            query_keys=queries.keys(every),
+            passage_keys=passages.keys(every),
+            positive_indptr=np.arange(len(self) + 1),
+            positive_rows=every,
+            positive_grades=np.ones(len(self), np.float32),
+            positive_teacher=np.full(len(self), np.nan, np.float32),
+            own_rows=np.full(len(self), -1),
+        )
 
-        towers = [tower(table) for table in self.tables]
-        keys = torch.from_numpy(np.concatenate([table.keys(row_n) for table in self.tables]))
-        target = torch.arange(pairs)
-        return Batch(towers=towers, num_queries=pairs, keys=keys, target=target, positive_keys=keys[pairs:, None])
+
+def read_pairs(
+    path: Path, tokenizer: PreTrainedTokenizerBase, num_pairs: int, max_tokens: int, rank: int = 0, num_ranks: int = 1
+) -> Pairs:
+    """Return this rank's share of judged pairs of a data set, texts of at most so many tokens; as many on every rank."""
+    data = open_dataset(path, None)
+    rows = distinct_pairs(data, num_pairs)
+    per_rank = len(rows) // num_ranks  # as many everywhere: the peer hangs otherwise
+    rows = rows[rank * per_rank : (rank + 1) * per_rank]
+    return tokenized((data.queries.select(rows[:, 0]), data.corpus.select(rows[:, 1])), tokenizer, max_tokens)
+
+
+def tokenized(texts: tuple[Any, Any], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Pairs:
+    """Return pairs of texts of at most so many tokens."""
+    queries, passages = (tokenize(side, tokenizer, prefix="", max_tokens=max_tokens) for side in texts)
+    return Pairs(texts, (queries, passages))
 
 
 def distinct_pairs(data: RetrievalData, num_pairs: int) -> np.ndarray:
     """Return (query row, corpus row) of judged pairs with distinct texts on both sides, (n, 2) int64."""
-    queries, corpus = data.queries["text"], data.corpus["text"]
-    seen_queries: set[str] = set()
-    seen_passages: set[str] = set()
+    keys = data.text_keys
+    seen: dict[str, set[int]] = {"queries": set(), "corpus": set()}
     pairs = []
     for split in sorted(data.qrels, key=lambda name: name != "train"):
         rows = data.training_queries(split)
         indptr, positives = data.positives(rows, split)
-        for number, row in enumerate(rows):
-            passage = int(positives[indptr[number]])
-            if queries[row] not in seen_queries and corpus[passage] not in seen_passages:
-                seen_queries.add(queries[row])
-                seen_passages.add(corpus[passage])
-                pairs.append((int(row), passage))
+        for query, passage in zip(rows.tolist(), positives[indptr[:-1]].tolist(), strict=True):
+            found = {"queries": int(keys["queries"][query]), "corpus": int(keys["corpus"][passage])}
+            if all(key not in seen[side] for side, key in found.items()):
+                for side, key in found.items():
+                    seen[side].add(key)
+                pairs.append((query, passage))
             if len(pairs) == num_pairs:
                 return np.array(pairs)
     raise InputError(f"{data.path} has {counted(len(pairs), 'pair')} of distinct texts, fewer than {num_pairs}; lower --queries")

@@ -8,9 +8,7 @@ medians of the rounds behind it, when the allocator has what it needs, as in eve
 """
 
 import functools
-import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,85 +19,76 @@ from torch import Tensor, nn
 from gradcache import OBJECTIVES, LossOptions, Temperature, cached_step
 from gradcache.budget import kept_within, measure_graphs
 from gradcache.plan import Chunk, encode_chunk, plan_encoding
-from launch.bench.machine import describe, freed_at_once, matmul_rate, measured, seconds_of, start_peak
-from launch.bench.pairs import Pairs, distinct_pairs
-from launch.bench.peer import SETTINGS, TEMPERATURE, Peer
-from launch.output import messages
+from launch.bench.machine import describe, matmul_rate, start_peak
+from launch.bench.made_texts import data_of
+from launch.bench.pairs import Pairs, read_pairs, tokenized
+from launch.bench.peer import TEMPERATURE, TRIAL_PAIRS, Peer, best_setting
+from launch.bench.shapes import model_of
+from launch.bench.turns import Turns, compared, take_turns
+from launch.counted import counted
 from launch.ranks import answer
 from trainer.backends import parallelize
-from trainer.data.datasets import open_dataset
+from trainer.encoder.encode import DTYPES
 from trainer.encoder.model import Encoder, ModelSettings, load_encoder
-from trainer.encoder.tokens import tokenize
-from trainer.job import OptimSettings, ParallelSettings
+from trainer.errors import InputError
+from trainer.job import OptimSettings, ParallelSettings, PrecisionSettings
+from trainer.precision import encode_in
 from trainer.world import World, join_world
 
 CHUNK_TOKENS = {"cpu": 4096, "cuda": 65536}
 PEER, NONE_KEPT, PLAIN = "sentence-transformers", "ours, no graph kept", "plain, all in one graph"
-PEER_TRIAL_PAIRS = 48  # of the batch, to find the peer's best setting
 COMPARED_PAIRS = 16
 PLAIN_GIB = 8.0  # a plain step keeps all graphs: it is measured on as many pairs as fit
 MEMORY_TOKENS, MEMORY_TIMES = 64, 16  # of a text, and the large batch over the small one, where memory is the question
 
-Turns = Mapping[str, Callable[[], None]]
-
-
-@dataclass
-class Cost:
-    """What the turns of one of them took."""
-
-    peak_gib: float
-    seconds: list[float]
-
-
-Costs = dict[str, Cost]
+Ways = Mapping[str, Callable[[], None]]
 
 
 def bench_step(
-    data: str, model: str, queries: int, max_tokens: int, rounds: int, keep_gib: float, half: bool, peer: bool
+    data: str, model: str, queries: int, max_tokens: int, rounds: int, keep_gib: float, half: bool | None, peer: bool
 ) -> dict[str, Any] | None:
     """Return the table on rank 0, None elsewhere. Collective.
 
-    queries: pairs over all ranks; keep_gib: for kept graphs; half: bfloat16 autocast, for ours and the peer.
+    queries: pairs over all ranks; keep_gib: for kept graphs; half: bfloat16 autocast, for ours and the peer, None: on a GPU.
     """
     world = join_world()
     try:
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=half):
-            bench = StepBench(world, Path(data), model, queries, max_tokens)
-            found = bench.run(rounds, keep_gib, peer) | {"precision": "bf16" if half else "fp32"}
-            return found if world.speaks else None
+        bench = StepBench(world, Path(data), model, queries, max_tokens, precision_of(half, world.device))
+        found = bench.run(rounds, keep_gib, peer)
+        return found if world.speaks else None
     finally:
         world.leave()
+
+
+def precision_of(half: bool | None, device: torch.device) -> str:
+    """Return what an encoder multiplies in where a person asks for half precision, or does not say."""
+    return "bf16" if half or (half is None and device.type == "cuda") else "fp32"
 
 
 class StepBench:
     """The texts, the model and everybody who takes a step with them."""
 
-    def __init__(self, world: World, path: Path, model: str, queries: int, max_tokens: int):
-        self.world, self.model_name, self.max_tokens = world, model, max_tokens
-        settings = ModelSettings(name=model, max_query_tokens=max_tokens, max_passage_tokens=max_tokens)
+    def __init__(
+        self, world: World, path: Path, model: str, queries: int, max_tokens: int, precision: str = "fp32", compiles: bool = False
+    ):
+        """queries: pairs over all ranks. path, model: also by the names of `made_texts.py` and `shapes.py`."""
+        self.world, self.model_name, self.max_tokens, self.precision = world, model_of(model), max_tokens, precision
+        settings = ModelSettings(
+            name=self.model_name, max_query_tokens=max_tokens, max_passage_tokens=max_tokens, compile=compiles
+        )
         self.encoder, self.tokenizer, self.traits = load_encoder(settings)
         self.parallel = parallelize(self.encoder, world, ParallelSettings(), OptimSettings())
+        self.encode = encode_in(self.parallel.module, PrecisionSettings(encode=precision), world.device)  # type: ignore[arg-type]
         self.models: list[nn.Module] = [self.encoder]
         self.chunk_tokens = CHUNK_TOKENS[world.device.type]
-        dataset = open_dataset(path, None)
-        rows = distinct_pairs(dataset, queries)
-        per_rank = len(rows) // world.num_ranks  # as many everywhere: the peer hangs otherwise
-        rows = rows[world.rank * per_rank : (world.rank + 1) * per_rank]
-        self.texts = (dataset.queries.select(rows[:, 0]), dataset.corpus.select(rows[:, 1]))
-        self.pairs = self.cut(max_tokens)
-
-    def cut(self, max_tokens: int) -> Pairs:
-        """Return the pairs with texts of at most so many tokens."""
-        queries, passages = (tokenize(side, self.tokenizer, prefix="", max_tokens=max_tokens) for side in self.texts)
-        query_texts, passage_texts = (list(side["text"]) for side in self.texts)
-        return Pairs((query_texts, passage_texts), (queries, passages))
+        self.pairs = read_pairs(data_of(str(path)), self.tokenizer, queries, max_tokens, world.rank, world.num_ranks)
 
     def run(self, rounds: int, keep_gib: float, peer: bool) -> dict[str, Any]:
         """Measure everybody. Collective."""
         world, pairs, n = self.world, self.pairs, len(self.pairs)
         kept, share_kept = self.graphs_within(keep_gib)
-        kept_name = f"ours, {kept} graphs kept"
-        turns: Turns = {
+        kept_name = f"ours, {counted(kept, 'graph')} kept"
+        ways: Ways = {
             NONE_KEPT: lambda: self.ours(pairs, n, 0),
             kept_name: lambda: self.ours(pairs, n, kept),
         }
@@ -107,55 +96,56 @@ class StepBench:
         if world.num_ranks == 1:
             found["memory"] = self.memory_by_batch()
         if peer:
-            theirs = Peer(world, self.model_name, self.pairs.texts, self.max_tokens)
-            self.models.append(theirs.model)
+            theirs = self.add_peer()
             found["gradient_cosine"] = self.compare_gradients(theirs)
-            found["peer_setting"] = setting = self.best_setting(theirs)
-            turns = {PEER: lambda: theirs.step(n, setting), **turns}
-        found["steps"] = relative(self.rounds(turns, rounds), PEER if peer else NONE_KEPT)
+            found["peer_trials"] = trials = theirs.trials(min(TRIAL_PAIRS[world.device.type], n), self.free_gradients)
+            setting = best_setting(trials, world.device)
+            found["peer_setting"] = setting and dict(setting)
+            if setting is not None:
+                ways = {PEER: lambda: theirs.step(n, setting), **ways}
+        turns = self.rounds(ways, rounds)
+        if NONE_KEPT not in turns:
+            raise InputError("our step does not fit into this machine's memory; set --queries or --max-tokens lower")
+        found["steps"] = compared(turns, PEER if PEER in turns else NONE_KEPT, {})
         if world.num_ranks == 1:
             found["against_plain"] = self.against_plain(rounds)
-        tokens, flops, rate = int(pairs.lengths.sum()), step_flops(self.encoder, pairs.lengths), matmul_rate(world.device)
+        rate = self.rate()
         for name, row in found["steps"].items():
-            row["tokens_per_rank_per_s"] = round(tokens / row["seconds"])
             # A backward is two forwards' work; what keeps no graph is encoded twice.
             again = {NONE_KEPT: 1.0, kept_name: 1 - share_kept}.get(name, 1.0)
-            row["share_of_matmul_rate"] = round((3 + again) * flops / row["seconds"] / rate, 3)
+            row |= self.speeds(row["seconds"], 3 + again, rate)
         return found | {
             **describe(world.device),
+            "precision": self.precision,
             "ranks": world.num_ranks,
             "pairs_per_rank": n,
             "max_tokens": self.max_tokens,
-            "tokens_per_rank": tokens,
+            "tokens_per_rank": int(pairs.lengths.sum()),
             "dropout": getattr(self.encoder.model.config, "hidden_dropout_prob", 0.0),
             "rounds": rounds,
             "matmul_gflops": round(rate / 1e9, 1),
         }
 
-    def rounds(self, turns: Turns, rounds: int) -> Costs:
-        """Return what every turn of everybody took: the slowest rank's time, the largest rank's memory. Collective."""
-        device, all_max = self.world.device, self.world.all_max
-        self.free_gradients()
-        floor = start_peak(device)
-        costs: Costs = {}
-        for name, turn in turns.items():
-            self.free_gradients()
-            with freed_at_once(), measured(device, floor) as cost:
-                turn()
-            costs[name] = Cost(all_max([int(cost.peak_gib * 2**20)])[0] / 2**20, [])
-            self._say(f"memory: {name}: {costs[name].peak_gib:.2f} GiB")
-        for number in range(rounds):
-            for name, turn in turns.items():
-                self.free_gradients()
-                self.world.barrier()
-                seconds = all_max([int(seconds_of(turn, device) * 1e9)])[0] / 1e9
-                costs[name].seconds.append(seconds)
-                self._say(f"round {number + 1}: {name}: {seconds:.2f} s")
-        return costs
+    def add_peer(self) -> Peer:
+        """Return sentence-transformers on our weights and texts, which takes what we multiply in."""
+        peer = Peer(self.world, self.model_name, self.pairs.texts, self.max_tokens, self.precision)
+        self.models.append(peer.model)
+        return peer
 
-    def _say(self, sentence: str) -> None:
-        if self.world.speaks:
-            messages().print(f"[dim]{sentence}[/dim]")
+    def rate(self) -> float:
+        """Return the operations per second of a large product in what the encoder multiplies in."""
+        return matmul_rate(self.world.device, DTYPES[self.precision])
+
+    def speeds(self, seconds: float, forwards: float, rate: float) -> dict[str, float]:
+        """Return the tokens per second of a step of all pairs, and the share of a rate; forwards: the work of so many."""
+        flops = forwards * forward_flops(self.encoder, self.pairs.lengths)
+        tokens = int(self.pairs.lengths.sum())
+        return {"tokens_per_rank_per_s": round(tokens / seconds), "share_of_matmul_rate": round(flops / seconds / rate, 3)}
+
+    def rounds(self, ways: Ways, rounds: int) -> dict[str, Turns]:
+        """Return what every turn of everybody took, memory above one floor. Collective."""
+        self.free_gradients()
+        return take_turns(ways, rounds, self.world, self.free_gradients, start_peak(self.world.device))
 
     def free_gradients(self) -> None:
         for model in self.models:
@@ -164,7 +154,7 @@ class StepBench:
     def ours(self, pairs: Pairs, count: int, keep_graphs: int | Literal["all"]) -> None:
         """Take our step on the first pairs."""
         cached_step(
-            pairs.batch(count, self.parallel.module, self.world.device),
+            pairs.batch(count, self.encode, self.world.device),
             loss=LossOptions(objective=OBJECTIVES["info_nce"]),
             temperature=Temperature(TEMPERATURE).to(self.world.device),
             sync=self.parallel.sync,
@@ -177,7 +167,7 @@ class StepBench:
 
     def plain(self, count: int) -> None:
         """Take a step in one graph: every chunk encoded once, autograd for the rest."""
-        batch = self.pairs.batch(count, self.encoder, self.world.device)
+        batch = self.pairs.batch(count, self.encode, self.world.device)
         plan = plan_encoding(batch.towers, self.chunk_tokens, 0, 0, 0)
         embedding_uD = torch.cat([encode_chunk(chunk, with_graph=True) for chunk in plan.chunks])
         order = torch.empty(plan.num_distinct, dtype=torch.int64)
@@ -192,22 +182,23 @@ class StepBench:
         cost = measure_graphs(chunks[-1].tower)
         gib = sum(cost.of(chunk.num_padded_tokens, int(chunk.lengths.max())) for chunk in chunks) / 2**30
         count = min(len(self.pairs), max(8, int(len(self.pairs) * PLAIN_GIB / gib)))
-        turns = {
+        ways = {
             PLAIN: lambda: self.plain(count),
             "ours, all graphs kept": lambda: self.ours(self.pairs, count, "all"),
             NONE_KEPT: lambda: self.ours(self.pairs, count, 0),
         }
-        return {"pairs": count, "steps": relative(self.rounds(turns, rounds), PLAIN)}
+        turns = self.rounds(ways, rounds)
+        return {"pairs": count, "steps": compared(turns, PLAIN if PLAIN in turns else NONE_KEPT, {})}
 
     def memory_by_batch(self) -> dict[str, Any]:
         """Return the peaks of two batches, and their ratio without what must grow: an embedding and a gradient a text.
 
         Texts are short and repeat in the large batch, because time is not the question.
         """
-        pairs = self.cut(min(MEMORY_TOKENS, self.max_tokens))
+        pairs = tokenized(self.pairs.texts, self.tokenizer, min(MEMORY_TOKENS, self.max_tokens))
         counts = [max(2, len(pairs) // 2), MEMORY_TIMES * max(2, len(pairs) // 2)]
-        turns = {str(count): functools.partial(self.ours, pairs, count, 0) for count in counts}
-        peaks = [cost.peak_gib for cost in self.rounds(turns, 0).values()]
+        ways = {f"{count} pairs": functools.partial(self.ours, pairs, count, 0) for count in counts}
+        peaks = [turns.peak_gib for turns in self.rounds(ways, 0).values()]
         embeddings = [2 * 2 * count * self.encoder.width * 4 / 2**30 for count in counts]
         aside = [gib - held for gib, held in zip(peaks, embeddings, strict=True)]
         return {
@@ -217,13 +208,6 @@ class StepBench:
             "embeddings_gib": [round(gib, 3) for gib in embeddings],
             "ratio": round(aside[1] / aside[0], 3),
         }
-
-    def best_setting(self, peer: Peer) -> dict[str, int]:
-        """Return the peer's setting with the shortest step on a part of the batch. Collective."""
-        pairs = min(PEER_TRIAL_PAIRS, len(self.pairs))
-        turns = {str(setting): functools.partial(peer.step, pairs, setting) for setting in SETTINGS}
-        costs = self.rounds(turns, 1)
-        return min(SETTINGS, key=lambda setting: min(costs[str(setting)].seconds))
 
     def compare_gradients(self, peer: Peer) -> float | None:
         """Return the cosine of both gradients without dropout on a few pairs; None on several ranks."""
@@ -242,7 +226,7 @@ class StepBench:
         return round(float(torch.cosine_similarity(a, b, 0)), 7)
 
     def chunks(self) -> list[Chunk]:
-        batch = self.pairs.batch(len(self.pairs), self.parallel.module, self.world.device)
+        batch = self.pairs.batch(len(self.pairs), self.encode, self.world.device)
         return list(plan_encoding(batch.towers, self.chunk_tokens, 0, 0, 0).chunks)
 
     def graphs_within(self, gib: float) -> tuple[int, float]:
@@ -255,29 +239,20 @@ class StepBench:
 
 def _gradients(module: nn.Module) -> dict[str, Tensor]:
     """Return the gradients under the names that the transformer itself gives to its parameters."""
-    named = ((name.rsplit("model.", 1)[-1], p.grad) for name, p in module.named_parameters())
-    return {name: gradient for name, gradient in named if gradient is not None}
+    grads = ((name.rsplit("model.", 1)[-1], p.grad) for name, p in module.named_parameters())
+    return {name: gradient for name, gradient in grads if gradient is not None}
 
 
-def step_flops(encoder: Encoder, lengths: np.ndarray) -> float:
-    """Return the operations of one forward of all texts: products with weights, and attention's two."""
+def forward_flops(encoder: Encoder, lengths: np.ndarray) -> float:
+    """Return the operations of one forward of all texts: 2 a matrix weight and token, and 4 L² a width and layer of attention.
+
+    A forward and its backward are three times as many: 6 a weight and token. Padding does not count.
+    """
     weights = sum(m.weight.numel() for m in encoder.modules() if isinstance(m, nn.Linear))
     config = encoder.model.config
     tokens = lengths.astype(np.float64)
     attention = 4 * config.hidden_size * config.num_hidden_layers
     return float((2 * weights * tokens + attention * tokens**2).sum())
-
-
-def relative(costs: Costs, base: str) -> dict[str, dict[str, float]]:
-    """Return medians, and the median of each round's ratio to the base: rounds differ more than turns of one round do."""
-    return {
-        name: {
-            "seconds": round(statistics.median(cost.seconds), 3),
-            "ratio": round(statistics.median(a / b for a, b in zip(cost.seconds, costs[base].seconds, strict=True)), 3),
-            "peak_gib": round(cost.peak_gib, 3),
-        }
-        for name, cost in costs.items()
-    }
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """Several ways to do the same work, measured in turn: rounds differ more than turns of one round do."""
 
+import gc
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from launch.bench.machine import freed_at_once, measured, seconds_of
 from launch.output import messages
@@ -17,25 +20,72 @@ class Turns:
     peak_gib: float
     seconds: list[float] = field(default_factory=list)
 
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.seconds)
 
-def take_turns(ways: Mapping[str, Callable[[], Any]], rounds: int, world: World) -> dict[str, Turns]:
+
+def take_turns(
+    ways: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    world: World,
+    before: Callable[[], None] = lambda: None,
+    held: int | None = None,
+) -> dict[str, Turns]:
     """Return what every way took: the slowest rank's time, the largest rank's memory above what is held. Collective.
 
     A first round measures memory, freed blocks returned at once, and is not timed: in it libraries load and kernels are compiled.
+    Of one process a way that does not fit into a GPU's memory is left out, and the others go on.
+    before: called before each turn. held: bytes above which memory counts; None: what is held at the start of a turn.
     """
     found: dict[str, Turns] = {}
     for name, work in ways.items():
-        with freed_at_once(), measured(world.device) as cost:
-            work()
+        before()
+        with freed_at_once(), measured(world.device, held) as cost:
+            does_fit = fits(work, world)
+        if not does_fit:
+            _say(world, f"{name}: out of memory")
+            continue
         found[name] = Turns(world.all_max([int(cost.peak_gib * 2**20)])[0] / 2**20)
+        _say(world, f"memory: {name}: {found[name].peak_gib:.2f} GiB")
     for number in range(rounds):
-        for name, work in ways.items():
+        for name in list(found):
+            before()
             world.barrier()
-            seconds = world.all_max([int(seconds_of(work, world.device) * 1e9)])[0] / 1e9
+            taken = seconds_if_it_fits(ways[name], world)
+            if taken is None:
+                _say(world, f"{name}: out of memory")
+                del found[name]
+                continue
+            seconds = world.all_max([int(taken * 1e9)])[0] / 1e9
             found[name].seconds.append(seconds)
-            if world.speaks:
-                messages().print(f"[dim]round {number + 1}: {name}: {seconds:.3g} s[/dim]")
+            _say(world, f"round {number + 1}: {name}: {seconds:.3g} s")
     return found
+
+
+def fits(work: Callable[[], Any], world: World) -> bool:
+    """Do the work, and return whether it fitted into memory; what it held is free behind it. On several ranks it must fit."""
+    try:
+        work()
+        return True
+    except torch.OutOfMemoryError:
+        if world.group is not None:  # the others wait for this one
+            raise
+    free_memory(world.device)  # outside of the except block, where the traceback holds what the work held
+    return False
+
+
+def seconds_if_it_fits(work: Callable[[], Any], world: World) -> float | None:
+    """Return how long the work takes; None: it does not fit into memory."""
+    taken: list[float] = []
+    return taken[0] if fits(lambda: taken.append(seconds_of(work, world.device)), world) else None
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def compared(found: Mapping[str, Turns], base: str, wanted: Mapping[str, float]) -> dict[str, dict[str, Any]]:
@@ -44,9 +94,14 @@ def compared(found: Mapping[str, Turns], base: str, wanted: Mapping[str, float])
     for name, turns in found.items():
         ratio = statistics.median(a / b for a, b in zip(turns.seconds, found[base].seconds, strict=True))
         rows[name] = {
-            "seconds": round(statistics.median(turns.seconds), 5),
+            "seconds": round(turns.median_s, 5),
             "ratio": round(ratio, 3),
             "wanted": wanted.get(name),
             "peak_gib": round(turns.peak_gib, 3),
         }
     return rows
+
+
+def _say(world: World, sentence: str) -> None:
+    if world.speaks:
+        messages().print(f"[dim]{sentence}[/dim]")

@@ -15,7 +15,7 @@ def test_every_figure_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(idle, "PAIRS", 8)
     monkeypatch.setattr(idle, "MAX_TOKENS", 16)
     data, model = str(write_tiny_dataset(tmp_path / "data")), str(write_tiny_encoder(tmp_path / "encoder"))
-    found = mining.bench_mining(data, model, texts=20, max_tokens=16, rounds=2, passages=3000, peer=True)
+    found = mining.bench_mining(data, model, texts=20, max_tokens=16, rounds=2, passages=3000, half=None, peer=True)
     assert found["encoding"]["largest_difference"] < 1e-5 and found["encoding"]["tokens"] > 100
     assert found["ranks"]["speedup"].keys() == {"encode", "search", "bare product"}
     assert found["idle"]["ratio"] > 0 and found["idle"]["miner_ranks"] == 2
@@ -27,4 +27,4 @@ def test_every_figure_is_there(tmp_path, monkeypatch):
 def test_too_few_texts_are_refused(tmp_path):
     data, model = str(write_tiny_dataset(tmp_path / "data")), str(write_tiny_encoder(tmp_path / "encoder"))
     with pytest.raises(InputError, match="fewer than 100000; lower --texts"):
-        mining.bench_mining(data, model, texts=100_000, max_tokens=16, rounds=1, passages=0, peer=False)
+        mining.bench_mining(data, model, texts=100_000, max_tokens=16, rounds=1, passages=0, half=None, peer=False)
