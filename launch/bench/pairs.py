@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gradcache import Batch
 from launch.counted import counted
-from trainer.data.collate import TrainingSet, collate
+from trainer.data.collate import RowEncoder, TrainingSet, collate
 from trainer.data.datasets import RetrievalData, open_dataset
 from trainer.encoder.tokens import TokenTable, tokenize
 from trainer.errors import InputError
@@ -43,7 +43,7 @@ class Pairs:
         Texts that repeat are encoded again: they stand for others.
         """
         rows = np.arange(pairs) % len(self)
-        batch = collate(self._training_set(), None, rows, encode=encode, device=device, per_query=0, seed=0, step=0)
+        batch = collate(self._training_set(), None, rows, RowEncoder(encode, device), per_query=0, seed=0, step=0)
         return replace(batch, towers=[replace(tower, encode_keys=None) for tower in batch.towers])
 
     def _training_set(self) -> TrainingSet:
