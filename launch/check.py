@@ -31,7 +31,7 @@ from trainer.data.sampler import choice, global_batch, rank_slice
 from trainer.encoder.model import load_encoder
 from trainer.errors import InputError
 from trainer.handoff.negatives import Negatives
-from trainer.job import OptimSettings, TrainJob
+from trainer.job import OptimSettings, PrecisionSettings, TrainJob
 from trainer.loading import memory_bytes
 from trainer.parallel import Parallel
 from trainer.precision import set_tf32
@@ -148,7 +148,7 @@ class _Step:
         self.negatives = _random_negatives(dataset.num_queries, num_passages, job.negatives.per_query)
         chunk = job.chunk
         self.chunk_tokens = CPU_BUDGET.chunk_tokens if chunk.tokens == "auto" else chunk.tokens
-        self.loss = replace(loss_options(job.loss, job.precision), product_dtype=None)
+        self.loss = loss_options(job.loss, PrecisionSettings(encode="fp32", products="fp32"))
         self.options: dict[str, Any] = {"seed": job.run.seed, "step": 0}
 
     def batch(self, rank: int, encode: nn.Module) -> Batch:

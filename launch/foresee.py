@@ -7,6 +7,7 @@ and once with gradients, alone on it; side by side the two sides slow each other
 import math
 import os
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,10 @@ from mining.plan import FREE_SHARE, MemoryPlan, Sizes, held_now, plan_memory
 from mining.settings import AUTO, EXACT
 from trainer.budget import CPU_BUDGET, held_bytes
 from trainer.data.datasets import RetrievalData, open_data
+from trainer.encoder.auto import encode_on, takes_bf16
+from trainer.encoder.encode import DTYPES
 from trainer.encoder.model import check_model, load_encoder
+from trainer.precision import precision_on
 from trainer.prepare import check_sizes
 from trainer.tasks import loss_options
 
@@ -39,6 +43,7 @@ def foresee(jobs: Jobs) -> dict[str, Any]:
     data = open_data(train.data, train.sources)
     shares = share_out(jobs.launch, *cores_and_gpus(os.environ))
     check_sizes(train, data, shares.train_ranks)
+    jobs = settled(jobs, shares)
     check_model(train.model.name)
     encoder, tokenizer, traits = load_encoder(train.model)
     lengths = {
@@ -46,7 +51,7 @@ def foresee(jobs: Jobs) -> dict[str, Any]:
         "passage": _lengths(data.corpus, tokenizer, traits.passage_prefix, traits.max_passage_tokens),
     }
     counts = count_steps(jobs, data, shares, {side: float(found.mean()) for side, found in lengths.items()})
-    rates = measure_rates(encoder.side("passage"), lengths["passage"], shares)
+    rates = measure_rates(encoder.side("passage"), lengths["passage"], shares, DTYPES[jobs.train.precision.encode])
     num_parameters = sum(parameter.numel() for parameter in encoder.parameters())
     found = {
         "run": str(train.run.folder),
@@ -63,6 +68,13 @@ def foresee(jobs: Jobs) -> dict[str, Any]:
     length = "optim.epochs" if train.optim.steps is None else "optim.steps"
     warnings = [*warnings_of_job(jobs, data), *warnings_of_plan(found, shares, train.negatives.per_query != 0, length)]
     return found | {"warnings": warnings}
+
+
+def settled(jobs: Jobs, shares: Plan) -> Jobs:
+    """Return the jobs with what "auto" stands for in precisions on the device of each side."""
+    trains, mines = (torch.device("cuda" if gpus else "cpu") for gpus in (shares.train_gpus, shares.mine_gpus))
+    train = replace(jobs.train, precision=precision_on(jobs.train.precision, takes_bf16(trains)))
+    return Jobs(train, replace(jobs.mine, encode=encode_on(jobs.mine.encode, mines)), jobs.launch, jobs.given)
 
 
 def count_steps(jobs: Jobs, data: RetrievalData, shares: Plan, mean_tokens: dict[str, float]) -> dict[str, Any]:
@@ -89,14 +101,25 @@ def count_steps(jobs: Jobs, data: RetrievalData, shares: Plan, mean_tokens: dict
     }
 
 
-def measure_rates(encoder: Any, lengths: np.ndarray, shares: Plan) -> dict[str, float]:
-    """Return the seconds of a token without and with gradients, and the bytes of its graph, for texts of usual length."""
+def measure_rates(encoder: Any, lengths: np.ndarray, shares: Plan, dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    """Return the seconds of a token without and with gradients, and the bytes of its graph, for texts of usual length.
+
+    dtype: of the encoder's products (autocast).
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder.to(device)
     length = max(2, int(np.median(lengths)))
     ids = torch.randint(0, encoder.model.get_input_embeddings().num_embeddings, (PASSED, length), device=device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     threads, tokens, held = torch.get_num_threads(), PASSED * length, 0
+
+    def encode() -> torch.Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return encoder(inputs)
+
+    def without_gradient() -> None:
+        with torch.inference_mode():
+            encode()
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal held
@@ -106,10 +129,10 @@ def measure_rates(encoder: Any, lengths: np.ndarray, shares: Plan) -> dict[str, 
     torch.set_num_threads(shares.threads)
     try:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            encoder(inputs).sum().backward()  # the first pass loads what it needs
+            encode().sum().backward()  # the first pass loads what it needs
         forward_s, both_s = (
-            _seconds(lambda: _without_gradient(encoder, inputs)),
-            _seconds(lambda: encoder(inputs).sum().backward()),
+            _seconds(without_gradient),
+            _seconds(lambda: encode().sum().backward()),
         )
     finally:
         torch.set_num_threads(threads)
@@ -229,11 +252,6 @@ def _lengths(texts: Any, tokenizer: Any, prefix: str, most: int) -> np.ndarray:
     rows = np.unique(np.linspace(0, len(texts) - 1, min(SAMPLED, len(texts))).astype(int))
     sample = [prefix + text for text in texts[rows]["text"]]
     return np.array([len(ids) for ids in tokenizer(sample, truncation=True, max_length=most)["input_ids"]])
-
-
-def _without_gradient(encoder: Any, inputs: dict[str, torch.Tensor]) -> None:
-    with torch.inference_mode():
-        encoder(inputs)
 
 
 def _seconds(work: Any) -> float:

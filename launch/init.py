@@ -130,7 +130,6 @@ def choose(found: Measured) -> list[Line]:
         *_of_model(found, on_gpu),
         Line("batch", "queries", batch, f"{per_epoch} steps an epoch; each query sees the passages of all others"),
         *_of_chunk(found, batch, ranks, on_gpu),
-        *_of_precision(on_gpu),
         *_of_optim(found, epochs, per_epoch),
         Line("negatives", "per_query", 1, "hard negatives beside those of the batch; 2 to 7 cost more and may bring more"),
         *_of_evaluation(found, every),
@@ -201,10 +200,6 @@ def _of_chunk(found: Measured, batch: int, ranks: int, on_gpu: bool) -> list[Lin
     if on_gpu or tokens > KEPT_TOKENS:
         return []  # a GPU is probed; a CPU encodes 4096 tokens at once, twice
     return [Line("chunk", "keep_graphs", "all", f"{tokens:,} tokens a step and rank fit into memory: one pass less")]
-
-
-def _of_precision(on_gpu: bool) -> list[Line]:
-    return [Line("precision", "encode", "bf16", "twice as fast as fp32 on a GPU; sums stay in fp32")] if on_gpu else []
 
 
 def _of_optim(found: Measured, epochs: int, per_epoch: int) -> list[Line]:

@@ -9,7 +9,7 @@ import json
 import re
 import tomllib
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from launch.plan import LaunchSettings
 from mining.job import MineJob
 from trainer.errors import InputError
 from trainer.job import TrainJob
-from trainer.ranges import in_words, job_section
+from trainer.ranges import AUTO, in_words, job_section
 
 Job = TypeVar("Job")
 # Where and by how many something is made, not what.
@@ -110,11 +110,16 @@ def _read_table(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not a readable TOML file: {error}") from error
 
 
-def write_job(path: Path, jobs: Jobs) -> None:
-    """Write the resolved job."""
+def write_job(path: Path, jobs: Jobs, remarks: Mapping[str, str] | None = None) -> None:
+    """Write the resolved job; remarks: what stands beside a setting, by its name."""
     from trainer.handoff.manifest import write_atomically
 
-    write_atomically(path, tomli_w.dumps(jobs.resolved()))
+    lines, section = tomli_w.dumps(jobs.resolved()).splitlines(), ""
+    for number, line in enumerate(lines):
+        section = line.strip("[]") if line.startswith("[") else section
+        remark = (remarks or {}).get(f"{section}.{line.partition(' = ')[0]}")
+        lines[number] = line if remark is None else f"{line}  # {remark}"
+    write_atomically(path, "\n".join(lines) + "\n")
 
 
 def refuse_other_job(path: Path, jobs: Jobs) -> None:
@@ -132,7 +137,9 @@ def refuse_other_job(path: Path, jobs: Jobs) -> None:
             raise InputError(f"{path} has {section}={was!r}, expected a section; set run.folder to a new folder")
         for key in sorted(now[section].keys() | was.keys()):
             before, after = was.get(key), now[section].get(key)
-            if before != after and (section, key) not in HOW:
+            # What is left open now may have been said, or resolved by an older version, before: the trainer tells what changes.
+            is_open = after == AUTO and section in ("precision", "encode")
+            if before != after and (section, key) not in HOW and not is_open:
                 raise InputError(
                     f"{path.parent} holds a run with {section}.{key}={before!r}, and this job has {after!r}; "
                     "set run.folder to a new folder, or go on with --allow-change"

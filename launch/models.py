@@ -15,6 +15,7 @@ from launch.srun import world_of_trainers
 from mining.show import rows_of
 from trainer.data.datasets import RetrievalData
 from trainer.data.filter import find_consistent, refuse_full, write_filtered
+from trainer.encoder.auto import encode_on
 from trainer.encoder.device import choose_device
 from trainer.encoder.encode import DTYPES, encode_rows
 from trainer.encoder.missing import Texts, encode_missing
@@ -117,7 +118,8 @@ def search_corpus(model: str, reading: Reading, question: str | None, query_id: 
             tokenize_side(data, "queries", tokenizer, traits),
             {"query_id": data.queries[row]["_id"], "query": data.queries[row]["text"]},
         )
-    query_1D = encode_rows(encoder.side("query"), asked, np.array([row or 0]), dtype=DTYPES[reading.encode.dtype])
+    dtype = DTYPES[encode_on(reading.encode, device).dtype]
+    query_1D = encode_rows(encoder.side("query"), asked, np.array([row or 0]), dtype=dtype)
     tokens, digest = tokenize_side(data, "corpus", tokenizer, traits), weights_digest(encoder)
     with Pins() as pins:
         shards = open_shards(shards_root, digest, traits.pooling, tokens, encoder, "passage", reading.encode, pins)

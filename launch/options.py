@@ -97,7 +97,7 @@ SHORT = COLUMNS | {
     "max_passage_tokens": Short("model.max_passage_tokens", int, "tokens of a passage"),
     "width": Short("model.width", int, "keep the first so many numbers of an embedding"),
     "pooling": Short("model.pooling", str, "what becomes of a text's tokens", "mean|cls|…"),
-    "precision": Short("encode.dtype", str, "of the products (default: fp32)", "fp32|bf16|fp16"),
+    "precision": Short("encode.dtype", str, "of the products (default: what suits the device)", "fp32|bf16|fp16"),
     "device": Short("encode.device", str, "default: a GPU where there is one", "cpu|cuda|cuda:N"),
 }
 

@@ -24,6 +24,7 @@ from trainer.handoff.weights import checkpoints_folder
 
 if TYPE_CHECKING:
     from trainer.state import Outcome
+    from trainer.world import World
 
 FSDP, DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"  # how accelerate tells its processes
 
@@ -45,10 +46,12 @@ def train_side(job_file: Path, overrides: list[str], allow_change: bool = False)
         from trainer.world import join_world
 
     precision, parallel = jobs.train.precision, jobs.train.parallel
-    world = join_world(precision.encode, precision.tf32, jobs.train.model.compile, parallel.timeout_s)
+    with _telling(jobs, "trainer"):
+        world = join_world(precision.encode, precision.tf32, jobs.train.model.compile, parallel.timeout_s)
     try:
         with _telling(jobs, "trainer"), naming_lost(world):
-            world.decide(lambda: keep_job(jobs, allow_change))  # after joining: others would wait there for one that refuses
+            remarks = settled_by(jobs, world)
+            world.decide(lambda: keep_job(jobs, allow_change, remarks))  # after joining: others would wait for one that refuses
             agree(jobs, "trainer", world.speaks, world.gather_objects, world.broadcast)
             outcome = train(jobs.train, world)
     finally:
@@ -106,11 +109,30 @@ def holds_work(folder: Path) -> bool:
     return has_version or any((folder / "evaluations").glob("*.json"))
 
 
-def keep_job(jobs: Jobs, allow_change: bool = False) -> None:
-    """Keep the resolved job and the versions of libraries in the run folder; refuse the folder of another job."""
+def settled_by(jobs: Jobs, world: "World") -> dict[str, str]:
+    """Return what each "auto" of the job's precisions stands for on the trainers' device, by the setting's name. Collective.
+
+    A miner on another kind of device chooses for itself, and says so.
+    """
+    from trainer.encoder.auto import device_in_words, encode_on
+    from trainer.precision import settled_precision
+
+    precision, encode = settled_precision(jobs.train.precision, world), encode_on(jobs.mine.encode, world.device)
+    chosen = {"precision.encode": precision.encode, "precision.products": precision.products}
+    chosen |= {"encode.dtype": encode.dtype, "encode.stored": encode.stored}
+    asked = jobs.resolved()
+    return {
+        name: f"{value} on {device_in_words(world.device)}"
+        for name, value in chosen.items()
+        if asked[name.partition(".")[0]][name.partition(".")[2]] != value
+    }
+
+
+def keep_job(jobs: Jobs, allow_change: bool = False, remarks: Mapping[str, str] | None = None) -> None:
+    """Keep the resolved job, with remarks, and the versions of libraries in the run folder; refuse the folder of another job."""
     folder = jobs.train.run.folder
     refuse_changed(jobs, allow_change)
-    write_job(folder / "job.toml", jobs)
+    write_job(folder / "job.toml", jobs, remarks)
     write_environment(folder / "environment.json")
 
 

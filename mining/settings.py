@@ -11,9 +11,10 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from trainer.encoder.settings import KEEP_ENCODINGS
 from trainer.errors import InputError
 from trainer.handoff.settings import Which
+from trainer.ranges import AUTO as AUTO
 from trainer.ranges import Share, job_section
 
-EXACT, AUTO = "exact", "auto"  # as index.factory, beside FAISS's own strings
+EXACT = "exact"  # as index.factory, beside AUTO and FAISS's own strings
 Passages = Literal["fresh", "frozen", "drift"]
 
 

@@ -58,6 +58,7 @@ def mine_checkpoint(work: Work, task: Task, checkpoint: Checkpoint) -> None:
             clusters = ranks.on_first(lambda: cluster_queries(job.clusters, *chance, judgements, queries, passages))
     about = {
         "index": indexed.about(),
+        "encode": job.encode.numbers,
         "passages": encoded.about_passages,
         "memory": encoded.plan.as_json(),
         "random_score": at_random,

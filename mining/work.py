@@ -5,7 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -24,6 +24,7 @@ from mining.sources import changed_files, claim_data
 from mining.state import Refresh, write_refresh
 from mining.watch import HOLDER, PIN_S, Task, Watch
 from trainer.data.datasets import RetrievalData, open_data
+from trainer.encoder.auto import device_in_words, encode_on
 from trainer.encoder.device import choose_device
 from trainer.errors import InputError, MachineFailed
 from trainer.handoff.claim import Claim, claim_side
@@ -186,6 +187,7 @@ def open_work(job: MineJob, ranks: Ranks, claim: Claim) -> Work:
     last = last_version(run, *sizes) if ranks.speaks else None
     local_rank = ranks.local_rank()
     device = ranks.together(lambda: choose_device(job.encode.device, local_rank))
+    job = settle_encoding(job, device)
     metrics: Metrics = MetricsFile(run / "logs" / "miner.jsonl") if ranks.speaks else NoMetrics()
     work = Work(
         job=job,
@@ -208,6 +210,14 @@ def open_work(job: MineJob, ranks: Ranks, claim: Claim) -> Work:
     status.update(num_refused=0, **({} if last is None else version_figures(last.manifest)))
     ranks.on_wait = work.keep_alive
     return work
+
+
+def settle_encoding(job: MineJob, device: torch.device) -> MineJob:
+    """Return the job with what "auto" stands for in section encode on a device, and say so."""
+    encode = encode_on(job.encode, device)
+    if encode != job.encode:
+        log.info("encode.dtype=%s and encode.stored=%s on %s", encode.dtype, encode.stored, device_in_words(device))
+    return replace(job, encode=encode)
 
 
 @contextlib.contextmanager

@@ -108,10 +108,10 @@ class ParallelSettings:
 class PrecisionSettings:
     """Section `precision`: what encoder and products compute in. Weights, gradients, the loss and its sums are always float32."""
 
-    encode: Precision = "fp32"
-    """Autocast of the encoder; fp16 comes with a loss scaler."""
-    products: Literal["fp32", "bf16"] = "fp32"
-    """What embeddings are gathered and multiplied in: bf16 halves traffic."""
+    encode: Precision | Literal["auto"] = "auto"
+    """Autocast of the encoder; fp16 comes with a loss scaler. auto: bf16 on GPUs that have it, else fp32."""
+    products: Literal["fp32", "bf16", "auto"] = "auto"
+    """What embeddings are gathered and multiplied in: bf16 halves traffic. auto: bf16 where a GPU encodes in half precision."""
     tf32: bool = False
     """Float32 products of a GPU in TensorFloat-32: faster, 10 bits of mantissa."""
 

@@ -20,6 +20,7 @@ from trainer.handoff.manifest import prune
 from trainer.handoff.weights import Checkpoint, checkpoint_name, checkpoints_folder, write_best
 from trainer.job import TrainJob
 from trainer.parallel import copy_weights, fill_copy
+from trainer.precision import computed_in
 from trainer.prepare import Training
 from trainer.scores import TESTED, Scores, read_scores, write_scores
 from trainer.symptoms import shape_of
@@ -39,6 +40,7 @@ def save(run: Training) -> None:
     with state.average.swapped_in():
         copy_weights(state.parallel, run.plain)
     fields = {"data_digest": run.data.digest, "is_final": is_final, "num_steps": run.num_steps}
+    fields["precision"] = computed_in(run.job.precision)
     origin = origin_of(run) if run.world.speaks else {}  # of now: the loop goes on while it is written
 
     def write_encoder(folder: Path) -> dict[str, Any]:

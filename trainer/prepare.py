@@ -41,7 +41,7 @@ from trainer.metrics import Metrics, NoMetrics, NoStatus, Status, TrainerMetrics
 from trainer.mined_clusters import MinedClusters
 from trainer.optim import build_schedule
 from trainer.parallel import take_weights
-from trainer.precision import DTYPES, encode_in, loss_scaler, set_tf32
+from trainer.precision import DTYPES, encode_in, loss_scaler, set_tf32, settle_precision, tell_other_precision
 from trainer.profile import Profile, open_profile
 from trainer.state import TrainState
 from trainer.symptoms import Gradients, Lasting
@@ -92,6 +92,7 @@ class Training:
 
 def prepare(job: TrainJob, world: World) -> Training:
     """Return a started or resumed run. Collective. Raises InputError for a job or data that cannot be used."""
+    job = settle_precision(job, world)
     run = job.run.folder
     check_trackers(job.run.trackers)
     job.loss.check_memory(-world.all_max([-memory_bytes(world)])[0])
@@ -124,6 +125,7 @@ def prepare(job: TrainJob, world: World) -> Training:
         check_weights(job, world, state)
     else:
         load_state(checkpoint, state, world)
+        tell_other_precision(checkpoint, job.precision)
         state.budget = kept_budget(state.budget, job.chunk, world)
         num_steps = state.step if state.early_stop.is_over else num_steps
         log.info("resumed from step %d of %d", state.step, num_steps)

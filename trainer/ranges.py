@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union
+from typing import Annotated, Any, Final, Literal, TypeVar, Union
 
 import pydantic.dataclasses
 from annotated_types import BaseMetadata, GroupedMetadata, Interval
@@ -21,6 +21,7 @@ T = TypeVar("T")
 Share = Annotated[float, Interval(ge=0, le=1)]
 Rate = Annotated[float, Interval(ge=0, lt=1)]  # of dropout, or of an average: one would leave nothing
 Precision = Literal["fp32", "bf16", "fp16"]  # of products; the one vocabulary of all sections
+AUTO: Final = "auto"  # of a precision: what suits the device, see trainer/encoder/auto.py
 
 WORDS: dict[Any, str] = {int: "whole number", float: "number", str: "text", Path: "path", bool: "true | false"}
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}

@@ -67,6 +67,7 @@ def encode(
 def _encoded(model: Any, texts: list[str], side: Literal["query", "passage"], reading: "Reading") -> npt.NDArray[np.float32]:
     import datasets
 
+    from trainer.encoder.auto import encode_on
     from trainer.encoder.device import choose_device
     from trainer.encoder.encode import DTYPES, encode_rows
     from trainer.encoder.model import load_encoder
@@ -75,11 +76,13 @@ def _encoded(model: Any, texts: list[str], side: Literal["query", "passage"], re
     encoder, tokenizer, traits = load_encoder(model)
     if not texts:
         return np.zeros((0, encoder.width), np.float32)
-    encoder.to(choose_device(reading.encode.device))
+    device = choose_device(reading.encode.device)
+    encoder.to(device)
     table = datasets.Dataset.from_dict({"text": texts})
     with tempfile.TemporaryDirectory() as cache:  # texts that come once are not kept
         tokens = tokenize_texts(table, side, tokenizer, traits, Path(cache))
-        return encode_rows(encoder.side(side), tokens, np.arange(len(texts)), dtype=DTYPES[reading.encode.dtype])
+        dtype = DTYPES[encode_on(reading.encode, device).dtype]
+        return encode_rows(encoder.side(side), tokens, np.arange(len(texts)), dtype=dtype)
 
 
 def load(model: Model, *, device: str | None = None) -> "SentenceTransformer":

@@ -31,7 +31,7 @@ def root(tmp_path_factory):
 
 def job(root, *words):
     paths = [f"data.path={root}/data", f"data.cache={root}/cache", f"model.name={root}/encoder", f"run.folder={root}/run"]
-    return read_job(None, [*paths, *WORDS, *words])
+    return read_job(None, [*paths, *WORDS, "precision.products=fp32", "encode.stored=fp32", *words])
 
 
 def test_the_run_takes_the_steps_and_tokens_that_were_foreseen(root):

@@ -114,7 +114,7 @@ def test_choices_follow_the_data_and_the_machine(root, monkeypatch):
         assert chosen["sample.num_negatives"] <= chosen["search.top_k"]
         if each is large:
             assert chosen["model.max_passage_tokens"] == (512 if gpus else 128) and chosen["search.top_k"] == 200
-            assert ("precision.encode" in chosen) == ("launch.train_ranks" not in chosen) == (gpus > 0)
+            assert ("launch.train_ranks" not in chosen) == (gpus > 0)
     assert [batch_of(n, 2, False) for n in (3, 400, 5000, 10**6)] == [3, 16, 64, 64] and batch_of(10**6, 2, True) == 1024
     assert interval_of(60, 1) == 10 and interval_of(60, 25) == 25 and interval_of(60, 500) == 30 and interval_of(3, 9) == 2
     assert module.SAMPLED <= 2000

@@ -85,7 +85,7 @@ def test_the_room_on_the_disk_is_told_and_what_does_not_fit_is_warned_of(tmp_pat
 
 
 def test_mining_without_a_run_tells_of_the_one_set_that_it_makes(tmp_path):
-    job = as_job(make_job(tmp_path, mine={"keep_encodings": ALL_ENCODINGS}))
+    job = as_job(make_job(tmp_path, mine={"keep_encodings": ALL_ENCODINGS}, encode={"stored": "fp32"}))
     job.run.folder.mkdir()
     assert disk.plan_disk(job, 10, 90, 32, 100).embeddings == 100 * 32 * 4
 

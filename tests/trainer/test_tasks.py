@@ -12,6 +12,8 @@ from trainer.loss_settings import LossSettings
 from trainer.ranges import job_section
 from trainer.tasks import loss_options
 
+FLOAT32 = PrecisionSettings(products="fp32")
+
 GIVEN = {
     "symmetric": True,
     "same_side": True,
@@ -27,7 +29,7 @@ GIVEN = {
 def test_a_setting_of_the_job_is_an_option_of_the_loss(name, value):
     given = {"widths": (8, 4), name: value}  # weights need widths
     plain = LossOptions(objective=OBJECTIVES["info_nce"], product_dtype=torch.float32)
-    assert loss_options(LossSettings(**given), PrecisionSettings()) == replace(plain, **given)
+    assert loss_options(LossSettings(**given), FLOAT32) == replace(plain, **given)
 
 
 def test_the_objective_and_the_products_are_found_by_their_names():
@@ -50,5 +52,5 @@ class MoreSettings(LossSettings):
 
 def test_a_new_setting_needs_the_job_and_the_objective_alone(monkeypatch):
     monkeypatch.setattr(trainer.tasks, "LossOptions", MoreOptions)
-    assert loss_options(MoreSettings(sharpness=3.0), PrecisionSettings()).sharpness == 3.0  # type: ignore[attr-defined]
-    assert loss_options(LossSettings(), PrecisionSettings()).sharpness == 1.0  # type: ignore[attr-defined]
+    assert loss_options(MoreSettings(sharpness=3.0), FLOAT32).sharpness == 3.0  # type: ignore[attr-defined]
+    assert loss_options(LossSettings(), FLOAT32).sharpness == 1.0  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from trainer.errors import InputError
-from trainer.ranges import Precision, Rate, job_section
+from trainer.ranges import AUTO, Precision, Rate, job_section
 
 KEEP_ENCODINGS = 4  # fingerprints that are kept by default; a refresh makes two, and so does an evaluation
 
@@ -72,10 +72,10 @@ class EncodeSettings:
     them.
     """
 
-    dtype: Precision = "fp32"
-    """What the encoder multiplies in; bf16: several times faster on GPUs."""
-    stored: Literal["fp32", "fp16"] = "fp32"
-    """What embeddings are on disk; fp16: half the disk and half the reading."""
+    dtype: Precision | Literal["auto"] = "auto"
+    """What the encoder multiplies in. auto: bf16 on a GPU that has it, where it is several times faster, else fp32."""
+    stored: Literal["fp32", "fp16", "auto"] = "auto"
+    """What embeddings are on disk; fp16: half the disk and half the reading. auto: fp16 where a GPU encodes in half precision."""
     device: str | None = None
     """Where: cpu, cuda or cuda:N; None: each rank on a GPU of its machine, where there is one."""
 
@@ -85,12 +85,14 @@ class EncodeSettings:
 
     @property
     def numbers(self) -> dict[str, str]:
-        """What of it decides an embedding; the device counts by what it is (see `numerics`)."""
+        """What of it decides an embedding, once a device is chosen; that counts by what it is (see `numerics`)."""
+        assert AUTO not in (self.dtype, self.stored), "encode_on says what they stand for"
         return {"dtype": self.dtype, "stored": self.stored}
 
     @property
     def stored_type(self) -> str:
-        """What numpy calls the embeddings on disk."""
+        """What numpy calls the embeddings on disk, once a device is chosen."""
+        assert self.stored != AUTO, "encode_on says what it stands for"
         return "float32" if self.stored == "fp32" else "float16"
 
 

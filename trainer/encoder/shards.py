@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trainer.encoder.auto import encode_on
 from trainer.encoder.encode import DTYPES, encode_rows, token_budget
 from trainer.encoder.packed import packs
 from trainer.encoder.settings import EncodeSettings
@@ -41,6 +42,7 @@ NAME = "shard-"
 
 
 DEFAULTS = EncodeSettings()
+FLOAT32 = EncodeSettings(dtype="fp32", stored="fp32")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Shards:
     folder: Path
     num_rows: int
     shard_rows: int
-    settings: EncodeSettings = DEFAULTS
+    settings: EncodeSettings = FLOAT32  # with nothing in them that is "auto"
 
     @property
     def num_shards(self) -> int:
@@ -150,10 +152,12 @@ def open_shards(
     """Return the shards of a token table under given weights; makes their folder.
 
     encoder: one that encodes as those of the weights do: on the same device, by the same products.
+    settings: what is "auto" in them is what suits the encoder's device.
     pins: protects the folder from deletion. None: another rank protects it, or nothing is ever deleted below this root.
     """
     shard_rows = rows_of_shard(len(tokens.lengths))
     part = encoder.part(side)  # of two towers
+    settings = encode_on(settings, next(encoder.parameters()).device)
     depends_on = {
         "weights": weights_digest,
         "pooling": pooling,
