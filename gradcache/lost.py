@@ -54,9 +54,10 @@ def tell_failure(error: BaseException) -> None:
         _store().compare_set(FAILED, "", reason)
 
 
-def told_failure() -> str | None:
+def told_failure(store: dist.Store | None = None) -> str | None:
     """Return which rank failed first, and why, if one has told; raises RuntimeError where the store is gone."""
-    return _store().get(FAILED).decode() if _store().check([FAILED]) else None
+    store = store or _store()
+    return store.get(FAILED).decode() if store.check([FAILED]) else None
 
 
 def _who_is_lost(group: dist.ProcessGroup, error: Exception) -> str:

@@ -1,6 +1,7 @@
 """What Slurm tells the processes that it starts: their place in a step, and what an mpiexec inside a job must not be told."""
 
 import os
+import re
 import subprocess
 from collections.abc import Mapping
 
@@ -24,10 +25,12 @@ def world_of_trainers(environment: Mapping[str, str]) -> dict[str, str]:
     num_tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     if num_tasks > 1:
         job, restarts = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_RESTART_COUNT", "0"))
+        on_node = tasks_of_node(environment.get("SLURM_STEP_TASKS_PER_NODE", ""), int(environment.get("SLURM_NODEID", "0")))
         return {
             "RANK": environment["SLURM_PROCID"],
             "LOCAL_RANK": environment["SLURM_LOCALID"],
             "WORLD_SIZE": str(num_tasks),
+            **({} if on_node is None else {"LOCAL_WORLD_SIZE": str(on_node)}),
             "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
             "MASTER_PORT": environment.get("MASTER_PORT") or str(port_of(job, restarts, int(environment["SLURM_STEP_ID"]))),
             "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS") or environment.get("SLURM_CPUS_PER_TASK", "1"),
@@ -39,6 +42,13 @@ def world_of_trainers(environment: Mapping[str, str]) -> dict[str, str]:
             f"started by srun, or by torchrun --nproc-per-node {started} -m negpool"
         )
     return {}
+
+
+def tasks_of_node(counts: str, node: int) -> int | None:
+    """Return how many tasks a node of a step has, by Slurm's short form, such as 2(x3),1; None if it does not say."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
+    of_nodes = [int(count) for count, times in found for _ in range(int(times or 1))]
+    return of_nodes[node] if node < len(of_nodes) else None
 
 
 def port_of(job: int, restarts: int, step: int = 0) -> int:

@@ -39,9 +39,8 @@ def parallelize(
         return Parallel(encoder, encoder, NoSync(encoder), optim, world)
     if settings.backend == "fsdp2":
         return with_fsdp2(encoder, world, settings, optim, encode_dtype)
-    assert world.accelerator is not None  # guests do not train
-    module = world.accelerator.prepare_model(encoder)
-    assert isinstance(module, DistributedDataParallel)
+    # BERT-type buffers never change; broadcasting them between two forwards would invalidate the first one's graph.
+    module = DistributedDataParallel(encoder, broadcast_buffers=False)
     sync = DDPSync(module)
     sync.settle_buckets()
     return Parallel(encoder, module, sync, optim, world)

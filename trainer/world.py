@@ -9,22 +9,22 @@ import ctypes
 import datetime
 import logging
 import os
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import KwargsHandler
 
 from gradcache.gates import quiet_torch
-from trainer.errors import TOLD, exit_code
+from trainer.encoder.auto import takes_bf16
+from trainer.errors import TOLD, InputError, MachineFailed, exit_code
+from trainer.place import Place, find_place, name_of_gpu, refuse_lonely, refuse_shared
+from trainer.ranges import AUTO
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Of accelerate's variables, those that say where processes run; all others say what they compute, or share the model out.
 PLACES = {  # of accelerate's variables, those that say where processes run; the others say what they compute
     "ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE",
     "ACCELERATE_DEBUG_RDV_FILE", "ACCELERATE_ENABLE_RICH",
@@ -42,9 +42,9 @@ class World:
     device: torch.device
     group: dist.ProcessGroup | None  # for tensors on the device; None: alone
     control: dist.ProcessGroup | None  # for small messages on the CPU, between steps; None: alone
-    accelerator: Accelerator | None  # None: a guest's, see `stay_alone`
     ranks_per_node: int = 1  # of this rank's node
     timeout_s: float = COLLECTIVE_TIMEOUT_S  # after which those who wait for a lost rank give up
+    is_guest: bool = False  # of a process that is not ours, see `stay_alone`
 
     @property
     def speaks(self) -> bool:
@@ -96,10 +96,7 @@ class World:
 
     def leave(self) -> None:
         """Leave the process group; a guest has joined none."""
-        if self.accelerator is None:
-            return
-        self.accelerator.end_training()
-        if dist.is_initialized():
+        if not self.is_guest and dist.is_initialized():
             dist.destroy_process_group()
 
     def barrier(self) -> None:
@@ -108,14 +105,19 @@ class World:
             dist.barrier(group=self.control)
 
 
-def take_arithmetic(environment: MutableMapping[str, str], encode: str, tf32: bool, compiles: bool) -> list[str]:
-    """Take out of the environment all that would change a step's numbers; return a clause for each that the job does not ask for.
-
-    encode, tf32, compiles: the job's precision.encode, precision.tf32 and model.compile.
-    """
+def take_arithmetic(environment: MutableMapping[str, str]) -> dict[str, str]:
+    """Take out of the environment all that would change a step's numbers, and return it."""
     found = {name: environment[name] for name in environment if _is_arithmetic(name)}
     for name in found:
         del environment[name]
+    return found
+
+
+def contradictions(found: Mapping[str, str], encode: str, tf32: bool, compiles: bool) -> list[str]:
+    """Return a clause for each of what was found in the environment that the job does not ask for.
+
+    encode, tf32, compiles: the job's precision.encode, precision.tf32 and model.compile.
+    """
     clauses = []
     if (narrow := found.get("ACCELERATE_MIXED_PRECISION", "no")) not in ("no", encode):
         clauses.append(f'ACCELERATE_MIXED_PRECISION={narrow} and the job precision.encode="{encode}"')
@@ -136,40 +138,79 @@ def join_world(
 ) -> World:
     """Join the process group that the launcher's environment describes (accelerate, torchrun, deepspeed), or stay alone.
 
-    encode, tf32, compiles: as `take_arithmetic` takes them.
+    encode, tf32, compiles: as `contradictions` takes them, or "auto".
     timeout_s: how long a collective waits for a rank that does not come.
+    Raises InputError, or leaves with its code where another rank says the sentence, where a GPU is not this rank's alone;
+    MachineFailed where the ranks do not reach each other.
     """
-    clauses = take_arithmetic(os.environ, encode, tf32, compiles)
-    timeout = datetime.timedelta(seconds=timeout_s)
+    found = take_arithmetic(os.environ)
     quiet_torch()
     keep_freed_memory()
-    use_cpu = not torch.cuda.is_available()
-    num_launched = int(os.environ.get("WORLD_SIZE", "1"))
-    # BERT-type buffers never change; broadcasting them between two forwards would invalidate the first one's graph.
-    handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
-    if num_launched > 1:  # naming a backend makes accelerate expect a group
-        handlers.append(InitProcessGroupKwargs(backend="gloo" if use_cpu else "nccl", timeout=timeout))
-    accelerator = Accelerator(cpu=use_cpu, mixed_precision="no", kwargs_handlers=handlers)
-    if clauses and accelerator.process_index == 0:
+    place = _said_once(int(os.environ.get("LOCAL_RANK", "0")), lambda: find_place(os.environ, torch.cuda.device_count()))
+    device = place.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # before anything is put on a GPU, which would be the first one's
+        os.environ["LOCAL_RANK"] = str(device.index)  # which DeepSpeed takes for the GPU's number
+    encode = ("bf16" if takes_bf16(device) else "fp32") if encode == AUTO else encode
+    if place.rank == 0 and (clauses := contradictions(found, encode, tf32, compiles)):
         log.warning("the environment says %s; the job decides", ", ".join(clauses))
-    if use_cpu and num_launched > 1:
+    timeout = datetime.timedelta(seconds=timeout_s)
+    several = place.num_ranks > 1
+    if several and not dist.is_initialized():
+        _join_group(place, timeout)
+    if several and device.type == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    several = accelerator.num_processes > 1
     return World(
-        rank=accelerator.process_index,
-        num_ranks=accelerator.num_processes,
-        device=accelerator.device,
+        rank=place.rank,
+        num_ranks=place.num_ranks,
+        device=device,
         group=dist.group.WORLD if several else None,
         control=dist.new_group(backend="gloo", timeout=timeout) if several else None,
-        accelerator=accelerator,
-        ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)),
+        ranks_per_node=place.ranks_per_node or place.num_ranks,
         timeout_s=timeout_s,
     )
 
 
+def _join_group(place: Place, timeout: datetime.timedelta) -> None:
+    """Make the default group: gloo's, or NCCL's, which is bound to this rank's GPU and connects here, where it can be told.
+
+    NCCL's errors end the process (TORCH_NCCL_ASYNC_ERROR_HANDLING is left as it is): what only gave up the message at work
+    would let half of a gradient into an update.
+    """
+    refuse_lonely(os.environ)
+    try:
+        store, *_ = next(dist.rendezvous("env://", place.rank, place.num_ranks, timeout=timeout))
+        store = dist.PrefixStore("negpool", store)
+        is_gpu = place.device.type == "cuda"
+        if is_gpu:
+            _said_once(place.rank, lambda: refuse_shared(store, place.num_ranks, name_of_gpu(place.device)))
+        dist.init_process_group(
+            place.backend,
+            store=store,
+            rank=place.rank,
+            world_size=place.num_ranks,
+            timeout=timeout,
+            device_id=place.device if is_gpu else None,
+        )
+    except dist.DistError as error:
+        hint = "NCCL_DEBUG=INFO shows what it tried" if place.device.type == "cuda" else "GLOO_SOCKET_IFNAME names a network"
+        reason = str(error).strip().splitlines()[0]
+        raise MachineFailed(f"rank {place.rank} does not reach the others by {place.backend}: {reason}; {hint}") from error
+
+
+def _said_once(rank: int, find: Callable[[], T]) -> T:
+    """Return what is found; where that raises InputError on all ranks, the first says the sentence, and the others leave."""
+    try:
+        return find()
+    except InputError as error:
+        if rank == 0:
+            raise
+        raise SystemExit(exit_code(error)) from None
+
+
 def stay_alone(device: torch.device) -> World:
     """Return the world of one process that is not ours, as a notebook's: nothing is joined, nothing of the process changed."""
-    return World(rank=0, num_ranks=1, device=device, group=None, control=None, accelerator=None)
+    return World(rank=0, num_ranks=1, device=device, group=None, control=None, is_guest=True)
 
 
 def keep_freed_memory() -> None:

@@ -32,6 +32,11 @@ def test_a_task_of_several_is_a_rank():
     assert world_of_trainers(TASK | {"MASTER_PORT": "7"})["MASTER_PORT"] == "7", "a person has chosen it"
 
 
+def test_a_rank_knows_how_many_its_machine_has():
+    mixed = TASK | {"SLURM_STEP_TASKS_PER_NODE": "3,5", "SLURM_NODEID": "1"}
+    assert world_of_trainers(mixed) == WORLD | {"LOCAL_WORLD_SIZE": "5"}
+
+
 def test_what_a_launcher_says_goes_before_what_slurm_says():
     for told in ({"RANK": "0"}, {"WORLD_SIZE": "1"}, {"SLURM_STEP_NUM_TASKS": "1"}):
         assert world_of_trainers(TASK | told) == {}

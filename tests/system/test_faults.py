@@ -253,7 +253,7 @@ def _who(log: Path, folder: str) -> list[str]:
 
 def take_part(rank: int, root: Path, name: str, is_disturbed: bool) -> None:
     """Train as rank 0, mine as rank 1, and evaluate each checkpoint that is mined as rank 2."""
-    run, here = root / name, World(0, 1, torch.device("cpu"), None, None, accelerator=None)  # type: ignore[arg-type]
+    run, here = root / name, World(0, 1, torch.device("cpu"), None, None)
     in_lockstep(root / f"{name}.log", int(is_disturbed))
     shared = {"run": {"folder": run, "trackers": ()}, "data": {"path": root / "data", "cache": root / "cache"}}
     shared["negatives"] = {"schedule": SCHEDULE, "first_wait_s": 60}
