@@ -22,13 +22,15 @@ PRELOAD = ["torch.distributed.fsdp", "transformers.models.bert.modeling_bert", "
 PRELOAD += ["mining.service", "launch.__main__", "launch.commands", "launch.sides"]  # not MPI, which starts when it is imported
 
 
-def run_ranks(fn: Callable, num_ranks: int, *args: Any, timeout_s: float = 120) -> list[Any]:
+def run_ranks(fn: Callable, num_ranks: int, *args: Any, timeout_s: float = 120, start: str = "forkserver") -> list[Any]:
     """Return fn(rank, *args) of every rank; fn is a module's function, and the default group connects the ranks.
 
+    start: "spawn" for ranks that use a GPU, which a fork of a process that has looked for GPUs cannot.
     Raises AssertionError with the remote traceback of the first rank that fails; ends all others.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = multiprocessing.get_context(start)
+    if start == "forkserver":
+        context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(num_ranks):

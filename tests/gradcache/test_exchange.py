@@ -1,0 +1,97 @@
+"""What travels between ranks with uneven rows: every value arrives, once, by one collective of equal parts."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from gradcache import exchange
+from gradcache.exchange import Counts, Keys, gather_keys, gather_rows, scatter_gradients
+from gradcache.ragged import Ragged
+from tests.ranks import run_ranks
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ROWS = [[(2,), (3,)], [(4, 1), (0, 2)], [(0, 3, 1), (2, 0, 0)], [(0, 0), (0, 0)]]  # of each part the rows of each rank
+WIDTH = 3
+
+
+def rows_of(part, rank, num_rows, dtype):
+    generator = torch.Generator().manual_seed(10 * part + rank)
+    return torch.randn(num_rows, WIDTH, generator=generator).to(dtype)
+
+
+def counted(name, calls):
+    original = getattr(exchange, name)
+
+    def call(*args, **kwargs):
+        calls.append(name)
+        return original(*args, **kwargs)
+
+    return call
+
+
+def sent_and_received(rank, counts, device="cpu"):
+    """Return by type what a rank gets of all ranks' rows, and of the sum of their gradients, and which collectives it called."""
+    calls: list[str] = []
+    for name in ("_all_gather", "_reduce_scatter"):
+        setattr(exchange, name, counted(name, calls))
+    found = {}
+    for dtype in DTYPES:
+        mine = [rows_of(part, rank, of_ranks[rank], dtype).to(device) for part, of_ranks in enumerate(counts)]
+        every = gather_rows(mine, counts, dist.group.WORLD)
+        # Each rank has a gradient for every row: the row times its own number.
+        wide = [(rank + 1) * rows.to(torch.promote_types(dtype, torch.float32)) for rows in every]
+        found[dtype] = [rows.cpu() for rows in every], [rows.cpu() for rows in scatter_gradients(wide, counts, dist.group.WORLD)]
+    return found, calls
+
+
+def assert_all_arrived(found, counts):
+    """Compare what the ranks received with what they were given, to the bit where nothing is added."""
+    num_ranks = len(counts[0])
+    factor = sum(range(1, num_ranks + 1))
+    for rank, (of_rank, calls) in enumerate(found):
+        assert calls == ["_all_gather", "_reduce_scatter"] * len(DTYPES), "one collective each, whatever the rows"
+        for dtype, (every, own) in of_rank.items():
+            for part, of_ranks in enumerate(counts):
+                sent = [rows_of(part, r, n, dtype) for r, n in enumerate(of_ranks)]
+                assert every[part].dtype == dtype and torch.equal(every[part], torch.cat(sent))
+                torch.testing.assert_close(own[part], factor * sent[rank].to(own[part].dtype))
+
+
+@pytest.mark.parametrize("counts", ROWS, ids=str)
+def test_rows_of_all_ranks_arrive_and_their_gradients_return(counts):
+    assert_all_arrived(run_ranks(sent_and_received, len(counts[0]), counts), counts)
+
+
+def keys_of_all(rank, queries, passages):
+    """Return what a rank knows of all ranks' keys; rank r has keys from 100 r on, and each query as many positives as its row."""
+
+    def keys(count, first):
+        return torch.arange(count) + 100 * rank + first
+
+    num_queries, num_passages = queries[rank], passages[rank]
+    counts_n = torch.arange(num_queries)
+    positives = Ragged(keys(int(counts_n.sum()), 50), counts_n)
+    mine = Keys(
+        passage_P=keys(num_passages, 0),
+        extra_X=keys(0, 0),
+        query_Q=keys(num_queries, 20),
+        target_Q=keys(num_queries, 30),
+        positives=positives,
+        values_QV=torch.full((num_queries, 2), 0.1 + rank, dtype=torch.float64),
+    )
+    num_positives = [n * (n - 1) // 2 for n in queries]
+    counts = Counts(queries=queries, passages=passages, extra=[0] * len(queries), positives=num_positives)
+    found = gather_keys(mine, counts, dist.group.WORLD)
+    return {**vars(found), "positives": (found.positives.values_m.tolist(), found.positives.counts_n.tolist())}
+
+
+@pytest.mark.parametrize(("queries", "passages"), [([2], [3]), ([4, 0], [1, 5]), ([0, 3, 1], [0, 0, 2])])
+def test_keys_of_all_ranks_arrive_with_the_bits_of_their_values(queries, passages):
+    for found in run_ranks(keys_of_all, len(queries), queries, passages):
+        for name, first, counts in (("passage_P", 0, passages), ("query_Q", 20, queries), ("target_Q", 30, queries)):
+            assert found[name].tolist() == [100 * rank + first + i for rank, n in enumerate(counts) for i in range(n)]
+        values, per_query = found["positives"]
+        assert per_query == [i for n in queries for i in range(n)]
+        assert values == [100 * rank + 50 + i for rank, n in enumerate(queries) for i in range(n * (n - 1) // 2)]
+        wanted = torch.tensor([0.1 + rank for rank, n in enumerate(queries) for _ in range(n)], dtype=torch.float64)
+        assert torch.equal(found["values_QV"], wanted[:, None].expand(-1, 2))
