@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gradcache import Temperature
 from trainer.backends import parallelize
+from trainer.batches import Batches
 from trainer.budget import kept_budget
 from trainer.checkpoint import Saver, clean_parts, load_state, load_weights
 from trainer.collapse import Collapse
@@ -61,7 +62,7 @@ class Training:
     world: World
     data: RetrievalData
     dataset: TrainingSet
-    rows: RowEncoder  # the encoder under its backend, under autocast if that is asked for
+    batches: Batches  # for the encoder under its backend, under autocast if that is asked for
     state: TrainState
     plain: Encoder | None  # a copy that no backend holds: what is published and, of a sharded one, evaluated
     lr_factor: Callable[[int], float]  # of a step's learning rate
@@ -139,12 +140,7 @@ def prepare(job: TrainJob, world: World) -> Training:
         world,
         data,
         dataset,
-        RowEncoder(
-            encode_in(state.parallel.module, job.precision, world.device),
-            world.device,
-            encoder.has_two_towers,
-            is_packed=packs(encoder, world.device, DTYPES[job.precision.encode]),
-        ),
+        Batches(job, world, dataset, row_encoder(job, world, encoder, state), num_steps),
         state,
         loaded.plain,
         build_schedule(job.optim, num_steps),
@@ -164,6 +160,13 @@ def prepare(job: TrainJob, world: World) -> Training:
         Warnings(status, metrics),
         open_profile(job.profile.numbers, range(state.step + 1, num_steps + 1), world, run / "logs", metrics.record),
     )
+
+
+def row_encoder(job: TrainJob, world: World, encoder: Encoder, state: TrainState) -> RowEncoder:
+    """Return what encodes the chunks of a step: the encoder under its backend, under autocast if that is asked for."""
+    encode = encode_in(state.parallel.module, job.precision, world.device)
+    is_packed = packs(encoder, world.device, DTYPES[job.precision.encode])
+    return RowEncoder(encode, world.device, encoder.has_two_towers, is_packed)
 
 
 def start_figures(job: TrainJob, state: TrainState) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from torch.profiler import record_function
 from gradcache import NotFinite, StepResult, cached_step
 from gradcache.replay import replay_seed
 from gradcache.way import Way
+from trainer.batches import Share
 from trainer.budget import find_budget
-from trainer.data.collate import collate
-from trainer.data.sampler import Part, rank_slice, sources_begun_anew, step_parts
+from trainer.data.sampler import sources_begun_anew
 from trainer.evaluate import Stopped
 from trainer.finish import finish
 from trainer.job import TrainJob
@@ -70,6 +70,7 @@ def train(job: TrainJob, world: World) -> Outcome:
     except NotFinite as error:
         raise not_finite(run, error) from error
     finally:
+        run.batches.close()  # before the negatives that it may be reading
         run.feed.close()
         run.profile.close()
         run.metrics.close()
@@ -104,12 +105,13 @@ def switch_negatives(run: Training) -> bool:
 
 def step(run: Training) -> StepResult:
     """Leave the exact gradient of this step in the parameters. Collective."""
-    run.data_s, number = 0.0, run.state.step
-    parts = step_parts(run.order, number)
+    started, number = time.perf_counter(), run.state.step
+    shares = run.batches.of_step(number, run.order, run.feed.of_step(number))
+    run.data_s, parts = time.perf_counter() - started, [share.part for share in shares]
     run.batch_key = xxhash.xxh3_64_hexdigest(np.concatenate([part.rows for part in parts]).tobytes())
     for source in sources_begun_anew(run.order, number):
         log.info("step %d: source %s begins again, others are longer", number, run.data.sources[source].name)
-    results = [take_part(run, part, i, is_last=i == len(parts) - 1) for i, part in enumerate(parts)]
+    results = [take_part(run, share, i, is_last=i == len(parts) - 1) for i, share in enumerate(shares)]
     result = joined(results, [run.tasks[part.source].weight for part in parts])
     if result.num_halved:  # on any rank: all go on with one budget
         assert run.state.budget is not None
@@ -118,20 +120,10 @@ def step(run: Training) -> StepResult:
     return result
 
 
-def take_part(run: Training, part: Part, number: int, is_last: bool) -> StepResult:
+def take_part(run: Training, share: Share, number: int, is_last: bool) -> StepResult:
     """Add the gradient of one task's queries; the last part synchronises the sum. Collective."""
-    job, state, world, task = run.job, run.state, run.world, run.tasks[part.source]
-    started = time.perf_counter()
-    batch = collate(
-        run.dataset,
-        run.feed.of_step(state.step),
-        rank_slice(part.rows, world.rank, world.num_ranks),
-        run.rows,
-        per_query=job.negatives.per_query,
-        seed=job.run.seed,
-        step=state.step,
-    )
-    run.data_s += time.perf_counter() - started
+    job, state, world, (part, batch) = run.job, run.state, run.world, share
+    task = run.tasks[part.source]
     if state.budget is None:
         state.budget = find_budget(job.chunk, batch, state.parallel.encoder, world)
     result = cached_step(
