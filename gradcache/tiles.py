@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gradcache import fused
 from gradcache.blocks import Blocks
+from gradcache.free import free_bytes
 from gradcache.masks import Masks
 from gradcache.matrix import Matrix, TileGradients
 from gradcache.objectives.tile import FLOOR, Objective, trained_parameters
@@ -164,8 +165,7 @@ def rows_of_tile(row_bytes: int, device: torch.device) -> int:
     rows = max(1, TILE_BYTES.get(device.type, TILE_BYTES["cuda"]) // row_bytes)
     fewest = FEWEST_ROWS.get(device.type, FEWEST_ROWS["cuda"])
     if device.type == "cuda" and rows < fewest:
-        free, _ = torch.cuda.mem_get_info(device)
-        rows = max(rows, min(fewest, free // 4 // row_bytes))
+        rows = max(rows, min(fewest, free_bytes(device) // 4 // row_bytes))
     return rows
 
 

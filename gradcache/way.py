@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradcache.exchange import Counts
+from gradcache.free import free_bytes
 from gradcache.options import LossOptions
 from gradcache.tiles import num_statistics
 from gradcache.widths import View
@@ -98,7 +99,7 @@ def keep_bytes(options: LossOptions, device: torch.device) -> int:
             f"keep_scores_gib={asked:g} is more than the {memory / GIB:.1f} GiB of memory that {device} has; set it lower"
         )
     if asked is None and device.type == "cuda":
-        return int(KEPT_SHARE * torch.cuda.mem_get_info(device)[0])
+        return int(KEPT_SHARE * free_bytes(device))
     return int(kept_by_default(options, device))
 
 

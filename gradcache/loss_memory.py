@@ -1,0 +1,106 @@
+"""What the loss of a step holds on one rank, in bytes, from sizes alone: before any batch is encoded.
+
+Counted is what lives at once where most does: embeddings and what travelled of them, their gradients, one tile of scores, and the
+scores that are kept for the gradient. Short lists of keys and cells are left out.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from gradcache.blocks import BLOCK_BYTES
+from gradcache.exchange import Counts
+from gradcache.options import LossOptions
+from gradcache.tiles import rows_of_tile
+from gradcache.way import GIB, KEPT_ON_CPU_GIB, KEPT_SHARE, choose_way, targets_travel
+from gradcache.widths import plan_views
+
+# Copies of a block that are made of its scores: by the closed form of a soft-max, and by autograd of any other objective.
+CLOSED_COPIES, AUTOGRAD_COPIES = 2, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSizes:
+    """How much a step brings, at most."""
+
+    queries: int  # of all ranks
+    passages: int  # of all ranks, those of every query counted
+    width: int
+    num_ranks: int
+
+    @property
+    def queries_here(self) -> int:
+        """Queries of a rank."""
+        return math.ceil(self.queries / self.num_ranks)
+
+    @property
+    def passages_here(self) -> int:
+        """Passages of a rank."""
+        return math.ceil(self.passages / self.num_ranks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossBytes:
+    """What the loss holds where it holds most."""
+
+    embeddings: int  # with what travelled of them, and gradients
+    tile: int
+    kept_scores: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.embeddings + self.tile + self.kept_scores
+
+
+def loss_bytes(options: LossOptions, sizes: LossSizes, device: torch.device, room_bytes: float) -> LossBytes:
+    """Return what the loss of a step holds. room_bytes: what a rank has besides; a share of it may be kept as scores."""
+    dtype = options.product_dtype or torch.float32
+    views = plan_views(options.widths, options.width_weights, {"embedding": sizes.width}, options.outputs)
+    is_spread = sizes.num_ranks > 1 and _queries_travel(options, sizes, torch.empty(0, sizes.width, dtype=dtype, device=device))
+    here, passages_here = sizes.queries_here, sizes.passages_here
+    if is_spread:
+        rows, columns, travelled = sizes.queries, passages_here, sizes.queries * (2 if targets_travel(options) else 1)
+        columns += options.same_side * here
+    else:
+        rows, columns = here, sizes.passages + options.same_side * sizes.queries
+        travelled = sizes.passages + (sizes.queries if options.symmetric or options.same_side else 0)
+        travelled *= sizes.num_ranks > 1
+    num_terms = len(views) * (2 if options.symmetric else 1)
+    narrow, own, whole = dtype.itemsize, here + passages_here, sizes.width * 4
+    # As encoded, as multiplied, targets, what travelled, joined columns or cut views.
+    copied = (rows + columns) * (options.same_side or options.widths is not None)
+    widened = 4 * (rows + columns) * (narrow < 4 and device.type == "cpu")  # see products.py
+    embeddings = sizes.width * (own * (4 + narrow * (narrow < 4)) + (here + travelled + copied) * narrow + widened)
+    summed = (own + here + travelled) * whole  # of queries, targets, passages, and of what travelled
+    in_tiles = (rows + columns) * whole + summed * (num_terms > 1)
+    behind = summed + (travelled + 3 * own) * whole  # packed to travel; joined, of distinct rows, and of a chunk
+    scores = 4 * rows * columns * len(views) * (2 if options.symmetric and options.same_side else 1)
+    kept = int(min(scores, _may_keep(options, device, room_bytes))) if is_spread else 0
+    tile = _tile_bytes(options, rows, max(1, columns), narrow, device, is_kept=kept == scores)
+    return LossBytes(embeddings=embeddings + max(in_tiles, behind - tile - kept), tile=tile, kept_scores=kept)
+
+
+def _queries_travel(options: LossOptions, sizes: LossSizes, no_rows: torch.Tensor) -> bool:
+    here, there = [sizes.queries_here] * sizes.num_ranks, [sizes.passages_here] * sizes.num_ranks
+    counts = Counts(queries=here, passages=there, extra=[0] * sizes.num_ranks, positives=here)
+    views = plan_views(options.widths, options.width_weights, {"embedding": sizes.width}, options.outputs)
+    return choose_way(options, counts, views, no_rows, sizes.num_ranks).travels == "queries"
+
+
+def _tile_bytes(options: LossOptions, rows: int, columns: int, narrow: int, device: torch.device, is_kept: bool) -> int:
+    """Return the bytes of a tile of scores, if it is not one that is kept, its gradient in the type of products, and copies of a
+    block of it.
+    """
+    tile = 4 * columns * min(rows, options.tile_rows or rows_of_tile(4 * columns, device))
+    is_soft_max, on_gpu = options.objective.is_soft_max, device.type == "cuda"
+    block = min(tile, max(4 * columns, BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"])))
+    copies = 0 if is_soft_max and on_gpu else CLOSED_COPIES if is_soft_max else AUTOGRAD_COPIES
+    return tile * (not is_kept) + (tile * narrow // 4 if on_gpu and narrow < 4 else 0) + copies * block
+
+
+def _may_keep(options: LossOptions, device: torch.device, room_bytes: float) -> float:
+    if options.keep_scores_gib is not None:
+        return options.keep_scores_gib * GIB
+    return KEPT_ON_CPU_GIB * GIB if device.type == "cpu" else KEPT_SHARE * room_bytes
