@@ -64,12 +64,19 @@ def packed_attention(module, query, key, value, rows: tuple, dropout: float, sca
 
     rows: (starts (n + 1,) int32, length of the longest, whether tokens look back only, how far they look with themselves).
     """
-    # Products are in 16 bits under autocast, but rotations and norms may have left float32 behind.
-    kind = query.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
-    if kind == "cuda" and dtype in HALVES:
-        return _flash(query.to(dtype), key.to(dtype), value.to(dtype), rows, dropout, scaling)
-    return _padded(module, query, key, value, rows, dropout, scaling)
+    dtype = flash_dtype(value)
+    if dtype is None:
+        return _padded(module, query, key, value, rows, dropout, scaling)
+    # Rotations and norms may have left float32 behind.
+    return _flash(query.to(dtype), key.to(dtype), value.to(dtype), rows, dropout, scaling)
+
+
+def flash_dtype(value: Tensor) -> torch.dtype | None:
+    """Return the 16 bits that products with a value are made in, where torch has a flash kernel for them, else None."""
+    if value.device.type != "cuda":
+        return None
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else value.dtype
+    return dtype if dtype in HALVES else None
 
 
 def without_cudnn(device: torch.device) -> AbstractContextManager:
@@ -122,11 +129,11 @@ def _is_plain(query: Tensor, key: Tensor, value: Tensor, kwargs: dict) -> bool:
 
 
 def mask_of(attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
-    """Return the mask that transformers builds for `sdpa`; on a GPU also where nothing is padded but a mask is given.
+    """Return the mask that transformers builds for `sdpa`; off the CPU from every mask that is given.
 
-    To see whether a given one masks anything the host would wait for the device.
+    To see whether it masks anything the host would wait for the device.
     """
-    if attention_mask is not None and attention_mask.is_cuda:
+    if attention_mask is not None and attention_mask.device.type != "cpu":
         kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     return sdpa_mask(attention_mask=attention_mask, **kwargs)
 

@@ -51,12 +51,14 @@ def transformer_inputs(model: PreTrainedModel, ids_T: Tensor, rows: Packed) -> d
     """Return the arguments of a transformer for packed texts, as one row; by transformers' names for what attention needs."""
     if not is_packable(model):
         raise ValueError(f"a model of type {model.config.model_type} takes no packed texts; see packs()")
+    # With texts of one token each the kernel would regroup the heads, and torch.compile would compile once more.
+    longest = max(2, rows.longest)
     return {
         "input_ids": ids_T.unsqueeze(0),
         "attention_mask": packed_marker(ids_T.device),
         "position_ids": (rows.places(len(ids_T)) + first_position(model)).unsqueeze(0),
         "cu_seq_lens_q": rows.starts,
         "cu_seq_lens_k": rows.starts,
-        "max_length_q": rows.longest,
-        "max_length_k": rows.longest,
+        "max_length_q": longest,
+        "max_length_k": longest,
     }

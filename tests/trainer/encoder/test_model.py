@@ -8,6 +8,7 @@ import torch
 from tests.tiny import write_tiny_encoder
 from trainer.encoder.model import ModelSettings, check_model, load_encoder, save_encoder, weights_digest
 from trainer.encoder.pooling import POOLINGS
+from trainer.encoder.rows import Padded
 from trainer.errors import InputError
 
 TEXTS = ["read the file", "sort a list of one date by key and value", "a"]
@@ -40,7 +41,7 @@ def test_pooling_sees_the_real_tokens_alone(name, side):
         "last": [r[-1] for r in real],
         "weighted_mean": [(r * w).sum(0) / w.sum() for r, w in zip(real, weights, strict=True)],
     }[name]
-    torch.testing.assert_close(POOLINGS[name](states, mask), torch.stack(wanted))
+    torch.testing.assert_close(POOLINGS[name](states, Padded(mask, mask)), torch.stack(wanted))
 
 
 def test_what_is_saved_loads_with_the_same_traits_and_embeddings(folder, tmp_path):

@@ -38,3 +38,7 @@ def test_evaluation_multiplies_as_training_does_on_a_cpu_with_bfloat16_too(tmp_p
     inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")
     with torch.no_grad():
         assert torch.equal(encoder.train()(inputs), encoder.eval()(inputs))
+        is_token, longest = inputs["attention_mask"].bool(), inputs["input_ids"].shape[1]
+        starts = torch.nn.functional.pad(is_token.sum(1).cumsum(0), (1, 0)).int()
+        packed = encoder({"input_ids": inputs["input_ids"][is_token], "starts": starts, "longest": longest})
+        torch.testing.assert_close(packed, encoder(inputs), rtol=0, atol=1e-5)
