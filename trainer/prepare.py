@@ -19,6 +19,7 @@ from trainer.batches import Batches
 from trainer.budget import kept_budget
 from trainer.checkpoint import Saver, clean_parts, load_state, load_weights
 from trainer.collapse import Collapse
+from trainer.compiling import Compiling, choose
 from trainer.data.collate import RowEncoder, TrainingSet, given_negatives, training_set
 from trainer.data.datasets import RetrievalData, open_data
 from trainer.data.order import build_order
@@ -81,6 +82,7 @@ class Training:
     saved_step: int | None  # of the newest checkpoint
     warnings: Warnings
     profile: Profile
+    compiling: Compiling  # of the layers
     collapse: Collapse = field(default_factory=Collapse)
     gradients: Gradients = field(default_factory=Gradients)
     narrowing: Lasting = field(default_factory=Lasting)  # of the embeddings of steps
@@ -121,6 +123,7 @@ def prepare(job: TrainJob, world: World) -> Training:
     status.update(phase="preparing")
     num_steps = job.optim.steps or max(1, math.ceil(job.optim.epochs * order.steps_per_epoch))
     check_steps(job, num_steps)
+    compiling = choose(job, world, dataset, encoder, num_steps)
     state = first_state(job, world, loaded)
     if checkpoint is None:
         check_weights(job, world, state)
@@ -159,6 +162,7 @@ def prepare(job: TrainJob, world: World) -> Training:
         None if checkpoint is None else checkpoint.step,
         Warnings(status, metrics),
         open_profile(job.profile.numbers, range(state.step + 1, num_steps + 1), world, run / "logs", metrics.record),
+        compiling,
     )
 
 

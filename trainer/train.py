@@ -19,6 +19,7 @@ from gradcache.replay import replay_seed
 from gradcache.way import Way
 from trainer.batches import Share
 from trainer.budget import find_budget
+from trainer.compiling import compile_layers
 from trainer.data.sampler import sources_begun_anew
 from trainer.evaluate import Stopped
 from trainer.finish import finish
@@ -55,7 +56,7 @@ def train(job: TrainJob, world: World) -> Outcome:
                 grad_norm = update(run)
             state.step += 1
             with record_function("record"):
-                record(run, result, grad_norm, time.perf_counter() - started)
+                record(run, result, grad_norm, time.perf_counter() - started - run.compiling.seconds)
             check_skipped(run)
             warn_of_step(run, grad_norm, result.spread)
             check_collapsed(run, result.spread)
@@ -105,6 +106,7 @@ def switch_negatives(run: Training) -> bool:
 
 def step(run: Training) -> StepResult:
     """Leave the exact gradient of this step in the parameters. Collective."""
+    run.compiling.seconds = 0.0
     started, number = time.perf_counter(), run.state.step
     shares = run.batches.of_step(number, run.order, run.feed.of_step(number))
     run.data_s, parts = time.perf_counter() - started, [share.part for share in shares]
@@ -126,6 +128,7 @@ def take_part(run: Training, share: Share, number: int, is_last: bool) -> StepRe
     task = run.tasks[part.source]
     if state.budget is None:
         state.budget = find_budget(job.chunk, batch, state.parallel.encoder, world)
+    compile_layers(run, batch)
     result = cached_step(
         batch,
         loss=task.loss,
@@ -176,6 +179,7 @@ def record(run: Training, result: StepResult, grad_norm: float, seconds: float) 
         "share/padding": round(1 - result.num_tokens / max(1, result.num_padded_tokens), 4),
         "share/encoded_twice": result.share_encoded_twice,
         "share/masked": result.share_masked,
+        "compiled": run.compiling.compiles,
         "spread": result.spread,
         "time/step_s": round(seconds, 4),
         "time/data_s": round(run.data_s, 5),

@@ -7,11 +7,12 @@ before any library reads it, and said where the job says otherwise.
 import contextlib
 import ctypes
 import datetime
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -113,7 +114,7 @@ def take_arithmetic(environment: MutableMapping[str, str]) -> dict[str, str]:
     return found
 
 
-def contradictions(found: Mapping[str, str], encode: str, tf32: bool, compiles: bool) -> list[str]:
+def contradictions(found: Mapping[str, str], encode: str, tf32: bool, compiles: bool | Literal["auto"]) -> list[str]:
     """Return a clause for each of what was found in the environment that the job does not ask for.
 
     encode, tf32, compiles: the job's precision.encode, precision.tf32 and model.compile.
@@ -121,8 +122,8 @@ def contradictions(found: Mapping[str, str], encode: str, tf32: bool, compiles: 
     clauses = []
     if (narrow := found.get("ACCELERATE_MIXED_PRECISION", "no")) not in ("no", encode):
         clauses.append(f'ACCELERATE_MIXED_PRECISION={narrow} and the job precision.encode="{encode}"')
-    if (compiler := found.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower() != "no" and not compiles:
-        clauses.append(f"ACCELERATE_DYNAMO_BACKEND={compiler} and the job model.compile=false")
+    if (compiler := found.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower() != "no" and compiles is not True:
+        clauses.append(f"ACCELERATE_DYNAMO_BACKEND={compiler} and the job model.compile={json.dumps(compiles)}")
     for name in TF32:
         if name in found and (found[name] == "1") != tf32:
             clauses.append(f"{name}={found[name]} and the job precision.tf32={str(tf32).lower()}")
@@ -134,7 +135,10 @@ def _is_arithmetic(name: str) -> bool:
 
 
 def join_world(
-    encode: str = "fp32", tf32: bool = False, compiles: bool = False, timeout_s: float = COLLECTIVE_TIMEOUT_S
+    encode: str = "fp32",
+    tf32: bool = False,
+    compiles: bool | Literal["auto"] = False,
+    timeout_s: float = COLLECTIVE_TIMEOUT_S,
 ) -> World:
     """Join the process group that the launcher's environment describes (accelerate, torchrun, deepspeed), or stay alone.
 

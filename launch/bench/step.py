@@ -73,10 +73,10 @@ class StepBench:
     ):
         """queries: pairs over all ranks. path, model: also by the names of `made_texts.py` and `shapes.py`."""
         self.world, self.model_name, self.max_tokens, self.precision = world, model_of(model), max_tokens, precision
-        settings = ModelSettings(
-            name=self.model_name, max_query_tokens=max_tokens, max_passage_tokens=max_tokens, compile=compiles
-        )
+        settings = ModelSettings(name=self.model_name, max_query_tokens=max_tokens, max_passage_tokens=max_tokens)
         self.encoder, self.tokenizer, self.traits = load_encoder(settings)
+        if compiles:
+            self.encoder.compile_layers()
         self.parallel = parallelize(self.encoder, world, ParallelSettings(), OptimSettings())
         self.encode = encode_in(self.parallel.module, PrecisionSettings(encode=precision), world.device)  # type: ignore[arg-type]
         self.models: list[nn.Module] = [self.encoder]

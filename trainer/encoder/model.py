@@ -74,7 +74,7 @@ def _load_tower(recorded: Recorded, settings: ModelSettings, is_empty: bool) -> 
         layers = layers_behind(recorded, settings, width)
     traits = settle_width(traits, settings, width_behind(layers, width))
     assert pool is not None, "an unknown one was refused with the traits"
-    encoder = Encoder(model, pool, layers, traits, settings.compile).train()
+    encoder = Encoder(model, pool, layers, traits).train()
     return _emptied(encoder) if is_empty else encoder, tokenizer, traits
 
 

@@ -44,8 +44,10 @@ class ModelSettings:
     """Numbers of an embedding that are used, the first (Matryoshka); None: the folder's, else all."""
     checkpoint_activations: bool = False
     """Compute activations again in the backward: a chunk's graph takes less memory and a third more time; not for kept graphs."""
-    compile: bool = False
-    """Compile the layers by torch.compile: a minute at the start, then faster steps on a GPU."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the layers for training by torch.compile: a minute at the start, then faster steps on a GPU; auto: on a GPU, where
+    the run is long enough to repay that.
+    """
     dropout: Rate | None = None
     """Of every layer while training; None: the model's own, and 0 saves a fifth of the time."""
     lora_rank: NonNegativeInt = 0

@@ -180,8 +180,9 @@ def open_shards(
 def numerics(encoder: Encoder) -> dict[str, Any]:
     """Return what decides how an encoder computes, beside its weights: what a job or the kind of machine chooses.
 
-    TensorFloat-32 and 4-bit layers move an embedding by a thousandth; another device or a compiler moves its last bits,
-    and two halves of a table that were made differently would not rank equal texts alike. Versions of libraries are left out:
+    TensorFloat-32 and 4-bit layers move an embedding by a thousandth; another device moves its last bits, and two halves of a
+    table that were made differently would not rank equal texts alike. Compiled layers are none of it: they train, and plain
+    ones make every embedding that is kept (see compiled.py). Versions of libraries are left out:
     an upgrade may change the last bits, the embedding is as good as before, and encoding the corpus again would gain nothing.
     """
     device = next(encoder.parameters()).device
@@ -189,7 +190,6 @@ def numerics(encoder: Encoder) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
         "tf32": on_gpu and torch.backends.cuda.matmul.allow_tf32,
-        "compiled": encoder.is_compiled,
         "quantized": encoder.is_quantized,
         "budget": token_budget(device),
     }

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trainer.encoder.backbone import checkpoint_activations, layers_of, positions_from_mask
-from trainer.encoder.compiled import CompiledLayers
+from trainer.encoder.compiled import CompiledLayers, as_layers_take_it
 from trainer.encoder.layers import Layer, width_behind
 from trainer.encoder.packed import transformer_inputs
 from trainer.encoder.pooling import Pooling, num_poolings
@@ -25,6 +25,7 @@ class Encoder(nn.Module):
     """Token ids to one vector a text; the module that is trained, wrapped and saved."""
 
     has_two_towers = False  # if so, `forward` must be told the side of its texts
+    _compiled: CompiledLayers | None = None
 
     def __init__(
         self,
@@ -32,7 +33,6 @@ class Encoder(nn.Module):
         pool: Pooling,
         layers: Sequence[Layer],
         traits: Traits,
-        is_compiled: bool = False,
     ):
         """layers: behind the pooling, in their order, of which every embedding then has its first `traits.width` numbers."""
         super().__init__()
@@ -42,7 +42,6 @@ class Encoder(nn.Module):
         self.normalize = traits.normalize
         self._num_poolings = num_poolings(traits.pooling)
         self.cut = traits.width
-        self._compiled = CompiledLayers(model) if is_compiled else None
         self._needs_positions = positions_from_mask(model)
 
     def forward(self, inputs: Mapping[str, Any], keep_activations: bool = False) -> Tensor:
@@ -52,6 +51,8 @@ class Encoder(nn.Module):
         pooled: those behind the prompt. Packed texts have `starts` and `longest` instead, see packed.py.
         keep_activations: recompute none in backward, also where the model's layers are set to.
         """
+        if self._compiled is not None and self.training:
+            inputs = as_layers_take_it(inputs)
         rows = rows_of(inputs)
         with self._checkpointing_paused(keep_activations):
             states = self._run(self._taken(inputs["input_ids"], rows))
@@ -73,6 +74,24 @@ class Encoder(nn.Module):
         """Return the repeated layers of the transformer."""
         return layers_of(self.model)
 
+    def train(self, mode: bool = True) -> "Encoder":
+        """Train or evaluate, as of any module; layers are compiled in training alone."""
+        super().train(mode)
+        if self._compiled is not None:
+            self._compiled.serve(mode)
+        return self
+
+    def compile_layers(self, is_packed: bool = False) -> None:
+        """Have training run its layers by torch.compile, from the next call on. is_packed: whether all inputs will be packed."""
+        self._compiled = CompiledLayers(self.model, is_packed)
+
+    def leave_compiled(self, reason: str) -> None:
+        """Run plain layers again, and say why once: only between steps, because plain ones then draw in their own way."""
+        if self._compiled is not None:
+            self._compiled.give_up(reason)
+            self._compiled.put_back()
+            self._compiled = None
+
     @property
     def width(self) -> int:
         whole = self.whole_width
@@ -90,7 +109,7 @@ class Encoder(nn.Module):
 
     @property
     def is_compiled(self) -> bool:
-        """Whether its layers are run by torch.compile."""
+        """Whether its layers are run by torch.compile while it trains."""
         return self._compiled is not None and self._compiled.is_used
 
     @property
@@ -114,7 +133,8 @@ class Encoder(nn.Module):
 
     def _run(self, inputs: Mapping[str, Any]) -> Tensor:
         run = functools.partial(self.model, **inputs)
-        return (run() if self._compiled is None else self._compiled.call(run)).last_hidden_state
+        compiled = self._compiled if self.training else None
+        return (run() if compiled is None else compiled.call(run)).last_hidden_state
 
     @contextmanager
     def _checkpointing_paused(self, keep_activations: bool) -> Iterator[None]:
@@ -159,13 +179,23 @@ class TwoTowers(Encoder):
         """Return the repeated layers of both transformers."""
         return [*self.query.layers(), *self.passage.layers()]
 
+    def compile_layers(self, is_packed: bool = False) -> None:
+        """Have training run the layers of both by torch.compile."""
+        for side in SIDES:
+            self.side(side).compile_layers(is_packed)
+
+    def leave_compiled(self, reason: str) -> None:
+        """Run plain layers in both again."""
+        for side in SIDES:
+            self.side(side).leave_compiled(reason)
+
     @property
     def width(self) -> int:
         return self.query.width
 
     @property
     def is_compiled(self) -> bool:
-        return self.query.is_compiled
+        return self.query.is_compiled and self.passage.is_compiled
 
     @property
     def is_quantized(self) -> bool:

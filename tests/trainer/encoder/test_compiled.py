@@ -1,85 +1,169 @@
-"""Compiled layers: the gradients of plain ones, dropout replayed between both encodings, and a fallback that is said."""
-
-import logging
+"""Compiled layers: the gradients of plain ones, dropout replayed, a bound on what is compiled, and a fall-back that is said."""
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.gradients import assert_same_gradients, gradients_of
-from tests.trainer.encoder.families import TEXTS, write_family
+from tests.trainer.encoder.families import write_family
 from trainer.encoder import compiled as compiled_module
 from trainer.encoder.model import ModelSettings, load_encoder, save_encoder, weights_digest
 
+SHAPES = [(4, 4), (6, 12), (2, 20), (3, 1), (5, 2)]  # rows and columns of chunks, the first with as many as heads; …
+SINGLE = [(1, 9), (1, 16), (1, 1)]  # … and of chunks of one row
+
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_family(tmp_path_factory.mktemp("compiled"), "qwen3")
+def folders(tmp_path_factory):
+    """A model that draws before its first layer, and one that looks back only."""
+    root = tmp_path_factory.mktemp("compiled")
+    return {family: write_family(root / family, family) for family in ("bert", "qwen3")}
 
 
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    """Trace and differentiate as ever, but for one shape and without generating C++, which would take minutes."""
+@pytest.fixture
+def counter(monkeypatch):
+    """Trace as ever, run what was traced as it is, and count it: generating C++ would take minutes."""
     torch._dynamo.reset()
-    monkeypatch.setattr(compiled_module, "HOW", {"backend": "aot_eager", "dynamic": False})
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(compiled_module, "HOW", {"backend": counter, "dynamic": True})
+    return counter
 
 
-def load(folder, **settings):
-    return load_encoder(ModelSettings(name=str(folder), pooling="mean", **settings))
+def load(folder, compiles=False, is_packed=False, **settings):
+    encoder, *_ = load_encoder(ModelSettings(name=str(folder), pooling="mean", **settings))
+    if compiles:
+        encoder.compile_layers(is_packed)
+    return encoder
 
 
-def batch(tokenizer):
-    return dict(tokenizer(TEXTS, padding=True, return_tensors="pt"))
+def chunk(rows, columns, is_padded=True):
+    """A chunk whose last row is shorter, or one of a single length, which has no mask."""
+    ids = torch.randint(5, 15, (rows, columns), generator=torch.Generator().manual_seed(0))
+    if not is_padded:
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    mask = torch.ones_like(ids)
+    mask[-1, columns // 2 + 1 :] = 0
+    return {"input_ids": ids, "attention_mask": mask}
 
 
-def step(encoder, inputs):
-    torch.manual_seed(1)
-    embedding = encoder(inputs)
-    weight = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(0))
-    (embedding * weight).sum().backward()
-    return embedding.detach()
+def packed(*lengths):
+    """A chunk of rows without padding, one behind the other."""
+    ids = torch.randint(5, 15, (sum(lengths),), generator=torch.Generator().manual_seed(0))
+    starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return {"input_ids": ids, "starts": starts, "longest": max(lengths)}
 
 
-def test_compiled_gradients_are_the_plain_ones(folder, caplog):
-    plain, tokenizer, _ = load(folder, dropout=0.0)
-    compiled, *_ = load(folder, dropout=0.0, compile=True)
-    with caplog.at_level(logging.WARNING):
-        inputs = batch(tokenizer)
-        with torch.inference_mode():  # as evaluation does, before the first step
-            torch.testing.assert_close(compiled.eval()(inputs), plain.eval()(inputs), rtol=0, atol=1e-5)
-        compiled.train()
-        plain.train()
-        torch.testing.assert_close(step(compiled, inputs), step(plain, inputs), rtol=0, atol=1e-5)
-    assert_same_gradients(gradients_of(encoder=compiled), gradients_of(encoder=plain))
-    assert not [record for record in caplog.records if record.name == compiled_module.__name__]
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+def encode(encoder, inputs, with_graph=False, seed=1):
+    torch.manual_seed(seed)
+    with torch.set_grad_enabled(with_graph):
+        return encoder(inputs)
+
+
+def step(encoder, chunks):
+    """Encode chunks as a cached step does, without graph and then with one; return the embeddings of both."""
+    found = []
+    for number, inputs in enumerate(chunks):
+        found.append(encode(encoder, inputs, seed=number))
+    for number, inputs in enumerate(chunks):
+        again = encode(encoder, inputs, with_graph=True, seed=number)
+        weight = torch.randn(again.shape, generator=torch.Generator().manual_seed(number))
+        (again * weight).sum().backward()
+        found.append(again.detach())
+    return found
+
+
+def told(caplog):
+    return [record.message for record in caplog.records if record.name == compiled_module.__name__]
+
+
+@pytest.mark.parametrize(("family", "single"), [("bert", SINGLE), ("qwen3", [])])
+def test_a_step_of_many_chunks_has_the_plain_gradients_and_few_compilations(folders, family, single, counter, caplog):
+    plain, compiled = (load(folders[family], compiles, dropout=0.0) for compiles in (False, True))
+    several = [chunk(*shape, is_padded=i % 2 == 0) for i, shape in enumerate(SHAPES)]
+    bound = 4 if single else 2  # with and without graph; each again for a single row
+    for chunks, count in ((several, 2), (several + [chunk(*shape) for shape in single], bound)):
+        for found, wanted in zip(step(compiled, chunks), step(plain, chunks), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+        assert_same_gradients(gradients_of(encoder=compiled), gradients_of(encoder=plain))
+        assert counter.frame_count == count
+    for encoder in (plain, compiled):
+        encoder.eval()
+    with torch.inference_mode():
+        for inputs in several:
+            assert torch.equal(compiled(inputs), plain(inputs))
+    compiled.train()
+    step(compiled, several)
+    assert counter.frame_count == bound  # evaluation compiles nothing, and nothing is compiled anew behind it
+    assert torch._dynamo.config.recompile_limit >= bound
+    assert not told(caplog) and compiled.is_compiled
     assert weights_digest(compiled) == weights_digest(plain)
 
 
-def test_a_seed_replays_compiled_dropout_with_and_without_graph(folder):
-    encoder, tokenizer, _ = load(folder, compile=True)
-    inputs = batch(tokenizer)
-    with_graph = step(encoder, inputs)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        assert torch.equal(encoder(inputs), with_graph)
-        assert not torch.allclose(encoder(inputs), with_graph, atol=1e-3)
+def test_packed_chunks_take_as_few_compilations(folders, counter, caplog):
+    plain, compiled = (load(folders["bert"], compiles, is_packed=True, dropout=0.0) for compiles in (False, True))
+    several = [packed(4, 4, 4, 4), packed(9, 3, 1), packed(7, 7, 2, 2, 2), packed(2, 1)]
+    for chunks, count in ((several, 2), ([*several, packed(12), packed(2)], 4)):
+        for found, wanted in zip(step(compiled, chunks), step(plain, chunks), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+        assert_same_gradients(gradients_of(encoder=compiled), gradients_of(encoder=plain))
+        assert counter.frame_count == count
+    assert compiled.is_compiled and not told(caplog)
 
 
-def test_what_cannot_be_compiled_is_said_once_and_goes_on_without(monkeypatch, caplog, tmp_path):
+def test_two_towers_share_what_is_compiled(folders, counter, tmp_path):
+    encoder = load(folders["bert"], compiles=True, towers="two")
+    for side in ("query", "passage"):
+        step(encoder.side(side), [chunk(*shape) for shape in SHAPES[:2]])
+    assert counter.frame_count == 2 and encoder.is_compiled
+
+
+def test_a_seed_replays_compiled_dropout_and_plain_layers_draw_alike(folders, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiled_module, "HOW", {"backend": "aot_eager", "dynamic": False})  # with decompositions of dropout
+    encoder, inputs = load(folders["bert"], compiles=True), chunk(4, 9)
+    found = encode(encoder, inputs)
+    assert torch.equal(encode(encoder, inputs, with_graph=True), found)
+    assert not torch.allclose(encode(encoder, inputs, seed=2), found, atol=1e-3)
+    encoder._compiled.give_up("a test asks for it")
+    torch.testing.assert_close(encode(encoder, inputs), found, rtol=0, atol=1e-5)
+
+
+def test_what_does_not_compile_is_said_once_and_goes_on_without(folders, monkeypatch, caplog, tmp_path):
     def fail(graph, inputs):
         raise RuntimeError("no compiler\nhere")
 
+    torch._dynamo.reset()
     monkeypatch.setattr(compiled_module, "HOW", {"backend": fail})
-    folder = write_family(tmp_path / "model", "bert")  # draws before its first layer
-    plain, tokenizer, traits = load(folder)
-    encoder, *_ = load(folder, compile=True)
-    with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            assert torch.equal(step(encoder, batch(tokenizer)), step(plain, batch(tokenizer)))
-    said = [record.message for record in caplog.records if record.name == compiled_module.__name__]
-    assert len(said) == 1 and said[0].startswith("model.compile=true does not work here (") and "no compiler" in said[0]
-    assert "\n" not in said[0]
+    plain, encoder = load(folders["bert"]), load(folders["bert"], compiles=True)
+    plain._compiled = compiled_module.CompiledLayers(plain.model)  # draws as layers that did compile
+    plain._compiled.give_up("a test asks for it")
+    caplog.clear()
+    chunks = [chunk(4, 9), chunk(2, 5)]
+    for found, wanted in zip(step(encoder, chunks), step(plain, chunks), strict=True):
+        assert torch.equal(found, wanted)
+    (sentence,) = told(caplog)
+    assert sentence.startswith("model.compile: the layers do not compile (") and "no compiler here" in sentence
+    assert sentence.endswith("); they run in plain torch, slower")
     assert_same_gradients(gradients_of(encoder=encoder), gradients_of(encoder=plain))
+    encoder.leave_compiled("")
+    ours = load(folders["bert"])
+    assert torch.equal(encode(encoder, chunks[0]), encode(ours, chunks[0]))  # our own draws again
     (tmp_path / "saved").mkdir()
+    _, tokenizer, traits = load_encoder(ModelSettings(name=str(folders["bert"])))
     save_encoder(tmp_path / "saved", encoder, tokenizer, traits)
-    assert weights_digest(load(tmp_path / "saved")[0]) == weights_digest(plain)
+    assert weights_digest(load(tmp_path / "saved")) == weights_digest(plain)
+
+
+def test_more_kinds_of_input_than_torch_compiles_are_said_once_and_a_step_stays_exact(folders, counter, caplog):
+    encoder = load(folders["bert"], compiles=True)
+    chunks = [chunk(4, 9), chunk(1, 9), chunk(1, 12), chunk(3, 5)]  # the second asks for a third compilation
+    with torch._dynamo.config.patch(recompile_limit=2):
+        found = step(encoder, chunks)
+    assert not encoder.is_compiled and counter.frame_count == 2
+    assert told(caplog) == [
+        "model.compile: the layers do not compile (they meet more kinds of input than torch._dynamo.config.recompile_limit=2 "
+        "allows); they run in plain torch, slower"
+    ]
+    for without, with_graph in zip(found[:4], found[4:], strict=True):
+        torch.testing.assert_close(with_graph, without, rtol=0, atol=1e-5)  # of the first one, compiled, and then plain
+    assert not torch._dynamo.config.fail_on_recompile_limit_hit  # others who compile in this process are left alone
