@@ -3,7 +3,8 @@
 Layers are compiled one by one: they share one compilation, FSDP shards them one by one, and parts between them that
 torch.compile does not take do no harm. A kind of layer is compiled for few kinds of input, whatever the chunks of a step are:
 with and without graph (and with one that is kept, where others keep no activations), each for one row and for several. Numbers
-of rows and tokens are no kinds of their own, and attention always gets a mask where chunks are padded. A seed replays a dropout in the encoding without graph and in the one with graph.
+of rows and tokens are no kinds of their own, and attention always gets a mask where chunks are padded. A seed replays a dropout
+in the encoding without graph and in the one with graph.
 
 Evaluation and mining run plain layers. A shard of embeddings is to be the same to the last bit whoever makes it, and what a
 compiler makes follows the shapes that it was first given; its fifth of the time is not worth embeddings that the trainer's
