@@ -31,6 +31,7 @@ FSDP, DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"  # how accel
 
 def train_side(job_file: Path, overrides: list[str], allow_change: bool = False) -> "Outcome | None":
     """Train as this rank of the world that the launcher describes; return the outcome on rank 0."""
+    began = time.monotonic()
     os.environ.update(world_of_trainers(os.environ))
     rank = int(os.environ.get("RANK", "0"))
     start_logging(rank)
@@ -53,7 +54,7 @@ def train_side(job_file: Path, overrides: list[str], allow_change: bool = False)
             remarks = settled_by(jobs, world)
             world.decide(lambda: keep_job(jobs, allow_change, remarks))  # after joining: others would wait for one that refuses
             agree(jobs, "trainer", world.speaks, world.gather_objects, world.broadcast)
-            outcome = train(jobs.train, world)
+            outcome = train(jobs.train, world, began)
     finally:
         if sys.exc_info()[0] is None or world.device.type == "cpu":  # NCCL may wait there for ranks that are gone
             world.leave()

@@ -151,6 +151,8 @@ class Status:
         self._writer, self._put_at = Writer(), 0.0
         self._may_write, self._min_interval_s = may_write, min_interval_s
         self._changing = threading.Lock()
+        self._phase_began = time.monotonic()
+        self.seconds: dict[str, float] = {}  # of the phases that are over, by name
         self._is_put = False
         self._is_failing = False
 
@@ -163,7 +165,7 @@ class Status:
         with self._changing:
             changed_phase = values.get("phase", self.values.get("phase")) != self.values.get("phase")
             if changed_phase:
-                self.values["phase_since"] = time.time()
+                self._end_phase()
             self.values |= values
             if changed_phase or time.monotonic() - self._put_at >= self._min_interval_s:
                 self._put()
@@ -176,6 +178,12 @@ class Status:
             with self._changing:
                 self._put()
             self._writer.wait()
+
+    def _end_phase(self) -> None:
+        now = time.monotonic()
+        if "phase" in self.values:
+            self.seconds[self.values["phase"]] = self.seconds.get(self.values["phase"], 0.0) + now - self._phase_began
+        self._phase_began, self.values["phase_since"] = now, time.time()
 
     def _put(self) -> None:
         if not self._is_put:  # else a disk is slow, and what it has not begun with takes these values along
@@ -203,6 +211,7 @@ class NoStatus:
     """Tells nothing: for the ranks that do not speak."""
 
     values: Mapping[str, Any] = MappingProxyType({})
+    seconds: Mapping[str, float] = MappingProxyType({})
 
     def update(self, **values: Any) -> None:
         """Do nothing."""

@@ -35,10 +35,14 @@ from trainer.world import World
 log = logging.getLogger(__name__)
 
 
-def train(job: TrainJob, world: World) -> Outcome:
-    """Train to the end, or until asked to stop, and return how it ended. Collective."""
+def train(job: TrainJob, world: World, began: float | None = None) -> Outcome:
+    """Train to the end, or until asked to stop, and return how it ended. Collective.
+
+    began: when this process began with what it needed to come here, its imports, by `time.monotonic`.
+    """
+    imports_s = 0.0 if began is None else time.monotonic() - began
     run = prepare(job, world)
-    state = run.state
+    state, first_step = run.state, run.state.step
     try:
         evaluate_once(run, "untrained")
         warn_of_job(run)
@@ -50,6 +54,8 @@ def train(job: TrainJob, world: World) -> Outcome:
             if switch_negatives(run):
                 return stop(run)
             run.status.update(phase="training")
+            if state.step == first_step:
+                tell_start(run, imports_s)
             started = time.perf_counter()
             result = step(run)
             with record_function("update"):
@@ -78,6 +84,16 @@ def train(job: TrainJob, world: World) -> Outcome:
         run.status.close()  # the step at which it ended, for whoever starts it again
         run.claim.release()
     return Outcome(finished=True, step=state.step, evaluations=evaluations(job))
+
+
+def tell_start(run: Training, imports_s: float) -> None:
+    """Log and record what passed before this start's first step, by part."""
+    parts = {"imports": imports_s, **run.status.seconds}
+    values = {f"time/start/{name.replace(' ', '_')}_s": round(seconds, 3) for name, seconds in parts.items()}
+    total = sum(parts.values())
+    run.metrics.record(run.state.step, {"event": "started", "time/start_s": round(total, 3), **values})
+    if run.world.speaks:
+        log.info("the start took %.1f s: %s", total, ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items()))
 
 
 def switch_negatives(run: Training) -> bool:

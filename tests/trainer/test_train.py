@@ -89,6 +89,10 @@ def test_a_task_of_each_source_makes_one_update(job, root, caplog, monkeypatch):
     job = replace(job, sources=sources, batch=BatchSettings(mode="tasks"), loss=loss)
     caplog.set_level("INFO")
     assert train(job, world_of()).step == 6
+    (start,) = [line for line in lines(job) if line.get("event") == "started"]
+    parts = {key: seconds for key, seconds in start.items() if key.startswith("time/start/")}
+    assert {"time/start/imports_s", "time/start/tokenising_s", "time/start/evaluating_the_untrained_model_s"} <= parts.keys()
+    assert start["time/start_s"] == pytest.approx(sum(parts.values()), abs=0.1) and "the start took " in caplog.text
     steps = [line for line in lines(job) if "loss" in line]
     assert steps[0]["num_queries"] == 12 and len({line["batch_key"] for line in steps}) == 6
     assert "source notes begins again, others are longer" in caplog.text
