@@ -1,11 +1,11 @@
 """AdamW with decay groups, and the learning rate as a function of the step."""
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from transformers import get_scheduler
 
 from trainer.job import OptimSettings
 
@@ -22,11 +22,25 @@ def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings)
 
 
 def build_schedule(settings: OptimSettings, num_steps: int) -> Callable[[int], float]:
-    """Return the factor of the learning rate at a step, counted from 0. Nothing of it must survive a restart."""
-    nothing = AdamW([nn.Parameter(torch.empty(1))])
+    """Return the factor of the learning rate at a step, counted from 0. Nothing of it must survive a restart.
+
+    As transformers has it, whose own function brings peft and what peft brings: a second of imports at every start.
+    """
     warmup = round(settings.warmup_share * num_steps)
-    schedule = get_scheduler(settings.schedule, nothing, num_warmup_steps=warmup, num_training_steps=num_steps)
-    return schedule.lr_lambdas[0]
+    fall, rest = FALLS[settings.schedule], num_steps - warmup
+
+    def factor(step: int) -> float:
+        return step / warmup if step < warmup else max(0.0, fall(step - warmup, max(1, rest)))
+
+    return factor
+
+
+# The factor of a step behind the warm-up, of so many.
+FALLS: dict[str, Callable[[int, int], float]] = {
+    "linear": lambda step, num_steps: (num_steps - step) / num_steps,
+    "cosine": lambda step, num_steps: 0.5 * (1.0 + math.cos(math.pi * (step / num_steps))),
+    "constant_with_warmup": lambda step, num_steps: 1.0,
+}
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
