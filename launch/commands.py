@@ -61,6 +61,7 @@ def run(
 ) -> int:
     """Train and mine together on this machine, with a live view."""
     from launch.early import check_early, mpiexec_path
+    from launch.imports import lasting_imports
     from launch.jobfile import read_job
     from launch.sides import refuse_changed
     from trainer.handoff.claim import refuse_live
@@ -73,7 +74,8 @@ def run(
     messages().print(f"[dim]negpool run {escape(str(job))}: reading the data[/dim]")  # imports take seconds
     if dry_run:
         return _foresee(jobs, as_json)
-    from launch.main_job import run_main_job
+    with lasting_imports():
+        from launch.main_job import run_main_job
 
     start_logging()
     outcome = run_main_job(jobs, as_typed(), messages(), allow_change)

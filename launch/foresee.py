@@ -27,8 +27,8 @@ from trainer.data.datasets import RetrievalData, open_data
 from trainer.encoder.auto import encode_on, takes_bf16
 from trainer.encoder.encode import DTYPES
 from trainer.encoder.model import check_model, load_encoder
+from trainer.fits import check_sizes
 from trainer.precision import precision_on
-from trainer.prepare import check_sizes
 from trainer.tasks import loss_options
 
 SAMPLED, PASSED = 1000, 16  # texts whose lengths are measured; texts that go through the model

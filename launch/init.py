@@ -27,9 +27,9 @@ from trainer.encoder.opened import describe
 from trainer.encoder.settings import ModelSettings
 from trainer.encoder.source import refuse_no_name
 from trainer.errors import InputError
+from trainer.fits import check_sizes
 from trainer.handoff.manifest import write_atomically
 from trainer.handoff.settings import DataSettings
-from trainer.prepare import check_sizes
 
 SAMPLED = 2000  # texts of a side whose lengths are measured
 TOKENS_OF_WORD = 1.4  # of English, where no tokenizer is here

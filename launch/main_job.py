@@ -12,7 +12,6 @@ from rich.markup import escape
 from launch.counted import counted
 from launch.jobfile import Jobs
 from launch.local import supervise
-from launch.models import bm25_of_each
 from launch.next_steps import next_steps
 from launch.output import FEW_QUERIES, ROW_TITLES, VERDICT_STYLES, measures_table
 from launch.phases import clock
@@ -21,14 +20,12 @@ from launch.plan_warnings import warnings_of_job
 from launch.sides import keep_job
 from launch.view import View
 from trainer.data.datasets import RetrievalData, open_data
-from trainer.encoder.model import check_model
+from trainer.fits import check_sizes
 from trainer.handoff.claim import claim_side
 from trainer.handoff.manifest import read_latest, write_atomically
 from trainer.handoff.settings import places_of
 from trainer.handoff.weights import best_checkpoint, checkpoints_folder
 from trainer.metrics import read_status
-from trainer.prepare import check_sizes
-from trainer.results import write_results
 
 
 def run_main_job(jobs: Jobs, command: str, console: Console, allow_change: bool = False) -> dict[str, Any]:
@@ -63,7 +60,6 @@ def _run_claimed(jobs: Jobs, console: Console, allow_change: bool, mines: bool) 
     data = open_data(jobs.train.data, jobs.train.sources)  # a bad input ends here, before anything starts
     plan = share_out(jobs.launch, *cores_and_gpus(os.environ), mines)
     check_sizes(jobs.train, data, plan.train_ranks)
-    check_model(jobs.train.model.name)
     keep_job(jobs, allow_change)
     console.print(_announcement(jobs, data, plan))
     for sentence in warnings_of_job(jobs, data, mines):
@@ -78,6 +74,9 @@ def _run_claimed(jobs: Jobs, console: Console, allow_change: bool, mines: bool) 
 
 def collect_results(jobs: Jobs, data: RetrievalData, seconds: float) -> dict[str, Any]:
     """Return what became of a finished run, BM25 included, and keep it in `results.json`; seconds: over all its starts."""
+    from launch.models import bm25_of_each  # these bring transformers: seconds, for which no side should wait before it starts
+    from trainer.results import write_results
+
     job = jobs.train
     bm25_QM = bm25_of_each(data, job.eval.split) if job.eval.split in data.qrels else None
     return write_results(job.run.folder, job.eval.split, job.stop.measure, bm25_QM, seconds=round(seconds, 1))

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from launch.counted import counted
 from launch.jobfile import Jobs
@@ -55,6 +54,8 @@ def _of_negatives(found: dict[str, Any], draws_negatives: bool, length: str) -> 
 def _of_memory(found: dict[str, Any], shares: Plan) -> list[str]:
     of_trainers = sum(found["memory"]["trainer"].values())
     if shares.train_gpus:
+        import torch  # which is there by then, as the plan has asked it for the GPUs
+
         has = torch.cuda.get_device_properties(0).total_memory / GIB
         needs, where, lower = of_trainers, "a trainer's GPU", "chunk.tokens"
     else:

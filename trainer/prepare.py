@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from torch.optim import AdamW
 from transformers import PreTrainedTokenizerBase
 
@@ -31,7 +30,7 @@ from trainer.encoder.packed import packs
 from trainer.encoder.tokens import tokenize_side
 from trainer.errors import InputError
 from trainer.feed import NegativesFeed
-from trainer.fits import check_splits, check_steps
+from trainer.fits import check_sizes, check_steps
 from trainer.handoff.claim import Claim, claim_side
 from trainer.handoff.manifest import clean_staging
 from trainer.handoff.weights import checkpoints_folder, is_finite
@@ -257,28 +256,6 @@ def claim_run(job: TrainJob, world: World) -> Claim:
         return taken
 
     return world.decide(take)
-
-
-def check_sizes(job: TrainJob, data: RetrievalData, num_ranks: int) -> None:
-    """Raise InputError where the data, the batches and the ranks do not fit together, or a split to decide by is missing."""
-    check_splits(job, data.qrels, data.path)
-    rows = data.training_queries(job.data.train_split)
-    batches = [("batch.queries", job.batch.queries, data.path, len(rows))]
-    if job.batch.mode != "mixed":
-        counts = np.bincount(data.source_of("queries", rows), minlength=len(data.sources)).tolist()
-        batches = [
-            (f"sources.{s.name}.batch", s.settings.batch, s.settings.path, count) if s.settings.batch
-            else ("batch.queries", job.batch.queries, s.settings.path, count)
-            for s, count in zip(data.sources, counts, strict=True)
-        ]  # fmt: skip
-    for name, batch, path, num_queries in batches:
-        if batch < num_ranks:
-            raise InputError(
-                f"{name}={batch} is less than the {num_ranks} ranks; every rank needs a query, "
-                f"so set {name} higher or launch fewer ranks"
-            )
-        if num_queries < batch:
-            raise InputError(f"{path} has {num_queries} training queries, fewer than {name}={batch}; set {name} lower")
 
 
 def tokenized(job: TrainJob, data: RetrievalData, tokenizer: PreTrainedTokenizerBase, traits: Traits) -> TrainingSet:

@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -48,6 +50,11 @@ def publish(run, *steps):
         folder = checkpoints_folder(run) / checkpoint_name(step)
         publish_version(folder, lambda staging: (staging / "encoder").mkdir(), {"step": step})
         write_latest(folder.parent, folder.name)
+
+
+def test_a_run_starts_its_sides_before_it_imports_what_only_its_end_needs():
+    code = "import sys, launch.commands, launch.main_job; print(*{'torch', 'transformers', 'accelerate'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []
 
 
 def test_the_table_shows_the_best_and_the_last_with_intervals_and_the_verdict_below(jobs):
