@@ -161,16 +161,11 @@ def sides(run: Path, job_file: Path, plan: Plan) -> tuple[Side, Side]:
         return env | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
 
     module = [sys.executable, "-m", "negpool"]
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={plan.train_ranks}",
-    ]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={plan.train_ranks}"]
+    launcher = torchrun if plan.train_ranks > 1 else []  # a single rank would wait seconds for its imports
     trainer = Side(
         "trainer",
-        [*torchrun, "-m", "negpool", "train", str(job_file)],
+        [sys.executable, *launcher, "-m", "negpool", "train", str(job_file)],
         seeing(plan.train_gpus),
         run / "logs" / "trainer.log",
     )
