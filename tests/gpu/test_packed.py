@@ -86,10 +86,14 @@ def gradients(encoder, inputs):
     return embedding_nD.detach().float(), torch.cat([p.grad.flatten().float() for p in encoder.parameters()])
 
 
-@pytest.mark.parametrize("family", ["bert", "modernbert", "qwen3", "mistral", "gemma3_text"])
 @pytest.mark.parametrize("prompt", [0, 2])
-def test_a_packed_step_is_the_padded_one(family, prompt):
-    encoder = build(family).cuda().eval()
+@pytest.mark.parametrize(
+    ("family", "pooling"),
+    [(family, "mean") for family in ("bert", "modernbert", "qwen3", "mistral", "gemma3_text")]
+    + [("bert", pooling) for pooling in ("cls", "last", "max", "weighted_mean", "mean_sqrt", "latent")],
+)
+def test_a_packed_step_is_the_padded_one(family, pooling, prompt):
+    encoder = build(family, pooling).cuda().eval()
     assert packs(encoder, CUDA, torch.bfloat16)
     padded, packed = (gradients(encoder, inputs) for inputs in inputs_of(prompt=prompt))
     assert cosine(packed[0], padded[0]) > 0.999
