@@ -11,7 +11,7 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,6 +54,18 @@ class GraphCost:
         """Return the bytes of a graph of rows padded to one length."""
         return self.fixed + (self.per_token + self.per_token_and_length * length) * padded_tokens
 
+    def of_chunk(self, chunk: Chunk) -> float:
+        """Return the bytes of a chunk's graph."""
+        return self.of(chunk.num_padded_tokens, int(chunk.lengths.max()))
+
+
+class Graphs(NamedTuple):
+    """What a probe found to fit."""
+
+    budget: Budget
+    chunk_bytes: float  # of the graph of a chunk, with what its backward takes
+    kept_bytes: float
+
 
 def probe_budget(towers: Sequence[Tower], limit_bytes: int, device: torch.device) -> Budget:
     """Return the budget of steps like this one, and log what was chosen and why.
@@ -61,6 +73,11 @@ def probe_budget(towers: Sequence[Tower], limit_bytes: int, device: torch.device
     limit_bytes: for graphs alone; the caller takes off what else a step holds: gradients, optimizer, the loss's tile.
     Encodes rows of every tower. Does not communicate, unless the encoder does. Raises ValueError if not even one text fits.
     """
+    return plan_graphs(towers, limit_bytes, device).budget
+
+
+def plan_graphs(towers: Sequence[Tower], limit_bytes: float, device: torch.device) -> Graphs:
+    """Do what `probe_budget` does, and return also what is to be held."""
     costs = [(measure_graphs(tower), int(tower.lengths.max())) for tower in towers if len(tower.lengths)]
     cost, longest = max(costs, key=lambda found: found[0].of(PROBE_TOKENS, found[1]))
     tokens = choose_tokens(limit_bytes, cost, longest, MOST_CHUNK_TOKENS.get(device.type, 65536))
@@ -70,7 +87,8 @@ def probe_budget(towers: Sequence[Tower], limit_bytes: int, device: torch.device
         "chunks of %d tokens, graphs kept: %d of %d; a text of %d tokens takes %.1f MiB, and %.2f GiB are for graphs",
         tokens, kept, len(chunks), longest, (cost.of(longest, longest) - cost.fixed) / 2**20, limit_bytes / 2**30,
     )  # fmt: skip
-    return Budget(tokens, "all" if kept == len(chunks) else kept)
+    kept_bytes = sum(cost.of_chunk(chunk) for chunk in chunks[len(chunks) - kept :])
+    return Graphs(Budget(tokens, "all" if kept == len(chunks) else kept), BACKWARD_SHARE * cost.of(tokens, longest), kept_bytes)
 
 
 def choose_tokens(limit_bytes: float, cost: GraphCost, longest: int, most_tokens: int) -> int:
@@ -78,7 +96,7 @@ def choose_tokens(limit_bytes: float, cost: GraphCost, longest: int, most_tokens
     one_text = BACKWARD_SHARE * cost.of(longest, longest)
     if limit_bytes < one_text:
         raise ValueError(
-            f"{limit_bytes / 2**30:.2f} GiB are left for graphs, and one text of {longest} tokens needs "
+            f"{max(0.0, limit_bytes) / 2**30:.2f} GiB are left for graphs, and one text of {longest} tokens needs "
             f"{one_text / 2**30:.2f} GiB; set chunk.memory_gib higher, or shorter texts"
         )
     per_token = cost.of(1, longest) - cost.fixed
@@ -90,7 +108,7 @@ def kept_within(room_bytes: float, chunks: Sequence[Chunk], cost: GraphCost) -> 
     """Return how many of the last chunks may keep their graphs at once."""
     kept, used = 0, 0.0
     for chunk in reversed(chunks):
-        used += cost.of(chunk.num_padded_tokens, int(chunk.lengths.max()))
+        used += cost.of_chunk(chunk)
         if used > KEPT_SHARE * room_bytes:
             break
         kept += 1

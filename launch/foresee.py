@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradcache.tiles import TILE_BYTES
-from gradcache.way import kept_by_default
+from gradcache.budget import BACKWARD_SHARE, MOST_CHUNK_TOKENS
+from gradcache.loss_memory import LossSizes
 from launch.jobfile import Jobs
 from launch.plan import Plan, cores_and_gpus, share_out
 from launch.plan_warnings import warnings_of_job, warnings_of_plan
@@ -22,13 +22,14 @@ from mining.clusters import num_clustered
 from mining.index import bytes_of_passage
 from mining.plan import FREE_SHARE, MemoryPlan, Sizes, held_now, plan_memory
 from mining.settings import AUTO, EXACT
-from trainer.budget import CPU_BUDGET, held_bytes
+from trainer.budget import own_bytes
 from trainer.data.datasets import RetrievalData, open_data
 from trainer.encoder.auto import encode_on, takes_bf16
 from trainer.encoder.encode import DTYPES
 from trainer.encoder.model import check_model, load_encoder
 from trainer.fits import check_sizes
 from trainer.precision import precision_on
+from trainer.step_memory import model_memory, step_memory
 from trainer.tasks import loss_options
 
 SAMPLED, PASSED = 1000, 16  # texts whose lengths are measured; texts that go through the model
@@ -141,34 +142,24 @@ def measure_rates(encoder: Any, lengths: np.ndarray, shares: Plan, dtype: torch.
 
 
 def trainer_memory(jobs: Jobs, shares: Plan, encoder: Any, counts: dict[str, Any], bytes_of_token: float) -> dict[str, float]:
-    """Return GiB of a trainer rank by what takes them, by the sums of trainer/budget.py."""
-    chunk, parallel = jobs.train.chunk, jobs.train.parallel
-    weights, rest = held_bytes(encoder)
-    if parallel.backend in ("fsdp2", "zero3"):
-        weights, rest = weights // shares.train_ranks, rest // shares.train_ranks
-    rows = counts["queries_a_step"] + counts["passages_a_step"]
+    """Return GiB of a trainer rank by what takes them: the plan that the trainer makes itself, with graphs as they are here."""
+    train, device = jobs.train, torch.device("cuda" if shares.train_gpus else "cpu")
     tokens = counts["tokens_a_step_and_rank"]
-    if chunk.keep_graphs != "all":
-        tokens = min(tokens, CPU_BUDGET.chunk_tokens if chunk.tokens == "auto" else chunk.tokens)
-    device = "cuda" if shares.train_gpus else "cpu"
-    found = {
-        "weights, gradients, moments": weights + rest,
-        "embeddings": rows * encoder.width * 4 * 4,
-        "scores": 2 * min(TILE_BYTES[device], 4 * counts["queries_a_step"] * counts["passages_a_step"]),
-        "kept scores": _kept_scores(jobs, shares, counts, device),
-        "graph of a chunk": tokens * bytes_of_token,
-        "libraries": 0 if shares.train_gpus else held_now() - weights,
-    }
-    return {name: round(max(0.0, size) / GIB, 3) for name, size in found.items()}
-
-
-def _kept_scores(jobs: Jobs, shares: Plan, counts: dict[str, Any], device: str) -> float:
-    """Return the bytes of scores that a rank keeps between the loss and its gradient, if its passages stay with it."""
-    options = loss_options(jobs.train.loss, jobs.train.precision)
-    if shares.train_ranks == 1 or options.gather == "passages":
-        return 0
-    scores = 4 * counts["queries_a_step"] * counts["passages_a_step"] / shares.train_ranks
-    return min(scores, kept_by_default(options, torch.device(device)))
+    if train.chunk.keep_graphs != "all":
+        most = MOST_CHUNK_TOKENS[device.type] if train.chunk.tokens == "auto" else train.chunk.tokens
+        tokens = min(tokens, most)
+    sizes = LossSizes(
+        queries=counts["queries_a_step"],
+        passages=counts["passages_a_step"],
+        width=encoder.width,
+        num_ranks=shares.train_ranks,
+    )
+    model = model_memory(encoder, train, shares.train_ranks, device.type, is_first=True)
+    limit = train.chunk.memory_gib * GIB if train.chunk.memory_gib is not None else own_bytes(device)
+    memory = step_memory(model, loss_options(train.loss, train.precision), sizes, device, limit)
+    graph = int(BACKWARD_SHARE * tokens * bytes_of_token)
+    found = replace(memory, chunk=graph).in_gib()
+    return found | {"libraries": 0.0 if shares.train_gpus else round(max(0, held_now() - memory.weights) / GIB, 3)}
 
 
 def miner_memory(jobs: Jobs, data: RetrievalData, shares: Plan, width: int) -> dict[str, Any]:

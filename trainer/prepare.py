@@ -129,7 +129,7 @@ def prepare(job: TrainJob, world: World) -> Training:
     else:
         load_state(checkpoint, state, world)
         tell_other_precision(checkpoint, job.precision)
-        state.budget = kept_budget(state.budget, job.chunk, world)
+        state.budget = kept_budget(state.budget, job, world)
         num_steps = state.step if state.early_stop.is_over else num_steps
         log.info("resumed from step %d of %d", state.step, num_steps)
     interrupt, saver = Interrupt(), Saver(run, world, claim)

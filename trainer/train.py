@@ -143,7 +143,7 @@ def take_part(run: Training, share: Share, number: int, is_last: bool) -> StepRe
     job, state, world, (part, batch) = run.job, run.state, run.world, share
     task = run.tasks[part.source]
     if state.budget is None:
-        state.budget = find_budget(job.chunk, batch, state.parallel.encoder, world)
+        state.budget = find_budget(job, task.loss, batch, state.parallel.encoder, world)
     compile_layers(run, batch)
     result = cached_step(
         batch,

@@ -103,14 +103,18 @@ def test_a_job_that_cannot_run_is_refused(root):
         foresee(job(root, "batch.queries=500"))
 
 
-def test_kept_scores_count_where_passages_may_stay_with_their_ranks(root):
+def test_a_trainer_rank_is_foreseen_as_the_trainer_plans_it(root):
     counts = {"queries_a_step": 8192, "passages_a_step": 65536, "tokens_a_step_and_rank": 10}
 
-    def kept(ranks, *words):
+    def foreseen(ranks, *words):
         encoder = torch.nn.Linear(4, 4)
         encoder.width = 4
-        return trainer_memory(job(root, *words), Plan(ranks, 1, 1), encoder, counts, 1.0)["kept scores"]
+        return trainer_memory(job(root, *words), Plan(ranks, 1, 1), encoder, counts, 1.0)
+
+    def kept(ranks, *words):
+        return foreseen(ranks, *words)["scores kept"]
 
     assert kept(1) == kept(2, "loss.gather=passages") == 0
     assert kept(4) == 0.5 and kept(2, "loss.keep_scores_gib=9") == 1 and kept(1024) == pytest.approx(2 / 1024, abs=1e-3)
-    assert kept(2, "loss.keep_scores_gib=0.25") == 0.25
+    assert kept(2, "loss.keep_scores_gib=0.25", "loss.gather=queries") == 0.25
+    assert foreseen(1, "loss.tile_rows=1024")["a tile of scores"] == pytest.approx(0.25 + 2 * 4 / 1024, abs=1e-3)

@@ -12,10 +12,10 @@ from tests.gradients import assert_same_gradients
 from tests.ranks import run_ranks
 from tests.trainer.worlds import world_of
 from trainer.backends import parallelize
-from trainer.budget import held_bytes
 from trainer.errors import InputError
-from trainer.job import OptimSettings, ParallelSettings, PrecisionSettings
+from trainer.job import OptimSettings, ParallelSettings, PrecisionSettings, TrainJob
 from trainer.precision import DTYPES, encode_in
+from trainer.step_memory import model_memory
 
 ROWS = (5, 3)
 NODE_ROWS = (4, 0, 3, 1)  # of two nodes with two ranks each
@@ -135,7 +135,7 @@ def steps_on_two_nodes(rank):
         batch, temperature=temperature, sync=parallel.sync, group=dist.group.WORLD, keep_graphs=1, loss=LOSS, **SETTINGS
     )
     parallel.trained()  # all sharded
-    held = held_bytes(encoder)
+    held = model_memory(encoder, TrainJob(parallel=settings), 4, "cuda", is_first=True)
     refused = []
     for ranks_of_a_node in (3, 1 if rank == 0 else 3):
         try:
@@ -154,8 +154,10 @@ def test_a_copy_on_each_node_gives_the_references_gradient_and_uneven_nodes_are_
     for loss, gradients, held, refused in run_ranks(steps_on_two_nodes, 4):
         assert loss == pytest.approx(wanted_loss, rel=1e-5)
         assert_same_gradients(gradients, wanted)
-        assert held[0] == pytest.approx(4 * numel / 2, rel=0.02), "half of it, not a quarter"
-        assert held[1] == 2 * held[0] + 4 * numel, "two moments, and gradients that wait whole"
+        assert held.weights == pytest.approx(4 * numel / 2, rel=0.02), "half of it, not a quarter"
+        assert (held.gradients, held.optimizer, held.backend) == (held.weights, 2 * held.weights, 4 * numel), (
+            "gradients wait whole"
+        )
         assert [len(refused), *("found 4 in all and" in said for said in refused)] == [2, True, True]
         assert "1 to 3 on a node (LOCAL_WORLD_SIZE)" in refused[1]
 
