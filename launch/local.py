@@ -23,6 +23,7 @@ from launch.plan import LaunchSettings, Plan
 from launch.restarts import CODES, Ended, Past, Start, Verdict, last_words, size_of, verdict
 from launch.srun import outside_slurm
 from launch.view import View
+from trainer.encoder.gpu_share import GPU_SHARE
 from trainer.errors import (
     EXIT_MUST_NOT_GO_ON,
     EXIT_REFUSED,
@@ -155,10 +156,12 @@ def sides(run: Path, job_file: Path, plan: Plan) -> tuple[Side, Side]:
     """Return the two sides, not started, each with its share of the machine."""
     (run / "logs").mkdir(parents=True, exist_ok=True)
     env = {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(plan.threads)}
+    env.pop(GPU_SHARE, None)
     env["PYTHONSAFEPATH"] = "1"  # who calls from Python has not set it
 
-    def seeing(gpus: tuple[str, ...]) -> dict[str, str]:
-        return env | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
+    def seeing(gpus: tuple[str, ...], share: float) -> dict[str, str]:
+        shared = {GPU_SHARE: str(share)} if share < 1 else {}
+        return env | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}) | shared
 
     module = [sys.executable, "-m", "negpool"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={plan.train_ranks}"]
@@ -166,14 +169,14 @@ def sides(run: Path, job_file: Path, plan: Plan) -> tuple[Side, Side]:
     trainer = Side(
         "trainer",
         [sys.executable, *launcher, "-m", "negpool", "train", str(job_file)],
-        seeing(plan.train_gpus),
+        seeing(plan.train_gpus, plan.train_share),
         run / "logs" / "trainer.log",
     )
     mpiexec = mpi_command(plan.mine_ranks) if plan.mine_ranks else []
     miner = Side(
         "miner",
         [*mpiexec, *module, "mine", str(job_file)],
-        seeing(plan.mine_gpus),
+        seeing(plan.mine_gpus, plan.mine_share),
         run / "logs" / "miner.log",
     )
     return trainer, miner

@@ -3,7 +3,9 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
+from annotated_types import Interval
 from pydantic import NonNegativeInt, PositiveInt
 
 from launch.counted import counted
@@ -18,6 +20,9 @@ class LaunchSettings:
     """Trainer processes; with GPUs one for each that the miner leaves."""
     mine_ranks: PositiveInt = 1
     """MPI ranks of the miner, and its GPUs; where there are no more it shares the trainer's."""
+    train_memory_share: Annotated[float, Interval(gt=0, lt=1)] = 0.7
+    """Of the memory of a GPU that both sides share: the trainer's; the rest is the miner's. Alone on a GPU, a side has all of it.
+    """
     max_restarts: NonNegativeInt = 3
     """How often each side is started again after it died by itself."""
 
@@ -31,6 +36,8 @@ class Plan:
     threads: int  # of each process
     train_gpus: tuple[str, ...] = ()  # as CUDA_VISIBLE_DEVICES names them
     mine_gpus: tuple[str, ...] = ()
+    train_share: float = 1.0  # of the memory of its GPU, of a process; 1: nobody else is on it
+    mine_share: float = 1.0
 
     def __str__(self) -> str:
         sides = (("trainer", self.train_ranks, self.train_gpus), ("miner", self.mine_ranks, self.mine_gpus))
@@ -39,7 +46,8 @@ class Plan:
             for name, ranks, gpus in sides
             if ranks
         )
-        shared = "; the miner shares the trainer's GPU" if set(self.train_gpus) & set(self.mine_gpus) else ""
+        of_rank = f"{self.train_share:.0%} of its memory for a trainer rank, {self.mine_share:.0%} for a miner rank"
+        shared = f"; the miner shares the trainer's GPU, {of_rank}" if self.train_share < 1 else ""
         return f"{', '.join(shares)}, {counted(self.threads, 'thread')} each{shared}"
 
 
@@ -54,7 +62,18 @@ def share_out(settings: LaunchSettings, cores: int, gpus: tuple[str, ...], mines
     train_ranks = len(train_gpus) or settings.train_ranks
     # No more threads than cores: OpenMP's threads wait for each other, so that two too many cost more than half the speed.
     threads = max(1, cores // (train_ranks + mine_ranks))
-    return Plan(train_ranks, mine_ranks, threads, train_gpus, gpus[-own:] if own else gpus if mines else ())
+    mine_gpus = gpus[-own:] if own else gpus if mine_ranks else ()
+    train_share, mine_share = memory_shares(settings.train_memory_share, train_gpus, mine_gpus, mine_ranks)
+    return Plan(train_ranks, mine_ranks, threads, train_gpus, mine_gpus, train_share, mine_share)
+
+
+def memory_shares(
+    train_share: float, train_gpus: tuple[str, ...], mine_gpus: tuple[str, ...], mine_ranks: int
+) -> tuple[float, float]:
+    """Return which share of a GPU's memory a trainer rank and a miner rank have; each trainer rank has a GPU of its own."""
+    if not set(train_gpus) & set(mine_gpus):
+        return 1.0, 1.0
+    return train_share, round((1 - train_share) / -(-mine_ranks // len(mine_gpus)), 4)
 
 
 def cores_and_gpus(environment: Mapping[str, str]) -> tuple[int, tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from mining.watch import HOLDER, PIN_S, Task, Watch
 from trainer.data.datasets import RetrievalData, open_data
 from trainer.encoder.auto import device_in_words, encode_on
 from trainer.encoder.device import choose_device
+from trainer.encoder.gpu_share import keep_to_share
 from trainer.errors import InputError, MachineFailed
 from trainer.handoff.claim import Claim, claim_side
 from trainer.handoff.heartbeat import BEAT_S, beating
@@ -187,6 +189,7 @@ def open_work(job: MineJob, ranks: Ranks, claim: Claim) -> Work:
     last = last_version(run, *sizes) if ranks.speaks else None
     local_rank = ranks.local_rank()
     device = ranks.together(lambda: choose_device(job.encode.device, local_rank))
+    keep_to_share(device, os.environ)
     job = settle_encoding(job, device)
     metrics: Metrics = MetricsFile(run / "logs" / "miner.jsonl") if ranks.speaks else NoMetrics()
     work = Work(

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from gradcache.gates import quiet_torch
 from trainer.encoder.auto import takes_bf16
+from trainer.encoder.gpu_share import keep_to_share
 from trainer.errors import TOLD, InputError, MachineFailed, exit_code
 from trainer.place import Place, find_place, name_of_gpu, refuse_lonely, refuse_shared
 from trainer.ranges import AUTO
@@ -154,6 +155,7 @@ def join_world(
     device = place.device
     if device.type == "cuda":
         torch.cuda.set_device(device)  # before anything is put on a GPU, which would be the first one's
+        keep_to_share(device, os.environ)
         os.environ["LOCAL_RANK"] = str(device.index)  # which DeepSpeed takes for the GPU's number
     encode = ("bf16" if takes_bf16(device) else "fp32") if encode == AUTO else encode
     if place.rank == 0 and (clauses := contradictions(found, encode, tf32, compiles)):
