@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gradcache.chunks import plan_chunks
+from trainer.encoder.fit import encode_fitting
 from trainer.encoder.packed import packs
 from trainer.encoder.step_tokens import StepTokens
 from trainer.encoder.tokens import TokenTable
@@ -40,11 +41,12 @@ def encode_rows(
         raise ValueError("encode_rows needs at least one row")
     device = next(encoder.parameters()).device
     embedding_nD: Tensor | None = None
+    lengths = torch.as_tensor(tokens.lengths[rows])
     was_training = encoder.training
     encoder.eval()
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         batches = _batches(tokens, rows, device, packs(encoder, device, dtype))
-        encoded = ((chunk, encoder(loaded.load(torch.arange(len(chunk)))).float()) for chunk, loaded in batches)
+        encoded = ((chunk, _encode(encoder, loaded, lengths[chunk], device)) for chunk, loaded in batches)
         for chunk, out_mD in _landed(encoded):
             if embedding_nD is None:
                 embedding_nD = torch.empty(len(rows), out_mD.shape[1])
@@ -53,6 +55,10 @@ def encode_rows(
     encoder.train(was_training)
     assert embedding_nD is not None
     return embedding_nD.numpy()
+
+
+def _encode(encoder: Encoder, loaded: StepTokens, lengths: Tensor, device: torch.device) -> Tensor:
+    return encode_fitting(lambda rows: encoder(loaded.load(rows)).float(), lengths, device)
 
 
 def token_budget(device: torch.device) -> int:

@@ -20,6 +20,7 @@ import torch
 
 from trainer.encoder.auto import encode_on
 from trainer.encoder.encode import DTYPES, encode_rows, token_budget
+from trainer.encoder.fit import halved_to
 from trainer.encoder.packed import packs
 from trainer.encoder.settings import EncodeSettings
 from trainer.encoder.tokens import TokenTable
@@ -101,12 +102,13 @@ class Shards:
         return embedding_nD
 
     def publish(self, shard: int, embedding_nD: np.ndarray) -> None:
-        """Write one shard whole."""
+        """Write one shard whole; its manifest names the tokens of a batch where memory has made them fewer than planned."""
 
         def write(folder: Path) -> None:
             np.save(folder / "embeddings.npy", embedding_nD, allow_pickle=False)
 
-        publish_version(self._path(shard), write, {"shard": shard, "rows": len(embedding_nD)})
+        made_with = {} if halved_to() is None else {"batch_tokens": halved_to()}
+        publish_version(self._path(shard), write, {"shard": shard, "rows": len(embedding_nD), **made_with})
 
     def read(self, shard: int) -> np.ndarray:
         """Return the verified embeddings of a shard, (rows, D), memory-mapped; raises TornVersion."""

@@ -7,6 +7,7 @@ result does not depend on how the passages were cut into parts, but for the last
 """
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from torch import Tensor
+
+from trainer.encoder.fit import fits
+
+log = logging.getLogger(__name__)
 
 # Scores of a tile: on a CPU a few MB, which its caches hold, with enough rows for the product's full rate.
 TILE_SCORES, TILE_SCORES_GPU = 1 << 21, 1 << 28
@@ -32,6 +37,7 @@ class BestOf:
         self.query_QD, self.k = query_QD, k
         self._query_QD = torch.tensor(query_QD, device=device)
         self._keys_Qk = torch.full((len(query_QD), k), NOTHING, device=device)
+        self._most_rows = max(1, len(query_QD))  # of a tile; fewer once memory was too small, which moves the last bits of scores
 
     def look_at(self, passage_ND: np.ndarray, rows_n: np.ndarray, first_id: int = 0) -> None:
         """Let every query see some rows of a table of passages.
@@ -44,22 +50,32 @@ class BestOf:
         device, spaces = self._query_QD.device, threading.local()
 
         def select(rows: slice) -> None:
-            if not hasattr(spaces, "scores"):
-                spaces.scores = self._query_QD.new_empty(
-                    min(tile_rows, len(self._query_QD)) * tile_columns
-                )  # fresh memory is slower
             query_tD = self._query_QD[rows]
+            if not hasattr(spaces, "scores") or len(spaces.scores) < len(query_tD) * tile_columns:  # fresh memory is slower
+                spaces.scores = self._query_QD.new_empty(len(query_tD) * tile_columns)
             score_tC = spaces.scores[: len(query_tD) * len(passage_CD)].view(len(query_tD), len(passage_CD))
             torch.mm(query_tD, passage_CD.T, out=score_tC)
             score_tC[:, len(seen_C) :] = -torch.inf
             self._keys_Qk[rows] = _select(self._keys_Qk[rows], score_tC, ids_C)
+
+        def select_fitting(rows: slice) -> None:
+            first, stop = rows.start, min(rows.stop, len(self._query_QD))
+            middle = (first + stop) // 2
+            if stop - first <= self._most_rows:
+                if fits(lambda: select(slice(first, stop)), may_halve=stop - first > 1):
+                    return
+                vars(spaces).clear()
+                self._most_rows = max(1, middle - first)
+                log.warning("out of memory: the search goes on with %d queries at once", self._most_rows)
+            select_fitting(slice(first, middle))
+            select_fitting(slice(middle, stop))
 
         with _side_by_side(len(tiles), device) as map_tiles, _whole_products(device):
             for start in range(0, len(rows_n), tile_columns):
                 seen_C = rows_n[start : start + tile_columns]
                 passage_CD = _padded(_rows_of(passage_ND, seen_C), np.float32, device)
                 ids_C = _padded(first_id + seen_C, np.int64, device)
-                list(map_tiles(select, tiles))
+                list(map_tiles(select_fitting, tiles))
 
     def add(self, scores_QK: np.ndarray, ids_QK: np.ndarray) -> None:
         """Take in what another search has found, (Q, K) each; id -1: nothing."""
