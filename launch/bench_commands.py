@@ -107,6 +107,21 @@ def bench_mining(
     return _print_bench("mining", found, mining_parts(found), out, as_json)
 
 
+@bench_app.command("gpu")
+def bench_gpu(rounds: Rounds = 3, out: Out = None, as_json: Json = False) -> int:
+    """Measure all that is promised of a GPU, in eight minutes.
+
+    On made texts and random weights of BERT-base and MiniLM: encoder,
+    cached step, loss, search, a small job. Lines that fail, or that
+    there is no time for, say so and end nothing.
+    """
+    from launch.bench.gpu import bench_gpu as run_bench
+    from launch.gpu_tables import gpu_parts
+
+    found = run_bench(rounds, out)
+    return _print_bench("gpu", found, gpu_parts(found), out, as_json)
+
+
 def _print_bench(name: str, found: dict[str, Any], parts: list[Any], out: Path | None, as_json: bool) -> int:
     from launch.bench.report import write_report
     from launch.tables import as_text

@@ -13,7 +13,7 @@ from launch.bench.shapes import NUM_WORDS, word
 from trainer.data.cache import build_once, cache_folder
 
 NUM_PAIRS, NUM_TEST = 8192, 128  # of the training split and of the test split
-FORMAT = 1  # of the folder; another number makes it again
+FORMAT = 2  # of the folder; another number makes it again
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,12 @@ def data_of(name: str, cache: Path | None = None, num_pairs: int = NUM_PAIRS) ->
     if name not in MIXES or Path(name).is_dir():
         return Path(name)
     folder = cache_folder(cache) / f"bench-{name}-{num_pairs}-{FORMAT}"
-    return build_once(folder, f"made texts {name}", lambda staging: _write_data(staging, MIXES[name], num_pairs))
+    built = build_once(folder, f"made texts {name}", lambda staging: _write_data(staging / "data", MIXES[name], num_pairs))
+    return built / "data"  # beside it is the manifest, which is no part of a data set
 
 
 def _write_data(folder: Path, mix: tuple[Lengths, Lengths], num_pairs: int) -> None:
+    folder.mkdir()
     count = num_pairs + NUM_TEST
     for side, lengths in zip(("queries", "corpus"), mix, strict=True):
         texts = _texts(lengths.draw(count, seed=len(side)), seed=len(side))

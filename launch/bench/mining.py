@@ -31,7 +31,9 @@ from launch.ranks import on_ranks
 from trainer.data.datasets import open_dataset
 from trainer.encoder.encode import DTYPES, encode_rows, token_budget
 from trainer.encoder.model import Encoder, ModelSettings, load_encoder
+from trainer.encoder.packed import packs
 from trainer.encoder.source import resolve_model
+from trainer.encoder.step_tokens import StepTokens
 from trainer.encoder.tokens import TokenTable, tokenize
 from trainer.encoder.topk import BestOf, tile_shape
 from trainer.errors import InputError
@@ -58,7 +60,7 @@ def bench_mining(
     texts: that are encoded; passages: of the corpus whose memory is measured, 0: none is. half: encode in bfloat16, everybody;
     None: on a GPU.
     """
-    world = stay_alone(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    world = stay_alone(torch.device("cuda:0" if torch.cuda.is_available() else "cpu"))
     data, model, precision = str(data_of(data)), model_of(model), precision_of(half, world.device)
     encoding = _encoding(Path(data), model, texts, max_tokens, rounds, world, precision, peer)
     search = measure_search(world, rounds)
@@ -90,7 +92,7 @@ def _encoding(
     texts = corpus.select(np.linspace(0, len(corpus) - 1, num_texts).astype(int).tolist())
     tokens = tokenize(texts, tokenizer, prefix="", max_tokens=max_tokens)
     rows = np.arange(num_texts)
-    batches = _batches(tokens, rows, device)
+    batches = _batches(tokens, encoder, dtype)
     ways: dict[str, Callable[[], object]] = {
         "bare model": lambda: _forward(encoder, batches, dtype),
         "ours": lambda: encode_rows(encoder, tokens, rows, dtype=dtype),
@@ -124,12 +126,16 @@ def _share(flops_per_s: float, rate: float, precision: str) -> dict[str, Any]:
     }
 
 
-def _batches(tokens: TokenTable, rows: np.ndarray, device: torch.device) -> list[dict[str, torch.Tensor]]:
-    chunks = plan_chunks(torch.as_tensor(tokens.lengths[rows]), token_budget(device))
-    return [{name: tensor.to(device) for name, tensor in tokens.pad(rows[chunk.numpy()]).items()} for chunk in chunks]
+def _batches(tokens: TokenTable, encoder: Encoder, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Return the batches that we would make of a table, on the encoder's device."""
+    device = next(encoder.parameters()).device
+    is_packed = packs(encoder, device, dtype)
+    chunks = plan_chunks(torch.as_tensor(tokens.lengths), token_budget(device), is_packed)
+    made = (StepTokens([(tokens, chunk.numpy())], device, is_packed) for chunk in chunks)
+    return [loaded.load(torch.arange(len(chunk))) for chunk, loaded in zip(chunks, made, strict=True)]
 
 
-def _forward(encoder: Encoder, batches: list[dict[str, torch.Tensor]], dtype: torch.dtype) -> None:
+def _forward(encoder: Encoder, batches: list[dict[str, Any]], dtype: torch.dtype) -> None:
     device = next(encoder.parameters()).device
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for batch in batches:

@@ -1,13 +1,10 @@
 """Pairs of a query and a passage, as a step takes them: query i belongs to passage i."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gradcache import Batch
@@ -37,13 +34,12 @@ class Pairs:
         """Return the tokens of each text of the first pairs."""
         return np.concatenate([table.lengths[:pairs] for table in self.tables])
 
-    def batch(self, pairs: int, encode: Callable[..., Tensor], device: torch.device) -> Batch:
+    def batch(self, pairs: int, encoder: RowEncoder) -> Batch:
         """Return the first pairs as a job's step collates them, from the first again where there are too few.
 
         Texts that repeat are encoded again: they stand for others.
         """
-        rows = np.arange(pairs) % len(self)
-        batch = collate(self._training_set(), None, rows, RowEncoder(encode, device), per_query=0, seed=0, step=0)
+        batch = collate(self._training_set(), None, np.arange(pairs) % len(self), encoder, per_query=0, seed=0, step=0)
         return replace(batch, towers=[replace(tower, encode_keys=None) for tower in batch.towers])
 
     def _training_set(self) -> TrainingSet:

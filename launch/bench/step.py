@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gradcache import OBJECTIVES, LossOptions, Temperature, cached_step
 from gradcache.budget import kept_within, measure_graphs
 from gradcache.plan import Chunk, encode_chunk, plan_encoding
+from launch.bench.job_path import encoded_by, load
 from launch.bench.machine import describe, matmul_rate, start_peak
 from launch.bench.made_texts import data_of
 from launch.bench.pairs import Pairs, read_pairs, tokenized
@@ -28,11 +29,11 @@ from launch.bench.turns import Turns, compared, take_turns
 from launch.counted import counted
 from launch.ranks import answer
 from trainer.backends import parallelize
+from trainer.encoder.auto import takes_bf16
 from trainer.encoder.encode import DTYPES
-from trainer.encoder.model import Encoder, ModelSettings, load_encoder
+from trainer.encoder.model import Encoder
 from trainer.errors import InputError
-from trainer.job import OptimSettings, ParallelSettings, PrecisionSettings
-from trainer.precision import encode_in
+from trainer.job import OptimSettings, ParallelSettings
 from trainer.world import World, join_world
 
 CHUNK_TOKENS = {"cpu": 4096, "cuda": 65536}
@@ -62,7 +63,7 @@ def bench_step(
 
 def precision_of(half: bool | None, device: torch.device) -> str:
     """Return what an encoder multiplies in where a person asks for half precision, or does not say."""
-    return "bf16" if half or (half is None and device.type == "cuda") else "fp32"
+    return "bf16" if half or (half is None and takes_bf16(device)) else "fp32"
 
 
 class StepBench:
@@ -73,12 +74,9 @@ class StepBench:
     ):
         """queries: pairs over all ranks. path, model: also by the names of `made_texts.py` and `shapes.py`."""
         self.world, self.model_name, self.max_tokens, self.precision = world, model_of(model), max_tokens, precision
-        settings = ModelSettings(name=self.model_name, max_query_tokens=max_tokens, max_passage_tokens=max_tokens)
-        self.encoder, self.tokenizer, self.traits = load_encoder(settings)
-        if compiles:
-            self.encoder.compile_layers()
+        self.encoder, self.tokenizer = load(model, max_tokens)
         self.parallel = parallelize(self.encoder, world, ParallelSettings(), OptimSettings())
-        self.encode = encode_in(self.parallel.module, PrecisionSettings(encode=precision), world.device)  # type: ignore[arg-type]
+        self.rows = encoded_by(self.encoder, self.parallel.module, precision, world.device, compiles)
         self.models: list[nn.Module] = [self.encoder]
         self.chunk_tokens = CHUNK_TOKENS[world.device.type]
         self.pairs = read_pairs(data_of(str(path)), self.tokenizer, queries, max_tokens, world.rank, world.num_ranks)
@@ -154,7 +152,7 @@ class StepBench:
     def ours(self, pairs: Pairs, count: int, keep_graphs: int | Literal["all"]) -> None:
         """Take our step on the first pairs."""
         cached_step(
-            pairs.batch(count, self.encode, self.world.device),
+            pairs.batch(count, self.rows),
             loss=LossOptions(objective=OBJECTIVES["info_nce"]),
             temperature=Temperature(TEMPERATURE).to(self.world.device),
             sync=self.parallel.sync,
@@ -167,7 +165,7 @@ class StepBench:
 
     def plain(self, count: int) -> None:
         """Take a step in one graph: every chunk encoded once, autograd for the rest."""
-        batch = self.pairs.batch(count, self.encode, self.world.device)
+        batch = self.pairs.batch(count, self.rows)
         plan = plan_encoding(batch.towers, self.chunk_tokens, 0, 0, 0)
         embedding_uD = torch.cat([encode_chunk(chunk, with_graph=True) for chunk in plan.chunks])
         order = torch.empty(plan.num_distinct, dtype=torch.int64)
@@ -226,7 +224,7 @@ class StepBench:
         return round(float(torch.cosine_similarity(a, b, 0)), 7)
 
     def chunks(self) -> list[Chunk]:
-        batch = self.pairs.batch(len(self.pairs), self.encode, self.world.device)
+        batch = self.pairs.batch(len(self.pairs), self.rows)
         return list(plan_encoding(batch.towers, self.chunk_tokens, 0, 0, 0).chunks)
 
     def graphs_within(self, gib: float) -> tuple[int, float]:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from launch.bench import made_texts, shapes
+from launch.bench.job_path import encoded_by
 from launch.bench.pairs import read_pairs
 from trainer.encoder.encode import encode_rows
 from trainer.encoder.model import ModelSettings, load_encoder, weights_digest
@@ -63,7 +64,7 @@ def test_other_names_stay_what_they_are(tmp_path, monkeypatch):
 def test_pairs_are_collated_as_a_job_does_and_repeat_where_there_are_too_few(tmp_path, tiny):
     encoder, tokenizer, _ = load_encoder(ModelSettings(name=shapes.model_of("minilm", tmp_path)))
     pairs = read_pairs(made_texts.data_of("made-mixed", tmp_path, 6), tokenizer, 4, 16)
-    batch = pairs.batch(7, encoder, torch.device("cpu"))
+    batch = pairs.batch(7, encoded_by(encoder, encoder, "fp32", torch.device("cpu")))
     (tower,), rows = batch.towers, np.array([0, 1, 2, 3, 0, 1, 2])
     assert tower.lengths.tolist() == np.concatenate([table.lengths[rows] for table in pairs.tables]).tolist()
     assert tower.encode_keys is None, "equal texts stand for others"
