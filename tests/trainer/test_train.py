@@ -37,6 +37,7 @@ from trainer.job import (
 )
 from trainer.loss_settings import LossSettings
 from trainer.parts import Parts
+from trainer.precision import precision_on
 from trainer.tasks import loss_options
 from trainer.train import train
 from trainer.update import update
@@ -97,7 +98,7 @@ def test_a_task_of_each_source_makes_one_update(job, root, caplog, monkeypatch):
     assert steps[0]["num_queries"] == 12 and len({line["batch_key"] for line in steps}) == 6
     assert "source notes begins again, others are longer" in caplog.text
     assert final(job).manifest["num_steps"] == 6
-    whole = loss_options(loss, job.precision)
+    whole = loss_options(loss, precision_on(job.precision, has_bf16=False))
     both = [(whole, 1.0), (replace(whole, objective=OBJECTIVES["info_nce_multi"]), 0.5)]
     assert taken == [(options, step / 6, weight) for step in range(6) for options, weight in both]
 
