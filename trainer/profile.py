@@ -110,10 +110,11 @@ class TorchProfile:
             share = busy_share(json.load(file)["traceEvents"], ON_GPU if is_cuda else ON_CPU)
         name = "profile/gpu_busy_share" if is_cuda else "profile/operators_share"
         self._tell(self._done[-1], {"event": "profile", "profile/num_steps": len(self._done), name: round(share, 4)})
-        at_work = "the GPU was busy" if is_cuda else "the CPU was in torch's operators, and else in Python,"
+        percent = f"{100 * share:.1f} % of their time"
+        found = f"the GPU was busy for {percent}" if is_cuda else f"torch's operators took {percent}, Python the rest"
         log.info(
-            "steps %d to %d: %s for %.1f %% of their time; open %s with https://ui.perfetto.dev (Open trace file)",
-            self._done[0], self._done[-1], at_work, 100 * share, self._path,
+            "steps %d to %d: %s; open %s with https://ui.perfetto.dev (Open trace file)",
+            self._done[0], self._done[-1], found, self._path,
         )  # fmt: skip
 
     def _wait_for_device(self) -> None:

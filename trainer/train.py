@@ -124,7 +124,8 @@ def step(run: Training) -> StepResult:
     """Leave the exact gradient of this step in the parameters. Collective."""
     run.compiling.seconds = 0.0
     started, number = time.perf_counter(), run.state.step
-    shares = run.batches.of_step(number, run.order, run.feed.of_step(number))
+    with record_function("batch"):
+        shares = run.batches.of_step(number, run.order, run.feed.of_step(number))
     run.data_s, parts = time.perf_counter() - started, [share.part for share in shares]
     run.batch_key = xxhash.xxh3_64_hexdigest(np.concatenate([part.rows for part in parts]).tobytes())
     for source in sources_begun_anew(run.order, number):

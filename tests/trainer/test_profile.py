@@ -149,7 +149,7 @@ def test_a_profile_changes_no_number_and_shows_the_phases_of_its_steps(job, capl
     assert losses[0] == losses[1] and len(set(losses[0])) == 5
     path = profiled.run.folder / "logs" / "profile-rank0.json.gz"
     found = marks_of(path)
-    for name in ("step 2", "step 3", "encode", "loss", "backward", "update", "record"):
+    for name in ("step 2", "step 3", "batch", "encode", "loss", "backward", "update", "record"):
         assert found.count(name) == (1 if name.startswith("step") else 2), name
     (told,) = [line for line in lines[1] if line.get("event") == "profile"]
     assert told["step"] == 3 and told["profile/num_steps"] == 2 and 0 < told["profile/operators_share"] <= 1
