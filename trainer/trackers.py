@@ -78,7 +78,7 @@ def _start(name: str, run: Path) -> Any:
     """Return a tracker of accelerate's that has begun."""
     from accelerate import PartialState, tracking  # two seconds, which the miner should not pay
 
-    PartialState()  # the trackers' own messages ask for it; in a trainer it is there already
+    PartialState()  # the trackers' own messages ask for it
     logs = run / "logs"
     if name == "wandb":
         tracker = tracking.WandBTracker(PROJECT, name=run.name, dir=str(logs))
