@@ -136,7 +136,7 @@ def prepare(job: TrainJob, world: World) -> Training:
     clusters = MinedClusters(world, run, dataset.num_queries) if job.batch.clusters == "mined" else None
     feed = open_feed(job, world, data, state, lambda: interrupt.is_set() or saver.has_failed(), clusters is not None)
     metrics: Metrics = TrainerMetrics(run, job.run.trackers) if world.speaks else NoMetrics()
-    status.update(step=state.step, num_steps=num_steps, **start_figures(job, state))
+    status.update(step=state.step, num_steps=num_steps, compiled=compiling.compiles, **start_figures(job, state))
     return Training(
         job,
         world,

@@ -2,9 +2,10 @@
 
 Layers are compiled one by one: they share one compilation, FSDP shards them one by one, and parts between them that
 torch.compile does not take do no harm. A kind of layer is compiled for few kinds of input, whatever the chunks of a step are:
-with and without graph (and with one that is kept, where others keep no activations), each for one row and for several. Numbers
-of rows and tokens are no kinds of their own, and attention always gets a mask where chunks are padded. A seed replays a dropout
-in the encoding without graph and in the one with graph.
+with and without graph, each for one row and for several. A graph counts twice where the first layer's input needs no gradient
+(adapters), and where some are kept and others keep no activations. Numbers of rows and tokens are no kinds of their own, and
+attention always gets a mask where chunks are padded. A seed replays a dropout in the encoding without graph and in the one
+with graph.
 
 Evaluation and mining run plain layers. A shard of embeddings is to be the same to the last bit whoever makes it, and what a
 compiler makes follows the shapes that it was first given; its fifth of the time is not worth embeddings that the trainer's
@@ -69,7 +70,7 @@ class CompiledLayers:
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
         generators = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
         try:
-            with _compiling_as_we_need():
+            with compiling_as_we_need():
                 return run()
         except FAILURES as error:
             self.give_up(in_short(error))
@@ -131,7 +132,7 @@ def _replace_dropouts(layers: Sequence[nn.Module]) -> list[tuple[nn.Module, str,
 
 
 @contextlib.contextmanager
-def _compiling_as_we_need() -> Iterator[None]:
+def compiling_as_we_need() -> Iterator[None]:
     """Set, during the block and for nobody else who compiles in this process, what torch.compile has no argument for."""
     with contextlib.ExitStack() as settings:
         # At the limit torch would go on without a compiled layer, and leave one line among its own warnings.

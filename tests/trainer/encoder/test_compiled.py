@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.gradients import assert_same_gradients, gradients_of
 from tests.trainer.encoder.families import write_family
 from trainer.encoder import compiled as compiled_module
+from trainer.encoder.attention import packed_marker
 from trainer.encoder.model import ModelSettings, load_encoder, save_encoder, weights_digest
 
 SHAPES = [(4, 4), (6, 12), (2, 20), (3, 1), (5, 2)]  # rows and columns of chunks, the first with as many as heads; …
@@ -108,6 +110,25 @@ def test_packed_chunks_take_as_few_compilations(folders, counter, caplog):
         assert_same_gradients(gradients_of(encoder=compiled), gradients_of(encoder=plain))
         assert counter.frame_count == count
     assert compiled.is_compiled and not told(caplog)
+
+
+def test_the_flash_call_of_packed_rows_is_one_kind_of_input_whatever_they_are(folders, counter):
+    layer = load(folders["bert"]).layers()[0]
+    compiled = torch.compile(layer._call_impl, **compiled_module.HOW)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():  # without numbers, and on a GPU that is not there
+        for module in layer.modules():
+            for name, weight in module.named_parameters(recurse=False):
+                fake = torch.empty(weight.shape, device="cuda", dtype=torch.bfloat16)
+                module.register_parameter(name, torch.nn.Parameter(fake, requires_grad=False))
+        for lengths in [(4, 4, 4, 4), (9, 3, 2), (12,), (2, 1)]:
+            starts = torch.empty(len(lengths) + 1, dtype=torch.int32, device="cuda")
+            states = torch.empty(1, sum(lengths), 32, device="cuda", dtype=torch.bfloat16)
+            told = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": max(lengths), "max_length_k": max(lengths)}
+            with compiled_module.compiling_as_we_need():
+                found = compiled(states, packed_marker(states.device), **told)
+            assert found.shape == states.shape and found.device.type == "cuda"
+    calls = [node.target for graph in counter.graphs for node in graph.graph.nodes if "flash" in str(node.target)]
+    assert len(calls) == counter.frame_count == 1
 
 
 def test_two_towers_share_what_is_compiled(folders, counter, tmp_path):
