@@ -13,6 +13,7 @@ from tests.gradcache.wide import Wide, wide_batch
 from tests.trainer.worlds import world_of
 from trainer.backends import parallelize
 from trainer.budget import find_budget
+from trainer.encoder import fit
 from trainer.encoder.gpu_share import GPU_SHARE
 from trainer.job import ChunkSettings, OptimSettings, ParallelSettings, TrainJob
 from trainer.step_memory import GIB
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.gpu
 # Takes a share, fills it in blocks of 64 MiB, says how many there were, and holds them until it is told to end.
 SIDE = """
 import os, sys, torch
+from trainer.encoder import fit
 from trainer.encoder.gpu_share import keep_to_share
 keep_to_share(torch.device("cuda", 0), os.environ)
 blocks = []
@@ -91,3 +93,24 @@ def test_two_updates_stay_within_the_memory_that_was_given(products):
         parallel.update(torch.amp.GradScaler("cuda", enabled=False))
     # cuBLAS takes a workspace of up to 32 MiB for each stream, which no plan knows of.
     assert 0.3 * gib * GIB < torch.cuda.max_memory_allocated() - before <= gib * GIB + 2**26
+
+
+def test_a_batch_of_texts_that_does_not_fit_a_gpu_is_halved(monkeypatch, caplog):
+    monkeypatch.setattr(fit, "_fitting", {})
+    encoder, device = Embedder().cuda(), torch.device("cuda", 0)
+    rows, lengths = torch.randn(2048, 16), torch.ones(2048, dtype=torch.int64)
+
+    def encode(chosen):
+        return encoder(rows[chosen].cuda())
+
+    with torch.inference_mode():
+        wanted = torch.cat([encode(chosen) for chosen in torch.arange(2048).split(64)])
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 600 * 2**20) / total)
+        try:
+            found = fit.encode_fitting(encode, lengths, device)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert fit.halved_to() == 512 and caplog.text.count("does not fit") == 1, "a row takes a MiB"

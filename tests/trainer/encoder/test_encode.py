@@ -8,9 +8,10 @@ import torch
 from transformers import AutoTokenizer
 
 from gradcache.chunks import plan_chunks
+from tests.allocator import Memory
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from trainer.data.datasets import open_dataset
-from trainer.encoder import encode, shards
+from trainer.encoder import encode, fit, shards
 from trainer.encoder.encode import encode_rows
 from trainer.encoder.model import ModelSettings, load_encoder
 from trainer.encoder.tokens import tokenize
@@ -87,3 +88,14 @@ def test_an_encoder_that_fails_leaves_no_thread_behind(root, tokens):
     with pytest.raises(RuntimeError, match="broken"):
         encode_rows(encoder, tokens, np.arange(40))
     assert set(threading.enumerate()) == before
+
+
+def test_batches_that_do_not_fit_into_memory_are_halved_and_give_the_same_embeddings(root, tokens, monkeypatch):
+    monkeypatch.setattr(fit, "_fitting", {})
+    encoder, rows = encoder_of(root), np.arange(len(tokens.lengths))
+    with Memory() as memory:
+        wanted = encode_rows(encoder, tokens, rows)
+    with Memory(limit=memory.peak // 3) as memory:
+        found = encode_rows(encoder, tokens, rows)
+    assert memory.num_refused and fit.halved_to() < tokens.lengths.sum()
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
