@@ -14,6 +14,7 @@ from gradcache.batch import Batch
 from gradcache.encode import Encoding
 from gradcache.exchange import Counts, gather_integers
 from gradcache.objectives.tile import Objective
+from gradcache.transfers import upload
 
 SPREAD_UNIT = 1e-9  # of what travels as a whole number
 _DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -51,7 +52,7 @@ def agree(
     group: dist.ProcessGroup | None,
     device: torch.device,
 ) -> Agreed:
-    """Return what the loss needs. Collective: one small all-gather.
+    """Return what the loss needs. Waits for the device once. Collective: one small all-gather.
 
     Raises on every rank alike: NotFinite; ValueError if no rank has a query, the embeddings have several widths, or a value that
     the objective needs is missing for a query.
@@ -59,21 +60,20 @@ def agree(
     embedding_nD = encoding.embedding_nD
     widths = encoding.widths or {0}
     dtype = -1 if embedding_nD is None else _DTYPES.index(embedding_nD.dtype)
-    row, key = _first_not_finite(batch, embedding_nD)
     extra = 0 if batch.extra is None else len(batch.extra.keys)
     counts = [batch.num_queries, len(batch.shared), extra, len(batch.judged.values_m), len(batch.keys), num_halved]
-    spread = -1 if embedding_nD is None or row >= 0 else _spread(embedding_nD, batch.num_queries)
-    missing = _first_missing(batch, objective)
-    every = gather_integers([*counts, min(widths), max(widths), dtype, row, key, spread, *missing], group, device)
+    known = torch.tensor([*counts, min(widths), max(widths), dtype, *_first_missing(batch, objective)])
+    found = torch.tensor([-1, 0, -1]) if embedding_nD is None else _found(batch, embedding_nD)
+    every = gather_integers(torch.cat([upload(known, device), upload(found, device)]), group)
     columns = [list(column) for column in zip(*every, strict=True)]
     (num_queries, num_shared, num_extra, num_positives, num_rows, halved), columns = columns[:6], columns[6:]
-    narrowest, widest, dtypes, rows, keys, spreads, missing_names, missing_queries = columns
+    narrowest, widest, dtypes, missing_names, missing_queries, rows, keys, spreads = columns
     if sum(num_queries) == 0:
         raise ValueError("the batch has no query on any rank; expected at least one")
     distinct = {*narrowest, *widest} - {0}
     if len(distinct) > 1:
-        found = " and ".join(map(str, sorted(distinct)))
-        raise ValueError(f"the towers return embeddings of widths {found}; queries and passages need one width")
+        words = " and ".join(map(str, sorted(distinct)))
+        raise ValueError(f"the towers return embeddings of widths {words}; queries and passages need one width")
     for rank, (row, key) in enumerate(zip(rows, keys, strict=True)):
         if row >= 0:
             raise NotFinite(rank, row, num_queries[rank], key)
@@ -103,20 +103,28 @@ def _first_missing(batch: Batch, objective: Objective) -> tuple[int, int]:
     return -1, 0
 
 
-def _spread(embedding_nD: Tensor, num_queries: int) -> int:
+def _found(batch: Batch, embedding_nD: Tensor) -> Tensor:
+    """Return the row and the key of the first embedding that is not finite, -1 and 0 if all are; and the spread, in SPREAD_UNIT.
+
+    It is -1 where no side has a pair, or an embedding is broken. The numbers stay on the device.
+    """
+    is_finite_n = embedding_nD.isfinite().all(1)
+    is_whole, row = is_finite_n.all(), is_finite_n.to(torch.int8).argmin()
+    keys_n = upload(batch.keys, row.device)  # where the batch is derived, there may be fewer of them than rows
+    key = torch.where(row < len(keys_n), keys_n[row.clamp(max=len(keys_n) - 1)], 0) if len(keys_n) else torch.zeros_like(row)
+    spread = torch.where(is_whole, _spread(embedding_nD, batch.num_queries).nan_to_num(-1.0), -1).to(torch.int64)
+    return torch.stack([torch.where(is_whole, -1, row), torch.where(is_whole, 0, key), spread])
+
+
+def _spread(embedding_nD: Tensor, num_queries: int) -> Tensor:
     """Return 1 - the mean cosine among queries or among passages, the larger of the two, in SPREAD_UNIT; -1 without pairs.
 
     Cost: n x D, by the sum of unit vectors.
     """
     unit_nD = torch.nn.functional.normalize(embedding_nD.detach().float(), dim=1)
-    sides = [side for side in (unit_nD[:num_queries], unit_nD[num_queries:]) if len(side) > 1]
-    cosines = [float(side.sum(0).square().sum() - len(side)) / (len(side) * (len(side) - 1)) for side in sides]
-    return max((max(0, round((1 - cosine) / SPREAD_UNIT)) for cosine in cosines), default=-1)
-
-
-def _first_not_finite(batch: Batch, embedding_nD: Tensor | None) -> tuple[int, int]:
-    """Return (row, key) of the first embedding that is not finite; row -1 if all are."""
-    if embedding_nD is None or bool(embedding_nD.isfinite().all()):
-        return -1, 0
-    row = int(embedding_nD.isfinite().all(1).logical_not().nonzero()[0])
-    return row, int(batch.keys[row]) if row < len(batch.keys) else 0
+    found = [unit_nD.new_full((), -1.0, dtype=torch.float64)]
+    for side in (unit_nD[:num_queries], unit_nD[num_queries:]):
+        if len(side) > 1:
+            cosine = (side.sum(0).square().sum() - len(side)).double() / (len(side) * (len(side) - 1))
+            found.append(((1 - cosine) / SPREAD_UNIT).round().clamp(min=0))
+    return torch.stack(found).amax()

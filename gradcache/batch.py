@@ -114,7 +114,7 @@ class Batch:
     @functools.cached_property
     def judged(self) -> Ragged:
         """The distinct keys of the positives of each query, its target's among them."""
-        return self.positives.with_column(self.keys[self.num_queries :][self.target])
+        return self.positives.with_column(self.keys[self.num_queries :][self.target]).distinct()
 
     @property
     def shared(self) -> Tensor:

@@ -168,7 +168,7 @@ def _evaluate(
     others[0] = others[0].to(log_scale.device)
     shaped = [part if len(part) else torch.zeros_like(rows) for part, rows in ((of_query, query_BD), (of_passage, passage_nD))]
     dtype = torch.promote_types(agreed.embedding_nD.dtype, torch.float32)
-    return torch.tensor(found.value, dtype=dtype, device=device), [*shaped, *others]
+    return found.value.to(dtype), [*shaped, *others]
 
 
 class _Loss(torch.autograd.Function):

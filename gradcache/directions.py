@@ -5,23 +5,127 @@ Every rank knows the 64-bit keys of the texts of all ranks; from these follow th
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gradcache.field import Field, Group
-from gradcache.masks import Masks, first_columns, repeated_columns
+from gradcache.masks import Masks, Pairing, Related, first_columns, first_of, relate
 from gradcache.objectives.tile import EXTRA, OTHER_SIDE, SAME_SIDE
 from gradcache.ragged import Ragged
-from gradcache.siblings import siblings_of
-from gradcache.terms import Chosen, Direction, Source
+from gradcache.siblings import Kin, siblings_of
+from gradcache.terms import Chosen, Direction, Siblings, Source
+from gradcache.transfers import upload
 
 # B queries of this rank, Q of all, N columns of all ranks, s siblings
 
+Side = Literal["queries", "targets"]
 
-def forth(field: Field) -> Direction:
+
+def directions(field: Field) -> list[Direction]:
+    """Return the queries against the passages and, where asked for, each query's target passage against the queries.
+
+    Waits for the device once, and once more where the objective wants siblings.
+    """
+    drafts = [_forth(field), *([_back(field)] if field.options.symmetric else [])]
+    pairings = [draft.pairings(field) for draft in drafts]
+    found = iter(relate([pairing for of_draft in pairings for pairing in of_draft]))
+    related = [[next(found) for _ in of_draft] for of_draft in pairings]
+    siblings = siblings_of(field, [d.kin(field, r) for d, r in zip(drafts, related, strict=True)])
+    return [draft.direction(field, r, s) for draft, r, s in zip(drafts, related, siblings, strict=True)]
+
+
+def count_masked(field: Field, direction: Direction) -> Tensor:
+    """Return the masked cells of this rank's scores of queries against passages; a row's own positive is none of them."""
+    number = list(direction.kinds).index(OTHER_SIDE)
+    _, related = direction.masks.related[number]
+    num_rows, own = len(direction.rows.rows_ND), field.counts.window("queries", field.rank)
+    num_own = (first_of(field.keys.passage_P, field.keys.target_Q[own.start : own.stop]) >= 0).sum()
+    return related.num_cells(slice(0, num_rows)) + num_rows * len(related.repeated) - num_own
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Draft:
+    """A direction before its masks are known."""
+
+    groups: list[Group]
+    sides: tuple[Side, Side]  # of the rows, and of their positives
+    own: tuple[Source, Source]
+    target_first_Q: Tensor  # the first column of the text of each row's own positive
+    is_spread: bool
+    chosen: Chosen | None = None
+
+    def __post_init__(self) -> None:
+        self.groups.sort(key=lambda group: not group.source.is_trained)
+
+    def _number(self) -> int:
+        """Return which of the groups is of the other side."""
+        return next(i for i, group in enumerate(self.groups) if group.kind == OTHER_SIDE)
+
+    def pairings(self, field: Field) -> list[Pairing]:
+        """Return what is to be related: the columns of each group, and where siblings are spread those of all ranks."""
+        rank = None if self.is_spread else field.rank
+        found = [group.pairing(field.counts, rank) for group in self.groups]
+        if self.is_spread and field.options.objective.wants_siblings:
+            other = self.groups[self._number()]
+            found.append(other.pairing(field.counts, field.rank, range(sum(self._columns_of_ranks(field)))))
+        return found
+
+    def kin(self, field: Field, related: list[Related]) -> Kin:
+        """Return what siblings are found from."""
+        number, own_window = self._number(), field.counts.window("queries", field.rank)
+        group = self.groups[number]
+        return Kin(
+            group=group,
+            first=self._firsts()[number],
+            related=related[number],
+            rows=range(len(self.target_first_Q)) if self.is_spread else own_window,
+            own_related=related[-1] if self.is_spread else None,
+            own_rows=own_window,
+            target_first_Q=self.target_first_Q,
+            columns_of_ranks=self._columns_of_ranks(field),
+        )
+
+    def _columns_of_ranks(self, field: Field) -> list[int]:
+        """Return how many columns of the other side each rank has."""
+        return field.counts.passages if self.sides[1] == "targets" else field.counts.queries
+
+    def _firsts(self) -> list[int]:
+        """Return where the columns of each group begin."""
+        return list(itertools.accumulate((len(group.window) for group in self.groups), initial=0))
+
+    def direction(self, field: Field, related: list[Related], siblings: Siblings) -> Direction:
+        """Return the direction."""
+        options, keys, objective = field.options, field.keys, field.options.objective
+        placed = list(zip(self._firsts()[:-1], related, strict=False))
+        rows, second = field.pools.rows(self.sides[0], self.is_spread), None
+        if objective.second is not None:
+            of_rows = field.pools.rows(self.sides[1], self.is_spread) if objective.second == "positive" else rows
+            second = of_rows, [group.source for group in self.groups], field.second_view
+        device = keys.query_Q.device
+        values = _on(device, field.batch.query_values)
+        dtype = torch.promote_types(rows.rows_ND.dtype, torch.float32)
+        travelled = {name: keys.values_QV[:, i].to(dtype) for i, name in enumerate(sorted(values))}
+        return Direction(
+            rows=rows,
+            columns=[group.source for group in self.groups],
+            kinds=[group.kind for group in self.groups],
+            masks=Masks(torch.cat([of_group.repeated + first for first, of_group in placed]), placed),
+            second=second,
+            own_rows=self.own[0],
+            own_positives=self.own[1],
+            siblings=siblings,
+            chosen=self.chosen,
+            is_spread=self.is_spread,
+            weight=(0.5 if options.symmetric else 1.0) / len(keys.query_Q),
+            values=values,
+            row_values=travelled if self.is_spread else values,
+        )
+
+
+def _forth(field: Field) -> _Draft:
     """Return the queries against the passages."""
     pools, keys, is_spread = field.pools, field.keys, field.queries_travel
     texts = torch.cat([keys.passage_P, keys.extra_X])
@@ -31,6 +135,7 @@ def forth(field: Field) -> Direction:
         window=field.window("passages", is_spread),
         first_N=first_columns(texts),
         row_keys=keys.positives,
+        keys_of_ranks=field.counts.positives,
         column_keys=Ragged.of_table(texts[:, None]),
     )
     groups = [passages]
@@ -44,6 +149,7 @@ def forth(field: Field) -> Direction:
                 window=field.window("queries", is_spread),
                 first_N=first_columns(keys.query_Q),
                 row_keys=known,
+                keys_of_ranks=[sum(each) for each in zip(field.counts.positives, field.counts.queries, strict=True)],
                 column_keys=known,
             )
         )
@@ -54,20 +160,25 @@ def forth(field: Field) -> Direction:
     batch, device = field.batch, keys.query_Q.device
     chosen = None
     if batch.candidates is not None:
-        row, passage = batch.candidates.query.to(device), batch.candidates.passage.to(device)
-        chosen = Chosen(row=row, passage=passage, source=pools.every_passage, values=_on(device, batch.candidates.values))
-    return _direction(
-        field,
-        groups,
+        row, passage = upload(batch.candidates.query, device), upload(batch.candidates.passage, device)
+        chosen = Chosen(
+            row=row,
+            passage=passage,
+            num_of_rows=torch.bincount(batch.candidates.query.cpu(), minlength=batch.num_queries),
+            source=pools.every_passage,
+            values=_on(device, batch.candidates.values),
+        )
+    return _Draft(
+        groups=groups,
         sides=("queries", "targets"),
         own=(pools.query, pools.target),
-        target_first_Q=_first_of(texts, keys.target_Q),
+        target_first_Q=first_of(texts, keys.target_Q),
         is_spread=is_spread,
         chosen=chosen,
     )
 
 
-def back(field: Field) -> Direction:
+def _back(field: Field) -> _Draft:
     """Return each query's target passage against the queries."""
     pools, keys = field.pools, field.keys
     is_spread = field.queries_travel and field.options.same_side
@@ -79,6 +190,7 @@ def back(field: Field) -> Direction:
             window=field.window("queries", is_spread),
             first_N=first_N,
             row_keys=Ragged.of_table(keys.target_Q[:, None]),
+            keys_of_ranks=field.counts.queries,
             column_keys=keys.positives,
         )
     ]
@@ -90,83 +202,18 @@ def back(field: Field) -> Direction:
                 window=field.window("passages", is_spread),
                 first_N=first_columns(keys.passage_P),
                 row_keys=keys.positives,
+                keys_of_ranks=field.counts.positives,
                 column_keys=Ragged.of_table(keys.passage_P[:, None]),
             )
         )
-    return _direction(
-        field,
-        groups,
+    return _Draft(
+        groups=groups,
         sides=("targets", "queries"),
         own=(pools.target, pools.query),
         target_first_Q=first_N,
         is_spread=is_spread,
-        chosen=None,
     )
-
-
-def count_masked(field: Field, direction: Direction) -> int:
-    """Return the masked cells of this rank's scores of queries against passages; a row's own positive is none of them."""
-    number = list(direction.kinds).index(OTHER_SIDE)
-    first, related = direction.masks.related[number]
-    num_rows, repeated = len(direction.rows.rows_ND), direction.masks.repeated
-    in_group = (repeated >= first) & (repeated < first + len(direction.columns[number].rows_ND))
-    own = field.counts.window("queries", field.rank)
-    passages = torch.isin(field.keys.target_Q[own.start : own.stop], field.keys.passage_P)
-    return related.num_cells(slice(0, num_rows)) + num_rows * int(in_group.sum()) - int(passages.sum())
-
-
-def _direction(
-    field: Field,
-    groups: list[Group],
-    *,
-    sides: tuple[Literal["queries", "targets"], Literal["queries", "targets"]],  # of the rows, and of their positives
-    own: tuple[Source, Source],
-    target_first_Q: Tensor,
-    is_spread: bool,
-    chosen: Chosen | None,
-) -> Direction:
-    options, keys, objective = field.options, field.keys, field.options.objective
-    own_window = field.counts.window("queries", field.rank)
-    window = range(len(keys.query_Q)) if is_spread else own_window
-    ordered = sorted(groups, key=lambda group: not group.source.is_trained)
-    firsts = list(itertools.accumulate((len(group.window) for group in ordered), initial=0))
-    related = [(first, group.related(window)) for first, group in zip(firsts, ordered, strict=False)]
-    repeated = [repeated_columns(g.first_N, g.window) + first for first, g in zip(firsts, ordered, strict=False)]
-    rows, second = field.pools.rows(sides[0], is_spread), None
-    if objective.second is not None:
-        of_rows = field.pools.rows(sides[1], is_spread) if objective.second == "positive" else rows
-        second = of_rows, [group.source for group in ordered], field.second_view
-    number = next(i for i, group in enumerate(ordered) if group.kind == OTHER_SIDE)
-    siblings = siblings_of(field, ordered[number], related[number], window, own_window, target_first_Q, is_spread)
-    values = _on(keys.query_Q.device, field.batch.query_values)
-    names = sorted(values)
-    dtype = torch.promote_types(rows.rows_ND.dtype, torch.float32)
-    travelled = {name: keys.values_QV[:, i].to(dtype) for i, name in enumerate(names)}
-    return Direction(
-        rows=rows,
-        columns=[group.source for group in ordered],
-        kinds=[group.kind for group in ordered],
-        masks=Masks(torch.cat(repeated), related),
-        second=second,
-        own_rows=own[0],
-        own_positives=own[1],
-        siblings=siblings,
-        chosen=chosen,
-        is_spread=is_spread,
-        weight=(0.5 if options.symmetric else 1.0) / len(keys.query_Q),
-        values=values,
-        row_values=travelled if is_spread else values,
-    )
-
-
-def _first_of(keys_N: Tensor, wanted: Tensor) -> Tensor:
-    """Return the first column of each key, -1 where there is none."""
-    if not len(keys_N):
-        return torch.full_like(wanted, -1)
-    ordered, order = keys_N.sort(stable=True)
-    place = torch.searchsorted(ordered, wanted).clamp(max=len(keys_N) - 1)
-    return torch.where(ordered[place] == wanted, order[place], -1)
 
 
 def _on(device: torch.device, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in values.items()}
+    return {name: upload(tensor, device) for name, tensor in values.items()}

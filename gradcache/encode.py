@@ -21,6 +21,7 @@ from gradcache.tight import (
     shrink_chunks,
     tight_surrogates,
 )
+from gradcache.transfers import upload
 
 log = logging.getLogger(__name__)
 
@@ -64,18 +65,17 @@ def encode_all(plan: Plan, keep_graphs: int | Literal["all"], sync: GradientSync
     done, num_refused = encode_in_room(plan.chunks, keeps, not sync.communicates_in_forward)
     plan = replace(plan, chunks=[encoded.chunk for encoded in done])
     kept = {i: encoded.embedding_mD for i, encoded in enumerate(done) if encoded.with_graph}
-    filled = [(encoded.chunk, encoded.embedding_mD.detach()) for encoded in done if len(encoded.chunk.rows)]
-    widths = {embedding.shape[1] for _, embedding in filled}
+    filled = [encoded.embedding_mD.detach() for encoded in done if len(encoded.chunk.rows)]
+    widths = {embedding.shape[1] for embedding in filled}
     if len(widths) != 1:
         return Encoding(plan, None, kept, widths, num_refused)
-    # Chunk order -> order of the distinct rows -> order of the batch, in one copy.
-    row_of_place = torch.empty(plan.num_distinct, dtype=torch.int64)
-    row_of_place[torch.cat([chunk.places for chunk, _ in filled])] = torch.arange(plan.num_distinct)
-    embedding_uD = torch.cat([embedding for _, embedding in filled])
-    return Encoding(plan, embedding_uD[row_of_place[plan.place_n].to(embedding_uD.device)], kept, widths, num_refused)
+    embedding_uD = torch.cat(filled)
+    return Encoding(plan, embedding_uD[upload(plan.place_n, embedding_uD.device)], kept, widths, num_refused)
 
 
-def backpropagate(encoding: Encoding, gradient_nD: Tensor, sync: GradientSync, scale: float, is_last: bool = True) -> None:
+def backpropagate(
+    encoding: Encoding, gradient_nD: Tensor, sync: GradientSync, scale: float | Tensor, is_last: bool = True
+) -> None:
     """Carry `scale` times the gradient of the embeddings into the parameters. Empties `encoding.kept`.
 
     is_last: no further part of the step follows.
@@ -83,7 +83,7 @@ def backpropagate(encoding: Encoding, gradient_nD: Tensor, sync: GradientSync, s
     """
     plan = encoding.plan
     gradient_uD = gradient_nD.new_zeros(plan.num_distinct, gradient_nD.shape[1])
-    gradient_uD.index_add_(0, plan.place_n.to(gradient_nD.device), gradient_nD).mul_(scale * sync.gradient_scale())
+    gradient_uD.index_add_(0, upload(plan.place_n, gradient_nD.device), gradient_nD).mul_(scale * sync.gradient_scale())
     halvings, has_failed = [0] * len(plan.chunks), False
     while (failed := _backward_all(plan, encoding.kept, gradient_uD, sync, halvings, is_last, has_failed)) is not None:
         # A backward that ran out of memory has left part of its gradient behind: all are taken back and made again.
@@ -138,7 +138,7 @@ def _surrogates(chunk: Chunk, embedding_mD: Tensor | None, gradient_uD: Tensor, 
             embedding_mD = encode_chunk(part, with_graph=True)
         if not len(part.rows):
             return embedding_mD.sum() * 0  # its backward communicates, where backwards do
-        gradient_mD = gradient_uD[part.places.to(gradient_uD.device)].to(embedding_mD.dtype)
+        gradient_mD = gradient_uD[part.places.start : part.places.stop].to(embedding_mD.dtype)
         return (embedding_mD * gradient_mD).sum()
 
     if not halvings and embedding_mD is not None:

@@ -31,9 +31,7 @@ class Counts:
 
     def window(self, name: str, rank: int) -> range:
         """Return where a rank's rows stand among those of all ranks."""
-        counts = getattr(self, name)
-        first = sum(counts[:rank])
-        return range(first, first + counts[rank])
+        return window_of(getattr(self, name), rank)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +46,15 @@ class Keys:
     values_QV: Tensor  # float64, what travels with the queries
 
 
-def gather_integers(values: list[int], group: dist.ProcessGroup | None, device: torch.device) -> list[list[int]]:
-    """Return the values of every rank. Collective: one small all-gather. Raises LostRank."""
-    if group is None:
-        return [values]
-    mine = torch.tensor(values, dtype=torch.int64, device=device)
-    return _gathered(mine, group).view(group.size(), len(values)).tolist()
+def window_of(counts: Sequence[int], rank: int) -> range:
+    """Return where a rank's part stands among those of all ranks, given the size of each."""
+    first = sum(counts[:rank])
+    return range(first, first + counts[rank])
+
+
+def gather_integers(values_m: Tensor, group: dist.ProcessGroup | None) -> list[list[int]]:
+    """Return the int64 values of every rank. Waits for the device, once. Collective: one small all-gather. Raises LostRank."""
+    return gather_values(values_m, group).tolist()
 
 
 def gather_values(values_S: Tensor, group: dist.ProcessGroup | None) -> Tensor:

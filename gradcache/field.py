@@ -7,8 +7,8 @@ from typing import Literal
 from torch import Tensor
 
 from gradcache.batch import Batch
-from gradcache.exchange import Counts, Keys
-from gradcache.masks import Related, relate
+from gradcache.exchange import Counts, Keys, window_of
+from gradcache.masks import Pairing
 from gradcache.options import LossOptions
 from gradcache.ragged import Ragged
 from gradcache.terms import Source
@@ -68,13 +68,12 @@ class Group:
     window: range  # of the columns of all ranks
     first_N: Tensor
     row_keys: Ragged  # of the rows of all ranks: a column that has one of them is no negative
+    keys_of_ranks: list[int]  # how many of them are of the rows of each rank
     column_keys: Ragged
 
-    def related(self, rows: range, window: range | None = None) -> Related:
-        """Return which of these columns, or of those of another window, are no negatives of some rows of all ranks."""
-        return relate(part_of(self.row_keys, rows), self.column_keys, self.first_N, self.window if window is None else window)
-
-
-def part_of(rows: Ragged, window: range) -> Ragged:
-    """Return the rows of a window."""
-    return rows if len(window) == len(rows.counts_n) else rows.slice(slice(window.start, window.stop))
+    def pairing(self, counts: Counts, rank: int | None, window: range | None = None) -> Pairing:
+        """Return these columns, or those of another window, and the rows of a rank, None: of all ranks, as what to relate."""
+        row_keys = self.row_keys
+        if rank is not None:
+            row_keys = row_keys.slice(counts.window("queries", rank), window_of(self.keys_of_ranks, rank))
+        return Pairing(row_keys, self.column_keys, self.first_N, self.window if window is None else window)

@@ -14,7 +14,7 @@ from torch import Tensor
 from gradcache.agree import Agreed
 from gradcache.batch import Batch
 from gradcache.cells import pair_scores
-from gradcache.directions import back, count_masked, forth
+from gradcache.directions import count_masked, directions
 from gradcache.exchange import Keys, all_reduce, gather_keys, gather_rows, scatter_gradients
 from gradcache.field import Field, Pools
 from gradcache.objectives.tile import trained_parameters
@@ -23,6 +23,7 @@ from gradcache.phases import evaluate_terms
 from gradcache.temperature import Temperature
 from gradcache.terms import Source, Term
 from gradcache.texts import text_terms
+from gradcache.transfers import upload
 from gradcache.way import Way, choose_way, keep_bytes, targets_travel
 from gradcache.widths import View, plan_views, view_rows
 
@@ -31,12 +32,12 @@ from gradcache.widths import View, plan_views, view_rows
 
 @dataclass(frozen=True)
 class Loss:
-    """The mean loss over the queries of all ranks."""
+    """The mean loss over the queries of all ranks; nobody has waited for its numbers yet."""
 
-    value: float
+    value: Tensor  # scalar float64
     num_queries: int  # of all ranks
     gradient_nD: Tensor  # of the rows that this rank encodes
-    share_masked: float  # of the scores of queries against passages, of all ranks
+    share_masked: Tensor  # scalar float64: of the scores of queries against passages, of all ranks
     way: Way  # what travelled
 
 
@@ -47,7 +48,7 @@ def global_loss(
     options: LossOptions,
     temperature: Temperature,
     group: dist.ProcessGroup | None,
-    gradient_scale: float = 1.0,
+    gradient_scale: float | Tensor = 1.0,
     progress: float = 0.0,
 ) -> Loss:
     """Return the mean loss over the queries of all ranks, and its gradient; adds `gradient_scale` times the
@@ -55,7 +56,9 @@ def global_loss(
 
     Collective: one gather of keys and one of rows, one reduce-scatter, one small all-reduce; where queries travel, one all-to-all
     each way; where the loss of a row depends on those of all, one small gather and reduction; whatever the number of widths and
-    directions. Raises ValueError, on every rank alike, for widths or outputs that do not fit the embeddings.
+    directions. Waits for the device once, for what the masks hold, and once more where the objective wants siblings; whatever the
+    numbers of rows, directions, widths and tiles. Raises ValueError, on every rank alike, for widths or outputs that do not fit
+    the embeddings.
     """
     encoded_nD = agreed.embedding_nD
     if batch.derive is not None:
@@ -73,7 +76,7 @@ def global_loss(
     field = _gather(batch, agreed, options, local, positive_VB, outputs, way, group)
     scale = temperature.scale().detach().to(dtype)
     num_values, pools = len(batch.query_values), field.pools
-    found = [forth(field), *([back(field)] if options.symmetric else [])]
+    found = directions(field)
     terms = [
         Term(
             direction=direction,
@@ -94,10 +97,9 @@ def global_loss(
     text_loss = text_terms(options, batch, rows_nD, gradient_nD, sum(agreed.num_rows))
     if batch.derive is not None:
         (gradient_nD,) = torch.autograd.grad(rows_nD, encoded_nD, gradient_nD.to(rows_nD.dtype))
-    num_masked = torch.tensor(float(count_masked(field, found[0])), dtype=torch.float64)
-    totals = _totals(terms, text_loss, num_masked, options, temperature, group, gradient_scale)
+    value, num_masked = _totals(terms, text_loss, count_masked(field, found[0]), options, temperature, group, gradient_scale)
     num_scores = sum(agreed.counts.queries) * max(1, sum(agreed.counts.passages))
-    return Loss(float(totals[0]), sum(agreed.counts.queries), gradient_nD, float(totals[1]) / num_scores, way)
+    return Loss(value, sum(agreed.counts.queries), gradient_nD, num_masked / num_scores, way)
 
 
 def _local_pools(batch: Batch, rows_nD: Tensor) -> Pools:
@@ -107,11 +109,11 @@ def _local_pools(batch: Batch, rows_nD: Tensor) -> Pools:
     every = Source(passage_nD, trains_passages)
     extra = None
     if batch.extra is not None:
-        extra = Source(batch.extra.embedding_xD.detach().to(rows_nD), is_trained=False)
+        extra = Source(upload(batch.extra.embedding_xD.detach(), rows_nD.device).to(rows_nD.dtype), is_trained=False)
     return Pools(
         query=Source(query_BD, trains_queries),
-        target=Source(passage_nD[batch.target.to(rows_nD.device)], trains_passages),
-        passage=every if batch.own_only is None else Source(passage_nD[batch.shared.to(rows_nD.device)], trains_passages),
+        target=Source(passage_nD[upload(batch.target, rows_nD.device)], trains_passages),
+        passage=every if batch.own_only is None else Source(passage_nD[upload(batch.shared, rows_nD.device)], trains_passages),
         every_passage=every,
         extra=extra,
     )
@@ -136,13 +138,13 @@ def _gather(
 ) -> Field:
     """Return what all ranks know. Collective: two all-gathers."""
     device, counts = local.query.rows_ND.device, agreed.counts
-    query_keys, passage_keys = batch.keys.to(device).split([batch.num_queries, batch.num_passages])
-    values = [batch.query_values[name].to(device, torch.float64) for name in sorted(batch.query_values)]
+    query_keys, passage_keys = upload(batch.keys, device).split([batch.num_queries, batch.num_passages])
+    values = [upload(batch.query_values[name], device).double() for name in sorted(batch.query_values)]
     mine = Keys(
-        passage_P=passage_keys[batch.shared.to(device)],
-        extra_X=passage_keys[:0] if batch.extra is None else batch.extra.keys.to(device),
+        passage_P=passage_keys[upload(batch.shared, device)],
+        extra_X=passage_keys[:0] if batch.extra is None else upload(batch.extra.keys, device),
         query_Q=query_keys,
-        target_Q=passage_keys[batch.target.to(device)],
+        target_Q=passage_keys[upload(batch.target, device)],
         positives=batch.judged.to(device),
         values_QV=torch.stack([*values, *(positive_B.double() for positive_B in positive_VB)], dim=1),
     )
@@ -200,9 +202,9 @@ def _bring_back(terms: Sequence[Term], pools: Pools, agreed: Agreed, group: dist
 def _own_gradient(batch: Batch, pools: Pools, rows_nD: Tensor) -> Tensor:
     """Return the gradient of this rank's queries and passages, one behind the other."""
     every = pools.every_passage.gradient()
-    every.index_add_(0, batch.target.to(every.device), pools.target.gradient())  # several queries may share a target
+    every.index_add_(0, upload(batch.target, every.device), pools.target.gradient())  # several queries may share a target
     if pools.passage is not pools.every_passage:
-        every.index_add_(0, batch.shared.to(every.device), pools.passage.gradient())
+        every.index_add_(0, upload(batch.shared, every.device), pools.passage.gradient())
     assert len(rows_nD) == batch.num_queries + len(every), "all rows have a gradient"
     return torch.cat([pools.query.gradient(), every])
 
@@ -214,18 +216,17 @@ def _totals(
     options: LossOptions,
     temperature: Temperature,
     group: dist.ProcessGroup | None,
-    gradient_scale: float,
-) -> Tensor:
-    """Return (loss, masked cells) of all ranks, and give the temperature and the objective's parameters their gradients.
+    gradient_scale: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return the loss and the masked cells of all ranks, and give the temperature and the objective's parameters their gradients.
 
     Collective: one all-reduce.
     """
     parameters = trained_parameters(options.objective)
     parts = [term.totals() for term in terms]
-    device = text_loss.device
     loss, scale = text_loss + sum(loss for loss, _, _ in parts), torch.stack([scale for _, scale, _ in parts]).sum()
     of_parameters = [torch.stack([found[i] for _, _, found in parts]).sum(0).double().flatten() for i in range(len(parameters))]
-    totals = torch.cat([loss[None], num_masked.to(device)[None], scale[None], *of_parameters])
+    totals = torch.cat([loss[None], num_masked.double()[None], scale[None], *of_parameters])
     all_reduce(totals, group)
     if temperature.log_scale.requires_grad:
         temperature.scale().backward((totals[2] * gradient_scale).to(temperature.log_scale.dtype))
@@ -233,4 +234,4 @@ def _totals(
     for parameter, gradient in zip(parameters, totals[3:].split(sizes) if sizes else (), strict=True):
         gradient = (gradient * gradient_scale).view_as(parameter).to(parameter.dtype)
         parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-    return totals[:2]
+    return totals[0], totals[1]

@@ -11,7 +11,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from gradcache.ragged import Ragged, distinct
+from gradcache.ragged import Ragged, is_new, sorted_pairs
+from gradcache.transfers import read_together
 
 # t rows, N columns of all ranks, P columns of this rank, e entries (a row and one of its keys), c cells
 
@@ -22,8 +23,9 @@ class Related:
 
     row_e: Tensor
     first_e: Tensor  # where the columns of the entry's key begin in `column_k`
-    count_e: Tensor
+    count_e: Tensor  # 0 where no column here has it
     column_k: Tensor  # columns of this rank, key by key; of several columns of one text the first
+    repeated: Tensor  # columns whose text an earlier column of any rank has
     entry_start: Sequence[int]  # (t + 1,) on the host: where the entries of a row begin
     cell_start: Sequence[int]  # (t + 1,) on the host: where the cells of a row begin
 
@@ -57,41 +59,96 @@ class Masks:
         return sum(related.num_cells(rows) for _, related in self.related)
 
 
+@dataclass(frozen=True)
+class Pairing:
+    """Rows, and this rank's columns among those of all ranks, of which some have keys in common."""
+
+    row_keys: Ragged
+    column_keys: Ragged  # of the columns of all ranks; what one column of a text has, its first column has
+    first_N: Tensor  # that column
+    window: range  # this rank's columns among them; a cell's column counts from its start
+
+
+def relate(pairings: Sequence[Pairing]) -> list[Related]:
+    """Return where the rows and columns of each pairing have a key in common. Waits for the device, once for all."""
+    drafts = [_relate(pairing) for pairing in pairings]
+    found = read_together([values for draft in drafts for values in draft.to_read])
+    return [
+        Related(
+            row_e=draft.row_e,
+            first_e=draft.first_e,
+            count_e=draft.count_e,
+            column_k=draft.column_k,
+            repeated=draft.repeated_P[: int(num_repeated[0])],
+            entry_start=as_integers(entry_start),
+            cell_start=as_integers(cell_start),
+        )
+        for draft, num_repeated, entry_start, cell_start in zip(drafts, found[::3], found[1::3], found[2::3], strict=True)
+    ]
+
+
 def first_columns(keys_N: Tensor) -> Tensor:
     """Return for every column the first one of equal key, (N,)."""
-    distinct_keys, place = torch.unique(keys_N, return_inverse=True)
-    first = torch.full_like(distinct_keys, len(keys_N))
-    first.scatter_reduce_(0, place, torch.arange(len(keys_N), device=keys_N.device), "amin")
-    return first[place]
+    return first_of(keys_N, keys_N)
 
 
-def repeated_columns(first_N: Tensor, window: range) -> Tensor:
-    """Return those of this rank's columns whose text an earlier column has, counted from the window's start."""
-    first_P = first_N[window.start : window.stop]
-    return (first_P != torch.arange(window.start, window.stop, device=first_N.device)).nonzero()[:, 0]
+def first_of(keys_N: Tensor, wanted: Tensor) -> Tensor:
+    """Return the first column of each wanted key, -1 where there is none."""
+    if not len(keys_N):
+        return torch.full_like(wanted, -1)
+    ordered, order = keys_N.sort(stable=True)
+    place = torch.searchsorted(ordered, wanted).clamp(max=len(keys_N) - 1)
+    return torch.where(ordered[place] == wanted, order[place], -1)
 
 
-def relate(row_keys: Ragged, column_keys: Ragged, first_N: Tensor, window: range) -> Related:
-    """Return where rows and this rank's columns have a key in common.
+def as_integers(host: Tensor) -> Sequence[int]:
+    """Return a tensor of the host as what is indexed ten times as fast."""
+    return cast(Sequence[int], host.numpy())
 
-    column_keys: of the columns of all ranks; what one column of a text has, its first column has. first_N: that column.
-    window: this rank's columns among them; the cells' columns count from its start. Waits for the device a few times.
+
+def starts_of(counts_t: Tensor) -> Tensor:
+    """Return where the values of each row begin, and where all end, (t + 1,)."""
+    return torch.nn.functional.pad(counts_t.cumsum(0), (1, 0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Draft:
+    """A `Related` of which the host knows no numbers yet."""
+
+    row_e: Tensor
+    first_e: Tensor
+    count_e: Tensor
+    column_k: Tensor
+    repeated_P: Tensor  # with more behind
+    to_read: tuple[Tensor, Tensor, Tensor]  # the number of repeated columns; where the entries, and the cells, of a row begin
+
+
+def _relate(pairing: Pairing) -> _Draft:
+    """Return where a pairing's rows and columns have a key in common; nothing here waits for the device."""
+    window, first_N, columns = pairing.window, pairing.first_N, pairing.column_keys
+    key_m, column_m = sorted_pairs(columns.values_m, first_N[columns.rows_m])
+    is_column_m = (column_m >= window.start) & (column_m < window.stop) & is_new(key_m, column_m)
+    place_m = starts_of(is_column_m.to(torch.int64))
+    row_e, key_e = sorted_pairs(pairing.row_keys.rows_m, pairing.row_keys.values_m)
+    first_e = place_m[torch.searchsorted(key_m, key_e)]
+    # A key that a row has twice counts once.
+    count_e = (place_m[torch.searchsorted(key_m, key_e, right=True)] - first_e) * is_new(row_e, key_e)
+    entry_start = starts_of(pairing.row_keys.counts_n)
+    place_P = torch.arange(len(window), device=first_N.device)
+    is_repeated_P = first_N[window.start : window.stop] != place_P + window.start
+    return _Draft(
+        row_e=row_e,
+        first_e=first_e,
+        count_e=count_e,
+        column_k=_marked_first(column_m - window.start, is_column_m),
+        repeated_P=_marked_first(place_P, is_repeated_P),
+        to_read=(is_repeated_P.sum()[None], entry_start, starts_of(count_e)[entry_start]),
+    )
+
+
+def _marked_first(values: Tensor, is_marked: Tensor) -> Tensor:
+    """Return the same values, those that are marked before the others, in their order.
+
+    It is what a selection by a mask returns, with more behind: the host would have to wait for the selection's size.
     """
-    column_m = first_N[column_keys.rows_m]
-    is_here = (column_m >= window.start) & (column_m < window.stop)
-    of_column = distinct(column_m[is_here] - window.start, column_keys.values_m[is_here], len(window))
-    order = of_column.values_m.argsort(stable=True)  # by key, then by column
-    key_k, column_k = of_column.values_m[order], of_column.rows_m[order]
-    rows = distinct(row_keys.rows_m, row_keys.values_m, len(row_keys.counts_n))
-    first_e = torch.searchsorted(key_k, rows.values_m)
-    count_e = torch.searchsorted(key_k, rows.values_m, right=True) - first_e
-    has_any = count_e > 0
-    row_e, first_e, count_e = rows.rows_m[has_any], first_e[has_any], count_e[has_any]
-    entries_t = torch.bincount(row_e, minlength=len(row_keys.counts_n))
-    cells_t = torch.zeros_like(entries_t).index_add_(0, row_e, count_e)
-    return Related(row_e, first_e, count_e, column_k, starts_of(entries_t), starts_of(cells_t))
-
-
-def starts_of(counts_t: Tensor) -> Sequence[int]:
-    """Return where the values of each row begin, and where all end, on the host: one wait for the device."""
-    return cast(Sequence[int], torch.nn.functional.pad(counts_t.cumsum(0), (1, 0)).cpu().numpy())
+    return values[is_marked.logical_not().to(torch.int8).argsort(stable=True)]

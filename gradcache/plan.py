@@ -19,7 +19,7 @@ class Chunk:
 
     tower: Tower
     rows: Tensor  # (m,) row numbers within the tower; none where only other ranks have rows left
-    places: Tensor  # (m,) their places among the distinct rows of all towers
+    places: range  # theirs among the distinct rows of all chunks, which stand in the order in which they are encoded
     lengths: Tensor  # (m,) tokens
     seed: int  # of everything random in its encoding
 
@@ -37,9 +37,11 @@ class Chunk:
 
     def halves(self) -> list["Chunk"]:
         """Return two chunks of half the rows; each draws its own dropout."""
-        parts = [t.tensor_split(2) for t in (self.rows, self.places, self.lengths)]
-        return [replace(self, rows=r, places=p, lengths=n, seed=replay_seed(self.seed, i))
-                for i, (r, p, n) in enumerate(zip(*parts, strict=True))]  # fmt: skip
+        half = (len(self.rows) + 1) // 2
+        return [
+            replace(self, rows=self.rows[of], places=self.places[of], lengths=self.lengths[of], seed=replay_seed(self.seed, i))
+            for i, of in enumerate((slice(0, half), slice(half, None)))
+        ]
 
 
 @dataclass(frozen=True)
@@ -61,23 +63,19 @@ def plan_encoding(
     chunks: list[Chunk] = []
     places, num_distinct = [], 0
     for number, tower in enumerate(towers):
-        first_u, place_n = unique_rows(tower.encode_keys, len(tower.lengths))
-        places.append(place_n + num_distinct)
+        first_u, number_n = unique_rows(tower.encode_keys, len(tower.lengths))
         lengths_u = tower.lengths[first_u]
         planned = plan_chunks(lengths_u, chunk_tokens, tower.is_packed)
         if num_chunks is not None:
             planned = equalize_chunks(planned, num_chunks[number])
-        chunks += [
-            Chunk(
-                tower=tower,
-                rows=first_u[rows],
-                places=rows + num_distinct,
-                lengths=lengths_u[rows],
-                seed=replay_seed(seed, step, rank, number, len(chunks) + i),
-            )
-            for i, rows in enumerate(planned)
-        ]
-        num_distinct += len(first_u)
+        place_u = torch.empty_like(first_u)
+        for rows in planned:
+            place = range(num_distinct, num_distinct + len(rows))
+            place_u[rows] = torch.arange(place.start, place.stop)
+            seed_of_chunk = replay_seed(seed, step, rank, number, len(chunks))
+            chunks.append(Chunk(tower=tower, rows=first_u[rows], places=place, lengths=lengths_u[rows], seed=seed_of_chunk))
+            num_distinct = place.stop
+        places.append(place_u[number_n])
     return Plan(chunks, torch.cat(places), num_distinct)
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradcache.transfers import upload
+
 # n rows, m values of all rows
 
 
@@ -28,24 +30,34 @@ class Ragged:
 
     def to(self, device: torch.device) -> "Ragged":
         """Return the same on a device."""
-        return Ragged(self.values_m.to(device), self.counts_n.to(device))
+        return Ragged(upload(self.values_m, device), upload(self.counts_n, device))
 
-    def slice(self, rows: slice) -> "Ragged":
-        """Return some consecutive rows. It waits for the device."""
-        first, stop = int(self.counts_n[: rows.start].sum()), int(self.counts_n[: rows.stop].sum())
-        return Ragged(self.values_m[first:stop], self.counts_n[rows])
+    def slice(self, rows: range, values: range) -> "Ragged":
+        """Return some consecutive rows; values: where theirs stand among those of all rows."""
+        return Ragged(self.values_m[values.start : values.stop], self.counts_n[rows.start : rows.stop])
 
     def with_column(self, value_n: Tensor) -> "Ragged":
-        """Return rows that have one value more each; rows keep distinct values only."""
-        rows_m = torch.cat([torch.arange(len(value_n), device=value_n.device), self.rows_m])
-        return distinct(rows_m, torch.cat([value_n, self.values_m]), len(self.counts_n))
+        """Return rows that have one value more each, whether they have it already or not."""
+        rows_m = torch.cat([self.rows_m, torch.arange(len(value_n), device=value_n.device)])
+        order_m = rows_m.argsort(stable=True)
+        return Ragged(torch.cat([self.values_m, value_n])[order_m], self.counts_n + 1)
+
+    def distinct(self) -> "Ragged":
+        """Return rows that have each value once, in rising order. Waits for the device of a row's values."""
+        rows_m, values_m = sorted_pairs(self.rows_m, self.values_m)
+        is_new_m = is_new(rows_m, values_m)
+        return Ragged(values_m[is_new_m], torch.bincount(rows_m[is_new_m], minlength=len(self.counts_n)))
 
 
-def distinct(rows_m: Tensor, values_m: Tensor, num_rows: int) -> Ragged:
-    """Return the pairs of a row and a value, each once, sorted by row and then by value."""
-    order_m = values_m.argsort()
-    order_m = order_m[rows_m[order_m].argsort(stable=True)]
-    rows_m, values_m = rows_m[order_m], values_m[order_m]
-    is_new_m = torch.ones_like(rows_m, dtype=torch.bool)
-    is_new_m[1:] = (rows_m[1:] != rows_m[:-1]) | (values_m[1:] != values_m[:-1])
-    return Ragged(values_m[is_new_m], torch.bincount(rows_m[is_new_m], minlength=num_rows))
+def sorted_pairs(first_m: Tensor, second_m: Tensor) -> tuple[Tensor, Tensor]:
+    """Return pairs of integers, sorted by the first and then by the second."""
+    order_m = second_m.argsort()
+    order_m = order_m[first_m[order_m].argsort(stable=True)]
+    return first_m[order_m], second_m[order_m]
+
+
+def is_new(first_m: Tensor, second_m: Tensor) -> Tensor:
+    """Return, for pairs that are sorted, whether each is the first of those that are equal."""
+    is_new_m = torch.ones_like(first_m, dtype=torch.bool)
+    is_new_m[1:] = (first_m[1:] != first_m[:-1]) | (second_m[1:] != second_m[:-1])
+    return is_new_m

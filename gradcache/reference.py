@@ -52,5 +52,5 @@ def _encode(plan: Plan) -> Tensor:
     for chunk in plan.chunks:
         if len(chunk.rows):
             with_graph = not chunk.tower.is_frozen
-            row_of_place |= dict(zip(chunk.places.tolist(), encode_chunk(chunk, with_graph=with_graph), strict=True))
+            row_of_place |= dict(zip(chunk.places, encode_chunk(chunk, with_graph=with_graph), strict=True))
     return torch.stack([row_of_place[place] for place in plan.place_n.tolist()]) if row_of_place else torch.empty(0, 0)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gradcache.masks import starts_of
+from gradcache.masks import as_integers, starts_of
 from gradcache.objectives.tile import Cells, Objective, Rows, merge_all, trained_parameters
 
 # B rows of this rank, b some of them, S statistics, W tiles that are merged, c cells
@@ -38,8 +38,11 @@ class PickedCells:
         return slice(int(self.start[rows.start]), int(self.start[rows.stop]))
 
 
-def picked(parts: list[tuple[int, Tensor, Tensor, Mapping[str, Tensor]]], num_rows: int, names: list[str]) -> PickedCells:
-    """Return cells in the order of rows, from (kind, rows, scores, values) of each kind; a value that a kind lacks is NaN."""
+def picked(parts: list[tuple[int, Tensor, Tensor, Mapping[str, Tensor]]], num_of_rows: Tensor, names: list[str]) -> PickedCells:
+    """Return cells in the order of rows, from (kind, rows, scores, values) of each kind; a value that a kind lacks is NaN.
+
+    num_of_rows: (B,) on the host: how many cells of all kinds each row has.
+    """
     rows = torch.cat([row for _, row, _, _ in parts])
     kinds = torch.cat([torch.full_like(row, kind, dtype=torch.int8) for kind, row, _, _ in parts])
     scores = torch.cat([score for _, _, score, _ in parts])
@@ -47,7 +50,7 @@ def picked(parts: list[tuple[int, Tensor, Tensor, Mapping[str, Tensor]]], num_ro
         name: torch.cat([known.get(name, torch.full_like(score, torch.nan)).to(score) for _, _, score, known in parts])
         for name in names
     }
-    start = starts_of(torch.bincount(rows, minlength=num_rows))
+    start = as_integers(starts_of(num_of_rows))
     order = rows.argsort(stable=True)
     sizes = [len(row) for _, row, _, _ in parts]
     return PickedCells(rows[order], kinds[order], scores[order], {n: v[order] for n, v in values.items()}, start, order, sizes)

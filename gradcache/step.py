@@ -5,12 +5,16 @@ ranks. Traded for it: a second forward of the chunks whose graph is not kept.
 Source: Gao et al. 2021, arXiv 2101.06983.
 """
 
+import functools
+import itertools
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.profiler import record_function
 
 from gradcache.agree import agree
@@ -24,26 +28,63 @@ from gradcache.plan import Plan, chunks_of_each_tower, plan_encoding
 from gradcache.replay import borrowed_generators
 from gradcache.sync import GradientSync
 from gradcache.temperature import Temperature
+from gradcache.transfers import Arriving, upload
 from gradcache.way import Way
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """What a step found, and what it cost; figures are of this rank unless they say otherwise."""
+class Measured:
+    """What a step leaves on the device until somebody reads it."""
 
-    loss: float  # mean over the queries of all ranks
+    loss: float
+    share_masked: float
+    encode_s: float
+    loss_s: float
+    backward_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What a step found, and what it cost; figures are of this rank unless they say otherwise.
+
+    A GPU has the loss, the masked share and the seconds only when it is done: reading one of them waits for it, so read them
+    behind the optimizer's step, or a step later.
+    """
+
     num_queries: int  # of all ranks
     num_chunks: int
     num_halved: int  # chunks and graphs that did not fit into memory, and backwards of the last step; the most on any rank
     num_tokens: int  # encoded, without padding, a second encoding not counted
     num_padded_tokens: int  # the same with padding
     share_encoded_twice: float  # of the padded tokens
-    share_masked: float  # of the scores of queries against passages, of all ranks
     way: Way  # what travelled to the other ranks, and why
     spread: float | None  # 1 - the mean cosine among queries or passages of a rank, the most of all; None: no rank has two
-    encode_s: float
-    loss_s: float  # gather and reduce-scatter included
-    backward_s: float  # second encoding and parameter synchronisation included
+    measured: Callable[[], Measured]  # waits for the device
+
+    @property
+    def loss(self) -> float:
+        """The mean over the queries of all ranks."""
+        return self.measured().loss
+
+    @property
+    def share_masked(self) -> float:
+        """The share of the scores of queries against passages, of all ranks, that are no negatives."""
+        return self.measured().share_masked
+
+    @property
+    def encode_s(self) -> float:
+        """Seconds of the first encoding."""
+        return self.measured().encode_s
+
+    @property
+    def loss_s(self) -> float:
+        """Seconds of the loss, gather and reduce-scatter included."""
+        return self.measured().loss_s
+
+    @property
+    def backward_s(self) -> float:
+        """Seconds of the second encoding, parameter synchronisation included."""
+        return self.measured().backward_s
 
 
 def cached_step(
@@ -73,6 +114,8 @@ def cached_step(
     is_last: False where other parts of the same update follow, such as the batches of other tasks: their gradients add up
     on each rank, and the part that is last synchronises them, once. Give parts different seeds, or they draw equal dropout.
     Mixed precision is the encoder's: let it run under autocast, or this whole call; the loss is computed outside of it.
+    The host waits for a GPU twice: for what the ranks tell each other and for what the masks hold; once more where the objective
+    wants siblings, and once more under a backend that communicates in forwards. It waits for no chunk and no tile of scores.
     Collective: every rank of group calls it once a step or part, also with zero rows. The number of collectives does not
     depend on the number of chunks. Raises, on every rank alike and before any gradient: ValueError if no rank has a query or the
     towers' widths differ, NotFinite for a broken embedding; LostRank where a rank is gone. If one rank alone raises an error,
@@ -80,7 +123,7 @@ def cached_step(
     """
     device = temperature.log_scale.device
     rank = 0 if group is None else group.rank()
-    started = _now_s(device)
+    moments = [_moment(device)]
     plan = plan_encoding(batch.towers, chunk_tokens, seed, step, rank)
     if sync.communicates_in_forward and group is not None:
         plan = _equalized(plan, batch, chunk_tokens, seed, step, group, device)
@@ -89,7 +132,7 @@ def cached_step(
         with naming_lost_ranks(group), record_function("encode"):  # sharded parameters are gathered within
             encoding = encode_all(plan, keep_graphs, sync)
         chunks, share_encoded_twice = encoding.plan.chunks, encoding.share_encoded_twice
-        encoded = _now_s(device)
+        moments.append(_moment(device))
         num_refused, sync.num_forgotten = encoding.num_refused + sync.num_forgotten, 0
         agreed = agree(batch, encoding, loss.objective, num_refused, group, device)
         scale = weight * _scale_of(scaler, device)
@@ -97,23 +140,21 @@ def cached_step(
             found = global_loss(
                 batch, agreed, options=loss, temperature=temperature, group=group, gradient_scale=scale, progress=progress
             )
-        evaluated = _now_s(device)
+        moments.append(_moment(device))
         with naming_lost_ranks(group), record_function("backward"):
             backpropagate(encoding, found.gradient_nD, sync, scale, is_last)
+        moments.append(_moment(device))
+    numbers = Arriving(torch.stack([found.value, found.share_masked]))
     return StepResult(
-        loss=found.value,
         num_queries=found.num_queries,
         num_chunks=len(chunks),
         num_halved=agreed.num_halved,
         num_tokens=sum(chunk.num_tokens for chunk in chunks),
         num_padded_tokens=encoding.num_padded_tokens,
         share_encoded_twice=share_encoded_twice,
-        share_masked=found.share_masked,
         way=found.way,
         spread=agreed.spread,
-        encode_s=encoded - started,
-        loss_s=evaluated - encoded,
-        backward_s=_now_s(device) - evaluated,
+        measured=functools.cache(lambda: _measured(numbers, moments)),
     )
 
 
@@ -121,17 +162,36 @@ def _equalized(
     plan: Plan, batch: Batch, chunk_tokens: int, seed: int, step: int, group: dist.ProcessGroup, device: torch.device
 ) -> Plan:
     """Return this rank's plan with as many chunks of each tower as the rank that has most. Collective: one all-gather."""
-    every = gather_integers(chunks_of_each_tower(plan, batch.towers), group, device)
+    counts = torch.tensor(chunks_of_each_tower(plan, batch.towers))
+    every = gather_integers(upload(counts, device), group)
     most = [max(counts) for counts in zip(*every, strict=True)]
     return plan_encoding(batch.towers, chunk_tokens, seed, step, group.rank(), most)
 
 
-def _scale_of(scaler: torch.amp.GradScaler | None, device: torch.device) -> float:
-    """Return the factor by which float16's gradients are kept from underflow."""
-    return 1.0 if scaler is None or not scaler.is_enabled() else scaler.scale(torch.ones((), device=device)).item()
+def _scale_of(scaler: torch.amp.GradScaler | None, device: torch.device) -> float | Tensor:
+    """Return the factor by which float16's gradients are kept from underflow; it stays on the device."""
+    if scaler is None or not scaler.is_enabled():
+        return 1.0
+    return scaler.scale(torch.ones((), dtype=torch.float64, device=device))
 
 
-def _now_s(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # otherwise the time of work that an earlier phase queued would count for this one
-    return time.perf_counter()
+def _moment(device: torch.device) -> torch.cuda.Event | float:
+    """Return this moment of the device's work; a GPU passes it when it has done all that is queued."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _measured(numbers: Arriving, moments: Sequence[torch.cuda.Event | float]) -> Measured:
+    loss, share_masked = numbers.read()
+    encode_s, loss_s, backward_s = (_seconds(*pair) for pair in itertools.pairwise(moments))
+    return Measured(loss=loss, share_masked=share_masked, encode_s=encode_s, loss_s=loss_s, backward_s=backward_s)
+
+
+def _seconds(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+    if isinstance(start, float) or isinstance(end, float):
+        return float(end) - float(start)  # type: ignore[arg-type]
+    end.synchronize()
+    return start.elapsed_time(end) / 1000

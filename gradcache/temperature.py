@@ -27,16 +27,23 @@ class Temperature(nn.Module):
 
     @property
     def value(self) -> float:
-        """The temperature now."""
+        """The temperature now; reading it waits for a GPU."""
         return math.exp(-self.log_scale.item())
 
     @torch.no_grad()
-    def bound(self) -> bool:
-        """Raise a learnable temperature that an update took below its minimum; return whether it sits there."""
-        if not self.log_scale.requires_grad:
-            return False
-        self.log_scale.clamp_(max=self._most_log_scale)
-        return bool(self.log_scale >= self._most_log_scale)
+    def bound(self) -> Tensor:
+        """Raise a learnable temperature that an update took below its minimum; return whether it sits there, a scalar bool.
+
+        The answer stays on the device until it is asked for.
+        """
+        if self.log_scale.requires_grad:
+            self.log_scale.clamp_(max=self._most_log_scale)
+        return self.is_at_bound()
+
+    @torch.no_grad()
+    def is_at_bound(self) -> Tensor:
+        """Return whether it is learnt and sits at its minimum, a scalar bool on the device."""
+        return (self.log_scale >= self._most_log_scale) & self.log_scale.requires_grad
 
     def scale(self) -> Tensor:
         """Return the inverse temperature, a scalar with a graph."""

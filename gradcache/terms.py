@@ -53,6 +53,7 @@ class Siblings:
     sent: Sequence[int]  # how many of them belong to the rows of each rank, in this order
     own_row: Tensor  # of those of this rank's rows, on whichever rank the column is: one of the B rows
     received: Sequence[int]  # how many of them come from each rank, in this order
+    num_of_own: Tensor  # (B,) on the host: how many each of this rank's rows has
     values: Mapping[str, Tensor]  # of the same
 
 
@@ -62,6 +63,7 @@ class Chosen:
 
     row: Tensor
     passage: Tensor
+    num_of_rows: Tensor  # (B,) on the host: how many each row has
     source: Source  # of the passages
     values: Mapping[str, Tensor]
 
@@ -144,12 +146,14 @@ class Term:
     def begin_loss(self, sibling_scores: Tensor) -> None:
         """Take the scores of the siblings of this rank's rows, in the order in which they are received."""
         direction, chosen = self.direction, self.direction.chosen
+        num_of_rows = direction.siblings.num_of_own
         parts = [(SIBLING, direction.siblings.own_row, sibling_scores, direction.siblings.values)]
         if chosen is not None:
             rows, passages = (view_rows([s.rows_ND], self.view).rows_nw for s in (direction.own_rows, chosen.source))
             parts.append((CANDIDATE, chosen.row, pair_scores(rows, chosen.row, passages, chosen.passage), chosen.values))
+            num_of_rows = num_of_rows + chosen.num_of_rows
         names = {*self.objective.cell_values, *(name for *_, known in parts for name in known)}
-        cells = picked(parts, len(self.own_positive_B), sorted(names))
+        cells = picked(parts, num_of_rows, sorted(names))
         self.loss = RowLoss(self.objective, self.scale, self.own_positive_B, cells, direction.values, self.progress)
 
     def sibling_derivatives(self) -> Tensor:
@@ -189,11 +193,14 @@ class Term:
             )
             second = second_rows, second_columns
         sizes = [len(source.rows_ND) for source in direction.columns]
-        kinds = [torch.full((size,), kind, dtype=torch.int8) for kind, size in zip(direction.kinds, sizes, strict=True)]
+        device = self.scale.device
+        kinds = [
+            torch.full((size,), kind, dtype=torch.int8, device=device) for kind, size in zip(direction.kinds, sizes, strict=True)
+        ]
         matrix = Matrix(
             row_RD=self._rows.rows_nw,
             column_PD=self._columns.rows_nw,
-            kind_P=torch.cat(kinds).to(self.scale.device),
+            kind_P=torch.cat(kinds),
             masks=direction.masks,
             scale=self.scale,
             positive_R=self.positive_R,

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from gradcache.batch import Batch
 from gradcache.options import LossOptions
+from gradcache.transfers import upload
 
 # n rows of this rank, D width of all outputs
 
@@ -15,7 +16,7 @@ def text_terms(options: LossOptions, batch: Batch, rows_nD: Tensor, gradient_nD:
     num_rows: of all ranks, over which each term is a mean. Does not communicate.
     """
     total = torch.zeros((), dtype=torch.float64, device=rows_nD.device)
-    keys_n = batch.keys.to(rows_nD.device)
+    keys_n = upload(batch.keys, rows_nD.device)
     for term in options.text_terms:
         leaf_nD = rows_nD.detach().to(gradient_nD.dtype).requires_grad_()
         with torch.enable_grad():

@@ -4,7 +4,6 @@ Whatever the backend (see `backends.py`), weights and AdamW's moments are runs o
 of one opens under all others.
 """
 
-import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -28,6 +27,7 @@ class Update(NamedTuple):
 
     norm: float  # of the gradient before clipping; not finite where a gradient is not
     is_made: bool  # False: neither weights nor moments have moved
+    watched: list[float]  # what was read beside the norm
 
 
 class Parallel:
@@ -48,28 +48,33 @@ class Parallel:
         """Return the trained parameters by their names in the bare encoder."""
         return {name: p for name, p in self.encoder.named_parameters() if p.requires_grad}
 
-    def update(self, scaler: torch.amp.GradScaler, is_wanted: bool = True) -> Update:
-        """Clip, step the optimizer, forget the gradients. Collective.
+    def update(self, scaler: torch.amp.GradScaler, watched: Tensor | None = None) -> Update:
+        """Clip, step the optimizer, forget the gradients. Collective. Waits for the device once, for all that it reads.
 
-        Where the norm is not finite, or the step is not wanted, nothing moves, on every rank alike: clipping would multiply all
-        gradients by NaN.
+        watched: numbers of one axis that are read with the norm. Where the norm or one of them is not finite, nothing moves, on
+        every rank alike: clipping would multiply all gradients by NaN.
         """
         scaler.unscale_(self.optimizer)
-        norm = float(_whole(torch.nn.utils.clip_grad_norm_(self.trained().values(), self._max_norm)))
-        is_made = self._is_wanted_by_all(is_wanted and math.isfinite(norm))
-        if is_made:
+        found = self._read(_whole(torch.nn.utils.clip_grad_norm_(self.trained().values(), self._max_norm)), watched)
+        if found.is_made:
             scaler.step(self.optimizer)
         self.clear_gradients()
-        return Update(norm, is_made)
+        return found
 
-    def _is_wanted_by_all(self, is_wanted: bool) -> bool:
-        """Return whether every rank wants a step. Collective where several hold a gradient: one may have a broken copy."""
+    def _read(self, norm: Tensor, watched: Tensor | None) -> Update:
+        """Return the norm, whether every rank can make a step, and what is watched, in one wait for the device.
+
+        Collective where several ranks hold a gradient: one may have a broken copy.
+        """
+        numbers = norm.detach().double().view(1)
+        if watched is not None:
+            numbers = torch.cat([numbers, watched.double()])
+        is_broken = numbers.isfinite().all().logical_not().double().view(1)
         group = self._world.group
-        if group is None or self.num_shards == group.size():  # the norm of shards is everyone's
-            return is_wanted
-        is_unwanted = torch.tensor([0.0 if is_wanted else 1.0], device=self._world.device)
-        all_reduce(is_unwanted, group)
-        return not is_unwanted.item()
+        if group is not None and self.num_shards != group.size():  # the norm of shards is everyone's
+            all_reduce(is_broken, group)
+        num_broken, found, *others = torch.cat([is_broken, numbers]).tolist()
+        return Update(found, num_broken == 0, others)
 
     def clear_gradients(self) -> None:
         """Forget all gradients."""

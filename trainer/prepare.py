@@ -85,7 +85,8 @@ class Training:
     collapse: Collapse = field(default_factory=Collapse)
     gradients: Gradients = field(default_factory=Gradients)
     narrowing: Lasting = field(default_factory=Lasting)  # of the embeddings of steps
-    is_at_bound: bool = False  # the learnt temperature, behind the last step
+    temperature: float | None = None  # with which the last step's loss was computed
+    is_at_bound: bool = False  # whether it was learnt and at its minimum
     data_s: float = 0.0  # that the last step took to put its batch together
     dev: dict[str, Any] | None = None  # the last evaluation in between
     told_ways: set[str] = field(default_factory=set)  # what travels to the other ranks, as the log says once

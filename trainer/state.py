@@ -61,8 +61,9 @@ class TrainState:
         find it. Only with a scale of 1 or less does a row of them begin.
         """
         self.num_skipped += not is_made
-        may_be_scale = self.scaler.is_enabled() and self.scaler.get_scale() > 1
-        self.skipped_in_row = 0 if is_made or may_be_scale else self.skipped_in_row + 1
+        # A scale on a GPU has to be waited for, and tells nothing where an update was made.
+        is_of_scale = not is_made and self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        self.skipped_in_row = 0 if is_made or is_of_scale else self.skipped_in_row + 1
 
     def values(self) -> dict[str, Any]:
         """Return what JSON can hold: all but the tensors of the encoder."""

@@ -1,16 +1,19 @@
 """The tasks of a step: which of a step's queries share a loss, which loss that is, and what it weighs in the update."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 
 from gradcache import OBJECTIVES, LossOptions, StepResult, Temperature
+from gradcache.step import Measured
 from trainer.data.datasets import RetrievalData
 from trainer.loss_settings import LossSettings
 from trainer.precision import PrecisionSettings, product_dtype
 
-SUMMED = ("num_queries", "num_chunks", "num_halved", "num_tokens", "num_padded_tokens", "encode_s", "loss_s", "backward_s")
+SUMMED = ("num_queries", "num_chunks", "num_halved", "num_tokens", "num_padded_tokens")
+SECONDS = ("encode_s", "loss_s", "backward_s")
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,21 @@ def build_tasks(
 
 
 def joined(results: Sequence[StepResult], weights: Sequence[float]) -> StepResult:
-    """Return what a step of several tasks found: the weighted sum of their losses, the sums of all else."""
-    if len(results) == 1:
-        return replace(results[0], loss=results[0].loss * weights[0])
+    """Return what a step of several tasks found: the weighted sum of their losses, the sums of all else. Waits for no device."""
     sums = {name: sum(getattr(result, name) for result in results) for name in SUMMED}
     padded = max(1, sums["num_padded_tokens"])
     return StepResult(
-        loss=sum(result.loss * weight for result, weight in zip(results, weights, strict=True)),
         share_encoded_twice=sum(r.share_encoded_twice * r.num_padded_tokens for r in results) / padded,
-        share_masked=sum(r.share_masked for r in results) / len(results),  # tasks' batches are of one size, more or less
         spread=max((r.spread for r in results if r.spread is not None), default=None),
         way=results[0].way,
+        measured=functools.cache(lambda: _measured([result.measured() for result in results], weights)),
         **sums,
+    )
+
+
+def _measured(found: Sequence[Measured], weights: Sequence[float]) -> Measured:
+    return Measured(
+        loss=sum(each.loss * weight for each, weight in zip(found, weights, strict=True)),
+        share_masked=sum(each.share_masked for each in found) / len(found),  # tasks' batches are of one size, more or less
+        **{name: sum(getattr(each, name) for each in found) for name in SECONDS},
     )

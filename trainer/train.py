@@ -186,7 +186,7 @@ def record(run: Training, result: StepResult, grad_norm: float, seconds: float) 
         "grad_norm": grad_norm,
         "lr": run.job.optim.lr * run.lr_factor(state.step - 1),
         "skipped": state.num_skipped,
-        "temperature": state.temperature.value,
+        "temperature": run.temperature,
         "temperature_at_bound": run.is_at_bound,
         "num_queries": result.num_queries,
         "batch_key": run.batch_key,

@@ -5,6 +5,7 @@ write it into all weights and moments, and whatever is published or resumed from
 """
 
 import logging
+import math
 
 import numpy as np
 import torch
@@ -23,28 +24,33 @@ def update(run: Training) -> float:
 
     Where a gradient of the encoder or of the temperature is not finite, neither of them nor the average moves, on any rank: the
     step is left out, and counted. An overflow of float16 is such a step, behind which the scaler takes a smaller scale.
+    All that the host has to know of the step is read in one wait for the device; behind it the update runs by itself.
     """
     state, optim, factor = run.state, run.job.optim, run.lr_factor(run.state.step)
-    gradient = state.temperature.log_scale.grad  # the same on every rank
+    temperature = state.temperature
+    gradient = temperature.log_scale.grad  # the same on every rank
     set_learning_rate(state.parallel.optimizer, optim.lr * factor)
-    norm, is_made = state.parallel.update(state.scaler, is_wanted=gradient is None or bool(gradient.isfinite()))
+    watched = [temperature.log_scale.detach(), temperature.is_at_bound(), *([] if gradient is None else [gradient])]
+    norm, is_made, (log_scale, is_at_bound, *_) = state.parallel.update(
+        state.scaler, torch.stack([values.double() for values in watched])
+    )
     if gradient is not None:
         set_learning_rate(state.temperature_optimizer, optim.temperature_lr * factor)
         state.scaler.unscale_(state.temperature_optimizer)
-        torch.nn.utils.clip_grad_norm_(state.temperature.parameters(), optim.max_grad_norm)
-        if is_made:
-            state.scaler.step(state.temperature_optimizer)
+        torch.nn.utils.clip_grad_norm_(temperature.parameters(), optim.max_grad_norm)
+        if is_made:  # its gradient is known to be finite, which the scaler would wait for to see
+            state.temperature_optimizer.step()
         state.temperature_optimizer.zero_grad(set_to_none=True)
+        temperature.bound()
     state.count_update(is_made)
     state.scaler.update()
     if is_made:
         state.average.update()
     else:
         log.warning("step %d: a gradient is not finite; its update is left out, %d so far", state.step, state.num_skipped)
-    is_at_bound = state.temperature.bound()
     if is_at_bound and not run.is_at_bound:
         log.warning("step %d: the temperature has fallen to loss.min_temperature=%g", state.step, run.job.loss.min_temperature)
-    run.is_at_bound = is_at_bound
+    run.temperature, run.is_at_bound = math.exp(-log_scale), bool(is_at_bound)
     return norm
 
 

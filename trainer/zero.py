@@ -73,24 +73,29 @@ class _Zero(Parallel):
         """All ranks hold one copy of the moments between them, but in stage 0."""
         return 1 if self._stage == 0 else self._world.num_ranks
 
-    def update(self, scaler: torch.amp.GradScaler, is_wanted: bool = True) -> Update:
-        """Let the engine clip and step. The scaler is one that does nothing."""
+    def update(self, scaler: torch.amp.GradScaler, watched: Tensor | None = None) -> Update:
+        """Let the engine clip and step; DeepSpeed waits for the device, too. The scaler is one that does nothing."""
         if self._stage == 0:  # DeepSpeed clips its gradients, too, but keeps their norm to itself
-            norm = float(torch.nn.utils.clip_grad_norm_(self.trained().values(), self._max_norm))
-            is_made = self._is_wanted_by_all(is_wanted and math.isfinite(norm))
-            if not is_made:  # what has no gradient is not stepped
+            found = self._read(torch.nn.utils.clip_grad_norm_(self.trained().values(), self._max_norm), watched)
+            if not found.is_made:  # what has no gradient is not stepped
                 self._engine.module.zero_grad(set_to_none=True)
+            self._step()
+            return found
+        others = [] if watched is None else watched.tolist()
+        self._step(is_wanted=all(map(math.isfinite, others)))
+        return Update(float(self._engine.get_global_grad_norm()), self._engine.was_step_applied(), others)
+
+    def _step(self, is_wanted: bool = True) -> None:
         self._is_wanted = is_wanted
         self._engine.step()
         self._is_wanted = True
         self._engine.module.zero_grad(set_to_none=True)
-        if self._stage > 0:
-            norm, is_made = float(self._engine.get_global_grad_norm()), self._engine.was_step_applied()
-        return Update(norm, is_made)
 
     def clear_gradients(self) -> None:
         """Forget all gradients. Collective: it is an update that is not wanted."""
-        self.update(torch.amp.GradScaler(enabled=False), is_wanted=False)
+        if self._stage == 0:
+            self._engine.module.zero_grad(set_to_none=True)
+        self._step(is_wanted=False)
 
     def _let_updates_be_unwanted(self) -> None:
         """Have stages 1 to 3 leave out an update that is not wanted as they leave out one whose norm is not finite.

@@ -168,9 +168,7 @@ class StepBench:
         batch = self.pairs.batch(count, self.rows)
         plan = plan_encoding(batch.towers, self.chunk_tokens, 0, 0, 0)
         embedding_uD = torch.cat([encode_chunk(chunk, with_graph=True) for chunk in plan.chunks])
-        order = torch.empty(plan.num_distinct, dtype=torch.int64)
-        order[torch.cat([chunk.places for chunk in plan.chunks])] = torch.arange(plan.num_distinct)
-        query, passage = embedding_uD[order[plan.place_n].to(embedding_uD.device)].split(count)
+        query, passage = embedding_uD[plan.place_n.to(embedding_uD.device)].split(count)
         scores = query @ passage.T / TEMPERATURE
         nn.functional.cross_entropy(scores, torch.arange(count, device=scores.device)).backward()
 

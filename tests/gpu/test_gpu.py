@@ -16,7 +16,7 @@ from gradcache import (
     probe_budget,
     reference_step,
 )
-from gradcache.masks import Masks, first_columns, relate
+from gradcache.masks import Masks, Pairing, first_columns, relate
 from gradcache.tiles import Matrix, Tiles
 from mining.index import ExactIndex, FaissIndex, build_indexes
 from mining.settings import IndexSettings
@@ -166,7 +166,8 @@ def test_a_million_columns_take_time_and_no_memory():
     own, keys = torch.arange(rows, device="cuda"), torch.arange(columns, device="cuda")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    related = relate(Ragged.of_table(own[:, None]), Ragged.of_table(keys[:, None]), first_columns(keys), range(columns))
+    row_keys, column_keys = Ragged.of_table(own[:, None]), Ragged.of_table(keys[:, None])
+    (related,) = relate([Pairing(row_keys, column_keys, first_columns(keys), range(columns))])
     matrix = Matrix(
         row_RD=query,
         column_PD=passage,

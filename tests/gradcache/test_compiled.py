@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import normalize
 
 from gradcache import compiled
-from gradcache.masks import Masks, first_columns, relate, repeated_columns
+from gradcache.masks import Masks, Pairing, first_columns, relate
 from gradcache.matrix import Matrix
 from gradcache.objectives import MultiPositiveInfoNCE
 from gradcache.objectives.extensions import AdaptiveMargins, AttractionRepulsion, HardestNegatives, Sigmoid
@@ -18,13 +18,13 @@ def matrix(progress):
     torch.manual_seed(0)
     rows, columns = (normalize(torch.randn(n, 6).double(), dim=1) for n in (7, 12))
     keys = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 2, 9, 10])  # one text twice
-    first, window = first_columns(keys), range(12)
-    related = relate(Ragged.of_table(torch.arange(7)[:, None]), Ragged.of_table(keys[:, None]), first, window)
+    row_keys, column_keys = Ragged.of_table(torch.arange(7)[:, None]), Ragged.of_table(keys[:, None])
+    (related,) = relate([Pairing(row_keys, column_keys, first_columns(keys), range(12))])
     return Matrix(
         row_RD=rows,
         column_PD=columns,
         kind_P=torch.zeros(12, dtype=torch.int8),
-        masks=Masks(repeated_columns(first, window), [(0, related)]),
+        masks=Masks(related.repeated, [(0, related)]),
         scale=torch.tensor(4.0).double(),
         positive_R=(rows * columns[:7]).sum(1),
         second=(columns[:7], columns),

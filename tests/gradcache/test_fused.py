@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -203,13 +204,14 @@ def evaluate_tiles(device, dtype, phases, trains_rows):
     rows, columns = (torch.nn.functional.normalize(draw_on(device, n, 12), dim=1).to(dtype) for n in (7, 90))
     first, count = torch.tensor([0, 1, 2]), torch.tensor([1, 1, 88])
     column = torch.tensor([4, 6, *(set(range(90)) - {8, 30})])
-    starts = [torch.tensor(values) for values in ([0, 1, 1, 2, 2, 2, 3, 3], [0, 1, 1, 2, 2, 2, 90, 90])]
-    related = Related(*(values.to(device) for values in (torch.tensor([0, 2, 5]), first, count, column)), *starts)
+    repeated = torch.tensor([8, 30], device=device)
+    starts = [np.array(values) for values in ([0, 1, 1, 2, 2, 2, 3, 3], [0, 1, 1, 2, 2, 2, 90, 90])]
+    related = Related(*(values.to(device) for values in (torch.tensor([0, 2, 5]), first, count, column)), repeated, *starts)
     matrix = Matrix(
         row_RD=rows,
         column_PD=columns,
         kind_P=torch.zeros(90, dtype=torch.int8, device=device),
-        masks=Masks(torch.tensor([8, 30], device=device), [(0, related)]),
+        masks=Masks(repeated, [(0, related)]),
         scale=torch.tensor(20.0, device=device),
         positive_R=torch.zeros(7, device=device),
         trains_rows=trains_rows,

@@ -5,10 +5,10 @@ import torch
 from torch.nn.functional import normalize, softplus
 
 from gradcache import OBJECTIVES, Batch, LossOptions, NoSync, Temperature, Tower, cached_step
-from gradcache.directions import back, count_masked, forth
+from gradcache.directions import count_masked, directions
 from gradcache.exchange import Counts, Keys
 from gradcache.field import Field, Pools
-from gradcache.masks import Masks, first_columns, relate, repeated_columns
+from gradcache.masks import Masks, Pairing, first_columns, relate
 from gradcache.ragged import Ragged
 from gradcache.terms import Source
 from tests.sizes import Sizes
@@ -37,8 +37,8 @@ def test_related_cells_are_those_with_a_key_in_common(seed):
     first = first_columns(texts)
     assert first.tolist() == [texts.tolist().index(text) for text in texts.tolist()]
     for window in (range(0, num_columns), range(3, 9), range(5, 5)):
-        assert repeated_columns(first, window).tolist() == [c - window.start for c in window if int(first[c]) != c]
-        related = relate(ragged(rows), ragged(columns), first, window)
+        (related,) = relate([Pairing(ragged(rows), ragged(columns), first, window)])
+        assert related.repeated.tolist() == [c - window.start for c in window if int(first[c]) != c]
         # What any column of a text has, its first column has.
         known = {c: {k for j in range(num_columns) if texts[j] == texts[c] for k in columns[j]} for c in window}
         for part in (slice(0, num_rows), slice(num_rows // 3, num_rows // 2), slice(0, 0)):
@@ -56,8 +56,12 @@ def test_related_cells_are_those_with_a_key_in_common(seed):
 
 def test_masks_put_groups_of_columns_side_by_side():
     first = torch.arange(3)
-    one = relate(ragged([[1], [2]]), ragged([[1], [2], [1, 2]]), first, range(3))
-    other = relate(ragged([[], [4]]), ragged([[4], [], []]), first, range(3))
+    one, other = relate(
+        [
+            Pairing(ragged([[1], [2]]), ragged([[1], [2], [1, 2]]), first, range(3)),
+            Pairing(ragged([[], [4]]), ragged([[4], [], []]), first, range(3)),
+        ]
+    )
     masks = Masks(torch.zeros(0, dtype=torch.int64), [(0, one), (3, other)])
     cells = [tuple(cell) for cell in torch.stack(masks.cells(slice(0, 2))).T.tolist()]
     assert sorted(cells) == [(0, 0), (0, 2), (1, 1), (1, 2), (1, 3)]
@@ -113,9 +117,10 @@ def test_what_masks_hold_grows_with_rows_and_texts(num_rows, num_query_texts, nu
     target_keys = 10**6 + torch.arange(num_rows) % num_labels
     field = field_of(query_keys, target_keys, queries_travel)
     with Sizes() as sizes:
-        there, again = forth(field), back(field)
+        there, again = directions(field)
         count_masked(field, there)
-    assert sizes.largest_bytes <= 4 * 8 * num_rows, sizes.of_largest
+    # Of each of four groups the host reads where the entries and the cells of every row begin, all at once.
+    assert sizes.largest_bytes <= 8 * (4 * 2 * (num_rows + 1) + 4), sizes.of_largest
     assert sizes.num_values <= 1000 * num_rows
     if num_labels == 2:
         ((_, related), _) = again.masks.related
