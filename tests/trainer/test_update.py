@@ -9,6 +9,7 @@ import torch
 from gradcache import Temperature, cached_step
 from tests.gradcache.test_backends import LOSS, SETTINGS
 from tests.gradcache.test_step import TinyEncoder, make_batch
+from tests.pretended import Waits
 from tests.ranks import run_ranks
 from tests.trainer.test_checkpoint import world_of
 from trainer.backends import parallelize
@@ -188,3 +189,18 @@ def test_a_learnt_start_below_the_bound_is_refused():
     with pytest.raises(InputError, match=r"loss\.temperature=0\.005.*below loss\.min_temperature=0\.01"):
         LossSettings(temperature=0.005, learn_temperature=True)
     assert LossSettings(temperature=0.005).min_temperature == 0.01, "a fixed one may be as small as it likes"
+
+
+@pytest.mark.parametrize("scaler", [None, torch.amp.GradScaler("cpu", init_scale=4.0)], ids=["float32", "float16"])
+def test_the_host_waits_once_for_what_it_has_to_know_of_an_update(scaler):
+    run = run_of(world_of(0, 1), ParallelSettings(), scaler)
+    take_step(run)  # makes the optimizers' states
+    for poisoned in ("", "encoder"):
+        for parameter in (*run.state.parallel.trained().values(), run.state.temperature.log_scale):
+            parameter.grad = torch.full_like(parameter, math.nan if poisoned else 0.5)
+        with Waits(every=True) as seen:
+            norm = update(run)
+        of_scale = {"state.count_update": 1} if scaler and poisoned else {}  # only where an update is left out
+        assert seen.places == {"parallel._read": 1} | of_scale, seen.places
+        assert math.isfinite(norm) != bool(poisoned)
+        assert run.temperature == pytest.approx(run.job.loss.temperature, rel=0.1)
