@@ -138,7 +138,7 @@ def refuse_other_job(path: Path, jobs: Jobs) -> None:
         for key in sorted(now[section].keys() | was.keys()):
             before, after = was.get(key), now[section].get(key)
             # What is left open now may have been said, or resolved by an older version, before: the trainer tells what changes.
-            is_open = after == AUTO and section in ("precision", "encode")
+            is_open = after == AUTO and (section in ("precision", "encode") or key == "compile")
             if before != after and (section, key) not in HOW and not is_open:
                 raise InputError(
                     f"{path.parent} holds a run with {section}.{key}={before!r}, and this job has {after!r}; "
