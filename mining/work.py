@@ -189,6 +189,8 @@ def open_work(job: MineJob, ranks: Ranks, claim: Claim) -> Work:
     last = last_version(run, *sizes) if ranks.speaks else None
     local_rank = ranks.local_rank()
     device = ranks.together(lambda: choose_device(job.encode.device, local_rank))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where kernels of our own are launched
     keep_to_share(device, os.environ)
     job = settle_encoding(job, device)
     metrics: Metrics = MetricsFile(run / "logs" / "miner.jsonl") if ranks.speaks else NoMetrics()
