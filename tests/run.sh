@@ -13,4 +13,5 @@ ruff check .
 ruff format --check .
 mypy
 wait
-python -m pytest -n 2 --dist loadfile "$@" # files with the fixtures they share stay on one worker
+# Files with the fixtures they share stay on one worker, and begin in their order: the longest are not the last.
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
