@@ -5,7 +5,6 @@ ranks. Traded for it: a second forward of the chunks whose graph is not kept.
 Source: Gao et al. 2021, arXiv 2101.06983.
 """
 
-import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -43,6 +42,27 @@ class Measured:
     backward_s: float
 
 
+class Later:
+    """Figures that are found when they are first asked for; a copy of them, as by pickle, holds what was found."""
+
+    def __init__(self, find: Callable[[], Measured]):
+        self._find = find
+        self._found: Measured | None = None
+
+    def __call__(self) -> Measured:
+        """Return the figures; the first call waits for the device."""
+        if self._found is None:
+            self._found = self._find()
+        return self._found
+
+    def __reduce__(self) -> tuple[Callable[..., "Later"], tuple[Measured]]:
+        return _found, (self(),)
+
+
+def _found(measured: Measured) -> Later:
+    return Later(lambda: measured)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
     """What a step found, and what it cost; figures are of this rank unless they say otherwise.
@@ -59,7 +79,7 @@ class StepResult:
     share_encoded_twice: float  # of the padded tokens
     way: Way  # what travelled to the other ranks, and why
     spread: float | None  # 1 - the mean cosine among queries or passages of a rank, the most of all; None: no rank has two
-    measured: Callable[[], Measured]  # waits for the device
+    measured: Later
 
     @property
     def loss(self) -> float:
@@ -154,7 +174,7 @@ def cached_step(
         share_encoded_twice=share_encoded_twice,
         way=found.way,
         spread=agreed.spread,
-        measured=functools.cache(lambda: _measured(numbers, moments)),
+        measured=Later(lambda: _measured(numbers, moments)),
     )
 
 

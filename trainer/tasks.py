@@ -1,13 +1,12 @@
 """The tasks of a step: which of a step's queries share a loss, which loss that is, and what it weighs in the update."""
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 
 from gradcache import OBJECTIVES, LossOptions, StepResult, Temperature
-from gradcache.step import Measured
+from gradcache.step import Later, Measured
 from trainer.data.datasets import RetrievalData
 from trainer.loss_settings import LossSettings
 from trainer.precision import PrecisionSettings, product_dtype
@@ -57,7 +56,7 @@ def joined(results: Sequence[StepResult], weights: Sequence[float]) -> StepResul
         share_encoded_twice=sum(r.share_encoded_twice * r.num_padded_tokens for r in results) / padded,
         spread=max((r.spread for r in results if r.spread is not None), default=None),
         way=results[0].way,
-        measured=functools.cache(lambda: _measured([result.measured() for result in results], weights)),
+        measured=Later(lambda: _measured([result.measured() for result in results], weights)),
         **sums,
     )
 
