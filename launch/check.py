@@ -29,6 +29,8 @@ from trainer.data.collate import RowEncoder, TrainingSet, collate
 from trainer.data.datasets import open_data
 from trainer.data.sampler import choice, global_batch, rank_slice
 from trainer.encoder.model import load_encoder
+from trainer.encoder.packed import is_packable
+from trainer.encoder.towers import SIDES, Encoder
 from trainer.errors import InputError
 from trainer.handoff.negatives import Negatives
 from trainer.job import OptimSettings, PrecisionSettings, TrainJob
@@ -50,6 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # what a step may be told; all must giv
     "queries travel": {"keep_graphs": "all", "loss": {"gather": "queries"}},
     "passages travel": {"keep_graphs": "all", "loss": {"gather": "passages"}},
 }
+PACKED = "packed texts, without dropout"  # one behind the other, as a GPU takes them in half precision
 
 
 def check_job(
@@ -114,11 +117,14 @@ def _check(job: TrainJob, world: World, num_queries: int) -> dict[str, Any] | No
                 "share_padding": round(1 - result.num_tokens / max(1, result.num_padded_tokens), 4),
                 "share_encoded_twice": round(result.share_encoded_twice, 4),
             }
+    if plain is not None and all(is_packable(plain.side(side).model) for side in SIDES):
+        variants[PACKED] = _packed(step, plain, floors)
     few, many = (step.collectives(parallel, tokens) for tokens in (10**9, 512))
     if not world.speaks:
         return None
-    worst = max(variants[name]["max_ratio_error"] for name in VARIANTS)
-    cosine = min(variants[name]["min_cosine"] for name in VARIANTS)
+    compared = [row for row in variants.values() if "groups" in row]
+    worst = max(row["max_ratio_error"] for row in compared)
+    cosine = min(row["min_cosine"] for row in compared)
     return {
         "ok": worst <= MAX_RATIO_ERROR and cosine >= MIN_COSINE,
         "backend": job.parallel.backend if world.group is not None or job.parallel.backend.startswith("zero") else "none",
@@ -151,12 +157,12 @@ class _Step:
         self.loss = loss_options(job.loss, PrecisionSettings(encode="fp32", products="fp32"))
         self.options: dict[str, Any] = {"seed": job.run.seed, "step": 0}
 
-    def batch(self, rank: int, encode: nn.Module) -> Batch:
+    def batch(self, rank: int, encode: nn.Module, is_packed: bool = False) -> Batch:
         return collate(
             self.dataset,
             self.negatives,
             rank_slice(self.rows, rank, self.world.num_ranks),
-            RowEncoder(encode, self.world.device, self.has_two_towers),
+            RowEncoder(encode, self.world.device, self.has_two_towers, is_packed),
             per_query=self.job.negatives.per_query,
             seed=self.job.run.seed,
             step=0,
@@ -164,6 +170,16 @@ class _Step:
 
     def temperature(self) -> Temperature:
         return Temperature(self.job.loss.temperature, learnable=True).to(self.world.device)
+
+    def plain(self, encoder: nn.Module, is_packed: bool = False, **options: Any) -> dict[str, Tensor]:
+        """Return the gradients of the reference for the rows of all ranks, in this process."""
+        encoder.zero_grad(set_to_none=True)
+        temperature = self.temperature()
+        batches = [self.batch(rank, encoder, is_packed) for rank in range(self.world.num_ranks)]
+        reference_step(batches, loss=self.loss, temperature=temperature, **self.options | options)
+        gradients = {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
+        assert temperature.log_scale.grad is not None
+        return {**gradients, "temperature": temperature.log_scale.grad}
 
     def cached(self, parallel: Parallel, **options: Any) -> tuple[StepResult, dict[str, Tensor | None]]:
         """Take a cached step and return the whole gradients. Collective."""
@@ -205,29 +221,22 @@ class _Step:
 
 def _reference(step: _Step, encoder: nn.Module, parallel: Parallel) -> dict[int, dict[str, Tensor]]:
     """Return the gradients of the reference for each budget of chunk tokens that a variant uses: draws follow chunks."""
-    found: dict[int, dict[str, Tensor]] = {}
-    for options in VARIANTS.values():
-        tokens = options.get("chunk_tokens", step.chunk_tokens)
-        if tokens in found:
-            continue
-        encoder.zero_grad(set_to_none=True)
-        temperature = step.temperature()
-        reference_step(
-            [step.batch(rank, encoder) for rank in range(step.world.num_ranks)],
-            loss=step.loss,
-            temperature=temperature,
-            chunk_tokens=tokens,
-            equal_chunks=parallel.sync.communicates_in_forward and step.world.group is not None,
-            **step.options,
-        )
-        gradients = {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
-        assert temperature.log_scale.grad is not None
-        found[tokens] = {**gradients, "temperature": temperature.log_scale.grad}
-    return found
+    equal_chunks = parallel.sync.communicates_in_forward and step.world.group is not None
+    every = {options.get("chunk_tokens", step.chunk_tokens) for options in VARIANTS.values()}
+    return {tokens: step.plain(encoder, chunk_tokens=tokens, equal_chunks=equal_chunks) for tokens in sorted(every)}
+
+
+def _packed(step: _Step, encoder: Encoder, floors: Mapping[str, float]) -> dict[str, Any]:
+    """Return how the gradients of packed texts compare with those of padded ones, without dropout: its draws follow shapes."""
+    was_training = encoder.training
+    encoder.eval()
+    packed, padded = (step.plain(encoder, is_packed, chunk_tokens=step.chunk_tokens) for is_packed in (True, False))
+    encoder.train(was_training)
+    return compare(packed, padded, floors)
 
 
 def compare(
-    actual: dict[str, Tensor | None], expected: dict[str, Tensor], floors: Mapping[str, float] | None = None
+    actual: Mapping[str, Tensor | None], expected: dict[str, Tensor], floors: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
     """Return ratio of norms and cosine of each group of parameters, and the worst of them.
 
@@ -262,7 +271,7 @@ def group_of(name: str) -> str:
     return ".".join(words[: numbers[0] + 1] if numbers else words[:2])
 
 
-def _known(gradients: dict, name: str) -> Tensor:
+def _known(gradients: Mapping[str, Tensor | None], name: str) -> Tensor:
     gradient = gradients.get(name)
     if gradient is None:
         raise ValueError(f"{name} has no gradient")

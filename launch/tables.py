@@ -45,24 +45,19 @@ def check_parts(found: dict[str, Any]) -> list[Part]:
         f"{found['model']}, {counted(found['queries'], 'query')}, {counted(found['ranks'], 'rank')}, {found['backend']}{offload}"
     )
     columns = ("", "ratio off by", "cosine", "chunks", "GiB", "tokens/s a rank", "padding", "twice")
-    rows: list[tuple[str, ...]] = []
-    for name, row in found["variants"].items():
-        memory = f"{row['peak_memory_gib']:.2f}"
-        if "groups" not in row:
-            rows.append((name, "", "", "", memory, "", "", ""))
-            continue
-        rows.append(
-            (
-                name,
-                f"{row['max_ratio_error']:.1e}",
-                f"{row['min_cosine']:.7f}",
-                str(row["chunks"]),
-                memory,
-                f"{row['tokens_per_rank_per_s']:,}",
-                f"{row['share_padding']:.1%}",
-                f"{row['share_encoded_twice']:.0%}",
-            )
-        )
+    forms = {
+        "max_ratio_error": ".1e",
+        "min_cosine": ".7f",
+        "chunks": "d",
+        "peak_memory_gib": ".2f",
+        "tokens_per_rank_per_s": ",",
+        "share_padding": ".1%",
+        "share_encoded_twice": ".0%",
+    }
+    rows = [
+        (name, *(format(row[key], form) if key in row else "" for key, form in forms.items()))
+        for name, row in found["variants"].items()
+    ]
     compared = {name: row for name, row in found["variants"].items() if "groups" in row}
     worst = max(compared, key=lambda name: compared[name]["max_ratio_error"])
     groups = [(name, f"{row['ratio']:.6f}", f"{row['cosine']:.7f}") for name, row in compared[worst]["groups"].items()]

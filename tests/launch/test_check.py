@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import launch.check
-from launch.check import check_here, compare, group_of
+import trainer.encoder.attention
+from launch.check import PACKED, check_here, compare, group_of
 from launch.commands import app
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 
@@ -35,8 +36,21 @@ def test_exact_gradients_pass_whatever_the_job_asks_for(job_file, override):
 def test_exact_gradients_pass_whatever_the_model_is_made_of(job_file, override):
     found = check_here(str(job_file), [f"model.{override}"], queries=6)
     assert found["ok"] and len(found["variants"]["tiled"]["groups"]) > 2
+    assert found["variants"][PACKED]["groups"].keys() == found["variants"]["tiled"]["groups"].keys()
     if override == "towers=two":
         assert {"query.model.encoder.layer.0", "passage.model.encoder.layer.0"} <= found["variants"]["tiled"]["groups"].keys()
+
+
+def test_texts_that_see_each_other_when_packed_are_found(job_file, monkeypatch):
+    right = trainer.encoder.attention._padded
+
+    def as_one_text(module, query, key, value, rows, *more):
+        one = torch.tensor([0, query.shape[2]], dtype=torch.int32)
+        return right(module, query, key, value, (one, query.shape[2], *rows[2:]), *more)
+
+    monkeypatch.setattr(trainer.encoder.attention, "_padded", as_one_text)
+    found = check_here(str(job_file), [], queries=6)
+    assert not found["ok"] and found["variants"][PACKED]["min_cosine"] < 0.999 < found["variants"]["tiled"]["min_cosine"]
 
 
 @pytest.mark.parametrize("wrong", ["temperature", "one layer"])
