@@ -1,4 +1,4 @@
-"""Whether a run compiles its layers, and their compilation before its first step.
+"""Whether a run compiles its layers.
 
 `model.compile = "auto"` compiles on a GPU where the time saved repays the warm-up. What is saved is estimated from the job, its
 data and its model, never measured: the same job decides alike on every rank and at every start, so that a run that goes on
@@ -7,23 +7,13 @@ some that would gain a little are not compiled.
 """
 
 import logging
-import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-import torch
-
-from gradcache import Batch, GradientSync
-from gradcache.plan import Chunk, encode_chunk, plan_encoding
-from gradcache.replay import borrowed_generators
 from trainer.data.collate import TrainingSet
-from trainer.encoder.compiled import FAILURES, in_short
 from trainer.encoder.towers import Encoder
 from trainer.job import TrainJob
 from trainer.world import World
-
-if TYPE_CHECKING:
-    from trainer.prepare import Training
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +25,6 @@ MARGIN = 2.0  # warm-ups that must be saved: the estimate may be wrong by as muc
 # A second of encoding with gradients: in 16 bits 0.38 of 772 TFLOP/s, measured there; the others by the ratios of its data sheet.
 FLOP_PER_S = {"bf16": 2.9e14, "fp16": 2.9e14, "tf32": 1.45e14, "fp32": 2.5e13}
 FORWARD_FLOP, BACKWARD_FLOP = 2, 4  # of a token and a parameter of the layers
-# How far apart, of their length, embeddings with and without graph may be: both are fused, and so rounded, differently. MiniLM's
-# are 0.37 apart by the draws of all its dropouts, 0.07 to 0.12 by those of one in a layer, and 0.005 by bfloat16.
-ROUNDING = {"bf16": 0.03, "fp16": 0.01, "tf32": 0.01, "fp32": 1e-4}
 
 
 @dataclass
@@ -94,14 +81,14 @@ def choose(job: TrainJob, world: World, dataset: TrainingSet, encoder: Encoder, 
         num_steps,
         tokens_a_step,
         sum(parameter.numel() for layer in encoder.side("query").layers() for parameter in layer.parameters()),
-        FLOP_PER_S[_products(job)],
+        FLOP_PER_S[products(job)],
         job.chunk.keep_graphs == "all",
     )
     log.info("layers %s compiled; %s", "are" if found.compiles else "are not", found.reason)
     return found
 
 
-def _products(job: TrainJob) -> str:
+def products(job: TrainJob) -> str:
     """Return what the layers multiply in."""
     return "tf32" if job.precision.encode == "fp32" and job.precision.tf32 else job.precision.encode
 
@@ -114,72 +101,4 @@ def _hindrance(job: TrainJob) -> str | None:
         return "model.checkpoint_activations=true keeps the layers plain"
     if job.parallel.backend in ("fsdp2", "zero3"):  # a rank that fails in its layers would leave the others in a forward
         return f'parallel.backend="{job.parallel.backend}", which communicates in forwards, keeps the layers plain'
-    return None
-
-
-def compile_layers(run: "Training", batch: Batch) -> None:
-    """Compile the layers if that is due, by chunks of the first batch; where they do not compile or replay, none stays compiled.
-
-    Leaves generators and gradients as they are. Collective.
-    """
-    if not run.compiling.is_due:
-        return
-    run.compiling.is_due, started = False, time.perf_counter()
-    run.status.update(phase="compiling")
-    encoder, state = run.state.parallel.encoder, run.state
-    assert isinstance(encoder, Encoder) and state.budget is not None
-    encoder.compile_layers(batch.towers[0].is_packed)
-    state.parallel.sync.hold()
-    for chunk in _tried_chunks(batch, state.budget.chunk_tokens, state.parallel.sync):
-        reason = try_chunk(chunk, encoder, state.parallel.sync, ROUNDING[_products(run.job)])
-        if reason is not None:
-            encoder.leave_compiled(reason)
-    if run.world.all_max([int(not encoder.is_compiled)])[0]:
-        encoder.leave_compiled("they do not on another rank")
-    run.compiling.compiles, run.compiling.seconds = encoder.is_compiled, time.perf_counter() - started
-    values = {"event": "layers compiled", "compiled": encoder.is_compiled, "time/compile_s": round(run.compiling.seconds, 3)}
-    run.metrics.record(state.step, values)
-    run.status.update(phase="training", compiled=encoder.is_compiled)
-    if encoder.is_compiled:
-        log.info("layers compiled in %.0f s", run.compiling.seconds)
-
-
-def _tried_chunks(batch: Batch, chunk_tokens: int, sync: GradientSync) -> list[Chunk]:
-    """Return a chunk of each tower, and one of a single row where the batch has such, which is a kind of input for itself.
-
-    Where forwards communicate every rank has as many.
-    """
-    found = []
-    for tower in batch.towers:
-        chunks = plan_encoding([tower], chunk_tokens, 0, 0, 0, num_chunks=[1]).chunks
-        several = max(chunks, key=lambda chunk: len(chunk.rows))
-        found.append(several.halves()[0] if len(several.rows) > 3 else several)  # one that fits into memory for sure
-        if len(several.rows) > 1 and not sync.communicates_in_forward:
-            found += [chunk for chunk in chunks if len(chunk.rows) == 1][:1]
-    return found
-
-
-def try_chunk(chunk: Chunk, encoder: Encoder, sync: GradientSync, rounding: float) -> str | None:
-    """Encode a chunk in both kinds of graph; return why compiled layers cannot be used for it, or None.
-
-    One seed has to draw the same dropout with and without graph. rounding: by how much, of their length, embeddings may differ.
-    """
-    with borrowed_generators():
-        without_mD = encode_chunk(chunk, with_graph=False)
-        with_mD = encode_chunk(chunk, with_graph=True)
-    if not encoder.is_compiled:
-        return None  # that was said
-    if with_mD.requires_grad and not sync.communicates_in_forward:
-        # Of one weight, and not through `backward`: no gradient is touched, and none is sent to other ranks.
-        weight = next(p for layer in encoder.layers() for p in layer.parameters() if p.requires_grad)
-        try:
-            torch.autograd.grad(with_mD.sum(), weight, allow_unused=True)
-        except FAILURES as error:
-            return in_short(error)
-    difference = float((with_mD.detach() - without_mD).norm() / without_mD.norm())
-    if difference > rounding:
-        return (
-            f"a seed does not replay their dropout: embeddings with and without graph differ by {difference:.2g} of their "
-            f"length, where rounding explains {rounding:g}"
-        )
     return None

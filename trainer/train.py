@@ -19,7 +19,6 @@ from gradcache.replay import replay_seed
 from gradcache.way import Way
 from trainer.batches import Share
 from trainer.budget import find_budget
-from trainer.compiling import compile_layers
 from trainer.data.sampler import sources_begun_anew
 from trainer.evaluate import Stopped
 from trainer.finish import finish
@@ -29,6 +28,7 @@ from trainer.prepare import Training, prepare
 from trainer.state import Outcome
 from trainer.tasks import joined
 from trainer.update import check_skipped, not_finite, update
+from trainer.warm_up import compile_layers
 from trainer.watched import check_collapsed, warn_of_job, warn_of_step
 from trainer.world import World
 

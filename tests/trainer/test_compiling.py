@@ -8,15 +8,17 @@ import pytest
 import torch
 
 import trainer.compiling
+import trainer.warm_up
 from gradcache.plan import encode_chunk
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from tests.trainer.worlds import world_of
-from trainer.compiling import MARGIN, SAVED_SHARE, WARM_UP_S, decide, try_chunk
+from trainer.compiling import MARGIN, SAVED_SHARE, WARM_UP_S, decide
 from trainer.encoder import compiled as compiled_module
 from trainer.encoder.settings import ModelSettings
 from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings
 from trainer.job import BatchSettings, CheckpointSettings, ChunkSettings, OptimSettings, ParallelSettings, TrainJob
 from trainer.train import train
+from trainer.warm_up import try_chunk
 
 WORK = {"num_steps": 1000, "tokens_a_step": 1e5, "num_parameters": 10**8, "flop_per_s": 1e14, "keeps_graphs": False}  # 800 s
 
@@ -96,7 +98,7 @@ def test_a_run_compiles_before_its_first_step_and_says_so(root, tmp_path, monkey
         return tried[-1]
 
     monkeypatch.setattr(trainer.prepare.Status, "update", watched_update)
-    monkeypatch.setattr(trainer.compiling, "try_chunk", watched_try)
+    monkeypatch.setattr(trainer.warm_up, "try_chunk", watched_try)
     caplog.set_level(logging.INFO)
     job = job_of(root, tmp_path / "run", True)
     assert train(job, world_of()).step == 2

@@ -4,7 +4,7 @@ Inputs of a packed chunk of n texts with T tokens in all: `input_ids` (T,) int64
 each text, and T; `longest`, a Python number, tokens of the longest text or more; perhaps `pooled_mask` (T,).
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -13,9 +13,6 @@ from transformers import PreTrainedModel
 from trainer.encoder.attention import ATTENTION, HALVES, packed_marker
 from trainer.encoder.backbone import first_position
 from trainer.encoder.rows import Packed
-
-if TYPE_CHECKING:
-    from trainer.encoder.towers import Encoder
 
 # Families whose layers hand the starts of texts down to attention, and do nothing else between tokens. A test proves each.
 PACKED_FAMILIES = frozenset({
@@ -27,7 +24,13 @@ WIDEST_HEAD = 256  # of torch's flash kernel
 WIDE_HEAD, WIDE_HEADS_ON = 192, ((8, 0), (9, 0), (10, 0))
 
 
-def packs(encoder: "Encoder", device: torch.device, dtype: torch.dtype) -> bool:
+class Sided(Protocol):
+    """An encoder, as far as it matters here: that of a side has its transformer as `model`."""
+
+    def side(self, side: Literal["query", "passage"]) -> Any: ...
+
+
+def packs(encoder: Sided, device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether an encoder takes packed texts on a device, its products (autocast) being in a type."""
     if device.type != "cuda" or torch.version.cuda is None or dtype not in HALVES:
         return False
