@@ -100,6 +100,7 @@ def _serve(job: MineJob, ranks: Ranks, once: bool, checkpoint: str | None, metri
         finally:
             work.pins.let_go()
         work.status.update(phase=how, done=None, total=None)
+        work.status.close()
         work.metrics.close()
         return how
 

@@ -46,7 +46,7 @@ def judge(run: Training, best: Checkpoint | None) -> None:
     if state.early_stop.best_step is not None:
         write_best(folder, state.step if best is None else best.step)
     run.status.update(swaps=state.swaps)  # a run that was finished before has done no step that tells them
-    run.status.close()  # whose figures go in
+    run.status.flush()  # whose figures go in
     found = write_results(folder, job.eval.split, job.stop.measure)["verdict"]
     run.status.update(verdict=found)
     tell = log.warning if found["level"] == "worse" else log.info

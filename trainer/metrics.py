@@ -127,8 +127,8 @@ class TrainerMetrics:
         """Return when all is written."""
         self._line_writer.put(self._lines.close)
         self._tracker_writer.put(self._trackers.close)
-        self._line_writer.wait()
-        self._tracker_writer.wait()
+        self._line_writer.close()
+        self._tracker_writer.close()
 
 
 class NoMetrics:
@@ -172,12 +172,18 @@ class Status:
         if changed_phase:
             self._writer.wait()
 
-    def close(self) -> None:
+    def flush(self) -> None:
         """Write the last values, which `update` may have kept for later, and return when they are written."""
         with contextlib.suppress(RunInUse):
             with self._changing:
                 self._put()
             self._writer.wait()
+
+    def close(self) -> None:
+        """Write the last values, and end the thread that writes."""
+        self.flush()
+        with contextlib.suppress(RunInUse):
+            self._writer.close()
 
     def _end_phase(self) -> None:
         now = time.monotonic()
@@ -214,6 +220,9 @@ class NoStatus:
     seconds: Mapping[str, float] = MappingProxyType({})
 
     def update(self, **values: Any) -> None:
+        """Do nothing."""
+
+    def flush(self) -> None:
         """Do nothing."""
 
     def close(self) -> None:

@@ -127,7 +127,7 @@ def _collapsed(run: Training, step: int, found: str, good_step: int) -> MustNotG
     if run.world.speaks:
         good = [each for each in steps_on_disk(folder) if each <= good_step]
         run.warnings.tell("collapsed", sentence, step)
-        run.status.close()
+        run.status.flush()
         with contextlib.suppress(InputError, MachineFailed):  # the run ends for a better reason
             if good and read_best(folder) is None:
                 write_best(folder, good[-1])

@@ -33,6 +33,11 @@ class Writer:
             self._last.result()
         self.check()
 
+    def close(self) -> None:
+        """Return when all that was put is done, and end the thread. Raises as `check`."""
+        self._pool.shutdown()
+        self.check()
+
     def _do(self, call: Callable[..., None], *arguments: Any) -> None:
         if self._failure is not None:
             return

@@ -172,7 +172,7 @@ def test_training_in_half_precision_within_a_memory(root, tmp_path, precision):
     assert len(steps) == 4 and all(0 < record["grad_norm"] < 100 for record in steps)
     assert {record["share/encoded_twice"] for record in steps} == {0.0}, "all graphs fit"
     assert "set chunk.memory_gib higher" in call(
-        root, "train", root / "job.toml", f"run.folder={tmp_path}/small", "chunk.memory_gib=0.1", exit_code=2
+        root, "train", root / "job.toml", f"run.folder={tmp_path}/small", "chunk.memory_gib=0.0001", exit_code=2
     )[1]  # fmt: skip
 
 

@@ -4,12 +4,10 @@ import errno
 import os
 import re
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import trainer.checkpoint
 import trainer.parts
@@ -44,8 +42,7 @@ def world_of(rank, num_ranks):
     trainer.parts.PART_BYTES = PART_BYTES  # type: ignore[attr-defined]
     os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(num_ranks))
     group = dist.group.WORLD if num_ranks > 1 else None
-    prepare = SimpleNamespace(prepare_model=lambda model: DistributedDataParallel(model, broadcast_buffers=False))
-    return World(rank, num_ranks, torch.device("cpu"), group, group, prepare, ranks_per_node=2)  # type: ignore[arg-type]
+    return World(rank, num_ranks, torch.device("cpu"), group, group, ranks_per_node=2)
 
 
 def prepared(world, backend, dropout, folder=None):

@@ -101,10 +101,10 @@ def test_a_status_that_fails_for_a_while_ends_nothing_and_recovers(tmp_path, mon
         patched.setattr(os, "replace", stale)
         for step in (2, 3):
             status.update(step=step)
-            status.close()
+            status.flush()
     assert read_status(tmp_path, "trainer")["step"] == 1 and caplog.text.count("Stale file handle") == 1
     status.update(step=4)
-    status.close()
+    status.flush()
     assert read_status(tmp_path, "trainer")["step"] == 4 and caplog.text.count("is written again") == 1
 
 
@@ -133,7 +133,7 @@ def test_a_step_does_not_wait_for_a_slow_disk_or_tracker_and_nothing_is_lost(tmp
     assert (tmp_path / "logs" / "metrics.jsonl").read_text() == "" and read_status(tmp_path, "trainer") == {}
     slow_disk.set()
     metrics.close()
-    status.close()
+    status.flush()
     assert [(line["step"], line["seen"][-1:]) for line in lines_of(tmp_path)] == [(s, [s - 1] * (s > 1)) for s in range(1, 101)]
     assert tracked == list(range(1, 101))
     assert read_status(tmp_path, "trainer")["step"] == 100
@@ -146,7 +146,7 @@ def test_a_slow_disk_gets_the_newest_status_and_not_every_one(tmp_path, slow_dis
     for step in range(100):
         status.update(step=step)
     slow_disk.set()
-    status.close()
+    status.flush()
     assert len(replaced) <= 3 and replaced[-1] == 99
 
 
@@ -161,13 +161,13 @@ def test_a_lost_place_ends_the_loop_at_its_next_update(tmp_path):
     status.update(phase="training", step=1)
     is_lost.set()
     status.update(step=2)  # told behind the loop's back
-    status.close()  # says nothing, as the run ends for that reason
+    status.flush()  # says nothing, as the run ends for that reason
     for _ in range(2):  # a heartbeat's thread may hear it first
         with pytest.raises(RunInUse, match="went over to start 2"):
             status.update(step=3)
     with pytest.raises(RunInUse):
         status.update(phase="evaluating")
-    status.close()
+    status.flush()
     assert read_status(tmp_path, "trainer")["step"] == 1
 
 

@@ -74,14 +74,14 @@ def test_a_warning_is_told_once_wherever_people_look_and_taken_back_once(tmp_pat
     warnings.tell("odd", "it is odd.", 3)
     warnings.tell("late", "it is late.", None)
     warnings.tell("odd", "it is very odd.", 4)
-    status.close()
+    status.flush()
     assert read_status(tmp_path, "trainer")["warnings"] == [
         {"kind": "odd", "sentence": "it is very odd.", "step": 3},
         {"kind": "late", "sentence": "it is late.", "step": None},
     ]
     warnings.tell("odd", None, 5)
     warnings.tell("odd", None, 6)
-    status.close()
+    status.flush()
     assert [warning["kind"] for warning in read_status(tmp_path, "trainer")["warnings"]] == ["late"]
     lines = map(json.loads, (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines())
     assert [(line["step"], line["event"], line["kind"]) for line in lines] == [
