@@ -182,7 +182,7 @@ def mine(
 
 def _refuse_without_model(model: str | None) -> None:
     """Raise InputError where options of a model would have no effect."""
-    from mining.vectors import holds_vectors
+    from mining.find.supplied import holds_vectors
 
     if model is None:
         raise InputError("options of a model go with --model; the checkpoints of a run say how their texts are read")

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from launch.models import KEEP_CACHED, join_for, start_as_rank
 from launch.named import Reading, as_it_is, locate_model
 from launch.output import told_progress
-from mining.vectors import ids_file
+from mining.find.supplied import ids_file
 from trainer.data.cache import cache_folder
 from trainer.data.datasets import RetrievalData
 from trainer.data.file_texts import FILES, read_texts_of

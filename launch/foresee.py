@@ -18,10 +18,10 @@ from gradcache.loss_memory import LossSizes
 from launch.jobfile import Jobs
 from launch.plan import Plan, cores_and_gpus, share_out
 from launch.plan_warnings import warnings_of_job, warnings_of_plan
-from mining.clusters import num_clustered
-from mining.index import bytes_of_passage
-from mining.plan import FREE_SHARE, MemoryPlan, Sizes, held_now, plan_memory
+from mining.find.index import bytes_of_passage
+from mining.memory import FREE_SHARE, MemoryPlan, Sizes, held_now, plan_memory
 from mining.settings import AUTO, EXACT
+from mining.table.clusters import num_clustered
 from trainer.budget import own_bytes
 from trainer.data.datasets import RetrievalData, open_data
 from trainer.encoder.auto import encode_on, takes_bf16
@@ -163,10 +163,10 @@ def trainer_memory(jobs: Jobs, shares: Plan, encoder: Any, counts: dict[str, Any
 
 
 def miner_memory(jobs: Jobs, data: RetrievalData, shares: Plan, width: int) -> dict[str, Any]:
-    """Return the miner's own plan of a rank, as mining/plan.py makes it."""
+    """Return the miner's own plan of a rank, as mining/memory.py makes it."""
     import psutil
 
-    from mining.encode import rows_of_block
+    from mining.find.embeddings import rows_of_block
     from trainer.encoder.shards import rows_of_shard
 
     mine, num_queries = jobs.mine, len(data.training_queries(jobs.train.data.train_split))

@@ -92,7 +92,7 @@ def _hushed() -> Iterator[None]:
 
     Why nothing came of it is the error.
     """
-    levels = {name: logging.getLogger(name).level for name in ("mining.service", "mining.version", "trainer.encoder.model")}
+    levels = {name: logging.getLogger(name).level for name in ("mining.service", "mining.refresh", "trainer.encoder.model")}
     for name in levels:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
@@ -175,10 +175,10 @@ def _look(jobs: Jobs, model: str, out: Path | None, show: str | None) -> tuple["
     Raises InputError for what would only be found out after the mining.
     """
     from launch.named import as_it_is, locate_model
-    from mining.judgements import read_judgements
+    from mining.find.supplied import holds_vectors
     from mining.offline import fit_depths
     from mining.show import find_query
-    from mining.vectors import holds_vectors
+    from mining.table.judgements import read_judgements
     from trainer.data.datasets import open_data
     from trainer.data.record_file import refuse_file
 

@@ -91,7 +91,7 @@ def evaluate_bm25(data: RetrievalData, split: str) -> dict[str, float]:
 
 def bm25_of_each(data: RetrievalData, split: str) -> np.ndarray:
     """Return what BM25's list measures for each query of a split, as `measure_each` has it."""
-    from mining.bm25 import bm25_top_k
+    from mining.find.bm25 import bm25_top_k
 
     query_rows = data.evaluated_queries(split)
     scores, ids = without_own(data, split, query_rows, *bm25_top_k(data, query_rows, FOUND))

@@ -9,7 +9,7 @@ import psutil
 from launch.counted import counted
 from launch.jobfile import Jobs
 from launch.plan import Plan
-from mining.doubts import mining_defeats
+from mining.table.doubts import mining_defeats
 from trainer.data.datasets import RetrievalData
 from trainer.data.split import split_command
 from trainer.own_numbers import defeats, planned_steps

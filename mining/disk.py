@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mining.job import ALL_ENCODINGS, MineJob
-from mining.plan import GIB
+from mining.memory import GIB
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mining.judgements import Judgements
+from mining.table.judgements import Judgements
 from trainer.data.datasets import RetrievalData
 from trainer.data.groups import BATCH, Group, read_rows
 from trainer.data.record_file import FORMS as TRAINED_FORMS

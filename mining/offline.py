@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mining.find.supplied import VECTORS, hash_vectors
 from mining.job import ALL_ENCODINGS, MineJob
-from mining.judgements import Judgements, read_judgements
 from mining.publish import last_version
 from mining.ranks import Ranks
 from mining.settings import hard_depths
-from mining.vectors import VECTORS, hash_vectors
+from mining.table.judgements import Judgements, read_judgements
 from trainer.data.datasets import RetrievalData, open_data
 from trainer.encoder.model import load_encoder, save_encoder, weights_digest
 from trainer.encoder.settings import ModelSettings

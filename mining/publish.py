@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from mining.audit import overlap_with, reasons_against, score_quantiles, suspected_share
-from mining.clusters import describe_clusters
-from mining.draw import Drawn
-from mining.filters import margins_of
 from mining.job import MineJob
-from mining.judgements import Judgements
+from mining.table.audit import overlap_with, reasons_against, score_quantiles, suspected_share
+from mining.table.clusters import describe_clusters
+from mining.table.draw import Drawn
+from mining.table.filters import margins_of
+from mining.table.judgements import Judgements
 from trainer.handoff.claim import Claim
 from trainer.handoff.manifest import TornVersion, clean_staging, is_disk_error, prune, read_latest, versions, write_latest
 from trainer.handoff.negatives import Negatives, negatives_folder, open_negatives, publish_negatives, version_name

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
 from trainer.errors import EXIT_STOPPED, TOLD, MachineFailed, NotFiniteEmbedding, exit_code
 from trainer.handoff.manifest import TornVersion, disk_error, is_disk_error
 
@@ -29,6 +31,7 @@ NAP_SHARE = 0.02  # of the time waited already; so the rank that comes last wait
 STOP_PATIENCE_S = 60.0  # for the others to come, after a request to stop: a rank that died never does
 FAREWELL_S = 30.0  # for MPI's own end, once all ranks have come to it
 TAG_STOP, TAG_CALL_OFF = 75, 76
+ROUND_BYTES = 1 << 28  # that a rank sends at once, to all others together
 
 
 class Stopped(Exception):
@@ -136,6 +139,30 @@ class Ranks:
         """Return what every rank has for this one; parts: one for each rank, in order of rank."""
         self.meet()
         return self._comm.alltoall(parts)
+
+    def exchange_arrays(self, parts: list[np.ndarray]) -> list[np.ndarray]:
+        """Return what every rank has for this one, as `exchange` does, for arrays of any size.
+
+        parts: one for each rank, alike but for the length of their first axis. Their bytes travel as they are, in rounds of
+        ROUND_BYTES: Open MPI counts bytes with 32 bits.
+        """
+        if self.num_ranks == 1:
+            return parts
+        flat = [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts]
+        told = self.exchange([(part.shape, part.nbytes) for part in parts])
+        like, received = parts[self.rank].dtype, [np.empty(size, np.uint8) for _, size in told]
+        most = max(self.exchange([max(len(part) for part in flat)] * self.num_ranks))
+        step = max(1, ROUND_BYTES // self.num_ranks)
+        for start in range(0, most, step):
+            piece = slice(start, start + step)
+            out, into = ([each[piece] for each in side] for side in (flat, received))
+            counts = [[len(each) for each in side] for side in (out, into)]
+            joined, landed = np.concatenate(out), np.empty(sum(counts[1]), np.uint8)
+            self.meet()
+            self._comm.Alltoallv([joined, counts[0]], [landed, counts[1]])
+            for each, found in zip(into, np.split(landed, np.cumsum(counts[1])[:-1]), strict=True):
+                each[:] = found
+        return [found.view(like).reshape(shape) for found, (shape, _) in zip(received, told, strict=True)]
 
     def local_rank(self) -> int:
         """Return this rank's place among those of its machine."""

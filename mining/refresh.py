@@ -1,186 +1,166 @@
-"""From candidates to a table of negatives, one tile of queries at a time: find, filter, rerank, sample.
+"""How one version of the negatives is made: encode, index, audit, search, filter, sample, audit again, publish.
 
-Memory holds one tile of candidates and the negatives drawn so far. Each rank works on its share of every tile; rank 0
-puts the rows together.
+Recall is audited before the search over all queries, so that a bad index costs a sample and not a refresh.
 """
 
-import functools
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 
-from mining.candidates import Retriever, last_negatives, with_others
-from mining.draw import Draw, Drawn, GoOn, Share, ask_teacher, hold_to_scores, hold_to_teacher
-from mining.fill import add_random
-from mining.filters import Kept, Positives, drop_by_rank, drop_known
-from mining.judgements import own_texts
-from mining.ranks import Ranks
-from mining.sampling import choose_candidates, is_easy, lowest_candidates
-from mining.search import QUERY_TILE, share_of
-from mining.tiles import KeptTiles, Part, Table
-from trainer.handoff.retry import patiently
+from mining.figures import version_figures
+from mining.find.indexed import index_passages
+from mining.find.retrieve import BM25Retriever, BothRetrievers, DenseRetriever, Retriever
+from mining.find.search import QUERY_TILE
+from mining.find.source import Encoded, encode_checkpoint
+from mining.publish import audit_drawn, publish, stays
+from mining.ranks import Refused
+from mining.table.audit import reasons_against, reasons_of_collapse
+from mining.table.clusters import cluster_queries
+from mining.table.doubts import doubts, last_suspected, random_score
+from mining.table.draw import Draw, Drawn
+from mining.table.filters import Keys
+from mining.table.kept import KeptTiles
+from mining.table.tiles import draw_negatives
+from mining.watch import Task
+from mining.work import Work
+from trainer.handoff.weights import Checkpoint
+
+log = logging.getLogger(__name__)
 
 
-def draw_negatives(
-    draw: Draw,
-    ranks: Ranks,
-    retriever: Retriever,
-    kept: KeptTiles,
-    on_progress: Callable[[int, int], None],
-    query_tile: int = QUERY_TILE,
-) -> Drawn | None:
-    """Return the negatives on rank 0, None elsewhere.
-
-    kept: where an earlier service may have left what it drew, and this one leaves it, too.
-    on_progress: called with queries done and to do.
-    query_tile: queries retrieved at once; changes nothing but the memory.
-    Raises Stopped on every rank if one is asked to stop. Collective.
-    """
-    parts: list[Part] = []
-    num_queries = draw.judgements.num_queries
-    tiles = [slice(start, min(start + query_tile, num_queries)) for start in range(0, num_queries, query_tile)]
-
-    def take_kept() -> list[slice]:
-        kept.open()
-        found = {tile.start: kept.read(tile) for tile in tiles}
-        parts.extend(part for taken in found.values() for part in taken or [])
-        return [tile for tile in tiles if found[tile.start] is None]
-
-    for tile in ranks.decide(take_kept):
-        go_on = functools.partial(_go_on, ranks, on_progress, tile, num_queries)
-        ranks.together(go_on)
-        part = _draw_tile(draw, ranks, retriever, tile, go_on)
-        ranks.together(functools.partial(patiently, functools.partial(kept.keep, part), "negatives that are drawn"))
-        parts.append(part)
-    gathered = ranks.gather(parts)
-    return _join([part for parts in gathered for part in parts]) if ranks.speaks else None
+def mine_bm25(work: Work, task: Task) -> None:
+    """Publish a version from BM25, before there is any model. Collective; raises Stopped on all."""
+    judgements = work.judgements
+    with work.phase("searching with BM25", queries=judgements.num_queries):
+        drawn = draw(work, task, (), BM25Retriever(work.ranks, judgements, work.data, work.job.mine.bm25_top_k))
+    publish_drawn(work, task, drawn)
 
 
-def _go_on(ranks: Ranks, on_progress: Callable[[int, int], None], tile: slice, num_queries: int, share_done: float = 0) -> None:
-    """Tell how far a tile is; raises Stopped if any rank was asked to stop."""
-    on_progress(int(tile.start + share_done * (tile.stop - tile.start)), num_queries)
-    ranks.check_stop()
-
-
-def _draw_tile(draw: Draw, ranks: Ranks, retriever: Retriever, tile: slice, go_on: GoOn) -> Part:
-    """Return this rank's part of a tile; column "query" of the table on the way: place within the share."""
-    share = _find(draw, ranks, retriever, tile, go_on)
-    kept, fallback_QK = _filter(draw, ranks, share, go_on)
-    table = _columns(share, _choose(draw, share, kept) | fallback_QK)
-    if draw.sample.num_random or draw.filter.when_empty == "random":  # alike on every rank
-        table = add_random(draw, ranks, retriever, share, table, kept.empty(), go_on)
-    order = np.lexsort((table["ids"], -table["scores"], table["query"]))
-    table = {name: column[order] for name, column in table.items()}
-    if draw.reranker is None:
-        del table["teacher_scores"]
-    if draw.sample.replace == "all":
-        del table["first_scores"]
-    lengths = np.bincount(table.pop("query"), minlength=len(share.rows))
-    positives = {"positive_scores": share.positives.scores, "positive_teacher_scores": share.positives.teacher_scores}
-    table |= {name: scores for name, scores in positives.items() if scores is not None}
-    return Part(share.places.start, lengths, table, share.counts, kept.dropped)
-
-
-def _find(draw: Draw, ranks: Ranks, retriever: Retriever, tile: slice, go_on: GoOn) -> Share:
-    scores_QK, ids_QK = retriever.find(tile)
-    mine = share_of(tile.stop - tile.start, ranks.rank, ranks.num_ranks)
-    places = slice(tile.start + mine.start, tile.start + mine.stop)
-    first_QK = np.full(ids_QK.shape, np.nan, np.float32)
-    if draw.last is not None:
-        last_ids_QL, last_scores_QL = last_negatives(draw.last, places)
-        scores_QK, ids_QK = with_others(retriever, places, scores_QK, ids_QK, last_ids_QL)
-        first_QK = _scores_at_first(ids_QK, last_ids_QL, last_scores_QL)
-    indptr, positive_rows = draw.judgements.positives(places)
-    teacher_scores = None
-    if draw.reranker is not None:
-        query_n = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
-        teacher_scores = ask_teacher(draw, ranks, places, query_n, positive_rows, go_on)
-    positives = Positives(indptr, retriever.score_positives(places), teacher_scores)
-    return Share(
-        places=places,
-        rows=draw.judgements.query_rows[places],
-        own=own_texts(draw.judgements, places, draw.keys),
-        ids_QK=ids_QK,
-        scores_QK=scores_QK,
-        first_QK=first_QK,
-        teacher_QK=np.full(ids_QK.shape, np.nan, np.float32),
-        positives=positives,
-        positive_score_Q=positives.deciding(positives.scores, draw.filter.positive),
-        early_QK=np.zeros(ids_QK.shape, bool),
-    )
-
-
-def _filter(draw: Draw, ranks: Ranks, share: Share, go_on: GoOn) -> tuple[Kept, np.ndarray]:
-    """Return which candidates passed all filters, and which others queries get of which none has, (Q, K) bool."""
-    kept = Kept(share.ids_QK)
-    share.counts["candidates"] = int(kept.mask_QK.sum())
-    drop_known(draw.filter, kept, share.ids_QK, share.own)
-    unknown_QK = kept.mask_QK
-    share.early_QK = unknown_QK & (unknown_QK.cumsum(1) <= draw.filter.range_min)
-    drop_by_rank(draw.filter, kept)
-    hold_to_scores(draw, share, kept, share.scores_QK)
-    if draw.reranker is not None:
-        kept.narrow("rerank_top_k", kept.mask_QK.cumsum(1) <= draw.rerank.top_k)
-    share.teacher_QK = hold_to_teacher(draw, ranks, share, kept, share.ids_QK, share.scores_QK, go_on)
-    share.counts["queries_without"] = int(kept.empty().sum())
-    if draw.filter.when_empty == "lowest":
-        return kept, _lowest(draw, ranks, share, unknown_QK & kept.empty()[:, None], go_on)
-    return kept, np.zeros(share.ids_QK.shape, bool)
-
-
-def _lowest(draw: Draw, ranks: Ranks, share: Share, unknown_QK: np.ndarray, go_on: GoOn) -> np.ndarray:
-    """Return which candidates of the lowest scores the rules on scores admit, (Q, K) bool. Collective, as hold_to_teacher."""
-    kept = Kept(np.where(unknown_QK, share.ids_QK, -1))
-    hold_to_scores(draw, share, kept, share.scores_QK)
-    kept.narrow("higher", lowest_candidates(draw.sample.num_negatives - draw.sample.num_random, kept.mask_QK))
-    teacher_QK = hold_to_teacher(draw, ranks, share, kept, share.ids_QK, share.scores_QK, go_on)
-    share.teacher_QK = np.where(kept.mask_QK, teacher_QK, share.teacher_QK)
-    return kept.mask_QK
-
-
-def _choose(draw: Draw, share: Share, kept: Kept) -> np.ndarray:
-    """Return which of the candidates that passed become negatives, (Q, K) bool."""
-    stays_QK = np.isfinite(share.first_QK) & ~is_easy(draw.sample, share.scores_QK, share.first_QK)
-    drawn_QK = choose_candidates(
-        draw.sample, draw.seed, draw.version, share.rows, share.ids_QK, share.scores_QK, kept.mask_QK,
-        share.positive_score_Q, stays_QK,
-    )  # fmt: skip
-    share.counts["stayed"] = int((drawn_QK & stays_QK).sum())
-    share.first_QK = np.where(stays_QK, share.first_QK, share.scores_QK)
-    return drawn_QK
-
-
-def _columns(share: Share, drawn_QK: np.ndarray) -> Table:
-    return {
-        "query": np.nonzero(drawn_QK)[0],
-        "ids": share.ids_QK[drawn_QK],
-        "scores": share.scores_QK[drawn_QK],
-        "first_scores": share.first_QK[drawn_QK],
-        "teacher_scores": share.teacher_QK[drawn_QK],
+def mine_checkpoint(work: Work, task: Task, checkpoint: Checkpoint) -> None:
+    """Publish a version from a checkpoint, or refuse it for what the audit found. Collective; raises Stopped on all."""
+    job, ranks, judgements = work.job, work.ranks, work.judgements
+    encoded = encode_checkpoint(work, task, checkpoint)
+    queries, passages = encoded.queries, encoded.passages
+    at_random = ranks.decide(lambda: score_of_random(_some_embeddings(encoded)))
+    indexed = index_passages(work, task, encoded)
+    ranks.decide(lambda: refuse(reasons_against(job.audit, indexed.settings.factory, indexed.recall)))
+    dense = DenseRetriever(ranks, judgements, queries, passages, indexed.indexes, job.search.top_k)
+    words = BM25Retriever(ranks, judgements, work.data, job.search.bm25_top_k)
+    retriever = BothRetrievers(dense, words) if job.search.bm25_top_k else dense
+    with work.phase("searching", queries=judgements.num_queries):
+        drawn = draw(work, task, encoded.keys, retriever, encoded.plan.query_tile)
+    clusters = None
+    if job.clusters.num:
+        with work.phase("clustering"):
+            chance = job.run.seed, task.version
+            clusters = ranks.on_first(lambda: cluster_queries(job.clusters, *chance, judgements, queries, passages))
+    about = {
+        "index": indexed.about(),
+        "encode": job.encode.numbers,
+        "passages": encoded.about_passages,
+        "memory": encoded.plan.as_json(),
+        "random_score": at_random,
     }
+    publish_drawn(work, task, drawn, indexed.recall, clusters, about)
+    if ranks.speaks:
+        indexed.centroids.prune()
 
 
-def _scores_at_first(ids_QK: np.ndarray, last_ids_QL: np.ndarray, last_scores_QL: np.ndarray) -> np.ndarray:
-    """Return what each candidate scored when it was first drawn, (Q, K) float32; NaN where the last version has it not."""
-    first_QK = np.full(ids_QK.shape, np.nan, np.float32)
-    for place in range(last_ids_QL.shape[1]):
-        is_it = (ids_QK == last_ids_QL[:, place, None]) & (ids_QK >= 0)
-        first_QK = np.where(is_it, last_scores_QL[:, place, None], first_QK)
-    return first_QK
+def score_of_random(sides: dict[str, np.ndarray]) -> float | None:
+    """Return what queries and passages score that belong together by chance only; raise Refused for a collapsed model."""
+    refuse(reasons_of_collapse(sides))
+    return random_score(sides["queries"], sides["passages"])
 
 
-def _join(parts: list[Part]) -> Drawn:
-    # Shares of no query have the place of the next one; they add nothing, in any order.
-    parts.sort(key=lambda part: part.place)
-    columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns}
-    indptr = np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))])
-    counts, dropped = _sum(part.counts for part in parts), _sum(part.dropped for part in parts)
-    return Drawn(indptr, columns.pop("ids"), columns.pop("scores"), columns, counts, dropped)
+def _some_embeddings(encoded: Encoded) -> dict[str, np.ndarray]:
+    """Return some embeddings of queries and of passages, of different inputs as far as these are known."""
+    found = {"queries": encoded.queries.first(), "passages": encoded.passages.first()}
+    for keys in encoded.keys[:1]:
+        of_side = {"queries": keys.query_Q, "passages": keys.passage_N}
+        found = {side: rows[np.unique(of_side[side][: len(rows)], return_index=True)[1]] for side, rows in found.items()}
+    return found
 
 
-def _sum(counters: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for counter in counters:
-        for name, count in counter.items():
-            total[name] = total.get(name, 0) + count
-    return total
+def draw(
+    work: Work, task: Task, token_keys: tuple[Keys, ...], retriever: Retriever, query_tile: int = QUERY_TILE
+) -> Drawn | None:
+    """Return the negatives of all queries on rank 0: search, filter, sample. Collective.
+
+    token_keys: of what the encoder reads, where there is one: texts that it cannot tell apart are equal, too.
+    """
+    job, judgements, text_keys = work.job, work.judgements, work.data.text_keys
+    keys = Keys(text_keys["queries"][judgements.query_rows], text_keys["corpus"]), *token_keys
+    sizes = judgements.num_queries, len(work.data.corpus)
+    source = "bm25" if task.checkpoint is None else "model"
+    last = work.ranks.together(lambda: stays(job, task.version, source, *sizes))
+    settings = job.filter, job.sample, job.rerank, job.run.seed, task.version
+    how = Draw(*settings, judgements, keys, work.reranker, last)
+    return draw_negatives(how, work.ranks, retriever, kept_tiles(work, task), work.progress, query_tile)
+
+
+def kept_tiles(work: Work, task: Task) -> KeptTiles:
+    """Return where the negatives of a version are kept until it is published."""
+    job, checkpoint = work.job, task.checkpoint
+    sections = (job.filter, job.sample, job.rerank, job.search, job.index)
+    about = {"version": task.version, "weights": checkpoint and checkpoint.manifest["weights_digest"], "data": work.data.digest}
+    about |= {"seed": job.run.seed, "passages": [job.mine.passages, job.mine.max_drift], "bm25": job.mine.bm25_top_k}
+    about["cross_encoder"] = work.reranker and work.reranker.digest
+    return KeptTiles(job.run.folder, about | {"job": [*(asdict(section) for section in sections), job.encode.numbers]})
+
+
+def publish_drawn(
+    work: Work,
+    task: Task,
+    drawn: Drawn | None,
+    recall: float | None = None,
+    clusters: np.ndarray | None = None,
+    about: dict[str, Any] | None = None,
+) -> None:
+    """Publish on rank 0 and tell about it, or refuse; about: more for the manifest. Collective."""
+    checkpoint = task.checkpoint
+
+    def tell_and_publish() -> None:
+        assert drawn is not None
+        audit = audit_drawn(work.job, work.judgements, drawn, recall)
+        refuse(audit["reasons"])
+        digest, judgements, suspected_before = work.data.digest, work.judgements, last_suspected(work.job.run.folder)
+        manifest = publish(
+            work.job,
+            work.claim,
+            task.version,
+            checkpoint,
+            judgements,
+            drawn,
+            digest,
+            clusters,
+            audit,
+            work.seconds,
+            about or {},
+        )
+        told = ("version", "source", "num_negatives", "held_out", "counts", "clusters", "audit", "seconds")
+        kept = {key: manifest[key] for key in told}
+        dropped = manifest["filter"]["dropped"]
+        work.status.update(**version_figures(manifest))
+        step = checkpoint.step if checkpoint else 0
+        for kind, sentence in doubts(manifest, suspected_before).items():
+            work.warnings.tell(kind, sentence, step)
+        figures = {"event": "published", **kept, "dropped": dropped, **work.ages()}
+        work.metrics.record(step, figures)
+        log.info(
+            "negatives v%d published from %s: %d for %d queries; dropped %s; %.1f s",
+            task.version, f"step {step}" if checkpoint else "BM25", len(drawn.ids),
+            work.judgements.num_queries, dropped, sum(work.seconds.values()),
+        )  # fmt: skip
+
+    with work.phase("publishing"):
+        work.ranks.decide(tell_and_publish)
+        if work.ranks.speaks:
+            kept_tiles(work, task).forget()
+
+
+def refuse(reasons: list[str]) -> None:
+    """Raise Refused if there are reasons not to publish a version."""
+    if reasons:
+        raise Refused("; ".join(reasons))

@@ -15,8 +15,8 @@ from mining.exporter import serve_figures
 from mining.job import MineJob
 from mining.publish import next_number
 from mining.ranks import GivenUp, Ranks, Stopped, Superseded
+from mining.refresh import mine_bm25, mine_checkpoint
 from mining.state import forget_refresh, read_refresh
-from mining.version import mine_bm25, mine_checkpoint
 from mining.watch import Task
 from mining.work import Work, claim_run, open_work
 from trainer.encoder.shards import prune_shards

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mining.export import mined_row
-from mining.judgements import Judgements
+from mining.table.judgements import Judgements
 from trainer.data.datasets import RetrievalData
 from trainer.data.row import Entry
 from trainer.errors import InputError

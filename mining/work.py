@@ -10,19 +10,19 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from mining.clusters import check_clusters
-from mining.doubts import mining_defeats
-from mining.encode import TokenCache
 from mining.figures import ages, version_figures
-from mining.index import load_faiss
+from mining.find.embeddings import TokenCache
+from mining.find.index import load_faiss
 from mining.job import MineJob
-from mining.judgements import Judgements, read_judgements
 from mining.publish import claim_negatives, last_version
 from mining.ranks import Ranks
-from mining.rerank import Reranker, open_reranker
 from mining.settings import EXACT
 from mining.sources import changed_files, claim_data
 from mining.state import Refresh, write_refresh
+from mining.table.clusters import check_clusters
+from mining.table.doubts import mining_defeats
+from mining.table.judgements import Judgements, read_judgements
+from mining.table.rerank import Reranker, open_reranker
 from mining.watch import HOLDER, PIN_S, Task, Watch
 from trainer.data.datasets import RetrievalData, open_data
 from trainer.encoder.auto import device_in_words, encode_on

@@ -14,12 +14,12 @@ import torch
 
 from launch.bench.machine import peak_resident_bytes, tiled_product
 from launch.ranks import answer
-from mining.encode import Embeddings, encode_together
-from mining.index import ExactIndex, ShardIndex
+from mining.find.embeddings import Embeddings, encode_together
+from mining.find.index import ExactIndex, ShardIndex
+from mining.find.search import search_shards
 from mining.job import MineJob
-from mining.plan import GIB
+from mining.memory import GIB
 from mining.ranks import Ranks
-from mining.search import search_shards
 from mining.service import run_service
 from mining.settings import MineSettings
 from trainer.data.datasets import open_dataset

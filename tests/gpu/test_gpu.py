@@ -18,12 +18,12 @@ from gradcache import (
 )
 from gradcache.masks import Masks, Pairing, first_columns, relate
 from gradcache.tiles import Matrix, Tiles
-from mining.index import ExactIndex, FaissIndex, build_indexes
+from mining.find.index import ExactIndex, FaissIndex, build_indexes
 from mining.settings import IndexSettings
 from tests.gradcache.test_step import build, make_batch, named
 from tests.gradcache.wide import Wide, wide_batch
 from tests.gradients import assert_same_gradients
-from tests.mining.test_index import NoCentroids
+from tests.mining.find.test_index import NoCentroids
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from trainer.data.datasets import open_dataset
 from trainer.encoder.encode import encode_rows

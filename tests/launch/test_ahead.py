@@ -6,7 +6,7 @@ import pytest
 
 from launch.ahead import describe, make_tables
 from launch.jobfile import read_job
-from mining.encode import TokenCache
+from mining.find.embeddings import TokenCache
 from tests.system.test_commands import JOB, call
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from tests.trainer.data.test_forms import pairs, write_lines

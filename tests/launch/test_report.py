@@ -19,7 +19,7 @@ from launch.report.page import write_report
 from launch.report.plots import draw_all
 from launch.report.standing import rows_of, verdict_of, warnings_of
 from launch.status import run_status
-from mining.judgements import read_judgements
+from mining.table.judgements import read_judgements
 from tests.launch.run_folders import BETTER, published, row, step, write_each, write_json, write_lines, write_run
 from tests.tiny import write_tiny_dataset
 from trainer.data.datasets import open_data

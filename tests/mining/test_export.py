@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mining.export import FORMS, write_negatives
-from mining.judgements import read_judgements
 from mining.show import show_query
+from mining.table.judgements import read_judgements
 from tests.tiny import write_tiny_dataset
 from trainer.data.datasets import open_dataset
 from trainer.data.record_file import refuse_file

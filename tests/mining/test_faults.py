@@ -15,8 +15,9 @@ import pytest
 import torch
 from transformers import BertModel
 
-from mining import encoded, ranks, service
-from mining.encode import TokenCache
+from mining import ranks, service
+from mining.find import source
+from mining.find.embeddings import TokenCache
 from tests.disk import fill, small_disk
 from tests.mining.run import as_job, make_job, publish_checkpoint, published
 from tests.mining.services import start_service
@@ -283,7 +284,7 @@ def test_torn_embeddings_are_encoded_again(tmp_path, monkeypatch):
     for one in (undisturbed, job):
         publish_checkpoint(one, 10)
     mine(undisturbed)
-    plain, num_torn = encoded.encode_together, []
+    plain, num_torn = source.encode_together, []
 
     def encode_and_tear(ranks, sides, on_progress):
         plain(ranks, sides, on_progress)
@@ -294,7 +295,7 @@ def test_torn_embeddings_are_encoded_again(tmp_path, monkeypatch):
             with pytest.raises(TornVersion):
                 open_version(torn.parent)
 
-    monkeypatch.setattr(encoded, "encode_together", encode_and_tear)
+    monkeypatch.setattr(source, "encode_together", encode_and_tear)
     mine(job)
     assert num_torn and published(job) == published(undisturbed)
 

@@ -15,9 +15,9 @@ import torch
 from mpi4py import MPI
 
 from mining import service
-from mining.clusters import cluster_queries
-from mining.judgements import read_judgements
 from mining.publish import last_version
+from mining.table.clusters import cluster_queries
+from mining.table.judgements import read_judgements
 from tests.mining.run import as_job, make_job, publish_checkpoint, published, rows_of
 from tests.ranks import PRELOAD
 from trainer.data.datasets import open_dataset
@@ -132,7 +132,7 @@ def test_the_heart_beats_while_one_long_call_returns_to_nobody(tmp_path, monkeyp
         return cluster_queries(*arguments)
 
     monkeypatch.setattr("mining.work.BEAT_S", 0.1)
-    monkeypatch.setattr("mining.version.cluster_queries", long_call)
+    monkeypatch.setattr("mining.refresh.cluster_queries", long_call)
     threads = threading.active_count()
     mine(job)
     assert seen == [("clustering", True)] * 2

@@ -13,7 +13,7 @@ import trainer.train
 from gradcache import OBJECTIVES, Batch, Tower
 from gradcache.agree import agree
 from launch.named import model_folder
-from mining.audit import reasons_of_collapse
+from mining.table.audit import reasons_of_collapse
 from tests.ranks import run_ranks
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from tests.trainer.worlds import world_of

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from launch.models import evaluate_bm25
-from mining.bm25 import bm25_top_k
+from mining.find.bm25 import bm25_top_k
 from tests.mining.run import as_job, make_job, publish_checkpoint, rows_of
 from tests.mining.services import start_service
 from tests.ranks import run_ranks

@@ -198,13 +198,13 @@ def numerics(encoder: Encoder) -> dict[str, Any]:
 
 
 def rows_of_shard(num_rows: int) -> int:
-    """Return the size of a shard, what a crash costs: 128 to 255 shards, within 128 to 4,096 rows each.
+    """Return the size of a shard, what a crash costs: 128 to 255 shards, within 128 to 8,192 rows each.
 
-    It depends on the number of texts alone, never on the number of ranks. MS MARCO's 8.8 million passages are 2,159 shards,
-    four for each of 512 ranks, and 100 million are 24,415, of two small and one larger file each: as many as a folder lists
-    in a moment. 4,096 short texts are two or three batches of a GPU, and a tile of the search.
+    It depends on the number of texts alone, never on the number of ranks. MS MARCO's 8.8 million passages are 1,080 shards,
+    seventeen for each of 64 ranks, and 100 million are 12,208, of two small and one larger file each: as many as a folder lists
+    in a moment. 8,192 short texts are some batches of a GPU, and a tile of the search.
     """
-    return min(4096, max(128, 1 << (max(1, num_rows // 128).bit_length() - 1)))
+    return min(8192, max(128, 1 << (max(1, num_rows // 128).bit_length() - 1)))
 
 
 def prune_shards(root: Path, keep: int) -> list[Path]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from mining.judgements import read_judgements
+from mining.table.judgements import read_judgements
 from tests.tiny import write_tiny_encoder
 from tests.trainer.data.test_forms import write_lines
 from tests.trainer.data.test_record_conventions import M, N, P, Q, passage

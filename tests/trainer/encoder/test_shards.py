@@ -179,8 +179,8 @@ def test_a_listing_says_what_is_there_not_a_look_at_every_shard(root, tmp_path, 
 
 def test_shards_are_many_and_small_whoever_encodes():
     for num_rows in (100, 20_000, 300_000, 8_841_823, 100_000_000):
-        assert 128 <= rows_of_shard(num_rows) <= 4096
-    for num_rows, num_ranks in ((20_000, 32), (300_000, 32), (8_841_823, 512), (100_000_000, 4096)):
+        assert 128 <= rows_of_shard(num_rows) <= 8192
+    for num_rows, num_ranks in ((20_000, 32), (300_000, 32), (8_841_823, 256), (100_000_000, 2048)):
         assert num_rows / rows_of_shard(num_rows) >= 4 * num_ranks
     assert 100_000_000 / rows_of_shard(100_000_000) < 25_000
 

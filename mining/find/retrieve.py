@@ -1,0 +1,148 @@
+"""Finds candidates with the encoder, with BM25 and in the last version, and scores any pair of query and passage.
+
+Every candidate is scored by the encoder, whichever search found it, so that margins and samplers compare scores of one kind.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import bm25s
+import numpy as np
+
+from mining.find.bm25 import index_bm25, score_bm25, search_bm25
+from mining.find.embeddings import Embeddings
+from mining.find.index import ShardIndex
+from mining.find.search import search_shards, share_of
+from mining.ranks import Ranks
+from mining.table.filters import is_listed
+from mining.table.judgements import Judgements
+from trainer.data.datasets import RetrievalData
+from trainer.encoder.topk import merge_top_k
+from trainer.handoff.negatives import Negatives
+
+PAIRS_BYTES = 64 << 20  # memory for the embeddings of pairs that are scored at once
+
+
+class Retriever(Protocol):
+    """Finds and scores candidates. Every rank calls `find` and `score` for every tile."""
+
+    def find(self, tile: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Return (scores float32, ids int64), each (n, K), best first, of this rank's share of a tile of queries."""
+        ...
+
+    def score(self, places: slice, ids_nR: np.ndarray) -> np.ndarray:
+        """Return the scores of any passages for the queries of this rank's share, (n, R) float32; -inf where the id is -1."""
+        ...
+
+    def score_positives(self, places: slice) -> np.ndarray | None:
+        """Return the score of every positive of these queries, in the order of the judgements, (p,) float32, if known."""
+        ...
+
+
+@dataclass
+class DenseRetriever:
+    """Search over the indexes of all ranks, and products of embeddings."""
+
+    ranks: Ranks
+    judgements: Judgements
+    queries: Embeddings
+    passages: Embeddings
+    indexes: list[ShardIndex]  # of this rank's shards
+    top_k: int
+
+    def find(self, tile: slice) -> tuple[np.ndarray, np.ndarray]:
+        return search_shards(self.ranks, self.indexes, self.queries.read(np.arange(tile.start, tile.stop)), self.top_k)
+
+    def score(self, places: slice, ids_nR: np.ndarray) -> np.ndarray:
+        rows, at = np.nonzero(ids_nR >= 0)
+        scores_nR = np.full(ids_nR.shape, -np.inf, np.float32)
+        scores_nR[rows, at] = self._score_pairs(rows + places.start, ids_nR[rows, at])
+        return scores_nR
+
+    def score_positives(self, places: slice) -> np.ndarray:
+        indptr, rows = self.judgements.positives(places)
+        return self._score_pairs(np.repeat(np.arange(places.start, places.stop), np.diff(indptr)), rows)
+
+    def _score_pairs(self, query_places: np.ndarray, passage_rows: np.ndarray) -> np.ndarray:
+        scores = np.empty(len(passage_rows), np.float32)
+        step = max(1, PAIRS_BYTES // (8 * self.passages.width))
+        for start in range(0, len(scores), step):
+            pairs = slice(start, start + step)
+            # The sum of a pair does not depend on which other pairs are in the batch; that of a matrix product may.
+            scores[pairs] = (self.queries.read(query_places[pairs]) * self.passages.read(passage_rows[pairs])).sum(1)
+        return scores
+
+
+@dataclass
+class BM25Retriever:
+    """Search by words. Rank 0 alone holds one index in memory; it takes seconds where encoding takes minutes."""
+
+    ranks: Ranks
+    judgements: Judgements
+    data: RetrievalData
+    top_k: int
+
+    @cached_property
+    def _index(self) -> bm25s.BM25:
+        return index_bm25(self.data)
+
+    def find(self, tile: slice) -> tuple[np.ndarray, np.ndarray]:
+        parts: list = [None] * self.ranks.num_ranks
+        if self.ranks.speaks:
+            rows = self.judgements.query_rows[tile]
+            scores, ids = search_bm25(self._index, self.data, rows, self.top_k, self.judgements.allowed_N)
+            shares = [share_of(len(rows), rank, self.ranks.num_ranks) for rank in range(self.ranks.num_ranks)]
+            parts = [(scores[share], ids[share]) for share in shares]
+        return self.ranks.exchange(parts)[0]
+
+    def score(self, places: slice, ids_nR: np.ndarray) -> np.ndarray:
+        asked = self.ranks.gather((self.judgements.query_rows[places], ids_nR))
+        answers: list = [score_bm25(self._index, self.data, *part) for part in asked] or [None] * self.ranks.num_ranks
+        return self.ranks.exchange(answers)[0]
+
+    def score_positives(self, places: slice) -> None:
+        return None
+
+
+@dataclass
+class BothRetrievers:
+    """Dense candidates and BM25's, scored by the encoder. Source: AR2 and CET take candidates from several retrievers."""
+
+    dense: DenseRetriever
+    words: BM25Retriever
+
+    def find(self, tile: slice) -> tuple[np.ndarray, np.ndarray]:
+        found = self.dense.find(tile)
+        _, ids_nR = self.words.find(tile)
+        share = share_of(tile.stop - tile.start, self.dense.ranks.rank, self.dense.ranks.num_ranks)
+        return with_others(self.dense, slice(tile.start + share.start, tile.start + share.stop), *found, ids_nR)
+
+    def score(self, places: slice, ids_nR: np.ndarray) -> np.ndarray:
+        return self.dense.score(places, ids_nR)
+
+    def score_positives(self, places: slice) -> np.ndarray:
+        return self.dense.score_positives(places)
+
+
+def with_others(
+    retriever: Retriever, places: slice, scores_nK: np.ndarray, ids_nK: np.ndarray, ids_nR: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (scores, ids), each (n, K + R), of candidates and of others that may be among them already, best first."""
+    is_there = is_listed(ids_nR, np.arange(len(ids_nK) + 1) * ids_nK.shape[1], ids_nK.ravel())
+    ids_nR = np.where(is_there, -1, ids_nR)
+    return merge_top_k([(scores_nK, ids_nK), (retriever.score(places, ids_nR), ids_nR)], ids_nK.shape[1] + ids_nR.shape[1])
+
+
+def last_negatives(last: Negatives, places: slice) -> tuple[np.ndarray, np.ndarray]:
+    """Return the negatives of some queries in the last version: ids and their scores when first drawn, each (n, longest).
+
+    -1 and -inf fill up.
+    """
+    counts = np.diff(last.indptr[places.start : places.stop + 1])
+    is_there = np.arange(counts.max(initial=0)) < counts[:, None]
+    ids_nL, scores_nL = np.full(is_there.shape, -1, np.int64), np.full(is_there.shape, -np.inf, np.float32)
+    at = slice(last.indptr[places.start], last.indptr[places.stop])
+    ids_nL[is_there] = last.ids[at]
+    scores_nL[is_there] = (last.scores if last.first_scores is None else last.first_scores)[at]
+    return ids_nL, scores_nL
