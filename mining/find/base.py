@@ -5,19 +5,20 @@ only queries are encoded anew. `drift` looks at a sample first and keeps the ear
 moved. The choice is written down before a version is published, so that a version that is made again makes the same choice.
 """
 
-import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from mining.state import read_state, write_state
 from mining.table.sampling import stream
 from trainer.data.shuffle import mix
-from trainer.handoff.manifest import PINS, pin, write_atomically
+from trainer.handoff.manifest import PINS, pin
 
 log = logging.getLogger(__name__)
 
+BASES = "bases"  # the entry of the state
 HOLDER, PIN_S = "base", 30 * 24 * 3600.0  # renewed by every refresh; a service may be away for that long
 SAMPLE_SHARE, MIN_SAMPLE = 0.01, 128  # of the passages, for the drift
 
@@ -42,7 +43,7 @@ def keep_base(run: Path, base: Base) -> None:
     """Write the base of a version that will be published, and pin what later ones may take. Rank 0 only."""
     # Those of later versions were written by a run that has been taken back.
     earlier = sorted((b for b in _read(run) if b.version < base.version), key=lambda b: b.version)[-1:]
-    write_atomically(_path(run), json.dumps([asdict(b) for b in (*earlier, base)]))
+    write_state(run, BASES, [asdict(b) for b in (*earlier, base)])
     needed = {b.folder for b in (*earlier, base) if b.folder is not None}
     for name in needed:
         pin(run / "shards" / name, HOLDER, PIN_S)
@@ -66,10 +67,6 @@ def mean_drift(old_nD: np.ndarray, new_nD: np.ndarray) -> float:
 
 def _read(run: Path) -> list[Base]:
     try:
-        return [Base(**fields) for fields in json.loads(_path(run).read_text())]
-    except (OSError, ValueError, TypeError):
+        return [Base(**fields) for fields in read_state(run, BASES) or []]
+    except TypeError:
         return []
-
-
-def _path(run: Path) -> Path:
-    return run / "status" / "miner.passages.json"
