@@ -56,3 +56,8 @@ class MineJob:
         """How many candidates a query has at most."""
         from_last = self.sample.num_negatives if self.sample.replace == "easy" else 0
         return self.search.top_k + self.search.bm25_top_k + from_last
+
+    def num_known(self, num_queries: int, num_positives: int) -> int:
+        """Return how many pairs are scored as their shard passes: positives, and candidates that other ways have found."""
+        from_last = self.sample.num_negatives if self.sample.replace == "easy" else 0
+        return num_positives + num_queries * (from_last + self.search.bm25_top_k + 2 * self.sample.num_random)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradcache.chunks import plan_chunks
+from launch.bench.bare import batches_of, forward
 from launch.bench.idle import measure_idle
 from launch.bench.machine import describe, matmul_rate, tiled_product
 from launch.bench.made_texts import data_of
@@ -29,12 +29,10 @@ from launch.counted import counted
 from launch.output import messages
 from launch.ranks import on_ranks
 from trainer.data.datasets import open_dataset
-from trainer.encoder.encode import DTYPES, encode_rows, token_budget
-from trainer.encoder.model import Encoder, ModelSettings, load_encoder
-from trainer.encoder.packed import packs
+from trainer.encoder.encode import DTYPES, encode_rows
+from trainer.encoder.model import ModelSettings, load_encoder
 from trainer.encoder.source import resolve_model
-from trainer.encoder.step_tokens import StepTokens
-from trainer.encoder.tokens import TokenTable, tokenize
+from trainer.encoder.tokens import tokenize
 from trainer.encoder.topk import BestOf, tile_shape
 from trainer.errors import InputError
 from trainer.world import World, stay_alone
@@ -92,9 +90,9 @@ def _encoding(
     texts = corpus.select(np.linspace(0, len(corpus) - 1, num_texts).astype(int).tolist())
     tokens = tokenize(texts, tokenizer, prefix="", max_tokens=max_tokens)
     rows = np.arange(num_texts)
-    batches = _batches(tokens, encoder, dtype)
+    batches = batches_of(tokens, encoder, dtype)
     ways: dict[str, Callable[[], object]] = {
-        "bare model": lambda: _forward(encoder, batches, dtype),
+        "bare model": lambda: forward(encoder, batches, dtype),
         "ours": lambda: encode_rows(encoder, tokens, rows, dtype=dtype),
     }
     found: dict[str, Any] = {"texts": num_texts, "tokens": int(tokens.lengths.sum()), "max_tokens": max_tokens}
@@ -124,22 +122,6 @@ def _share(flops_per_s: float, rate: float, precision: str) -> dict[str, Any]:
         "matmul_gflops": round(rate / 1e9, 1),
         "share_of_matmul_rate": round(flops_per_s / rate, 3),
     }
-
-
-def _batches(tokens: TokenTable, encoder: Encoder, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Return the batches that we would make of a table, on the encoder's device."""
-    device = next(encoder.parameters()).device
-    is_packed = packs(encoder, device, dtype)
-    chunks = plan_chunks(torch.as_tensor(tokens.lengths), token_budget(device), is_packed)
-    made = (StepTokens([(tokens, chunk.numpy())], device, is_packed) for chunk in chunks)
-    return [loaded.load(torch.arange(len(chunk))) for chunk, loaded in zip(chunks, made, strict=True)]
-
-
-def _forward(encoder: Encoder, batches: list[dict[str, Any]], dtype: torch.dtype) -> None:
-    device = next(encoder.parameters()).device
-    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for batch in batches:
-            encoder(batch)
 
 
 def _peer(

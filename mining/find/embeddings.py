@@ -4,7 +4,6 @@ A shard that is there already, from the trainer's evaluation, an earlier service
 encoded again; a crash costs the shards that were being encoded.
 """
 
-import mmap
 from collections.abc import Callable
 from functools import cached_property
 
@@ -15,11 +14,11 @@ from trainer.data.datasets import RetrievalData
 from trainer.encoder.missing import Texts, encode_missing
 from trainer.encoder.model import Encoder, ModelSettings, load_encoder
 from trainer.encoder.shards import Shards
+from trainer.encoder.stream import let_go
 from trainer.encoder.tokens import TokenTable, tokenize_side
 from trainer.handoff.weights import Checkpoint
 
 FEW = 1000  # embeddings that tell what they are like
-BLOCK_ROWS = 65536  # of a block, at most
 
 
 class TokenCache:
@@ -60,7 +59,7 @@ def encode_together(ranks: Ranks, texts: list[Texts], on_progress: Callable[[int
 
 
 class Embeddings:
-    """Whole shards as one table, memory-mapped; each is verified when it is first read."""
+    """Whole shards as one table, memory-mapped. Whoever owns a shard has verified it: when it was written, or passed by."""
 
     def __init__(self, shards: Shards):
         self.shards = shards
@@ -69,14 +68,12 @@ class Embeddings:
     def shard(self, shard: int) -> np.ndarray:
         """Return one shard, (rows, D) float32 or float16; raises TornVersion."""
         if shard not in self._mapped:
-            self._mapped[shard] = self.shards.read(shard)
+            self._mapped[shard] = self.shards.map(shard)
         return self._mapped[shard]
 
     def let_go(self, shard: int) -> None:
         """Take a shard's pages out of this process; they stay in the system's page cache, shared by all ranks."""
-        mapped = getattr(self._mapped.get(shard), "_mmap", None)
-        if mapped is not None:
-            mapped.madvise(mmap.MADV_DONTNEED)
+        let_go(self._mapped.get(shard))
 
     @cached_property
     def width(self) -> int:
@@ -84,7 +81,11 @@ class Embeddings:
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Return the embeddings of any rows, (len(rows), D) float32, in their order."""
-        embedding_nD = np.empty((len(rows), self.width), np.float32)
+        return self.read_stored(rows).astype(np.float32, copy=False)
+
+    def read_stored(self, rows: np.ndarray) -> np.ndarray:
+        """Return the embeddings of any rows, (len(rows), D) as they are stored, in their order."""
+        embedding_nD = np.empty((len(rows), self.width), self.shards.settings.stored_type)
         shard_of_row = rows // self.shards.shard_rows
         order = np.argsort(shard_of_row, kind="stable")
         found, starts = np.unique(shard_of_row[order], return_index=True)
@@ -94,26 +95,5 @@ class Embeddings:
         return embedding_nD
 
     def first(self) -> np.ndarray:
-        """Return the first embeddings, at most FEW, from as few shards as hold them: one is hashed when it is first read."""
+        """Return the first embeddings, at most FEW, from as few shards as hold them."""
         return self.read(np.arange(min(FEW, self.shards.num_rows)))
-
-    @property
-    def num_blocks(self) -> int:
-        return -(-self.shards.num_shards // self._shards_of_block)
-
-    def block(self, block: int) -> range:
-        """Return the shards of a block."""
-        first = block * self._shards_of_block
-        return range(first, min(first + self._shards_of_block, self.shards.num_shards))
-
-    @property
-    def _shards_of_block(self) -> int:
-        return max(1, rows_of_block(self.shards.num_rows) // self.shards.shard_rows)
-
-
-def rows_of_block(num_rows: int) -> int:
-    """Return how many passages have an index of their own: some 32 to 64 blocks of whole shards, of up to 65,536 rows each.
-
-    As the size of a shard, it depends on the number of texts alone.
-    """
-    return min(BLOCK_ROWS, max(128, 1 << (max(1, num_rows // 32).bit_length() - 1)))

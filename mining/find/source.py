@@ -1,4 +1,4 @@
-"""The embeddings that a version is mined with: planned, encoded where they are missing, opened."""
+"""What a version is mined with: the encoder of a checkpoint, or vectors that a person supplied; and the plans for its work."""
 
 import logging
 from collections.abc import Callable
@@ -8,20 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from mining.disk import plan_disk
+from mining.disk import check_disk
 from mining.find.base import Base, drift_sample, earlier_base, keep_base, mean_drift
 from mining.find.cost import Load, choose_index
-from mining.find.embeddings import Embeddings, encode_together, rows_of_block
-from mining.find.index import bytes_of_passage
+from mining.find.embeddings import Embeddings, encode_together
+from mining.find.index import bytes_of_passage, num_trained
 from mining.find.supplied import VECTORS, copy_vectors
-from mining.memory import MemoryPlan, Sizes, held_now, memory_limit, plan_memory
+from mining.memory import MemoryPlan, Sizes, device_limit, held_now, memory_limit, plan_memory
 from mining.settings import AUTO, IndexSettings
 from mining.table.clusters import num_clustered
 from mining.table.filters import Keys
 from mining.watch import Task
-from mining.work import ENCODING, Work
+from mining.work import Work
 from trainer.encoder.missing import Texts
-from trainer.encoder.shards import open_shards, rows_of_shard
+from trainer.encoder.shards import Shards, open_shards, rows_of_shard
 from trainer.encoder.tokens import TokenTable
 from trainer.encoder.towers import Encoder
 from trainer.encoder.towers import Side as Tower
@@ -33,29 +33,48 @@ OpenSide = Callable[[Tower, str, TokenTable], Texts]  # tower, digest of its wei
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """All that the search needs to know of a checkpoint."""
+class Source:
+    """Queries and passages of a version: where their embeddings are, or will be, and how they come there."""
 
-    queries: Embeddings
-    passages: Embeddings
+    queries: Shards
+    passages: Shards
+    texts: dict[str, Texts]  # by side, what encodes them; none where vectors were supplied
     keys: tuple[Keys, ...]  # of the tokens; none where vectors were supplied
+    width: int  # of an embedding
     index: IndexSettings  # "auto" resolved
     plan: MemoryPlan
-    about_passages: dict[str, Any]  # for the manifest
+    base: Base  # whose embeddings of passages these are
+    drift: float | None = None
+
+    def about_passages(self, job_passages: str) -> dict[str, Any]:
+        """Return what a manifest says of the passages' embeddings."""
+        about = {"mode": job_passages, "weights_digest": self.base.weights_digest, "checkpoint_step": self.base.checkpoint_step}
+        return about | {"drift": None if self.drift is None else round(self.drift, 6)}
+
+    def missing_tokens(self, side: str) -> int:
+        """Return how many tokens of a side are to be encoded."""
+        texts = self.texts.get(side)
+        if texts is None:
+            return 0
+        return sum(int(texts.tokens.lengths[texts.shards.rows(shard)].sum()) for shard in texts.shards.missing())
 
 
-def encode_checkpoint(work: Work, task: Task, checkpoint: Checkpoint) -> Encoded:
-    """Encode what a checkpoint's version needs and is not there. Collective; raises InputError and Stopped on all."""
+def open_supplied(work: Work, task: Task, checkpoint: Checkpoint) -> Source:
+    """Return what a person supplied in the place of an encoder. Collective; raises InputError and Stopped on all."""
+    digest = checkpoint.manifest["weights_digest"]
+    queries, passages = copy_vectors(work, Path(checkpoint.manifest[VECTORS]), digest)
+    index, plan = _plan(work, passages.width, token_width=0)
+    return Source(queries.shards, passages.shards, {}, (), passages.width, index, plan, Base(task.version, digest, checkpoint.step))
+
+
+def open_encoder(work: Work, task: Task, checkpoint: Checkpoint) -> tuple[Source, OpenSide]:
+    """Return what a checkpoint encodes, and what opens either side under any weights. Collective; raises as `open_supplied`."""
     job, ranks = work.job, work.ranks
-    if VECTORS in checkpoint.manifest:
-        return _read_vectors(work, checkpoint)
-    with work.phase("loading"):
-        encoder, pooling, tables = ranks.together(lambda: _read_encoder(work, checkpoint))
-        config = encoder.side("passage").model.config
-        held_by_token = 8 * config.hidden_size + 3 * getattr(config, "intermediate_size", 4 * config.hidden_size)
-        index, plan = _plan(work, encoder.width, held_by_token)
-        encoder.to(work.device)
-    queries_table, passages_table = tables
+    encoder, pooling, (queries, passages) = ranks.together(lambda: _read_encoder(work, checkpoint))
+    config = encoder.side("passage").model.config
+    held_by_token = 8 * config.hidden_size + 3 * getattr(config, "intermediate_size", 4 * config.hidden_size)
+    encoder.to(work.device)
+    index, plan = _plan(work, encoder.width, held_by_token)
 
     def open_side(tower: Tower, digest: str, tokens: TokenTable) -> Texts:
         pins = work.pins if ranks.speaks else None
@@ -63,63 +82,42 @@ def encode_checkpoint(work: Work, task: Task, checkpoint: Checkpoint) -> Encoded
         return Texts(shards, encoder.side(tower), tokens)
 
     digest = checkpoint.manifest["weights_digest"]
-    queries = open_side("query", digest, queries_table)
-    base, drift = _choose_base(work, task, checkpoint, open_side, passages_table)
-    passages = open_side("passage", base.weights_digest, passages_table)
-    # Passages of an earlier checkpoint are all there.
-    _encode(work, checkpoint, [queries, passages] if base.weights_digest == digest else [queries], encoder.width)
-    stays = None if job.mine.passages == "fresh" else passages.shards.folder.name
-    ranks.decide(lambda: keep_base(job.run.folder, replace(base, folder=stays)))
-    about = {"mode": job.mine.passages, "weights_digest": base.weights_digest, "checkpoint_step": base.checkpoint_step}
-    about["drift"] = None if drift is None else round(drift, 6)
-    keys = (Keys(queries_table.key_of_row, passages_table.key_of_row),)
-    return Encoded(Embeddings(queries.shards), Embeddings(passages.shards), keys, index, plan, about)
+    earlier = ranks.decide(lambda: _usable_base(work, task, open_side, passages))
+    base = Base(task.version, digest, checkpoint.step) if earlier is None else replace(earlier, version=task.version)
+    texts = {"query": open_side("query", digest, queries), "passage": open_side("passage", base.weights_digest, passages)}
+    keys = (Keys(queries.key_of_row, passages.key_of_row),)
+    return Source(texts["query"].shards, texts["passage"].shards, texts, keys, encoder.width, index, plan, base), open_side
 
 
-def _choose_base(
-    work: Work, task: Task, checkpoint: Checkpoint, open_side: OpenSide, tokens: TokenTable
-) -> tuple[Base, float | None]:
-    """Return whose embeddings of passages to take, and how far the new ones are from the earlier, if measured. Collective."""
-    job, ranks = work.job, work.ranks
-    digest = checkpoint.manifest["weights_digest"]
-    new = Base(task.version, digest, checkpoint.step)
-    earlier = ranks.decide(lambda: _usable_base(work, task, open_side, tokens))
-    if earlier is None:
-        return new, None
-    same = replace(earlier, version=task.version)
-    if earlier.weights_digest == digest or job.mine.passages != "drift":
-        return same, None
-    rows = drift_sample(len(work.data.corpus), job.run.seed)
-    sample = open_side("passage", digest, tokens.select(rows))
-    old = Embeddings(open_side("passage", earlier.weights_digest, tokens).shards)
-    with work.phase("measuring drift"):
-        encode_together(ranks, [sample], work.progress)
-        drift = ranks.decide(lambda: mean_drift(old.read(rows), Embeddings(sample.shards).read(np.arange(len(rows)))))
-    log.info("drift of %d passages since step %d: %.5f", len(rows), earlier.checkpoint_step, drift)
-    return (new if drift > job.mine.max_drift else same), drift
+def may_have_drifted(work: Work, source: Source, checkpoint: Checkpoint) -> bool:
+    """Tell whether embeddings of an earlier checkpoint are kept only while the passages have not moved."""
+    return work.job.mine.passages == "drift" and source.base.weights_digest != checkpoint.manifest["weights_digest"]
 
 
-def _encode(work: Work, checkpoint: Checkpoint, texts: list[Texts], width: int) -> None:
-    """Report the room on disk that is needed, then encode what is missing. Collective."""
-    num_tokens = 0
-    if work.ranks.speaks:
-        rows = [(each.tokens, each.shards.rows(shard)) for each in texts for shard in each.shards.missing()]
-        num_tokens = sum(int(tokens.lengths[of_shard].sum()) for tokens, of_shard in rows)
-        num_missing = sum(len(of_shard) for _, of_shard in rows)
-        disk = plan_disk(work.job, work.judgements.num_queries, len(work.data.corpus), width, num_missing)
-        work.metrics.record(checkpoint.step, {"event": "planned disk", **disk.as_json()})
-    with work.phase(ENCODING, tokens=num_tokens):
-        encode_together(work.ranks, texts, work.progress)
+def hold_to_drift(work: Work, task: Task, checkpoint: Checkpoint, source: Source, open_side: OpenSide) -> Source:
+    """Return the source with the passages of the earlier checkpoint, or those of this one if they have moved. Collective."""
+    rows = drift_sample(len(work.data.corpus), work.job.run.seed)
+    passages, digest = source.texts["passage"], checkpoint.manifest["weights_digest"]
+    sample = open_side("passage", digest, passages.tokens.select(rows))
+    encode_together(work.ranks, [sample], work.progress)
+    old, new = Embeddings(passages.shards), Embeddings(sample.shards)
+    drift = work.ranks.decide(lambda: mean_drift(old.read(rows), new.read(np.arange(len(rows)))))
+    log.info("drift of %d passages since step %d: %.5f", len(rows), source.base.checkpoint_step, drift)
+    if drift <= work.job.mine.max_drift:
+        return replace(source, drift=drift)
+    fresh = open_side("passage", digest, passages.tokens)
+    base = Base(task.version, digest, checkpoint.step)
+    return replace(source, passages=fresh.shards, texts={**source.texts, "passage": fresh}, base=base, drift=drift)
 
 
-def _read_vectors(work: Work, checkpoint: Checkpoint) -> Encoded:
-    """Return what a person supplied in the place of an encoder. Collective."""
-    digest = checkpoint.manifest["weights_digest"]
-    with work.phase("reading vectors"):
-        queries, passages = copy_vectors(work, Path(checkpoint.manifest[VECTORS]), digest)
-        index, plan = _plan(work, passages.width, token_width=0)
-    about = {"mode": "supplied", "weights_digest": digest, "checkpoint_step": checkpoint.step, "drift": None}
-    return Encoded(queries, passages, (), index, plan, about)
+def settle_source(work: Work, checkpoint: Checkpoint, source: Source) -> None:
+    """Write down whose passages are taken, and refuse what the disk cannot hold. Rank 0 only; raises InputError."""
+    job = work.job
+    stays = None if job.mine.passages == "fresh" else source.passages.folder.name
+    keep_base(job.run.folder, replace(source.base, folder=stays))
+    num_missing = sum(len(side.rows(shard)) for side in (source.queries, source.passages) for shard in side.missing())
+    disk = check_disk(job, work.judgements.num_queries, len(work.data.corpus), source.width, num_missing)
+    work.metrics.record(checkpoint.step, {"event": "planned disk", **disk.as_json()})
 
 
 def _read_encoder(work: Work, checkpoint: Checkpoint) -> tuple[Encoder, str, list[TokenTable]]:
@@ -160,12 +158,11 @@ def _plan(work: Work, width: int, token_width: int) -> tuple[IndexSettings, Memo
     """
     job, ranks = work.job, work.ranks
     num_queries, num_passages = work.judgements.num_queries, len(work.data.corpus)
-    block_rows, device = rows_of_block(num_passages), work.device
     index = job.index
     if index.factory == AUTO:
         audited = min(job.audit.num_queries, num_queries)
-        load = Load(num_queries, num_passages, block_rows, width, job.search.top_k, index.nprobe, audited)
-        index = replace(index, factory=ranks.decide(lambda: choose_index(job.run.folder, load, device)))
+        load = Load(num_queries, num_passages, width, job.search.top_k, index.nprobe, audited, ranks.num_ranks)
+        index = replace(index, factory=ranks.decide(lambda: choose_index(job.run.folder, load, work.device)))
     limit = memory_limit(ranks, job.mine.memory_gib)
 
     def plan() -> MemoryPlan:
@@ -173,23 +170,23 @@ def _plan(work: Work, width: int, token_width: int) -> tuple[IndexSettings, Memo
             num_queries=num_queries,
             num_passages=num_passages,
             shard_rows=rows_of_shard(num_passages),
-            block_rows=block_rows,
             width=width,
             stored_bytes=np.dtype(job.encode.stored_type).itemsize,
             token_width=token_width,
             top_k=job.search.top_k,
             num_candidates=job.num_candidates,
+            num_known=job.num_known(num_queries, len(work.judgements.positive_rows)),
             num_clustered=num_clustered(job.clusters, num_queries),
-            num_negatives=job.sample.num_negatives,
             num_ranks=ranks.num_ranks,
             index_bytes=bytes_of_passage(index.factory, width),
-            device_type=device.type,
+            num_trained=num_trained(index.factory, num_passages) if ranks.speaks else 0,
+            device_type=work.device.type,
         )
-        return plan_memory(sizes, held_now(), limit)
+        return plan_memory(sizes, held_now(), limit, device_limit(work.device))
 
-    # Ranks hold different amounts; their tiles must be of one size.
+    # Ranks hold different amounts; what they do together must be of one size.
     own = ranks.together(plan)
-    tile = min(ranks.exchange([own.query_tile] * ranks.num_ranks))
+    query_pass, query_tile = (min(ranks.exchange([size] * ranks.num_ranks)) for size in (own.query_pass, own.query_tile))
     log.info("%s", own.as_text())
     work.metrics.record(0, {"event": "planned", "index": index.factory, **own.as_json()})
-    return index, replace(own, query_tile=tile)
+    return index, replace(own, query_pass=query_pass, query_tile=query_tile)

@@ -33,3 +33,14 @@ def keep_to_share(device: "torch.device", environment: Mapping[str, str]) -> Non
 def allocator_fraction(share: float, total_bytes: int) -> float:
     """Return what the allocator may take of a GPU, so that it and what CUDA takes beside stay within a share."""
     return max(share / 2, share - CONTEXT_BYTES / total_bytes)
+
+
+def free_of_share(device: "torch.device") -> int | None:
+    """Return the bytes of a GPU that this process may still take; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    own = int(torch.cuda.get_per_process_memory_fraction(device) * total) - torch.cuda.memory_reserved(device)
+    return max(0, min(free, own))

@@ -33,9 +33,9 @@ class BestOf:
     """The k best passages so far of some queries. Memory: 8 k bytes a query, and a tile while it looks at passages."""
 
     def __init__(self, query_QD: np.ndarray, k: int, device: torch.device | str = "cpu"):
-        """query_QD: float32, copied to the device."""
+        """query_QD: float32."""
         self.query_QD, self.k = query_QD, k
-        self._query_QD = torch.tensor(query_QD, device=device)
+        self._query_QD = torch.as_tensor(query_QD, device=device)
         self._keys_Qk = torch.full((len(query_QD), k), NOTHING, device=device)
         self._most_rows = max(1, len(query_QD))  # of a tile; fewer once memory was too small, which moves the last bits of scores
 
@@ -157,6 +157,11 @@ def tile_shape(k: int, device_type: str) -> tuple[int, int]:
     """Return (queries, passages) of a tile of scores. It decides the last bits of a product: nothing else may."""
     columns = min(MAX_COLUMNS, max(MIN_COLUMNS, 1 << (16 * k - 1).bit_length()))
     return (TILE_SCORES if device_type == "cpu" else TILE_SCORES_GPU) // columns, columns
+
+
+def bytes_of_query(k: int, width: int, device_type: str) -> int:
+    """Return the bytes that a query of `BestOf` takes: its embedding, and the keys of its best passages."""
+    return width * 4 + 8 * k
 
 
 def _rows_of(passage_ND: np.ndarray, rows_n: np.ndarray) -> np.ndarray:
