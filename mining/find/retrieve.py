@@ -3,17 +3,19 @@
 Every candidate is scored by the encoder, whichever search found it, so that margins and samplers compare scores of one kind.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
 import bm25s
 import numpy as np
 
+from mining.find.asked import Asker
 from mining.find.bm25 import index_bm25, score_bm25, search_bm25
 from mining.find.embeddings import Embeddings
 from mining.find.index import ShardIndex
-from mining.find.search import search_shards, share_of
+from mining.find.pairs import KnownPairs, Listed, Scored
+from mining.find.search import Finder, best_of_ranks, search_shards, share_of
 from mining.ranks import Ranks
 from mining.table.filters import is_listed
 from mining.table.judgements import Judgements
@@ -42,6 +44,51 @@ class Retriever(Protocol):
 
 @dataclass
 class DenseRetriever:
+    """What the finders of all ranks have found, scored by the encoder: pairs that were known before the stream from what the
+    ranks took then, all others from the shards.
+
+    Memory and messages are of the size of a tile's candidates, and none goes by way of one rank.
+    """
+
+    ranks: Ranks
+    judgements: Judgements
+    finder: Finder
+    known: KnownPairs
+    asker: Asker
+    top_k: int
+    words: Listed | None = None  # candidates of a search by words, which are added. Source: AR2 and CET take several retrievers'
+    _scored: Scored = field(default_factory=Scored.none, init=False)  # of the last tile
+
+    def find(self, tile: slice) -> tuple[np.ndarray, np.ndarray]:
+        self._scored = self.known.bring(self.ranks, tile)
+        scores_nK, ids_nK = best_of_ranks(self.ranks, self.finder, tile)
+        share = share_of(tile.stop - tile.start, self.ranks.rank, self.ranks.num_ranks)
+        places = slice(tile.start + share.start, tile.start + share.stop)
+        if not self.finder.is_exact:
+            scores_nK, ids_nK = merge_top_k([(self.score(places, ids_nK), ids_nK)], self.top_k)
+        if self.words is None:
+            return scores_nK, ids_nK
+        return with_others(self, places, scores_nK, ids_nK, self.words.table(places))
+
+    def score(self, places: slice, ids_nR: np.ndarray) -> np.ndarray:
+        rows, at = np.nonzero(ids_nR >= 0)
+        scores_nR = np.full(ids_nR.shape, -np.inf, np.float32)
+        scores_nR[rows, at] = self._score_pairs(rows + places.start, ids_nR[rows, at])
+        return scores_nR
+
+    def score_positives(self, places: slice) -> np.ndarray:
+        indptr, rows = self.judgements.positives(places)
+        return self._score_pairs(np.repeat(np.arange(places.start, places.stop), np.diff(indptr)), rows)
+
+    def _score_pairs(self, query_places: np.ndarray, passage_rows: np.ndarray) -> np.ndarray:
+        scores = self._scored.of(query_places, passage_rows)
+        unknown = np.flatnonzero(np.isnan(scores))
+        scores[unknown] = self.asker.ask_scores(query_places[unknown], passage_rows[unknown])
+        return scores
+
+
+@dataclass
+class BlockRetriever:
     """Search over the indexes of all ranks, and products of embeddings."""
 
     ranks: Ranks
@@ -109,7 +156,7 @@ class BM25Retriever:
 class BothRetrievers:
     """Dense candidates and BM25's, scored by the encoder. Source: AR2 and CET take candidates from several retrievers."""
 
-    dense: DenseRetriever
+    dense: BlockRetriever
     words: BM25Retriever
 
     def find(self, tile: slice) -> tuple[np.ndarray, np.ndarray]:

@@ -1,11 +1,15 @@
-"""Search over the shards of all ranks, one tile of queries at a time.
+"""Search over the shards of all ranks: each shard is seen once, by the rank that owns it.
 
-Each rank searches its own shards for all queries of a tile; the best of all shards come together where the queries are
-filtered and sampled. The unit is the shard and never the rank, and the order (score descending, id ascending) is total,
-so what comes out does not depend on the number of ranks.
+A rank's `Finder` sees its own shards and keeps the best passages of every query of a pass. The best of all ranks come together,
+one tile of queries at a time, where the queries are filtered and sampled. The unit is the shard and never the rank, and the
+order (score descending, id ascending) is total, so what comes out does not depend on the number of ranks.
 """
 
+from typing import Protocol
+
 import numpy as np
+import torch
+from torch import Tensor
 
 from mining.find.index import ShardIndex
 from mining.ranks import Ranks
@@ -13,6 +17,56 @@ from trainer.encoder.topk import BestOf, best_of_keys
 
 QUERY_TILE = 4096  # queries searched at once; with k = 200 each rank holds some 20 MB of results
 SHARE_ROWS = 32  # queries that never go to different ranks: what is computed of them together does not depend on the ranks
+
+
+class Finder(Protocol):
+    """What one rank's shards hold for the queries of a pass. Nothing here speaks to other ranks."""
+
+    is_exact: bool  # whether its scores are those of the embeddings, and its best ones the best that there are
+
+    def see(self, shard: int, vectors: Tensor | np.ndarray) -> None:
+        """Take in a shard of this rank, (rows, D) as it is stored: on the device, or mapped from disk."""
+        ...
+
+    def keys(self, places: slice) -> np.ndarray:
+        """Return the best of the shards seen, (Q, k) int64 in no order, for any slice of the pass' places among all queries."""
+        ...
+
+
+class ExactFinder:
+    """The k best passages of each query, by products with all of them. Memory: BestOf's, 8 k bytes a query of the pass."""
+
+    is_exact = True
+
+    def __init__(
+        self, places: slice, query_QD: np.ndarray, k: int, shard_rows: int, allowed_N: np.ndarray, device: torch.device | str
+    ):
+        """places: of the pass. query_QD: float32, its queries. allowed_N: bool, passages that may be candidates."""
+        self._first, self._shard_rows, self._allowed_N = places.start, shard_rows, allowed_N
+        self._best, self._seen = BestOf(query_QD, k, device), set[int]()
+
+    def see(self, shard: int, vectors: Tensor | np.ndarray) -> None:
+        assert shard not in self._seen, f"shard {shard} is searched twice"
+        self._seen.add(shard)
+        first = shard * self._shard_rows
+        allowed_n = np.flatnonzero(self._allowed_N[first : first + len(vectors)])
+        table = vectors.cpu().numpy() if isinstance(vectors, Tensor) else vectors
+        self._best.look_at(table, allowed_n, first)
+
+    def keys(self, places: slice) -> np.ndarray:
+        return self._best.keys(slice(places.start - self._first, places.stop - self._first))
+
+
+def best_of_ranks(ranks: Ranks, finder: Finder, places: slice) -> tuple[np.ndarray, np.ndarray]:
+    """Return (scores, ids), each (share, k), of the best passages of all ranks' shards for this rank's share of some queries.
+
+    places: the same on every rank. Collective; a rank sends (share, k) keys, 8 bytes each, to every other.
+    """
+    keys_Qk = finder.keys(places)
+    shares = [share_of(len(keys_Qk), rank, ranks.num_ranks) for rank in range(ranks.num_ranks)]
+    scores, ids = best_of_keys(ranks.exchange_arrays([keys_Qk[share] for share in shares]), keys_Qk.shape[1])
+    assert not ((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)).any(), "a passage was found twice"
+    return scores, ids
 
 
 def search_shards(ranks: Ranks, indexes: list[ShardIndex], query_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ from mining.ranks import Ranks
 from mining.table.draw import Draw, GoOn, Share, hold_to_scores, hold_to_teacher
 from mining.table.filters import Kept, drop_known, is_first_of_its_key, is_listed
 from mining.table.kept import Table
-from mining.table.sampling import random_numbers
+from mining.table.sampling import random_rows
 
 SPARE = 16  # draws of a round beyond sample.num_negatives, for those that are known to be no negatives
 ROUNDS = 8
@@ -55,7 +55,10 @@ def _round(
 
     lacking_Q: passages that each query still needs. barred: (query, corpus row) of what it has, and must not get.
     """
-    ids_QR = np.where(lacking_Q[:, None] > 0, _random_rows(draw, share, number), -1)
+    width = draw.sample.num_negatives + SPARE
+    draws = range(number * width, (number + 1) * width)
+    drawn_QR = random_rows(draw.judgements, draw.seed, draw.version, share.rows, draws)
+    ids_QR = np.where(lacking_Q[:, None] > 0, drawn_QR, -1)
     kept = Kept(ids_QR)
     _drop_barred(draw, share, kept, ids_QR, barred)
     drop_known(draw.filter, kept, ids_QR, share.own)
@@ -71,13 +74,6 @@ def _round(
     # Infinite: the next version draws others.
     found |= {"first_scores": np.full_like(found["scores"], np.inf), "teacher_scores": teacher_QR[taken_QR]}
     return found, num_dropped
-
-
-def _random_rows(draw: Draw, share: Share, number: int) -> np.ndarray:
-    """Return the corpus rows that each query draws in a round, (Q, width) int64; -1 where nothing may be drawn."""
-    judgements, width = draw.judgements, draw.sample.num_negatives + SPARE
-    draws, num_allowed = range(number * width, (number + 1) * width), len(judgements.allowed_N) - judgements.num_held_out
-    return judgements.allowed_rows(random_numbers(draw.seed, draw.version, share.rows, draws, num_allowed))
 
 
 def _drop_barred(draw: Draw, share: Share, kept: Kept, ids_QR: np.ndarray, barred: list[tuple[np.ndarray, np.ndarray]]) -> None:

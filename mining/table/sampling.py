@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from mining.settings import SampleSettings
+from mining.table.judgements import Judgements
 from trainer.data.shuffle import mix
 
 RANDOM_STREAM = np.uint64(0x52414E44)  # keeps the rows drawn from the whole corpus apart from the noise of candidates
@@ -63,6 +64,12 @@ def random_numbers(seed: int, version: int, query_rows: np.ndarray, draws: range
     per_query = mix(stream(seed, version) + query_rows.astype(np.uint64))
     bits_QR = mix(mix(per_query ^ RANDOM_STREAM)[:, None] + np.arange(draws.start, draws.stop, dtype=np.uint64))
     return (bits_QR % np.uint64(below)).astype(np.int64)
+
+
+def random_rows(judgements: Judgements, seed: int, version: int, query_rows: np.ndarray, draws: range) -> np.ndarray:
+    """Return the corpus rows that each query draws in some of its draws, (Q, draws) int64; -1 where nothing may be drawn."""
+    num_allowed = len(judgements.allowed_N) - judgements.num_held_out
+    return judgements.allowed_rows(random_numbers(seed, version, query_rows, draws, num_allowed))
 
 
 def is_easy(settings: SampleSettings, now: np.ndarray, at_first: np.ndarray) -> np.ndarray:

@@ -83,9 +83,9 @@ class BestOf:
         keys_QK = _pack(torch.as_tensor(scores_QK, device=device), torch.as_tensor(ids_QK, device=device))
         self._keys_Qk = torch.cat([self._keys_Qk, keys_QK], 1).topk(k, sorted=False).values
 
-    def keys(self) -> np.ndarray:
-        """Return what was found, (Q, k) int64 in no order; `best_of_keys` joins the keys of several searches."""
-        return self._keys_Qk.cpu().numpy()
+    def keys(self, rows: slice = slice(None)) -> np.ndarray:
+        """Return what some queries found, (Q, k) int64 in no order; `best_of_keys` joins the keys of several searches."""
+        return self._keys_Qk[rows].cpu().numpy()
 
 
 def best_of_keys(parts: list[np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
