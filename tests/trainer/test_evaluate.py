@@ -144,11 +144,11 @@ def evaluate_slowly(rank, root, shards):
     limit_s, original = 1.5, Shards.embed
     world = dataclasses.replace(world_of(rank), control=dist.new_group(timeout=timedelta(seconds=limit_s)), timeout_s=limit_s)
 
-    def embed(self, shard, encoder, tokens, on_progress):
+    def embed(self, shard, batches, on_progress, *rest):
         for _ in range(5 if rank == 1 and self.num_rows > 128 and shard == 1 else 0):
             time.sleep(0.6)
             on_progress(0)
-        return original(self, shard, encoder, tokens, on_progress)
+        return original(self, shard, batches, on_progress, *rest)
 
     def lease(self, shard):
         return plain_lease(self, shard) if (self.num_rows > 128 and shard == 1) == (rank == 1) else None

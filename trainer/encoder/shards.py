@@ -11,15 +11,17 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from trainer.encoder.auto import encode_on
-from trainer.encoder.encode import DTYPES, encode_rows, token_budget
+from trainer.encoder.encode import DTYPES, Batches, token_budget
 from trainer.encoder.fit import halved_to
 from trainer.encoder.packed import packs
 from trainer.encoder.settings import EncodeSettings
@@ -31,6 +33,7 @@ from trainer.handoff.manifest import (
     DELETED,
     MANIFEST,
     STAGING,
+    TornVersion,
     delete_unpinned,
     is_pinned,
     open_version,
@@ -90,30 +93,49 @@ class Shards:
         """Delete a shard that does not verify, so that it is encoded again; return whether it was deleted."""
         return remove_torn(self._path(shard))
 
-    def embed(
-        self, shard: int, encoder: Encoder, tokens: TokenTable, on_progress: Callable[[int], None] = lambda n: None
-    ) -> np.ndarray:
-        """Return the embeddings of one shard as they are stored; raises NotFiniteEmbedding."""
-        rows, settings = self.rows(shard), self.settings
-        embedding_nD = encode_rows(encoder, tokens, rows, on_progress, DTYPES[settings.dtype])
-        with np.errstate(over="ignore"):  # what becomes infinite is refused
-            embedding_nD = embedding_nD.astype(settings.stored_type, copy=False)
-        check_finite(embedding_nD, tokens, rows)
-        return embedding_nD
+    def batches(self, shard: int, encoder: Encoder, tokens: TokenTable, reader: Executor) -> Batches:
+        """Return the batches of one shard's texts, the first of them read in the thread that calls."""
+        return Batches(encoder, tokens, self.rows(shard), DTYPES[self.settings.dtype], reader)
 
-    def publish(self, shard: int, embedding_nD: np.ndarray) -> None:
-        """Write one shard whole; its manifest names the tokens of a batch where memory has made them fewer than planned."""
+    def embed(
+        self,
+        shard: int,
+        batches: Batches,
+        on_progress: Callable[[int], None] = lambda n: None,
+        then: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """Return the embeddings of one shard as they are stored, on the encoder's device; they may not be finite.
+
+        on_progress, then: as `Batches.embed` has them.
+        """
+        return batches.embed(DTYPES[self.settings.stored], on_progress, then)
+
+    def publish(self, shard: int, embedding_nD: np.ndarray, by: str = "") -> bool:
+        """Write one shard whole; return whether it is there by this call, and not by another one before.
+
+        Its manifest names the tokens of a batch where memory has made them fewer than planned.
+        by: a name that no other call has; a call that is repeated after a disk's failure keeps its own.
+        """
 
         def write(folder: Path) -> None:
             np.save(folder / "embeddings.npy", embedding_nD, allow_pickle=False)
 
         made_with = {} if halved_to() is None else {"batch_tokens": halved_to()}
-        publish_version(self._path(shard), write, {"shard": shard, "rows": len(embedding_nD), **made_with})
+        fields = {"shard": shard, "rows": len(embedding_nD), "by": by, **made_with}
+        return publish_version(self._path(shard), write, fields).get("by") == by
 
     def read(self, shard: int) -> np.ndarray:
         """Return the verified embeddings of a shard, (rows, D), memory-mapped; raises TornVersion."""
         open_version(self._path(shard))
-        return np.load(self._path(shard) / "embeddings.npy", mmap_mode="r", allow_pickle=False)
+        return self.map(shard)
+
+    def map(self, shard: int) -> np.ndarray:
+        """Return the embeddings of a shard as `read` does, for who knows that they have been verified; raises TornVersion."""
+        file = self._path(shard) / "embeddings.npy"
+        try:
+            return np.load(file, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise TornVersion(f"{file} is missing or no whole array") from error
 
     def read_rows(self, rows: np.ndarray) -> np.ndarray:
         """Return the embeddings of any rows, (len(rows), D) float32, in their order."""

@@ -5,6 +5,7 @@ import shutil
 import signal
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,6 +41,11 @@ def texts_in(root: Path, place: Path, settings: ModelSettings | None = None) -> 
         open_dataset(root / "data", root / "cache").corpus, tokenizer, prefix="", max_tokens=32, cache=root / "cache"
     )
     return Texts(open_shards(place, "weights", "mean", tokens, encoder, "passage"), encoder, tokens)
+
+
+def embedded(texts: Texts, shard: int) -> np.ndarray:
+    with ThreadPoolExecutor(1) as reader:
+        return texts.shards.embed(shard, texts.shards.batches(shard, texts.encoder, texts.tokens, reader)).numpy()
 
 
 def counted(log: Path) -> None:
@@ -88,7 +94,7 @@ def test_a_shard_that_another_holds_is_waited_for(root, tmp_path):
     def on_progress(done, total):
         if done == total and not texts.shards.is_there(1):  # all the rest is done: the other one ends now
             naps.append(1)
-            texts.shards.publish(1, texts.shards.embed(1, texts.encoder, texts.tokens))
+            texts.shards.publish(1, embedded(texts, 1))
             held.release()
 
     num_rows = encode_missing([texts], on_progress)
