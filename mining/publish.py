@@ -14,8 +14,9 @@ from mining.table.draw import Drawn
 from mining.table.filters import margins_of
 from mining.table.judgements import Judgements
 from trainer.handoff.claim import Claim
-from trainer.handoff.manifest import TornVersion, clean_staging, is_disk_error, prune, read_latest, versions, write_latest
+from trainer.handoff.manifest import TornVersion, clean_staging, is_disk_error, read_latest, versions, write_latest
 from trainer.handoff.negatives import Negatives, negatives_folder, open_negatives, publish_negatives, version_name
+from trainer.handoff.retention import prune
 from trainer.handoff.retry import patiently
 from trainer.handoff.weights import Checkpoint
 

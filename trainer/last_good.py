@@ -4,7 +4,8 @@ import logging
 from pathlib import Path
 
 from trainer.errors import InputError
-from trainer.handoff.manifest import TornVersion, delete_version, write_latest
+from trainer.handoff.manifest import TornVersion, write_latest
+from trainer.handoff.retention import delete_version
 from trainer.handoff.weights import (
     Checkpoint,
     NotFiniteVersion,

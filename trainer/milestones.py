@@ -16,7 +16,7 @@ from trainer.encoder.shards import prune_shards
 from trainer.encoder.towers import Encoder
 from trainer.errors import InputError, MachineFailed
 from trainer.evaluate import evaluate
-from trainer.handoff.manifest import prune
+from trainer.handoff.retention import prune
 from trainer.handoff.weights import Checkpoint, checkpoint_name, checkpoints_folder, write_best
 from trainer.job import TrainJob
 from trainer.parallel import copy_weights, fill_copy

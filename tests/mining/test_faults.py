@@ -95,7 +95,7 @@ def test_a_damaged_checkpoint_is_named_and_the_next_is_taken(tmp_path, monkeypat
 
 
 def test_a_pinned_checkpoint_outlives_the_trainers_retention(tmp_path, monkeypatch):
-    from trainer.handoff.manifest import prune
+    from trainer.handoff.retention import prune
 
     job = make_job(tmp_path, num_queries=60)
     checkpoint, plain = publish_checkpoint(job, 10), TokenCache.open

@@ -29,7 +29,8 @@ from trainer.data.datasets import open_dataset
 from trainer.encoder.model import load_encoder
 from trainer.encoder.shards import Shards
 from trainer.evaluate import evaluate
-from trainer.handoff.manifest import MANIFEST, _size_and_hash, open_version, read_latest, versions
+from trainer.handoff.digests import describe_file
+from trainer.handoff.manifest import MANIFEST, open_version, read_latest, versions
 from trainer.handoff.negatives import publish_negatives
 from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings, ScheduleEntry
 from trainer.handoff.weights import checkpoint_name, checkpoints_folder, open_checkpoint
@@ -213,7 +214,7 @@ def spoil(checkpoint: Path) -> None:
         metadata = file.metadata()
     save_file(tensors, part, metadata)
     manifest = json.loads((checkpoint / MANIFEST).read_text())
-    manifest["files"][str(part.relative_to(checkpoint))] = _size_and_hash(part)
+    manifest["files"][str(part.relative_to(checkpoint))] = describe_file(part)
     (checkpoint / MANIFEST).write_text(json.dumps(manifest))
 
 

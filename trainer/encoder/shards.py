@@ -34,13 +34,13 @@ from trainer.handoff.manifest import (
     MANIFEST,
     STAGING,
     TornVersion,
-    delete_unpinned,
     is_pinned,
     open_version,
     publish_version,
     remove_torn,
 )
 from trainer.handoff.pins import Pins
+from trainer.handoff.retention import delete_unpinned
 
 NAME = "shard-"
 
@@ -122,7 +122,7 @@ class Shards:
 
         made_with = {} if halved_to() is None else {"batch_tokens": halved_to()}
         fields = {"shard": shard, "rows": len(embedding_nD), "by": by, **made_with}
-        return publish_version(self._path(shard), write, fields).get("by") == by
+        return publish_version(self._path(shard), write, fields, digest="xxh3_128").get("by") == by
 
     def read(self, shard: int) -> np.ndarray:
         """Return the verified embeddings of a shard, (rows, D), memory-mapped; raises TornVersion."""

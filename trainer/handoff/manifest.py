@@ -1,14 +1,13 @@
 """Versions that other processes may read: staged beside, hashed, renamed into place once.
 
-A version is a folder with a `manifest.json`, written last, that names every file with its size and SHA-256. Readers
-open only what a manifest names and verify it first, so a version is whole or absent, whoever is killed and when. The
-price is one pass of SHA-256 over the files at each end.
+A version is a folder with a `manifest.json`, written last, that names every file with its size and digest (see digests.py).
+Readers open only what a manifest names and verify it first, so a version is whole or absent, whoever is killed and when.
+Each file is hashed once by its writers, when all of it is written and before it is synced, and once by each process that opens
+the version, before it reads a number of it.
 """
 
 import contextlib
 import errno
-import functools
-import hashlib
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from typing import Any
 
 from trainer.errors import InputError, MachineFailed
 from trainer.handoff.clock import seconds_since_written
+from trainer.handoff.digests import Digest, describe_file, what_differs
 from trainer.handoff.rights import give_rights, unreadable
 
 MANIFEST = "manifest.json"
@@ -46,7 +46,11 @@ class NotReadable(TornVersion):
 
 
 def publish_version(
-    folder: Path, write: Callable[[Path], None], fields: dict[str, Any], may_publish: Callable[[], None] = lambda: None
+    folder: Path,
+    write: Callable[[Path], None],
+    fields: dict[str, Any],
+    may_publish: Callable[[], None] = lambda: None,
+    digest: Digest = "sha256",
 ) -> dict[str, Any]:
     """Write a version into `folder` so that it appears whole or not at all, and return its manifest.
 
@@ -56,32 +60,45 @@ def publish_version(
     write: called with an empty staging folder; fills it.
     fields: JSON values kept in the manifest beside the list of files; `write` may add some.
     may_publish: called last, before the version appears; raises if this process may not write any more.
+    digest: of the files; "xxh3_128" for what only negpool reads.
     Raises InputError for a folder that cannot be written, MachineFailed for a disk that is full or fails; nothing half-written
     stays behind.
     """
-    # Two processes may encode the same shard: each stages its own.
-    staging = folder.parent / f"{STAGING}{folder.name}-{socket.gethostname()}-{os.getpid()}"
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
+        staging = stage(folder)
         write(staging)
-        files = {str(p.relative_to(staging)): _size_and_hash(p) for p in sorted(staging.rglob("*")) if p.is_file()}
-        manifest = {**fields, "files": files}
-        (staging / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        give_rights(staging)
-        for path in [*staging.rglob("*"), staging]:
-            _fsync(path)
-        may_publish()
-        if (whole := _rename_unless_there(staging, folder)) is not None:
-            shutil.rmtree(staging)
-            return whole
-        _fsync(folder.parent)
+        files = {str(p.relative_to(staging)): describe_file(p, digest) for p in sorted(staging.rglob("*")) if p.is_file()}
+        return seal(staging, folder, {**fields, "files": files}, may_publish)
     except Exception as error:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(staging_place(folder), ignore_errors=True)
         if isinstance(error, OSError) or is_disk_full(error):
             raise disk_error(error, folder) from error
         raise
+
+
+def stage(folder: Path) -> Path:
+    """Return an empty folder beside a version's place, which `seal` renames into it. Raises OSError."""
+    staging = staging_place(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    return staging
+
+
+def seal(staging: Path, folder: Path, manifest: dict[str, Any], may_publish: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Rename what is staged into its place with its manifest, which has "files", and return the manifest that is there then.
+
+    May be called again after it has failed. may_publish: as `publish_version` has it. Raises OSError.
+    """
+    (staging / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    give_rights(staging)
+    for path in [*staging.rglob("*"), staging]:
+        _fsync(path)
+    may_publish()
+    if (whole := _rename_unless_there(staging, folder)) is not None:
+        shutil.rmtree(staging)
+        return whole
+    _fsync(folder.parent)
     return manifest
 
 
@@ -90,7 +107,7 @@ def remove_torn(folder: Path) -> bool:
 
     Several may do so at once, while others publish anew: what is moved aside is looked at again, and put back if it is whole.
     """
-    aside = folder.parent / f"{STAGING}{folder.name}-{socket.gethostname()}-{os.getpid()}-torn"
+    aside = staging_place(folder).with_name(f"{staging_place(folder).name}-torn")
     try:
         torn = folder.stat().st_ino
         try:
@@ -145,7 +162,7 @@ def disk_error(error: BaseException, path: Path | str) -> InputError | MachineFa
 
 
 def open_version(folder: Path, only: str = "") -> dict[str, Any]:
-    """Return the manifest of a version after verifying the size and SHA-256 of every file it names.
+    """Return the manifest of a version after verifying the size and digest of every file it names.
 
     only: verify the files whose names begin so, for a reader who opens no others.
     Raises TornVersion, naming the file, if the manifest or any file is missing or altered.
@@ -155,14 +172,11 @@ def open_version(folder: Path, only: str = "") -> dict[str, Any]:
         if not name.startswith(only):
             continue
         try:
-            actual = _size_and_hash(folder / name)
+            difference = what_differs(folder / name, expected)
         except OSError as error:
             raise _not_opened(folder / name, f"{folder / name} is missing") from error
-        if actual != expected:
-            raise TornVersion(
-                f"{folder / name} is not what its manifest says: {actual['bytes']} bytes, SHA-256 "
-                f"{actual['sha256'][:12]}… instead of {expected['bytes']} bytes, {expected['sha256'][:12]}…"
-            )
+        if difference is not None:
+            raise TornVersion(f"{folder / name} is not what its manifest says: {difference}")
     return manifest
 
 
@@ -235,37 +249,6 @@ def is_pinned(folder: Path) -> bool:
     return False
 
 
-def prune(parent: Path, keep: int, needed: Callable[[Path], bool] = lambda _: False) -> list[Path]:
-    """Delete all versions but the newest `keep`, the pinned ones and those still needed; return what was deleted."""
-    old = [f for f in versions(parent)[:-keep] if not needed(f) and f.name != read_latest(parent)]
-    return [folder for folder in old if delete_unpinned(folder)]
-
-
-def delete_unpinned(folder: Path) -> bool:
-    """Delete a folder unless it is pinned; return whether it is gone. Several may do so at once. Raises InputError."""
-    # A pin may be by someone who found it just before; who finds it now sees that it is there.
-    return not is_pinned(folder) and delete_version(folder, functools.partial(is_pinned, folder))
-
-
-def delete_version(folder: Path, is_wanted: Callable[[], bool] = lambda: False) -> bool:
-    """Delete a folder unless, once it is out of sight, it is found to be wanted; return whether it is gone. Raises InputError."""
-    # One rename, as it came: from here on nobody opens it, and what a killed process leaves is cleared as staging is.
-    gone = folder.parent / f"{STAGING}{folder.name}-{socket.gethostname()}-{os.getpid()}{DELETED}"
-    shutil.rmtree(gone, ignore_errors=True)
-    try:
-        os.rename(folder, gone)
-        if is_wanted():
-            os.rename(gone, folder)
-            return False
-    except FileNotFoundError:  # another one has deleted it
-        return False
-    except OSError as error:
-        if error.errno not in IS_THERE:  # else whoever pinned it has begun anew
-            raise disk_error(error, folder) from error
-    shutil.rmtree(gone, ignore_errors=True)
-    return True
-
-
 def _not_opened(path: Path, reason: str) -> TornVersion:
     """Return why a version's file was not opened: that this process may not, or another reason."""
     told = unreadable(path)
@@ -286,10 +269,10 @@ def _rename_unless_there(staging: Path, folder: Path) -> dict[str, Any] | None:
         remove_torn(folder)
 
 
-def _size_and_hash(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+def staging_place(folder: Path) -> Path:
+    """Return where this process stages a version, or moves it aside."""
+    # Two processes may encode the same shard: each stages its own.
+    return folder.parent / f"{STAGING}{folder.name}-{socket.gethostname()}-{os.getpid()}"
 
 
 def _fsync(path: Path) -> None:

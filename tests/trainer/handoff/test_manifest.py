@@ -18,7 +18,6 @@ from trainer.handoff.manifest import (
     is_pinned,
     open_version,
     pin,
-    prune,
     publish_version,
     read_latest,
     unpin,
@@ -26,6 +25,7 @@ from trainer.handoff.manifest import (
     write_atomically,
     write_latest,
 )
+from trainer.handoff.retention import prune
 
 
 def write_two_files(folder):
