@@ -166,7 +166,6 @@ def miner_memory(jobs: Jobs, data: RetrievalData, shares: Plan, width: int) -> d
     """Return the miner's own plan of a rank, as mining/memory.py makes it."""
     import psutil
 
-    from mining.find.embeddings import rows_of_block
     from trainer.encoder.shards import rows_of_shard
 
     mine, num_queries = jobs.mine, len(data.training_queries(jobs.train.data.train_split))
@@ -175,16 +174,16 @@ def miner_memory(jobs: Jobs, data: RetrievalData, shares: Plan, width: int) -> d
         num_queries=num_queries,
         num_passages=len(data.corpus),
         shard_rows=rows_of_shard(len(data.corpus)),
-        block_rows=rows_of_block(len(data.corpus)),
         width=width,
         stored_bytes=np.dtype(mine.encode.stored_type).itemsize,
         token_width=4 * width,
         top_k=mine.search.top_k,
         num_candidates=mine.num_candidates,
+        num_known=mine.num_known(num_queries, num_queries),
         num_clustered=num_clustered(mine.clusters, num_queries),
-        num_negatives=mine.sample.num_negatives,
         num_ranks=shares.mine_ranks,
         index_bytes=bytes_of_passage(factory, width),
+        num_trained=num_trained(factory, len(data.corpus)),
         device_type="cuda" if shares.mine_gpus else "cpu",
     )
     free = int(held_now() + FREE_SHARE * psutil.virtual_memory().available / shares.mine_ranks)

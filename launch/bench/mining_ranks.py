@@ -15,10 +15,9 @@ import torch
 from launch.bench.machine import peak_resident_bytes, tiled_product
 from launch.ranks import answer
 from mining.find.embeddings import Embeddings, encode_together
-from mining.find.index import ExactIndex, ShardIndex
-from mining.find.search import search_shards
+from mining.find.search import ExactFinder, best_of_ranks
 from mining.job import MineJob
-from mining.memory import GIB
+from mining.memory import GIB, QUERY_TILE
 from mining.ranks import Ranks
 from mining.service import run_service
 from mining.settings import MineSettings
@@ -33,7 +32,7 @@ from trainer.handoff.settings import DataSettings, RunSettings
 from trainer.handoff.weights import checkpoint_name, checkpoints_folder
 
 TEXT_SHARD, PASSAGE_SHARD, WIDTH, TOP_K = 16, 8192, 384, 200
-SERVICE_QUERIES = 1024
+PASSAGES_OF_QUERY = 100  # of the corpus whose memory is measured
 ENCODED_SHARDS = 2  # that the service encodes; the others are random numbers when it begins
 
 
@@ -61,6 +60,7 @@ def _ranks(
     passages = Shards(folder / "passages", num_passages, PASSAGE_SHARD)
     everybody.decide(lambda: _write_random(passages))
     embeddings = Embeddings(passages)
+    allowed_N = np.ones(num_passages, bool)
     query_QD = np.random.default_rng(1).standard_normal((num_queries, WIDTH), np.float32)
 
     def encode(ranks: Ranks, turn: str) -> None:
@@ -69,11 +69,12 @@ def _ranks(
         encode_together(ranks, [Texts(shards, encoder, tokens)], lambda done, total: None)
 
     def search(ranks: Ranks, turn: str) -> None:
-        mine = range(ranks.rank, passages.num_shards, ranks.num_ranks)
-        indexes: list[ShardIndex] = [
-            ExactIndex(embeddings, s, np.arange(len(passages.rows(s))), torch.device("cpu")) for s in mine
-        ]
-        search_shards(ranks, indexes, query_QD, TOP_K)
+        finder = ExactFinder(slice(0, num_queries), torch.from_numpy(query_QD), TOP_K, PASSAGE_SHARD, allowed_N, "cpu")
+        for shard in range(ranks.rank, passages.num_shards, ranks.num_ranks):
+            finder.see(shard, embeddings.shard(shard))
+            embeddings.let_go(shard)
+        for start in range(0, num_queries, QUERY_TILE):
+            best_of_ranks(ranks, finder, slice(start, min(start + QUERY_TILE, num_queries)))
 
     def product(ranks: Ranks, turn: str) -> None:
         for shard in range(ranks.rank, passages.num_shards, ranks.num_ranks):
@@ -136,20 +137,20 @@ def _memory(comm, folder: str) -> dict[str, Any]:
     records = [json.loads(line) for line in (run / "logs" / "miner.jsonl").read_text().splitlines()]
     planned = next(record for record in records if record.get("event") == "planned")
     return {
-        "queries": SERVICE_QUERIES,
         "planned_gib": planned["total_gib"],
         "peak_gib": round(peak, 4),
         "ratio": round(peak / planned["total_gib"], 3),
-        "plan": {key: planned[key] for key in ("held_gib", "phases_gib", "query_tile")},
+        "plan": {key: planned[key] for key in ("held_gib", "phases_gib", "query_pass", "query_tile")},
     }
 
 
 def _write_texts(folder: Path, num_passages: int) -> Path:
     (folder / "qrels").mkdir(parents=True)
-    for name, count in (("corpus", num_passages), ("queries", SERVICE_QUERIES)):
+    num_queries = max(16, num_passages // PASSAGES_OF_QUERY)
+    for name, count in (("corpus", num_passages), ("queries", num_queries)):
         with open(folder / f"{name}.jsonl", "w") as file:
             file.writelines(f'{{"_id": "{row}", "title": "", "text": "{row % 997}"}}\n' for row in range(count))
-    lines = (f"{row}\t{row}\t1\n" for row in range(SERVICE_QUERIES))
+    lines = (f"{row}\t{row}\t1\n" for row in range(num_queries))
     (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
     return folder
 

@@ -6,39 +6,60 @@ from dataclasses import replace
 import pytest
 
 from mining import disk
+from mining.find.dense import cut_into_passes
 from mining.job import ALL_ENCODINGS
-from mining.memory import GIB, MAX_QUERY_TILE, Sizes, plan_memory
+from mining.memory import GIB, QUERY_TILE, Sizes, plan_memory
 from tests.mining.run import as_job, make_job, publish_checkpoint
 from tests.mining.test_service import folder, mine
-from trainer.encoder.topk import tile_shape
+from trainer.encoder.topk import bytes_of_query, tile_shape
 from trainer.errors import InputError
 
 SIZES = Sizes(
     num_queries=100_000,
     num_passages=2_000_000,
     shard_rows=4096,
-    block_rows=65536,
     width=384,
     stored_bytes=4,
     token_width=8000,
     top_k=200,
     num_candidates=200,
+    num_known=100_000,
     num_clustered=0,
-    num_negatives=8,
     num_ranks=1,
     index_bytes=0,
+    num_trained=0,
     device_type="cpu",
 )
 
 
-def test_tiles_of_queries_shrink_until_they_fit():
-    plenty = plan_memory(SIZES, GIB, 100 * GIB)
-    assert plenty.query_tile == MAX_QUERY_TILE
-    deep = replace(SIZES, top_k=1000, num_candidates=1000)
-    plenty = plan_memory(deep, GIB, 100 * GIB)
-    little = plan_memory(deep, GIB, plenty.total - 1)
-    assert little.total < plenty.total and 0 < little.query_tile < plenty.query_tile
-    assert little.query_tile % tile_shape(1000, "cpu")[0] == 0
+def test_what_does_not_fit_is_searched_in_passes_and_drawn_in_smaller_tiles():
+    plenty, (rows, _) = plan_memory(SIZES, GIB, 100 * GIB), tile_shape(SIZES.top_k, "cpu")
+    assert (plenty.query_pass, plenty.query_tile) == (-(-100_000 // rows) * rows, QUERY_TILE)
+    smaller = plan_memory(SIZES, GIB, plenty.total - 1)
+    assert smaller.total < plenty.total and smaller.query_pass == plenty.query_pass and 0 < smaller.query_tile < QUERY_TILE
+    least = plenty.total - 100_000 * 8 * 200
+    passes = plan_memory(SIZES, GIB, least)
+    assert passes.total <= least and passes.query_pass < plenty.query_pass and passes.query_pass % rows == 0
+    assert plan_memory(replace(SIZES, num_ranks=4), GIB, 100 * GIB).query_tile == 4 * QUERY_TILE, "a rank draws its share of a tile"
+
+
+def test_a_gpu_has_room_for_so_many_queries():
+    on_gpu = replace(SIZES, device_type="cuda", num_queries=10_000_000)
+    rows, of_query = tile_shape(200, "cuda")[0], bytes_of_query(200, 384, "cuda")
+    plan = plan_memory(on_gpu, GIB, 100 * GIB, device_limit=4 * GIB)
+    assert plan.query_pass * of_query <= 4 * GIB < 2 * (plan.query_pass + rows) * of_query
+    assert "queries at once" not in plan.held
+
+
+@pytest.mark.parametrize("num_queries, most, tile_rows", [(1000, 300, 128), (1000, 5000, 512), (90, 64, 32), (64, 1, 64)])
+def test_passes_are_whole_tiles_of_what_is_to_be_done(num_queries, most, tile_rows):
+    whole = cut_into_passes([slice(0, num_queries)], num_queries, most, tile_rows)
+    assert [place for part in whole for place in range(part.start, part.stop)] == list(range(num_queries))
+    assert all(part.start % tile_rows == 0 and part.stop - part.start <= max(most, tile_rows) for part in whole)
+    late = slice(num_queries - 10, num_queries)
+    (last, *others) = cut_into_passes([late], num_queries, most, tile_rows)[::-1]
+    assert last.start <= late.start < late.stop == last.stop and not others or others[0].stop > late.start
+    assert cut_into_passes([], num_queries, most, tile_rows) == []
 
 
 def test_what_cannot_fit_is_refused_with_what_would():
@@ -57,6 +78,8 @@ MORE = (
     {"top_k": 4000, "num_candidates": 4000},
     {"num_clustered": 10**6},
     {"index_bytes": 400},
+    {"num_known": 10**8},
+    {"num_trained": 10**7},
 )
 
 
@@ -67,7 +90,7 @@ def test_more_of_anything_takes_more(more):
 
 def test_passages_are_read_from_disk_and_hardly_count():
     grown = plan_memory(replace(SIZES, num_passages=20_000_000), 0, 100 * GIB).total - plan_memory(SIZES, 0, 100 * GIB).total
-    assert grown == 18_000_000 * 24  # lengths, and keys of tokens and of texts
+    assert grown == 18_000_000 * 25  # lengths, keys of tokens and of texts, and which may be candidates
 
 
 def test_the_room_on_the_disk_is_told_and_what_does_not_fit_is_warned_of(tmp_path, caplog, monkeypatch):
