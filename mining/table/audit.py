@@ -10,12 +10,16 @@ from mining.find.search import search_shards
 from mining.ranks import Ranks
 from mining.settings import AuditSettings
 from mining.table.filters import KNOWN
+from mining.table.judgements import Judgements
+from mining.table.kept import Drawn
 from mining.table.sampling import stream
 from trainer.data.shuffle import mix
 from trainer.handoff.negatives import Negatives
 
 # 1 - the mean cosine of some passages, or of some queries: less is a model that has collapsed, and what is near means nothing
 MIN_SPREAD = 1e-3
+OVERLAP_UNITS = 1 << 32  # sums of 10 million rows keep within 64 bits
+MAX_SCORED = 1 << 16  # queries whose scores are looked at: a quantile of so many is right to a hundredth of their spread
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
@@ -83,15 +87,69 @@ def recall_of_each(found_Qk: np.ndarray, exact_Qk: np.ndarray) -> np.ndarray:
     return np.where(num_exact > 0, listed.sum(1) / np.maximum(1, num_exact), 1.0)
 
 
-def jaccard(indptr: np.ndarray, ids: np.ndarray, other_indptr: np.ndarray, other_ids: np.ndarray) -> float:
-    """Return the overlap of two tables in CSR form: the mean over rows of common ids by ids in either; 1 if both empty."""
+def jaccard_of_each(indptr: np.ndarray, ids: np.ndarray, other_indptr: np.ndarray, other_ids: np.ndarray) -> np.ndarray:
+    """Return the overlap of each row of two tables in CSR form, (Q,): common ids by ids in either; 1 if both are empty."""
     num_rows = len(indptr) - 1
     rows, other_rows = (np.repeat(np.arange(num_rows), np.diff(p)) for p in (indptr, other_indptr))
     span = 1 + max(ids.max(initial=0), other_ids.max(initial=0))
     common = np.intersect1d(rows * span + ids, other_rows * span + other_ids) // span
     num_common = np.bincount(common, minlength=num_rows)
     num_either = np.diff(indptr) + np.diff(other_indptr) - num_common
-    return float(np.where(num_either > 0, num_common / np.maximum(1, num_either), 1.0).mean())
+    return np.where(num_either > 0, num_common / np.maximum(1, num_either), 1.0)
+
+
+def overlap_with(ranks: Ranks, last: Negatives | None, drawn: Drawn) -> float | None:
+    """Return the mean overlap of the rows with those of the last version, on every rank; None if none fits. Collective.
+
+    Each rank compares the rows of its parts. They are summed as whole numbers of 2^-32, so the figure is the same however the
+    rows are divided.
+    """
+    if last is None or last.num_queries != drawn.num_queries:
+        return None
+
+    def own_sum() -> int:
+        total = 0
+        for placed, part in drawn.read():
+            indptr = np.asarray(last.indptr[placed.span.place : placed.span.stop + 1])
+            there = np.asarray(last.ids[indptr[0] : indptr[-1]])
+            each_Q = jaccard_of_each(row_ends(part.lengths), part.columns["ids"], indptr - indptr[0], there)
+            total += int(np.rint(each_Q * OVERLAP_UNITS).astype(np.int64).sum())
+        return total
+
+    sums = ranks.gather(ranks.together(own_sum))
+    return ranks.decide(lambda: round(sum(sums) / OVERLAP_UNITS / drawn.num_queries, 4))
+
+
+def audit_scores(ranks: Ranks, judgements: Judgements, drawn: Drawn) -> dict[str, dict[str, float]]:
+    """Return quantiles of the scores of negatives and of positives, on every rank. Collective.
+
+    Of all queries, or of those among more than MAX_SCORED whose rows' hashes are lowest, about so many: the same ones whoever
+    drew them. Their scores alone travel, to rank 0.
+    """
+    limit = min(1.0, MAX_SCORED / max(1, drawn.num_queries))
+    names = "scores", "positive_scores"
+
+    def own_scores() -> list[np.ndarray]:
+        found: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        for placed, part in drawn.read():
+            places = slice(placed.span.place, placed.span.stop)
+            is_taken = mix(judgements.query_rows[places].astype(np.uint64)) / 2.0**64 < limit
+            lengths = part.lengths, np.diff(judgements.positives(places)[0])
+            for name, of_query in zip(names, lengths, strict=True):
+                if name in part.columns:
+                    found[name].append(part.columns[name][np.repeat(is_taken, of_query)])
+        return [np.concatenate([np.zeros(0, np.float32), *found[name]]) for name in names]
+
+    nobody = [np.zeros(0, np.float32)] * (ranks.num_ranks - 1)
+    received = [ranks.exchange_arrays([own, *nobody]) for own in ranks.together(own_scores)]
+    return ranks.decide(
+        lambda: {name: score_quantiles(np.concatenate(parts)) for name, parts in zip(names, received, strict=True)}
+    )
+
+
+def row_ends(lengths: np.ndarray) -> np.ndarray:
+    """Return the indptr of rows of some lengths, (Q + 1,)."""
+    return np.concatenate([[0], np.cumsum(lengths)])
 
 
 def score_quantiles(scores: np.ndarray) -> dict[str, float]:
@@ -107,10 +165,3 @@ def suspected_share(num_candidates: int, dropped: dict[str, int]) -> float | Non
         return None
     known = sum(dropped.get(name, 0) for name in (*KNOWN, "range", "max_score", "min_score"))
     return round(dropped["relative_margin"] / max(1, num_candidates - known), 4)
-
-
-def overlap_with(last: Negatives | None, indptr: np.ndarray, ids: np.ndarray) -> float | None:
-    """Return the overlap with the last version, None if there is none that fits."""
-    if last is None or last.num_queries != len(indptr) - 1:
-        return None
-    return round(jaccard(indptr, ids, np.asarray(last.indptr), np.asarray(last.ids)), 4)

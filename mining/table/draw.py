@@ -1,4 +1,4 @@
-"""The parts of a draw of negatives: its rules, one rank's queries of a tile, and the resulting table."""
+"""A draw of negatives: its rules, and one rank's queries of a tile."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,20 +33,6 @@ class Draw:
     @property
     def margins(self) -> Margins:
         return margins_of(self.filter, "off" if self.reranker is None else self.rerank.margin)
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """The negatives of all queries, in CSR form, and what was counted on the way."""
-
-    indptr: np.ndarray
-    ids: np.ndarray
-    scores: np.ndarray
-    more: dict[str, np.ndarray]  # the optional arrays of a version, by their names there
-    # candidates; queries_without, of whose candidates none passed; stayed negatives; random ones, those that a rule on scores
-    # dropped and others were drawn for (redrawn), and their places left empty (unfilled)
-    counts: dict[str, int]
-    dropped: dict[str, int]  # by filter
 
 
 @dataclass

@@ -1,22 +1,21 @@
 """From candidates to a table of negatives, one tile of queries at a time: find, filter, rerank, sample.
 
-Memory holds one tile of candidates and the negatives drawn so far. Each rank works on its share of every tile; rank 0
-puts the rows together.
+Memory holds one tile of candidates. Each rank works on its share of every tile and keeps what it drew on disk alone.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
 from mining.find.retrieve import Retriever, last_negatives, with_others
 from mining.find.search import QUERY_TILE, share_of
 from mining.ranks import Ranks
-from mining.table.draw import Draw, Drawn, GoOn, Share, ask_teacher, hold_to_scores, hold_to_teacher
+from mining.table.draw import Draw, GoOn, Share, ask_teacher, hold_to_scores, hold_to_teacher
 from mining.table.fill import add_random
 from mining.table.filters import Kept, Positives, drop_by_rank, drop_known
 from mining.table.judgements import own_texts
-from mining.table.kept import KeptTiles, Part, Table
+from mining.table.kept import Drawn, KeptTiles, Part, Table
 from mining.table.sampling import choose_candidates, is_easy, lowest_candidates
 from trainer.handoff.retry import patiently
 
@@ -28,32 +27,30 @@ def draw_negatives(
     kept: KeptTiles,
     on_progress: Callable[[int, int], None],
     query_tile: int = QUERY_TILE,
-) -> Drawn | None:
-    """Return the negatives on rank 0, None elsewhere.
+) -> Drawn:
+    """Return what was drawn and where it is kept, on every rank.
 
-    kept: where an earlier service may have left what it drew, and this one leaves it, too.
+    kept: where an earlier service may have left what it drew, and this one keeps all.
     on_progress: called with queries done and to do.
     query_tile: queries retrieved at once; changes nothing but the memory.
     Raises Stopped on every rank if one is asked to stop. Collective.
     """
-    parts: list[Part] = []
     num_queries = draw.judgements.num_queries
-    tiles = [slice(start, min(start + query_tile, num_queries)) for start in range(0, num_queries, query_tile)]
 
-    def take_kept() -> list[slice]:
+    def find_missing() -> list[slice]:
         kept.open()
-        found = {tile.start: kept.read(tile) for tile in tiles}
-        parts.extend(part for taken in found.values() for part in taken or [])
-        return [tile for tile in tiles if found[tile.start] is None]
+        return [tile for gap in kept.missing(num_queries) for tile in _tiles(gap, query_tile)]
 
-    for tile in ranks.decide(take_kept):
+    for tile in ranks.decide(find_missing):
         go_on = functools.partial(_go_on, ranks, on_progress, tile, num_queries)
         ranks.together(go_on)
         part = _draw_tile(draw, ranks, retriever, tile, go_on)
         ranks.together(functools.partial(patiently, functools.partial(kept.keep, part), "negatives that are drawn"))
-        parts.append(part)
-    gathered = ranks.gather(parts)
-    return _join([part for parts in gathered for part in parts]) if ranks.speaks else None
+    return kept.gather(ranks, num_queries)
+
+
+def _tiles(gap: slice, query_tile: int) -> list[slice]:
+    return [slice(start, min(start + query_tile, gap.stop)) for start in range(gap.start, gap.stop, query_tile)]
 
 
 def _go_on(ranks: Ranks, on_progress: Callable[[int, int], None], tile: slice, num_queries: int, share_done: float = 0) -> None:
@@ -167,20 +164,3 @@ def _scores_at_first(ids_QK: np.ndarray, last_ids_QL: np.ndarray, last_scores_QL
         is_it = (ids_QK == last_ids_QL[:, place, None]) & (ids_QK >= 0)
         first_QK = np.where(is_it, last_scores_QL[:, place, None], first_QK)
     return first_QK
-
-
-def _join(parts: list[Part]) -> Drawn:
-    # Shares of no query have the place of the next one; they add nothing, in any order.
-    parts.sort(key=lambda part: part.place)
-    columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns}
-    indptr = np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))])
-    counts, dropped = _sum(part.counts for part in parts), _sum(part.dropped for part in parts)
-    return Drawn(indptr, columns.pop("ids"), columns.pop("scores"), columns, counts, dropped)
-
-
-def _sum(counters: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for counter in counters:
-        for name, count in counter.items():
-            total[name] = total.get(name, 0) + count
-    return total

@@ -14,7 +14,7 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from mining import service
+from mining import assembly, service
 from mining.publish import last_version
 from mining.table.clusters import cluster_queries
 from mining.table.judgements import read_judgements
@@ -24,7 +24,6 @@ from trainer.data.datasets import open_dataset
 from trainer.encoder.model import ModelSettings, load_encoder
 from trainer.encoder.shards import Shards
 from trainer.errors import InputError
-from trainer.handoff import negatives
 from trainer.handoff.manifest import pin, read_latest
 from trainer.handoff.negatives import negatives_folder, open_negatives
 from trainer.metrics import Status, read_status
@@ -275,7 +274,7 @@ def test_a_second_service_on_the_same_run_says_so(tmp_path):
 
 def mine_until_killed(job):
     """Kill this process between the publication of version 1 and that of its name in LATEST."""
-    plain, calls = negatives.write_latest, []
+    plain, calls = assembly.write_latest, []
 
     def until_killed(*args):
         calls.append(args)
@@ -283,7 +282,7 @@ def mine_until_killed(job):
             os.kill(os.getpid(), signal.SIGKILL)
         plain(*args)
 
-    negatives.write_latest = until_killed
+    assembly.write_latest = until_killed
     mine(job)
 
 

@@ -18,7 +18,7 @@ import xxhash
 Digest = Literal["sha256", "xxh3_128"]
 
 BLOCK_BYTES = 1 << 26  # 64 MiB: some thousand digests for 100 GB, and enough blocks to share
-READ_BYTES = 1 << 20  # at once: what is hashed fits into a core's cache
+READ_BYTES = 1 << 18  # at once: what is hashed fits into a core's cache
 MAX_THREADS = 4  # of one process: a node's other ranks hash, too
 
 

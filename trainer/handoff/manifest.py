@@ -90,6 +90,8 @@ def seal(staging: Path, folder: Path, manifest: dict[str, Any], may_publish: Cal
 
     May be called again after it has failed. may_publish: as `publish_version` has it. Raises OSError.
     """
+    if not staging.is_dir():  # a call before this one has renamed it, and failed afterwards
+        return open_version(folder)
     (staging / MANIFEST).write_text(json.dumps(manifest, indent=1))
     give_rights(staging)
     for path in [*staging.rglob("*"), staging]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer.handoff.arrays import ArrayWriter, create_array
 from trainer.handoff.manifest import TornVersion, open_version, publish_version, write_latest
 from trainer.handoff.margins import Margins
 
@@ -90,17 +91,26 @@ def publish_negatives(
     more: the optional arrays of `Negatives`, by name.
     """
     arrays = {"indptr": indptr, "ids": ids, "scores": scores, **more}
+    given = {name: array for name, array in arrays.items() if array is not None}
 
-    def write(folder: Path) -> None:
-        for name, array in arrays.items():
-            if array is not None:
-                np.save(folder / f"{name}.npy", np.asarray(array, TYPES[name]), allow_pickle=False)
+    def write(staging: Path) -> None:
+        create_negatives(staging, {name: len(array) for name, array in given.items()})
+        with ArrayWriter(staging, given, is_shared=False) as writer:
+            for name, array in given.items():
+                writer.write(name, 0, array)
 
     folder = negatives_folder(run) / version_name(version)
-    manifest = publish_version(folder, write, {"version": version, "num_queries": len(indptr) - 1, **fields}, may_publish)
+    about = {"version": version, "num_queries": len(indptr) - 1, **fields}
+    manifest = publish_version(folder, write, about, may_publish, digest="xxh3_128")
     may_publish()
     write_latest(folder.parent, folder.name)
     return manifest
+
+
+def create_negatives(staging: Path, lengths: dict[str, int]) -> None:
+    """Make the files of some arrays of a version, by name, for an ArrayWriter to fill."""
+    for name, length in lengths.items():
+        create_array(staging / f"{name}.npy", length, np.dtype(TYPES[name]))
 
 
 def open_negatives(run: Path, name: str, num_queries: int, num_passages: int, data_digest: str | None = None) -> Negatives:
@@ -114,19 +124,27 @@ def open_negatives(run: Path, name: str, num_queries: int, num_passages: int, da
     mined_from = manifest.get("data_digest")
     if data_digest is not None and mined_from not in (None, data_digest):
         raise TornVersion(f"{folder} was mined from other data ({mined_from[:12]}… instead of {data_digest[:12]}…)")
+    negatives = map_negatives(folder, manifest)
     try:
-        arrays = {
-            part: np.load(folder / f"{part}.npy", mmap_mode="r", allow_pickle=False)
-            for part in TYPES
-            if f"{part}.npy" in manifest["files"]
-        }
-        negatives = Negatives(**arrays, version=int(manifest["version"]), manifest=manifest)
         fits = _fits(negatives, num_queries, num_passages)
     except (OSError, ValueError, TypeError) as error:
         raise TornVersion(f"{folder} cannot be read: {error}") from error
     if not fits:
         raise TornVersion(f"{folder} does not fit {num_queries} queries and {num_passages} passages")
     return negatives
+
+
+def map_negatives(folder: Path, manifest: dict[str, Any]) -> Negatives:
+    """Return a version that another process has opened, and so verified, a moment ago; raises TornVersion."""
+    try:
+        arrays = {
+            part: np.load(folder / f"{part}.npy", mmap_mode="r", allow_pickle=False)
+            for part in TYPES
+            if f"{part}.npy" in manifest["files"]
+        }
+        return Negatives(**arrays, version=int(manifest["version"]), manifest=manifest)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise TornVersion(f"{folder} cannot be read: {error}") from error
 
 
 def _fits(negatives: Negatives, num_queries: int, num_passages: int) -> bool:

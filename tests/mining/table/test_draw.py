@@ -16,6 +16,7 @@ from mining.table.filters import Keys
 from mining.table.judgements import Judgements
 from mining.table.kept import KeptTiles
 from mining.table.tiles import draw_negatives
+from tests.mining.table.whole import whole
 from trainer.encoder.topk import top_k
 from trainer.handoff.negatives import Negatives
 
@@ -83,14 +84,14 @@ def draw(filter=(), sample=(), rerank=(), version=1, scores=SCORES, **how):
         RerankSettings(**dict(rerank)),
     )
     with tempfile.TemporaryDirectory() as run:
-        found = draw_negatives(
+        drawn = draw_negatives(
             Draw(*settings, 0, version, JUDGED, KEYS, **how),
             RANKS,
             Matrix(scores, JUDGED),
             KeptTiles(Path(run), {}),
             lambda *told: TOLD.append(told),
         )
-    assert found is not None
+        found = whole(drawn)
     rows = np.repeat(np.arange(NUM_QUERIES), np.diff(found.indptr))
     np.testing.assert_array_equal(found.scores, scores[rows, found.ids])
     order = np.lexsort((found.ids, -found.scores, rows))
@@ -232,7 +233,7 @@ def test_a_corpus_with_nothing_to_offer_leaves_rows_empty(tmp_path):
     settings = FilterSettings(), SampleSettings(), RerankSettings()
     tiles = KeptTiles(tmp_path, {})
     found = draw_negatives(Draw(*settings, 0, 1, nothing, KEYS), RANKS, Matrix(SCORES, nothing), tiles, lambda *_: None)
-    assert found is not None and len(found.ids) == 0 and found.counts["queries_without"] == NUM_QUERIES
+    assert found.sizes["ids"] == 0 and found.num_empty == NUM_QUERIES == found.counts["queries_without"]
 
 
 @pytest.mark.parametrize("when_empty", ["random", "lowest", "none"])

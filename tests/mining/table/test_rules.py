@@ -21,6 +21,7 @@ from mining.table.tiles import draw_negatives
 from tests.mining.run import make_job, publish_checkpoint, rows_of
 from tests.mining.services import start_service
 from tests.mining.table.test_draw import JUDGED, NUM_PASSAGES, NUM_QUERIES, POSITIVE, RANKS, TOP_K, Matrix, Words, matrix
+from tests.mining.table.whole import whole
 from trainer.data.datasets import open_dataset
 from trainer.encoder.model import ModelSettings, load_encoder
 from trainer.handoff.negatives import Negatives, open_negatives
@@ -77,9 +78,7 @@ def draw(settings, version=1, scores=SCORES, last=None, query_tile=4096):
     how = Draw(*settings, 0, version, JUDGEMENTS, (Keys(QUERY_KEYS, PASSAGE_KEYS),), reranker, last)
     with tempfile.TemporaryDirectory() as run:
         kept = KeptTiles(Path(run), {})
-        found = draw_negatives(how, RANKS, Matrix(scores, JUDGEMENTS), kept, lambda *_: None, query_tile)
-    assert found is not None
-    return found
+        return whole(draw_negatives(how, RANKS, Matrix(scores, JUDGEMENTS), kept, lambda *_: None, query_tile))
 
 
 def below(settings, scores, query, n, positive, teachers):
