@@ -183,7 +183,7 @@ def miner_memory(jobs: Jobs, data: RetrievalData, shares: Plan, width: int) -> d
         num_clustered=num_clustered(mine.clusters, num_queries),
         num_ranks=shares.mine_ranks,
         index_bytes=bytes_of_passage(factory, width),
-        num_trained=num_trained(factory, len(data.corpus)),
+        num_trained=0,
         device_type="cuda" if shares.mine_gpus else "cpu",
     )
     free = int(held_now() + FREE_SHARE * psutil.virtual_memory().available / shares.mine_ranks)

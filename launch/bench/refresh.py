@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ class Corpus:
     folder: Path
     model: str
     max_tokens: int
-    precision: str
+    precision: Literal["fp32", "bf16", "fp16"]
 
     @property
     def data(self) -> DataSettings:
@@ -107,7 +107,7 @@ def bare_parts(corpus: Corpus, world: World) -> tuple[dict[str, int], Callable[[
     def work() -> None:
         for side in batches:
             forward(encoder, side, dtype)
-        tiled_product(*vectors, tile_shape(TOP_K, device.type))
+        tiled_product(vectors[0], vectors[1], tile_shape(TOP_K, device.type))
 
     sizes = {"queries": len(tables[0].lengths), "passages": len(tables[1].lengths)}
     return {**sizes, "tokens": int(sum(table.lengths.sum() for table in tables))}, work

@@ -26,7 +26,12 @@ class DenseSearch:
 
     def __init__(self, work: Work, source: Source, pairs: list[PairsOf], words: Listed | None, todo: list[slice]):
         """pairs: known before the stream. words: candidates of a search by words. todo: queries without negatives, ascending."""
-        self.work, self.source, self.queries, self.passages = work, source, Embeddings(source.queries), Embeddings(source.passages)
+        self.work, self.source, self.queries, self.passages = (
+            work,
+            source,
+            Embeddings(source.queries),
+            Embeddings(source.passages),
+        )
         self.owner_of_shard = np.zeros(0, np.int32)
         self._pairs, self._words = pairs, words
         rows, _ = tile_shape(work.job.search.top_k, work.device.type)
@@ -94,14 +99,14 @@ class DenseSearch:
 
     def _open_known(self, places: slice) -> KnownPairs:
         shards = self.source.passages
-        return KnownPairs(places, self._query_PD(places), self._pairs, shards.shard_rows, shards.num_rows)
+        return KnownPairs(places, self._stored_queries(places), self._pairs, shards.shard_rows, shards.num_rows)
 
     def _open_exact(self, places: slice) -> ExactFinder:
         work, shards = self.work, self.source.passages
         top_k, allowed_N = work.job.search.top_k, work.judgements.allowed_N
-        return ExactFinder(places, self._query_PD(places), top_k, shards.shard_rows, allowed_N, work.device)
+        return ExactFinder(places, self._stored_queries(places), top_k, shards.shard_rows, allowed_N, work.device)
 
-    def _query_PD(self, places: slice) -> Tensor:
+    def _stored_queries(self, places: slice) -> Tensor:
         """Return the queries of a pass as they are stored, on the device."""
         return torch.from_numpy(self.queries.read_stored(np.arange(places.start, places.stop))).to(self.work.device)
 

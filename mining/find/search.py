@@ -15,7 +15,6 @@ from mining.find.index import ShardIndex
 from mining.ranks import Ranks
 from trainer.encoder.topk import BestOf, best_of_keys
 
-QUERY_TILE = 4096  # queries searched at once; with k = 200 each rank holds some 20 MB of results
 SHARE_ROWS = 32  # queries that never go to different ranks: what is computed of them together does not depend on the ranks
 
 
@@ -39,11 +38,11 @@ class ExactFinder:
     is_exact = True
 
     def __init__(
-        self, places: slice, query_QD: np.ndarray, k: int, shard_rows: int, allowed_N: np.ndarray, device: torch.device | str
+        self, places: slice, query_QD: Tensor, k: int, shard_rows: int, allowed_N: np.ndarray, device: torch.device | str
     ):
-        """places: of the pass. query_QD: float32, its queries. allowed_N: bool, passages that may be candidates."""
+        """places: of the pass. query_QD: its queries as they are stored, on the device. allowed_N: bool, what may be found."""
         self._first, self._shard_rows, self._allowed_N = places.start, shard_rows, allowed_N
-        self._best, self._seen = BestOf(query_QD, k, device), set[int]()
+        self._best, self._seen = BestOf(query_QD.float().cpu().numpy(), k, device), set[int]()
 
     def see(self, shard: int, vectors: Tensor | np.ndarray) -> None:
         assert shard not in self._seen, f"shard {shard} is searched twice"

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from mining.disk import check_disk
+from mining.disk import plan_disk
 from mining.find.base import Base, drift_sample, earlier_base, keep_base, mean_drift
 from mining.find.cost import Load, choose_index
 from mining.find.embeddings import Embeddings, encode_together
-from mining.find.index import bytes_of_passage, num_trained
+from mining.find.index import bytes_of_passage
 from mining.find.supplied import VECTORS, copy_vectors
 from mining.memory import MemoryPlan, Sizes, device_limit, held_now, memory_limit, plan_memory
 from mining.settings import AUTO, IndexSettings
@@ -64,7 +64,8 @@ def open_supplied(work: Work, task: Task, checkpoint: Checkpoint) -> Source:
     digest = checkpoint.manifest["weights_digest"]
     queries, passages = copy_vectors(work, Path(checkpoint.manifest[VECTORS]), digest)
     index, plan = _plan(work, passages.width, token_width=0)
-    return Source(queries.shards, passages.shards, {}, (), passages.width, index, plan, Base(task.version, digest, checkpoint.step))
+    base = Base(task.version, digest, checkpoint.step)
+    return Source(queries.shards, passages.shards, {}, (), passages.width, index, plan, base)
 
 
 def open_encoder(work: Work, task: Task, checkpoint: Checkpoint) -> tuple[Source, OpenSide]:
@@ -116,7 +117,7 @@ def settle_source(work: Work, checkpoint: Checkpoint, source: Source) -> None:
     stays = None if job.mine.passages == "fresh" else source.passages.folder.name
     keep_base(job.run.folder, replace(source.base, folder=stays))
     num_missing = sum(len(side.rows(shard)) for side in (source.queries, source.passages) for shard in side.missing())
-    disk = check_disk(job, work.judgements.num_queries, len(work.data.corpus), source.width, num_missing)
+    disk = plan_disk(job, work.judgements.num_queries, len(work.data.corpus), source.width, num_missing)
     work.metrics.record(checkpoint.step, {"event": "planned disk", **disk.as_json()})
 
 
@@ -179,7 +180,7 @@ def _plan(work: Work, width: int, token_width: int) -> tuple[IndexSettings, Memo
             num_clustered=num_clustered(job.clusters, num_queries),
             num_ranks=ranks.num_ranks,
             index_bytes=bytes_of_passage(index.factory, width),
-            num_trained=num_trained(index.factory, num_passages) if ranks.speaks else 0,
+            num_trained=0,
             device_type=work.device.type,
         )
         return plan_memory(sizes, held_now(), limit, device_limit(work.device))

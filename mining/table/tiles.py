@@ -9,48 +9,38 @@ from collections.abc import Callable
 import numpy as np
 
 from mining.find.retrieve import Retriever, last_negatives, with_others
-from mining.find.search import QUERY_TILE, share_of
+from mining.find.search import share_of
 from mining.ranks import Ranks
 from mining.table.draw import Draw, GoOn, Share, ask_teacher, hold_to_scores, hold_to_teacher
 from mining.table.fill import add_random
 from mining.table.filters import Kept, Positives, drop_by_rank, drop_known
 from mining.table.judgements import own_texts
-from mining.table.kept import Drawn, KeptTiles, Part, Table
+from mining.table.kept import KeptTiles, Part, Table
 from mining.table.sampling import choose_candidates, is_easy, lowest_candidates
 from trainer.handoff.retry import patiently
 
 
-def draw_negatives(
-    draw: Draw,
-    ranks: Ranks,
-    retriever: Retriever,
-    kept: KeptTiles,
-    on_progress: Callable[[int, int], None],
-    query_tile: int = QUERY_TILE,
-) -> Drawn:
-    """Return what was drawn and where it is kept, on every rank.
+def draw_tiles(
+    draw: Draw, ranks: Ranks, retriever: Retriever, kept: KeptTiles, tiles: list[slice], on_progress: Callable[[int, int], None]
+) -> None:
+    """Draw negatives for some tiles of queries, and keep each rank's part of each on disk.
 
-    kept: where an earlier service may have left what it drew, and this one keeps all.
-    on_progress: called with queries done and to do.
-    query_tile: queries retrieved at once; changes nothing but the memory.
-    Raises Stopped on every rank if one is asked to stop. Collective.
+    on_progress: called with queries done and to do. Raises Stopped on every rank if one is asked to stop. Collective.
     """
-    num_queries = draw.judgements.num_queries
-
-    def find_missing() -> list[slice]:
-        kept.open()
-        return [tile for gap in kept.missing(num_queries) for tile in _tiles(gap, query_tile)]
-
-    for tile in ranks.decide(find_missing):
-        go_on = functools.partial(_go_on, ranks, on_progress, tile, num_queries)
+    for tile in tiles:
+        go_on = functools.partial(_go_on, ranks, on_progress, tile, draw.judgements.num_queries)
         ranks.together(go_on)
         part = _draw_tile(draw, ranks, retriever, tile, go_on)
         ranks.together(functools.partial(patiently, functools.partial(kept.keep, part), "negatives that are drawn"))
-    return kept.gather(ranks, num_queries)
 
 
-def _tiles(gap: slice, query_tile: int) -> list[slice]:
-    return [slice(start, min(start + query_tile, gap.stop)) for start in range(gap.start, gap.stop, query_tile)]
+def tiles_of(todo: list[slice], query_tile: int, places: slice | None = None) -> list[slice]:
+    """Return the tiles of the queries that have no negatives yet; places: within which."""
+    tiles = []
+    for part in todo:
+        first, stop = (part.start, part.stop) if places is None else (max(part.start, places.start), min(part.stop, places.stop))
+        tiles += [slice(start, min(start + query_tile, stop)) for start in range(first, stop, query_tile)]
+    return tiles
 
 
 def _go_on(ranks: Ranks, on_progress: Callable[[int, int], None], tile: slice, num_queries: int, share_done: float = 0) -> None:

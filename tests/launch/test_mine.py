@@ -153,13 +153,13 @@ def test_a_person_reads_counters_and_a_query_with_its_passages(root, tmp_path, c
 
 
 def test_a_miner_that_is_asked_to_stop_leaves_with_75_and_no_file(root, tmp_path, capsys, monkeypatch):
-    draw = refresh.draw_negatives
+    draw = refresh.draw_tiles
 
     def stop_first(*how):
         os.kill(os.getpid(), signal.SIGTERM)
         return draw(*how)
 
-    monkeypatch.setattr(refresh, "draw_negatives", stop_first)
+    monkeypatch.setattr(refresh, "draw_tiles", stop_first)
     assert mine(capsys, root, "--out", tmp_path / "ids.jsonl")[0] == 75
     assert not list(tmp_path.iterdir()) and not list(open_dataset(root / "data").cache.glob("mine-*"))
 

@@ -35,12 +35,14 @@ SIZES = Sizes(
 def test_what_does_not_fit_is_searched_in_passes_and_drawn_in_smaller_tiles():
     plenty, (rows, _) = plan_memory(SIZES, GIB, 100 * GIB), tile_shape(SIZES.top_k, "cpu")
     assert (plenty.query_pass, plenty.query_tile) == (-(-100_000 // rows) * rows, QUERY_TILE)
-    smaller = plan_memory(SIZES, GIB, plenty.total - 1)
-    assert smaller.total < plenty.total and smaller.query_pass == plenty.query_pass and 0 < smaller.query_tile < QUERY_TILE
-    least = plenty.total - 100_000 * 8 * 200
-    passes = plan_memory(SIZES, GIB, least)
-    assert passes.total <= least and passes.query_pass < plenty.query_pass and passes.query_pass % rows == 0
-    assert plan_memory(replace(SIZES, num_ranks=4), GIB, 100 * GIB).query_tile == 4 * QUERY_TILE, "a rank draws its share of a tile"
+    passes = plan_memory(SIZES, GIB, plenty.total - 1)
+    assert passes.total < plenty.total and passes.query_pass < plenty.query_pass and passes.query_pass % rows == 0
+    many = replace(SIZES, num_candidates=4000)
+    tiles = plan_memory(many, GIB, plan_memory(many, GIB, 100 * GIB).total - 1)
+    assert tiles.query_pass == plenty.query_pass and 0 < tiles.query_tile < QUERY_TILE
+    assert plan_memory(replace(SIZES, num_ranks=4), GIB, 100 * GIB).query_tile == 4 * QUERY_TILE, (
+        "a rank draws its share of a tile"
+    )
 
 
 def test_a_gpu_has_room_for_so_many_queries():
@@ -58,7 +60,7 @@ def test_passes_are_whole_tiles_of_what_is_to_be_done(num_queries, most, tile_ro
     assert all(part.start % tile_rows == 0 and part.stop - part.start <= max(most, tile_rows) for part in whole)
     late = slice(num_queries - 10, num_queries)
     (last, *others) = cut_into_passes([late], num_queries, most, tile_rows)[::-1]
-    assert last.start <= late.start < late.stop == last.stop and not others or others[0].stop > late.start
+    assert (last.start <= late.start < late.stop == last.stop and not others) or others[0].stop > late.start
     assert cut_into_passes([], num_queries, most, tile_rows) == []
 
 

@@ -15,8 +15,7 @@ from mining.table.draw import Draw
 from mining.table.filters import Keys
 from mining.table.judgements import Judgements
 from mining.table.kept import KeptTiles
-from mining.table.tiles import draw_negatives
-from tests.mining.table.whole import whole
+from tests.mining.table.whole import draw_negatives, whole
 from trainer.encoder.topk import top_k
 from trainer.handoff.negatives import Negatives
 

@@ -11,9 +11,8 @@ from mining.ranks import Stopped
 from mining.settings import FilterSettings, RerankSettings, SampleSettings
 from mining.table.draw import Draw
 from mining.table.kept import KeptTiles, Part, Placed, Span, disjoint
-from mining.table.tiles import draw_negatives
 from tests.mining.table.test_draw import JUDGED, KEYS, RANKS, SCORES, Matrix
-from tests.mining.table.whole import whole
+from tests.mining.table.whole import draw_negatives, whole
 from trainer.errors import MachineFailed
 
 DRAW = Draw(FilterSettings(), SampleSettings(num_negatives=4), RerankSettings(), 0, 1, JUDGED, KEYS)

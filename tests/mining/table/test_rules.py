@@ -17,11 +17,10 @@ from mining.table.draw import Draw
 from mining.table.filters import Keys
 from mining.table.judgements import read_judgements
 from mining.table.kept import KeptTiles
-from mining.table.tiles import draw_negatives
 from tests.mining.run import make_job, publish_checkpoint, rows_of
 from tests.mining.services import start_service
 from tests.mining.table.test_draw import JUDGED, NUM_PASSAGES, NUM_QUERIES, POSITIVE, RANKS, TOP_K, Matrix, Words, matrix
-from tests.mining.table.whole import whole
+from tests.mining.table.whole import draw_negatives, whole
 from trainer.data.datasets import open_dataset
 from trainer.encoder.model import ModelSettings, load_encoder
 from trainer.handoff.negatives import Negatives, open_negatives
