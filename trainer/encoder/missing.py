@@ -62,11 +62,8 @@ def encode_absent(
     encoder's device; in the thread that calls, when the shard has been published, and while another one is. So, of all
     processes that ever encode at the same time, one sees a shard. It should take no longer than encoding one.
     """
-    pieces = [Piece(each, shard) for each in texts for shard in each.shards.missing()]
-    begin = len(pieces) * rank // num_ranks
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        queue = Pieces([*pieces[begin:], *pieces[:begin]], reader)
-        encoding = _Encoding(queue, on_progress, see, num_ranks, reader, writer)
+        encoding = _Encoding(Pieces(texts, rank / num_ranks, reader), on_progress, see, num_ranks, reader, writer)
         try:
             encoding.encode_all()
         finally:

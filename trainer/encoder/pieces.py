@@ -41,6 +41,9 @@ class Piece(NamedTuple):
         return len(self.texts.shards.rows(self.shard))
 
 
+Listed = dict[Texts, tuple[set[int], set[int]]]
+
+
 class Taken(NamedTuple):
     """A piece that this process has to encode, its first batch read."""
 
@@ -53,15 +56,17 @@ class Taken(NamedTuple):
 class Pieces:
     """What is missing. One thread at a time may take a piece."""
 
-    def __init__(self, pieces: Iterable[Piece], reader: Executor):
-        """pieces: those that are missing, in the order in which this process takes them. reader: as `Batches` has it."""
-        self._left = dict.fromkeys(pieces)  # not known to be there or to have been taken by this process
-        self.total = sum(piece.num_rows for piece in self._left)
+    def __init__(self, texts: Iterable[Texts], begin: float, reader: Executor):
+        """begin: the share of the pieces that this process leaves for the end. reader: as `Batches` has it."""
+        listed = _list(texts)
+        pieces = [Piece(each, shard) for each, (missing, _) in listed.items() for shard in sorted(missing)]
+        first = int(len(pieces) * begin)
+        self._left = dict.fromkeys([*pieces[first:], *pieces[:first]])  # not known to be there, nor taken by this process
+        self.total = sum(piece.num_rows for piece in pieces)
         self.num_elsewhere = 0  # texts that others have encoded or taken
         self._counted: set[Piece] = set()  # in num_elsewhere
         self._reader = reader
-        self._free, self._held = deque[Piece](), deque[Piece]()  # what is left, by the last list
-        self._listed_at = time.monotonic()
+        self._sort(listed)
 
     @property
     def are_there(self) -> bool:
@@ -76,7 +81,7 @@ class Pieces:
     def take(self) -> Taken | None:
         """Take the next piece that is free and read its first batch; None: others hold what is left, or nothing is."""
         if not (self._free or self._held) or time.monotonic() > self._listed_at + LISTED_S:
-            self._list()
+            self._sort(_list({piece.texts for piece in self._left}))
         while self._free:
             if (taken := self._taken(self._free.popleft())) is not None:
                 return taken
@@ -85,12 +90,11 @@ class Pieces:
         held, self._held = self._held, deque()
         return self._taken(held[0]) if held else None
 
-    def _list(self) -> None:
-        """Find out what is left, and what of it is free; lists each folder once."""
-        found = {texts: texts.shards.missing_and_leased() for texts in {piece.texts for piece in self._left}}
-        self._free, self._held, self._listed_at = deque(), deque(), time.monotonic()
+    def _sort(self, listed: Listed) -> None:
+        """Note what is left, and what of it is free."""
+        self._free, self._held, self._listed_at = deque[Piece](), deque[Piece](), time.monotonic()
         for piece in list(self._left):
-            missing, leased = found[piece.texts]
+            missing, leased = listed[piece.texts]
             is_missing, is_held = piece.shard in missing, piece.shard in leased
             if not is_missing:
                 del self._left[piece]
@@ -111,6 +115,11 @@ class Pieces:
             lease.release()
             raise
         return Taken(piece, lease, batches, piece in self._counted)
+
+
+def _list(texts: Iterable[Texts]) -> Listed:
+    """Return what is missing and what is leased of each; lists each folder once."""
+    return {each: each.shards.missing_and_leased() for each in texts}
 
 
 def _lease(piece: Piece) -> Lease | None:
