@@ -20,12 +20,12 @@ from mining.settings import SampleSettings
 from mining.table.judgements import Judgements
 from mining.table.sampling import random_rows
 from trainer.encoder.pair_scores import score_pairs
-from trainer.encoder.topk import ID_BITS, LARGEST_ID
 from trainer.handoff.negatives import Negatives
 
 PairsOf = Callable[[slice], tuple[np.ndarray, np.ndarray]]  # places of queries to (indptr, passage rows; -1: none)
 
 SPARE = 2  # random passages of a query beyond those it needs, for one that is its positive
+ROW_BITS, NO_ROW = 32, (1 << 32) - 1  # of a pair as one number; the search has no such row either
 BLOCK_QUERIES, BLOCK_PAIRS = 1 << 14, 1 << 20  # that are listed, or put in order, at once
 
 
@@ -65,7 +65,7 @@ class Scored:
         """Return the score of any pairs, float32; NaN where it is not known."""
         if len(self.keys) == 0:
             return np.full(len(query_places), np.nan, np.float32)
-        keys = (query_places - self.first << ID_BITS) | passage_rows
+        keys = (query_places - self.first << ROW_BITS) | passage_rows
         at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
         return np.where(self.keys[at] == keys, self.scores[at], np.float32(np.nan))
 
@@ -135,9 +135,9 @@ def list_together(ranks: Ranks, find: Callable[[slice], np.ndarray], num_queries
     """
     lengths, rows = [np.zeros(1, np.int64)], [np.zeros(0, np.uint32)]
     for start in range(0, num_queries, query_tile):
-        own = find(slice(start, min(start + query_tile, num_queries))).astype(np.uint32)  # -1 becomes LARGEST_ID, which is no row
+        own = find(slice(start, min(start + query_tile, num_queries))).astype(np.uint32)  # -1 becomes NO_ROW
         ids_QK = np.concatenate(ranks.exchange_arrays([own] * ranks.num_ranks))
-        is_there_QK = ids_QK != LARGEST_ID
+        is_there_QK = ids_QK != NO_ROW
         lengths.append(is_there_QK.sum(1))
         rows.append(ids_QK[is_there_QK])
     return Listed(np.cumsum(np.concatenate(lengths)), np.concatenate(rows))
@@ -149,7 +149,7 @@ def bytes_of_pair(num_pairs: int) -> int:
 
 
 def _place_type(num_pairs: int) -> np.dtype:
-    return np.dtype(np.uint32 if num_pairs <= LARGEST_ID else np.int64)
+    return np.dtype(np.uint32 if num_pairs <= NO_ROW else np.int64)
 
 
 def _list_pairs(places: slice, sources: list[PairsOf]) -> tuple[np.ndarray, np.ndarray]:
@@ -158,15 +158,15 @@ def _list_pairs(places: slice, sources: list[PairsOf]) -> tuple[np.ndarray, np.n
     for start in range(places.start, places.stop, BLOCK_QUERIES):
         block = slice(start, min(start + BLOCK_QUERIES, places.stop))
         keys = np.unique(np.concatenate([_keys(*source(block)) for source in sources]))
-        lengths.append(np.bincount(keys >> ID_BITS, minlength=block.stop - block.start))
-        rows.append((keys & LARGEST_ID).astype(np.uint32))
+        lengths.append(np.bincount(keys >> ROW_BITS, minlength=block.stop - block.start))
+        rows.append((keys & NO_ROW).astype(np.uint32))
     return np.cumsum(np.concatenate(lengths)), np.concatenate(rows)
 
 
 def _keys(indptr: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Return (query, passage row) of each pair as one int64, without those of row -1."""
     query_n = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
-    keys = (query_n << ID_BITS) | rows
+    keys = (query_n << ROW_BITS) | rows
     return keys[rows >= 0]
 
 

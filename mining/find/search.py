@@ -49,8 +49,7 @@ class ExactFinder:
         self._seen.add(shard)
         first = shard * self._shard_rows
         allowed_n = np.flatnonzero(self._allowed_N[first : first + len(vectors)])
-        table = vectors.cpu().numpy() if isinstance(vectors, Tensor) else vectors
-        self._best.look_at(table, allowed_n, first)
+        self._best.look_at(vectors, allowed_n, first)
 
     def keys(self, places: slice) -> np.ndarray:
         return self._best.keys(slice(places.start - self._first, places.stop - self._first))

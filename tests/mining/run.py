@@ -7,14 +7,17 @@ import json
 import os
 import subprocess
 import sys
+import unittest.mock
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import TypeAdapter
 
 from launch.srun import outside_slurm
 from mining.job import MineJob
+from mining.ranks import Ranks
+from tests.mining.talk import check_heard, talk
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from trainer.data.datasets import open_data
 from trainer.encoder.model import ModelSettings, load_encoder, save_encoder, weights_digest
@@ -104,13 +107,22 @@ def rows_of(job: dict, version: str) -> list[np.ndarray]:
     return np.split(np.load(folder / "ids.npy"), np.load(folder / "indptr.npy")[1:-1])
 
 
+def speak(comm: Any) -> None:
+    """Check that ranks hear each other, and arrays in rounds of a few bytes. Collective."""
+    for round_bytes in (7, 1 << 28):
+        with unittest.mock.patch("mining.ranks.ROUND_BYTES", round_bytes):
+            check_heard(comm.rank, comm.size, talk(Ranks(comm, lambda: False)))
+
+
 def main() -> int:
-    """Run one rank of each plan that it takes part in."""
+    """Run one rank of each plan that it takes part in, after a few words with the others."""
     from mpi4py import MPI
 
     from mining.service import run_service
 
     world = MPI.COMM_WORLD
+    for num_ranks in range(1, world.size + 1):
+        speak(world.Split(0 if world.rank < num_ranks else 1))
     for job, num_ranks, checkpoint in json.loads(Path(sys.argv[1]).read_text()):
         comm = world.Split(0 if world.rank < num_ranks else MPI.UNDEFINED)
         if comm != MPI.COMM_NULL:

@@ -39,12 +39,13 @@ class BestOf:
         self._keys_Qk = torch.full((len(query_QD), k), NOTHING, device=device)
         self._most_rows = max(1, len(query_QD))  # of a tile; fewer once memory was too small, which moves the last bits of scores
 
-    def look_at(self, passage_ND: np.ndarray, rows_n: np.ndarray, first_id: int = 0) -> None:
+    def look_at(self, passage_ND: np.ndarray | Tensor, rows_n: np.ndarray, first_id: int = 0) -> None:
         """Let every query see some rows of a table of passages.
 
-        passage_ND: float16 or float32, a map of a file for example; read tile by tile.
+        passage_ND: float16 or float32, a tensor, or a map of a file for example; read tile by tile.
         rows_n: int64, ascending; ids are first_id + row, from 0 to 2^32 - 2.
         """
+        passage_ND = passage_ND.cpu().numpy() if isinstance(passage_ND, Tensor) else passage_ND
         tile_rows, tile_columns = tile_shape(self.k, self._query_QD.device.type)
         tiles = [slice(row, row + tile_rows) for row in range(0, len(self._query_QD), tile_rows)]
         device, spaces = self._query_QD.device, threading.local()
@@ -83,9 +84,9 @@ class BestOf:
         keys_QK = _pack(torch.as_tensor(scores_QK, device=device), torch.as_tensor(ids_QK, device=device))
         self._keys_Qk = torch.cat([self._keys_Qk, keys_QK], 1).topk(k, sorted=False).values
 
-    def keys(self, rows: slice = slice(None)) -> np.ndarray:
-        """Return what some queries found, (Q, k) int64 in no order; `best_of_keys` joins the keys of several searches."""
-        return self._keys_Qk[rows].cpu().numpy()
+    def keys(self, places: slice | None = None) -> np.ndarray:
+        """Return what some queries found, all by default, (Q, k) int64 in no order; `best_of_keys` joins those of searches."""
+        return self._keys_Qk[places or slice(None)].cpu().numpy()
 
 
 def best_of_keys(parts: list[np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
