@@ -118,11 +118,9 @@ def test_queries_without_pairs_and_ranks_without_queries_ask_for_nothing(world):
     assert on_threads(2, go) == [(0, True, 0)] * 2
 
 
-def test_a_shard_that_is_torn_is_given_up_by_all_ranks(world):
-    manifest = next(world.passages.shards.folder.glob("shard-000003*/manifest.json"))
-    words = manifest.read_text()
-    manifest.write_text(words.replace('"sha256": "', '"sha256": "0'))
-    owners, met = np.arange(8) % 3, []
+def test_a_shard_that_is_lost_is_given_up_by_all_ranks(world):
+    file = next(world.passages.shards.folder.glob("shard-000003*/embeddings.npy"))
+    aside, owners, met = file.rename(file.with_suffix(".aside")), np.arange(8) % 3, []
 
     def go(ranks):
         try:
@@ -131,7 +129,7 @@ def test_a_shard_that_is_torn_is_given_up_by_all_ranks(world):
             met.append(str(given_up))
 
     on_threads(3, go)
-    manifest.write_text(words)
+    aside.rename(file)
     assert len(met) == 3 and "shard-000003" in met[0]
 
 
