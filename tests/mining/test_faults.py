@@ -16,7 +16,6 @@ import torch
 from transformers import BertModel
 
 from mining import ranks, service
-from mining.find import source
 from mining.find.embeddings import TokenCache
 from tests.disk import fill, small_disk
 from tests.mining.run import as_job, make_job, publish_checkpoint, published
@@ -149,14 +148,15 @@ def test_a_schedule_cannot_go_on_without_its_checkpoint(tmp_path):
 
 
 def newer_while_encoding(job: dict, after: int, rank: int = 0) -> None:
-    """Publish checkpoint 20 as rank 0 begins its n-th shard; if it is the first, other ranks do not run ahead meanwhile."""
+    """Publish checkpoint 20 as rank 0 begins its n-th shard of passages; other ranks wait for it at their first."""
     plain, calls = Shards.embed, []
 
-    def embed(self, *args):
-        calls.append(self)
+    def embed(self, *args, **how):
+        if self.num_rows > 300:  # else it is of the queries
+            calls.append(self)
         if rank == 0 and len(calls) == after:
             publish_checkpoint(job, 20)
-        while rank and after == 1 and read_latest(checkpoints_folder(Path(job["run"]["folder"]))) != checkpoint_name(20):
+        while rank and len(calls) == 1 and read_latest(checkpoints_folder(Path(job["run"]["folder"]))) != checkpoint_name(20):
             time.sleep(0.05)
         return plain(self, *args)
 
@@ -165,7 +165,7 @@ def newer_while_encoding(job: dict, after: int, rank: int = 0) -> None:
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_newer_checkpoint_wins_except_past_half_way(tmp_path, num_ranks):
-    for name, after, wanted in (("early", 1, [None, 20]), ("late", 5 // num_ranks + 1, [None, 10])):
+    for name, after, wanted in (("early", 1, [None, 20]), ("late", {1: 4, 2: 3}[num_ranks], [None, 10])):
         job = make_job(tmp_path, run=name)
         publish_checkpoint(job, 10)
         run = start_service(job, num_ranks, before=partial(newer_while_encoding, job, after))
@@ -279,25 +279,22 @@ def test_a_full_disk_costs_a_service_versions_and_not_its_life(tmp_path, num_ran
             run.wait()
 
 
-def test_torn_embeddings_are_encoded_again(tmp_path, monkeypatch):
-    undisturbed, job = make_job(tmp_path), make_job(tmp_path, run="torn")
-    for one in (undisturbed, job):
-        publish_checkpoint(one, 10)
-    mine(undisturbed)
-    plain, num_torn = source.encode_together, []
-
-    def encode_and_tear(ranks, sides, on_progress):
-        plain(ranks, sides, on_progress)
-        if not num_torn:
-            torn = next(sides[1].shards.folder.glob("shard-*/embeddings.npy"))
-            flip(torn)
-            num_torn.append(torn)
-            with pytest.raises(TornVersion):
-                open_version(torn.parent)
-
-    monkeypatch.setattr(source, "encode_together", encode_and_tear)
+def test_torn_embeddings_are_encoded_again(tmp_path):
+    job = make_job(tmp_path)
+    publish_checkpoint(job, 10)
     mine(job)
-    assert num_torn and published(job) == published(undisturbed)
+    expected = published(job)
+    shutil.rmtree(negatives_folder(folder(job)))
+    torn = list(folder(job).glob("shards/[0-9a-f]*/shard-000000/embeddings.npy"))
+    assert len(torn) == 2, "of the queries and of the passages"
+    for file in torn:
+        flip(file)
+        with pytest.raises(TornVersion):
+            open_version(file.parent)
+    mine(job)
+    assert published(job) == expected
+    for file in torn:
+        open_version(file.parent)
 
 
 def test_who_is_asked_to_stop_does_not_wait_for_a_dead_rank_for_ever(monkeypatch):
