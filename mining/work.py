@@ -63,6 +63,7 @@ class Work:
     task: Task | None = None  # what is being made
     settled_version: int | None = None  # one that gives way to no newer checkpoint: it has done so before, or was resumed
     num_refused: int = 0
+    has_fit: bool = False  # the disk has held what is planned, on rank 0
     pins: Pins = field(default_factory=Pins)  # on the embeddings of the version at work; rank 0 holds them for all
     seconds: dict[str, float] = field(default_factory=dict)  # its phases so far
     _phase: tuple[str, float, dict[str, int]] = ("", 0.0, {})  # name, beginning, amounts of work

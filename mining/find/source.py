@@ -117,7 +117,8 @@ def settle_source(work: Work, checkpoint: Checkpoint, source: Source) -> None:
     stays = None if job.mine.passages == "fresh" else source.passages.folder.name
     keep_base(job.run.folder, replace(source.base, folder=stays))
     num_missing = sum(len(side.rows(shard)) for side in (source.queries, source.passages) for shard in side.missing())
-    disk = plan_disk(job, work.judgements.num_queries, len(work.data.corpus), source.width, num_missing)
+    sizes = work.judgements.num_queries, len(work.data.corpus), source.width, num_missing
+    disk, work.has_fit = plan_disk(job, *sizes, starts=not work.has_fit), True
     work.metrics.record(checkpoint.step, {"event": "planned disk", **disk.as_json()})
 
 

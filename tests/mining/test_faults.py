@@ -239,11 +239,12 @@ def test_a_full_or_read_only_disk_is_one_sentence_and_the_next_service_goes_on(t
     with small_disk(disk, "1m"):
         job = make_job(tmp_path, run="disk/run")
         publish_checkpoint(job, 10)
-        for free_kib in (0, 12, 30, 60):
+        full, small = (1, "negpool: no room left on the disk for"), (2, "negpool: disk of the run: 0.23 MiB are needed")
+        for free_kib, (code, sentence) in {0: full, 12: full, 60: small}.items():
             ballast = fill(disk, free_kib)
             run = start_service(job, num_ranks, before=be_impatient)
-            assert run.wait() == 1, run.said
-            assert run.said.count("negpool: no room left on the disk for") == 1 and "Traceback" not in run.said, run.said
+            assert run.wait() == code, run.said
+            assert run.said.count(sentence) == 1 and "Traceback" not in run.said, run.said
             for version in versions(negatives_folder(folder(job))):
                 open_version(version)
             ballast.unlink()
@@ -266,7 +267,7 @@ def test_a_full_disk_costs_a_service_versions_and_not_its_life(tmp_path, num_ran
     with small_disk(disk, "1m"):
         job = make_job(tmp_path, run="disk/run")
         publish_checkpoint(job, 10)
-        ballast = fill(disk, 30)
+        ballast = fill(disk, 12)
         run = start_service(job, num_ranks, words=(), before=be_impatient)
         try:
             wait_until(run, lambda: run.said.count("the service tries again") + run.said.count("the service asks again") > 1)

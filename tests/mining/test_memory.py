@@ -1,15 +1,12 @@
 """The plan of a rank's memory, and a job that cannot fit."""
 
-import json
 from dataclasses import replace
 
 import pytest
 
-from mining import disk
 from mining.find.dense import cut_into_passes
-from mining.job import ALL_ENCODINGS
 from mining.memory import GIB, QUERY_TILE, Sizes, plan_memory
-from tests.mining.run import as_job, make_job, publish_checkpoint
+from tests.mining.run import make_job, publish_checkpoint
 from tests.mining.test_service import folder, mine
 from trainer.encoder.topk import bytes_of_query, tile_shape
 from trainer.errors import InputError
@@ -93,26 +90,6 @@ def test_more_of_anything_takes_more(more):
 def test_passages_are_read_from_disk_and_hardly_count():
     grown = plan_memory(replace(SIZES, num_passages=20_000_000), 0, 100 * GIB).total - plan_memory(SIZES, 0, 100 * GIB).total
     assert grown == 18_000_000 * 25  # lengths, keys of tokens and of texts, and which may be candidates
-
-
-def test_the_room_on_the_disk_is_told_and_what_does_not_fit_is_warned_of(tmp_path, caplog, monkeypatch):
-    job = make_job(tmp_path, mine={"bm25_top_k": 0})
-    monkeypatch.setattr(disk, "free_bytes", lambda folder: 40_000)
-    publish_checkpoint(job, 10)
-    mine(job)
-    (planned,) = (json.loads(line) for line in (folder(job) / "logs" / "miner.jsonl").read_text().splitlines() if "disk" in line)
-    written = sum(file.stat().st_size for file in folder(job).glob("shards/*/shard-*/embeddings.npy"))
-    version = sum(file.stat().st_size for file in folder(job).glob("negatives/v000001/*.npy"))
-    assert written < planned["to_write_gib"] * GIB < 1.2 * (written + version)
-    assert planned["embeddings_gib"] == pytest.approx(2 * written / GIB, rel=0.05, abs=1e-4)
-    (warned,) = (record.message for record in caplog.records if "disk of the run" in record.message)
-    assert "0.00 GiB are free; free some, set encode.stored or mine.keep_encodings lower, or run.folder" in warned
-
-
-def test_mining_without_a_run_tells_of_the_one_set_that_it_makes(tmp_path):
-    job = as_job(make_job(tmp_path, mine={"keep_encodings": ALL_ENCODINGS}, encode={"stored": "fp32"}))
-    job.run.folder.mkdir()
-    assert disk.plan_disk(job, 10, 90, 32, 100).embeddings == 100 * 32 * 4
 
 
 def test_a_service_that_cannot_fit_says_so_before_it_encodes(tmp_path):
