@@ -150,10 +150,15 @@ class KeptTiles:
         columns = {f"column_{name}": np.ascontiguousarray(column) for name, column in part.columns.items()}
         data = save({**columns, "lengths": part.lengths, "about": np.frombuffer(about, np.uint8)})
         unfinished = self._folder / f"{self._path(span).name}.{os.getpid()}"
-        with open(unfinished, "wb") as file:
-            file.write(data)
-            file.write(xxhash.xxh3_128_digest(data))
-        os.replace(unfinished, self._path(span))
+        try:
+            with open(unfinished, "wb") as file:
+                file.write(data)
+                file.write(xxhash.xxh3_128_digest(data))
+            os.replace(unfinished, self._path(span))
+        except OSError:
+            with contextlib.suppress(OSError):  # half a part takes room that a full disk does not have
+                unfinished.unlink(missing_ok=True)
+            raise
         self._written[span] = part.summary
 
     def read(self, span: Span) -> Part:

@@ -28,9 +28,9 @@ def test_what_the_plan_says_is_what_stays_and_what_is_there_counts_in_its_favour
     job = make_job(tmp_path, mine={"bm25_top_k": 0, "keep_encodings": keep_encodings, "keep_versions": 2})
     most, plain = [0], disk.plan_disk
 
-    def plan_and_measure(*args):
+    def plan_and_measure(*args, **how):
         most.append(embedded(job))
-        return plain(*args)
+        return plain(*args, **how)
 
     monkeypatch.setattr("mining.find.source.plan_disk", plan_and_measure)
     for step in (10, 20, 30):

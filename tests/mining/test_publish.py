@@ -18,6 +18,7 @@ from mining.ranks import GivenUp, Ranks
 from mining.table.audit import audit_scores, jaccard_of_each, overlap_with, row_ends, score_quantiles
 from mining.table.judgements import Judgements
 from mining.table.kept import KeptTiles, Part
+from tests.mining.threads import World, on_threads
 from trainer.errors import MachineFailed
 from trainer.handoff import digests, retry
 from trainer.handoff.manifest import open_version, read_latest
@@ -46,70 +47,6 @@ def part(start, stop):
     of_queries = {"positive_scores": POSITIVE_INDPTR}
     columns = {n: c[slice(*of_queries.get(n, INDPTR)[[start, stop]])] for n, c in COLUMNS.items()}
     return Part(start, LENGTHS[start:stop], columns, {"candidates": 9 * (stop - start)}, {"judged": stop - start})
-
-
-class Threads:
-    """Ranks that are threads; remembers the largest message."""
-
-    def __init__(self, num_ranks):
-        self.barrier, self.places, self.largest = threading.Barrier(num_ranks), {}, 0
-        self.comms = [Thread(self, rank, num_ranks) for rank in range(num_ranks)]
-
-    def run(self, work):
-        found, errors = [None] * len(self.comms), []
-
-        def one(rank, comm):
-            try:
-                found[rank] = work(Ranks(comm, lambda: False))
-            except BaseException as error:
-                errors.append(error)
-
-        threads = [threading.Thread(target=one, args=pair) for pair in enumerate(self.comms)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        assert not any(thread.is_alive() for thread in threads)
-        if errors:
-            raise errors[0]
-        return found
-
-
-class Thread:
-    """What `Ranks` asks of a communicator."""
-
-    def __init__(self, world, rank, size):
-        self.world, self.rank, self.size = world, rank, size
-
-    def Ibarrier(self):  # noqa: N802
-        self.world.barrier.wait()
-        return self
-
-    def Test(self):  # noqa: N802
-        return True
-
-    def iprobe(self, tag):
-        return False
-
-    def alltoall(self, parts):
-        self.world.largest = max(self.world.largest, *(len(pickle.dumps(part)) for part in parts))
-        self.world.places[self.rank] = parts
-        self.world.barrier.wait()
-        found = [self.world.places[rank][self.rank] for rank in range(self.size)]
-        self.world.barrier.wait()
-        return found
-
-    def allgather(self, value):
-        return self.alltoall([value] * self.size)
-
-    gather = allgather
-
-    def bcast(self, value):
-        return self.allgather(value)[0]
-
-    def Alltoallv(self, out, into):  # noqa: N802
-        sent = np.split(out[0], np.cumsum(out[1])[:-1])
-        into[0][:] = np.concatenate(self.alltoall(sent))
 
 
 def draw(ranks, run, tile=TILE):
@@ -149,8 +86,7 @@ def plain(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_all_ranks_publish_the_bytes_of_one_process(tmp_path, plain, num_ranks):
-    world = Threads(num_ranks)
-    manifests = world.run(lambda ranks: publish(ranks, tmp_path))
+    manifests = on_threads(num_ranks, lambda ranks: publish(ranks, tmp_path))
     assert files(tmp_path) == plain
     assert all(manifest == open_version(negatives_folder(tmp_path) / "v000001") for manifest in manifests)
     entries = manifests[0]["files"]
@@ -161,11 +97,11 @@ def test_all_ranks_publish_the_bytes_of_one_process(tmp_path, plain, num_ranks):
 
 
 def test_no_negative_is_in_a_message_and_each_block_is_hashed_once(tmp_path, plain, monkeypatch):
-    world, hashed = Threads(3), []
-    hash_block = digests._hash_block
+    hashed, said, hash_block, swap = [], [], digests._hash_block, World.swap
+    monkeypatch.setattr(World, "swap", lambda self, rank, told: said.append(len(pickle.dumps(told))) or swap(self, rank, told))
     monkeypatch.setattr(digests, "_hash_block", lambda *which: hashed.append(which[:2]) or hash_block(*which))
-    world.run(lambda ranks: publish(ranks, tmp_path, NUM_QUERIES))
-    assert 0 < world.largest < IDS.nbytes / 4, "most of it digests: blocks of 3,000 bytes are small"
+    on_threads(3, lambda ranks: publish(ranks, tmp_path, NUM_QUERIES))
+    assert 0 < max(said) < IDS.nbytes / 4, "most of it digests: blocks of 3,000 bytes are small"
     assert len(hashed) == len(set(hashed)) == sum(-(-len(data) // 3000) for data in plain.values())
 
 
@@ -178,11 +114,11 @@ def test_another_service_with_other_ranks_and_tiles_goes_on_with_what_is_there(t
         for start in (32, 640):
             kept.keep(part(start + 40 * ranks.rank, start + 40 * ranks.rank + 40))
 
-    Threads(3).run(half)
+    on_threads(3, half)
     old = list(tmp_path.glob("status/miner.tiles/*/*.part"))
     old[0].write_bytes(old[0].read_bytes()[:-3])
     times = {path: path.stat().st_mtime_ns for path in old[1:]}
-    Threads(2).run(lambda ranks: publish(ranks, tmp_path, tile=70))
+    on_threads(2, lambda ranks: publish(ranks, tmp_path, tile=70))
     assert files(tmp_path) == plain
     assert len(times) == 5 and {path: path.stat().st_mtime_ns for path in times} == times, "they were not written again"
 
@@ -213,7 +149,7 @@ def test_a_kill_between_two_writes_leaves_no_version_and_the_next_service_makes_
     assert {path.name for path in staging.iterdir()} == set(plain)
     claim_negatives(tmp_path, NUM_QUERIES, NUM_PASSAGES)
     assert list(staging.parent.iterdir()) == []
-    Threads(2).run(lambda ranks: publish(ranks, tmp_path))
+    on_threads(2, lambda ranks: publish(ranks, tmp_path))
     assert files(tmp_path) == plain
 
 
@@ -239,7 +175,7 @@ def test_a_disk_that_one_rank_finds_full_stops_all_and_leaves_nothing(tmp_path, 
             told.append(error)
 
     refused = None
-    Threads(3).run(work)
+    on_threads(3, work)
     assert len(told) == 3 and "no room left on the disk for negatives v1" in "".join(map(str, told))
     assert list(negatives_folder(tmp_path).iterdir()) == []
 
@@ -256,13 +192,13 @@ def test_the_audit_finds_what_one_process_finds_of_the_whole_table(tmp_path, mon
         drawn = draw(ranks, tmp_path)
         return drawn, overlap_with(ranks, last, drawn), audit_scores(ranks, JUDGEMENTS, drawn)
 
-    for drawn, overlap, scores in Threads(num_ranks).run(audit):
+    for drawn, overlap, scores in on_threads(num_ranks, audit):
         assert overlap == round(mean, 4)
         assert scores == {name: score_quantiles(COLUMNS[name]) for name in ("scores", "positive_scores")}
         assert drawn.counts == {"candidates": 9 * NUM_QUERIES} and drawn.dropped == {"judged": NUM_QUERIES}
         assert drawn.num_empty == (LENGTHS == 0).sum()
     monkeypatch.setattr("mining.table.audit.MAX_SCORED", NUM_QUERIES // 2)
-    some = [scores for _, _, scores in Threads(num_ranks).run(audit)]
+    some = [scores for _, _, scores in on_threads(num_ranks, audit)]
     assert some[0] != scores and some[0]["scores"]["q50"] == pytest.approx(scores["scores"]["q50"], abs=0.05)
     SOME.append(some[0])
     assert all(each == SOME[0] for each in (*some, *SOME)), "the same queries, whoever drew them"
