@@ -18,6 +18,7 @@ from gradcache.loss_memory import LossSizes
 from launch.jobfile import Jobs
 from launch.plan import Plan, cores_and_gpus, share_out
 from launch.plan_warnings import warnings_of_job, warnings_of_plan
+from mining.disk import budget
 from mining.find.index import bytes_of_passage
 from mining.memory import FREE_SHARE, MemoryPlan, Sizes, held_now, plan_memory
 from mining.settings import AUTO, EXACT
@@ -34,7 +35,6 @@ from trainer.tasks import loss_options
 
 SAMPLED, PASSED = 1000, 16  # texts whose lengths are measured; texts that go through the model
 GIB = 2**30
-BYTES_OF_NEGATIVE = 12  # of a version: id and score
 BYTES_OF_PARAMETER = 16  # of a checkpoint: the exported model, the weights and AdamW's two moments, in float32
 
 
@@ -230,12 +230,9 @@ def swap_steps(num_steps: int, every: int, refresh_steps: float) -> list[int]:
 
 
 def disk_bytes(jobs: Jobs, data: RetrievalData, num_queries: int, width: int, num_parameters: int) -> int:
-    """Return the bytes of the run folder at its largest: checkpoints, embeddings and versions that are kept, one more of each."""
-    mine = jobs.mine
-    stored = np.dtype(mine.encode.stored_type).itemsize * width
-    embeddings = (mine.mine.keep_encodings + 2) // 2 * (len(data.corpus) + num_queries) * stored
-    versions = (mine.mine.keep_versions + 1) * num_queries * mine.sample.num_negatives * BYTES_OF_NEGATIVE
-    return (jobs.train.checkpoint.keep + 1) * num_parameters * BYTES_OF_PARAMETER + embeddings + versions
+    """Return the bytes of the run folder at its largest: checkpoints and one more, and what the miner keeps and works on."""
+    mined = sum(budget(jobs.mine, num_queries, len(data.corpus), width))
+    return (jobs.train.checkpoint.keep + 1) * num_parameters * BYTES_OF_PARAMETER + mined
 
 
 def _lengths(texts: Any, tokenizer: Any, prefix: str, most: int) -> np.ndarray:

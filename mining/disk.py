@@ -66,21 +66,13 @@ def plan_disk(job: MineJob, num_queries: int, num_passages: int, width: int, num
     """
     row_bytes = width * np.dtype(job.encode.stored_type).itemsize
     of_refresh, missing = (num_queries + num_passages) * row_bytes, num_missing * row_bytes
-    num_refreshes = refreshes_kept(job)
-    version = version_bytes(job, num_queries)
-    num_versions = len(job.negatives.schedule) + 1 if job.negatives.schedule else job.mine.keep_versions
+    embeddings, versions, at_work = budget(job, num_queries, num_passages, width)
     shards, own = job.run.folder / "shards", of_refresh - missing
-    _prune(shards, max(SETS * num_refreshes, job.mine.keep_encodings))
-    there = own + min((num_refreshes - 1) * of_refresh, max(0, sum(_set_bytes(shards)) - own))
-    there += min(num_versions * version, sum(file.stat().st_size for file in negatives_folder(job.run.folder).glob("v*/*.npy")))
-    plan = DiskPlan(
-        embeddings=num_refreshes * of_refresh,
-        versions=num_versions * version,
-        at_work=2 * version,
-        there=there,
-        to_write=missing + 2 * version,
-        free=free_bytes(shards if shards.is_dir() else job.run.folder),
-    )
+    _prune(shards, max(SETS * refreshes_kept(job), job.mine.keep_encodings))
+    there = own + min(embeddings - of_refresh, max(0, sum(_set_bytes(shards)) - own))
+    there += min(versions, sum(file.stat().st_size for file in negatives_folder(job.run.folder).glob("v*/*.npy")))
+    free = free_bytes(shards if shards.is_dir() else job.run.folder)
+    plan = DiskPlan(embeddings, versions, at_work, there, missing + at_work, free)
     if plan.fits:
         log.info("%s", plan.as_text())
         return plan
@@ -89,6 +81,14 @@ def plan_disk(job: MineJob, num_queries: int, num_passages: int, width: int, num
         "mine.keep_encodings or mine.keep_versions lower, or run.folder to another disk"
     )
     raise InputError(sentence) if starts else MachineFailed(sentence)
+
+
+def budget(job: MineJob, num_queries: int, num_passages: int, width: int) -> tuple[int, int, int]:
+    """Return the bytes of the embeddings that are there at once, of the versions that are kept, and of one at work."""
+    embeddings = refreshes_kept(job) * (num_queries + num_passages) * width * np.dtype(job.encode.stored_type).itemsize
+    version = version_bytes(job, num_queries)
+    num_versions = len(job.negatives.schedule) + 1 if job.negatives.schedule else job.mine.keep_versions
+    return embeddings, num_versions * version, 2 * version
 
 
 def refreshes_kept(job: MineJob) -> int:

@@ -86,7 +86,7 @@ def test_swaps_follow_the_checkpoints_as_fast_as_the_miner_is():
 def test_disk_is_that_of_checkpoints_embeddings_and_versions(root):
     jobs = job(root, "checkpoint.keep=1", "mine.keep_encodings=2", "mine.keep_versions=1", "sample.num_negatives=10")
     data = open_data(jobs.train.data, {})
-    expected = 2 * 1000 * 16 + 2 * (len(data.corpus) + 36) * 32 * 4 + 2 * 36 * 10 * 12
+    expected = 2 * 1000 * 16 + 2 * (len(data.corpus) + 36) * 32 * 4 + 3 * 36 * (10 * 12 + 8 + 4)
     assert disk_bytes(jobs, data, 36, 32, 1000) == expected
 
 
