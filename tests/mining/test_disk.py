@@ -8,6 +8,7 @@ from mining import disk
 from mining.disk import plan_disk, version_bytes
 from mining.job import ALL_ENCODINGS
 from mining.memory import GIB
+from mining.refresh import publish_drawn
 from tests.mining.run import as_job, make_job, publish_checkpoint
 from tests.mining.services import start_service
 from tests.mining.test_service import folder, mine
@@ -26,25 +27,24 @@ def embedded(job) -> int:
 @pytest.mark.parametrize("keep_encodings", [2, 3])
 def test_what_the_plan_says_is_what_stays_and_what_is_there_counts_in_its_favour(tmp_path, monkeypatch, keep_encodings):
     job = make_job(tmp_path, mine={"bm25_top_k": 0, "keep_encodings": keep_encodings, "keep_versions": 2})
-    most, plain = [0], disk.plan_disk
+    at_most = []
 
-    def plan_and_measure(*args, **how):
-        most.append(embedded(job))
-        return plain(*args, **how)
+    def publish_and_measure(*args):
+        at_most.append(embedded(job))  # all is encoded, and nothing is deleted yet
+        publish_drawn(*args)
 
-    monkeypatch.setattr("mining.find.source.plan_disk", plan_and_measure)
+    monkeypatch.setattr("mining.refresh.publish_drawn", publish_and_measure)
     for step in (10, 20, 30):
         publish_checkpoint(job, step)
         mine(job)
-        most.append(embedded(job))
-    plans, refresh = planned(job), most[2]
+    plans, refresh = planned(job), at_most[0]
     assert [plan["embeddings_gib"] * GIB / refresh for plan in plans] == pytest.approx([2.0] * 3, rel=0.01)
-    assert max(most[2:]) + refresh * (keep_encodings == 2) <= 2 * refresh
+    assert at_most == [refresh, 2 * refresh, 2 * refresh]
     versions = sum(file.stat().st_size - 128 for file in folder(job).glob("negatives/v*/*.npy"))
     assert len(list(folder(job).glob("negatives/v*"))) == 2
     assert versions == pytest.approx(plans[-1]["versions_gib"] * GIB, rel=0.05, abs=2000)
-    assert plans[0]["there_gib"] == 0 and plans[1]["there_gib"] * GIB == pytest.approx(refresh + versions / 2, rel=0.05)
-    assert plans[2]["there_gib"] * GIB == pytest.approx(refresh + versions, rel=0.05)
+    there = [refresh * share + versions * number / 2 for number, share in enumerate((0, 1, 1))]
+    assert [plan["there_gib"] * GIB for plan in plans] == pytest.approx(there, rel=0.05)
     assert plans[2]["to_write_gib"] == plans[0]["to_write_gib"] < plans[0]["needed_gib"]
 
 
