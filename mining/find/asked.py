@@ -55,7 +55,7 @@ class Asker:
 
     def _score(self, shard: int, place_n: np.ndarray, row_n: np.ndarray) -> np.ndarray:
         (places, query_n), (rows, passage_n) = (np.unique(each, return_inverse=True) for each in (place_n, row_n))
-        tables = self.queries.read(places), self.passages.shard(shard)[rows]
+        tables = self.queries.read_stored(places), self.passages.shard(shard)[rows]
         self.passages.let_go(shard)
         on_device = [torch.from_numpy(each).to(self.device) for each in (*tables, query_n, passage_n)]
         return score_pairs(*on_device).cpu().numpy()

@@ -110,14 +110,13 @@ def rows_of(job: dict, version: str) -> list[np.ndarray]:
 
 def speak(comm: Any) -> None:
     """Check that ranks hear each other, and arrays in rounds of a few bytes; end all ranks if not. Collective."""
-    for round_bytes in (7, 1 << 28):
-        with unittest.mock.patch("mining.ranks.ROUND_BYTES", round_bytes):
-            found = talk(Ranks(comm, lambda: False))
-        try:
-            check_heard(comm.rank, comm.size, found)
-        except AssertionError:
-            traceback.print_exc()
-            comm.Abort(1)
+    try:
+        for round_bytes in (7, 1 << 28):
+            with unittest.mock.patch("mining.ranks.ROUND_BYTES", round_bytes):
+                check_heard(comm.rank, comm.size, talk(Ranks(comm, lambda: False)))
+    except Exception:
+        traceback.print_exc()
+        comm.Abort(1)
 
 
 def main() -> int:

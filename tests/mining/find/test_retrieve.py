@@ -30,8 +30,7 @@ class Coarse(ExactFinder):
 
 
 def exact_finder(world, ranks, owners, kind=ExactFinder, places=slice(0, NUM_QUERIES)):
-    query_QD = world.queries.read(np.arange(places.start, places.stop))
-    finder = kind(places, query_QD, TOP_K, SHARD_ROWS, JUDGED.allowed_N, "cpu")
+    finder = kind(places, world.stored_queries(places), TOP_K, SHARD_ROWS, JUDGED.allowed_N, "cpu")
     world.stream(ranks, owners, finder)
     return finder
 

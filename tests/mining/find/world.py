@@ -33,6 +33,7 @@ class World:
 
     folder: Path
     stored: str
+    device: str = "cpu"
 
     @cached_property
     def queries(self) -> Embeddings:
@@ -60,18 +61,21 @@ class World:
         for shard in reversed(np.flatnonzero(owners == ranks.rank).tolist()):
             vectors = self.passages.shard(shard)
             for each in consumers:
-                each.see(shard, torch.tensor(vectors) if shard % 2 else vectors)
+                each.see(shard, torch.tensor(vectors, device=self.device) if shard % 2 else vectors)
+
+    def stored_queries(self, places: slice) -> torch.Tensor:
+        """Return the queries of a pass as they are stored, on the device."""
+        return torch.from_numpy(self.queries.read_stored(np.arange(places.start, places.stop))).to(self.device)
 
     def known(self, ranks: Ranks, owners: np.ndarray, sources: list[PairsOf], places=slice(0, NUM_QUERIES)) -> KnownPairs:
         """Return the known pairs of a pass, all scored."""
-        query_PD = torch.from_numpy(self.queries.read(np.arange(places.start, places.stop)))
-        known = KnownPairs(places, query_PD.to(getattr(torch, self.stored)), sources, SHARD_ROWS, NUM_PASSAGES)
+        known = KnownPairs(places, self.stored_queries(places), sources, SHARD_ROWS, NUM_PASSAGES)
         self.stream(ranks, owners, known)
         return known
 
     def asker(self, ranks: Ranks, owners: np.ndarray) -> Asker:
         """Return what asks for other pairs, with tables that no other rank has opened."""
-        return Asker(ranks, owners, Embeddings(self.queries.shards), Embeddings(self.passages.shards), "cpu")
+        return Asker(ranks, owners, Embeddings(self.queries.shards), Embeddings(self.passages.shards), self.device)
 
     def _publish(self, name: str, vectors: np.ndarray, shard_rows: int) -> Embeddings:
         settings = EncodeSettings(dtype="fp32", stored={"float16": "fp16", "float32": "fp32"}[self.stored])
