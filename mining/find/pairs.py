@@ -157,7 +157,8 @@ def _list_pairs(places: slice, sources: list[PairsOf]) -> tuple[np.ndarray, np.n
     lengths, rows = [np.zeros(1, np.int64)], [np.zeros(0, np.uint32)]
     for start in range(places.start, places.stop, BLOCK_QUERIES):
         block = slice(start, min(start + BLOCK_QUERIES, places.stop))
-        keys = np.unique(np.concatenate([_keys(*source(block)) for source in sources]))
+        keys = np.sort(np.concatenate([_keys(*source(block)) for source in sources]))
+        keys = keys[np.diff(keys, prepend=-1) > 0]  # numpy's unique hashes integers, and takes 15 times as long
         lengths.append(np.bincount(keys >> ROW_BITS, minlength=block.stop - block.start))
         rows.append((keys & NO_ROW).astype(np.uint32))
     return np.cumsum(np.concatenate(lengths)), np.concatenate(rows)
