@@ -5,7 +5,6 @@ more shards. If a process dies, only the shards that it held are lost, and other
 While a shard is encoded, the one before it is written, and the first batch of the next is read.
 """
 
-import contextlib
 import secrets
 import time
 from collections.abc import Callable
@@ -91,7 +90,7 @@ class _Encoding:
     writer: ThreadPoolExecutor
     num_here: int = 0  # texts encoded by this process, but for those that were counted as another's
     num_encoded: int = 0  # by this process
-    held: list[Lease] = field(default_factory=list)  # of what is encoded or written at present
+    held: list[Lease] = field(default_factory=list)  # of what is next, encoded or written at present
     ahead: Future[Taken | None] | None = None
     written: _Written | None = None
 
@@ -99,7 +98,7 @@ class _Encoding:
         """Return when every piece is there, and those of this process are seen."""
         nap_s = NAP_S
         while True:
-            ahead, self.ahead = self.ahead or self.reader.submit(self.pieces.take), None
+            ahead, self.ahead = self.ahead or self.reader.submit(self._take), None
             if (taken := ahead.result()) is not None:
                 self._encode(taken)
                 nap_s = NAP_S
@@ -118,31 +117,33 @@ class _Encoding:
                 self.written.is_ours.result()
         finally:
             if self.ahead is not None:
-                with contextlib.suppress(Exception):  # the work has ended, for another reason
-                    if (taken := self.ahead.result()) is not None:
-                        taken.lease.release()
+                self.ahead.exception()  # waits; the work has ended, for another reason
             for lease in self.held:
                 lease.release()
 
+    def _take(self) -> Taken | None:
+        if (taken := self.pieces.take()) is not None:
+            self.held.append(taken.lease)
+        return taken
+
+    def _look_ahead(self) -> None:
+        """Have the next piece taken and its first batch read, if there are enough for everybody."""
+        if self.pieces.num_free > self.num_ranks:
+            self.ahead = self.reader.submit(self._take)
+
     def _encode(self, taken: Taken) -> None:
-        piece, lease = taken.piece, taken.lease
-        self.held.append(lease)
+        piece = taken.piece
 
         def count(num_rows: int) -> None:
             self.num_here += 0 if taken.is_counted else num_rows
-            lease.renew()
+            self._renew()
             self._tell()
 
         embedding_nD = piece.texts.shards.embed(piece.shard, taken.batches, count, self._look_ahead)
         coming = ToHost(embedding_nD)
         self.num_encoded += piece.num_rows
         self._see_written()
-        self.written = _Written(piece, embedding_nD, self.writer.submit(self._publish, piece, lease, coming))
-
-    def _look_ahead(self) -> None:
-        """Have the next piece taken and its first batch read, if there are enough for everybody."""
-        if self.pieces.num_free > self.num_ranks:
-            self.ahead = self.reader.submit(self.pieces.take)
+        self.written = _Written(piece, embedding_nD, self.writer.submit(self._publish, piece, taken.lease, coming))
 
     def _publish(self, piece: Piece, lease: Lease, coming: ToHost) -> bool:
         shards, name = piece.texts.shards, secrets.token_hex(8)
@@ -163,8 +164,11 @@ class _Encoding:
         written, self.written = self.written, None
         if written is not None and written.is_ours.result() and self.see is not None:
             self.see(written.piece.texts, written.piece.shard, written.embedding_nD)
-            for lease in list(self.held):
-                lease.renew()
+            self._renew()
+
+    def _renew(self) -> None:
+        for lease in list(self.held):
+            lease.renew()
 
     def _tell(self) -> None:
         self.on_progress(self.num_here + self.pieces.num_elsewhere, self.pieces.total)

@@ -66,6 +66,8 @@ class Pieces:
         self.num_elsewhere = 0  # texts that others have encoded or taken
         self._counted: set[Piece] = set()  # in num_elsewhere
         self._reader = reader
+        self._free, self._held = deque[Piece](), deque[Piece]()  # what is left, by the last list
+        self._listed_at = 0.0
         self._sort(listed)
 
     @property
@@ -92,7 +94,7 @@ class Pieces:
 
     def _sort(self, listed: Listed) -> None:
         """Note what is left, and what of it is free."""
-        self._free, self._held, self._listed_at = deque[Piece](), deque[Piece](), time.monotonic()
+        self._free, self._held, self._listed_at = deque(), deque(), time.monotonic()
         for piece in list(self._left):
             missing, leased = listed[piece.texts]
             is_missing, is_held = piece.shard in missing, piece.shard in leased

@@ -8,8 +8,9 @@ same shards at the same time: theirs are seen from disk when they are there.
 import functools
 import mmap
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -19,6 +20,7 @@ from trainer.encoder.shards import Shards
 from trainer.errors import MachineFailed
 from trainer.handoff.manifest import TornVersion
 
+T = TypeVar("T", bound=np.ndarray | None)
 Look = Callable[[int, "np.ndarray | Tensor"], None]  # shard, its embeddings (rows, D) as stored
 Together = Callable[[Callable[[], np.ndarray]], list[np.ndarray]]
 
@@ -49,13 +51,14 @@ def stream_shards(
     owner_of_shard = np.full(stream.shards.num_shards, -1, np.int32)
     there = together(stream.there)[0]  # ranks that list the folder by themselves may find different shards
     while (owner_of_shard < 0).any():
-        for owner, seen in enumerate(together(functools.partial(stream.see_all, there))):
+        num_seen = stream.num_rows(owner_of_shard >= 0)
+        for owner, seen in enumerate(together(functools.partial(stream.see_all, there, num_seen))):
             _own(owner_of_shard, owner, seen)
         there = np.flatnonzero(owner_of_shard < 0)  # other processes have encoded these
     return owner_of_shard
 
 
-def pass_by(shards: Iterable[int], read: Callable[[int], np.ndarray | None]) -> Iterator[tuple[int, np.ndarray | None]]:
+def pass_by(shards: Iterable[int], read: Callable[[int], T]) -> Iterator[tuple[int, T]]:
     """Yield (shard, what `read` returns of it); the next is read by a thread meanwhile, and the pages of the last are let go.
 
     read: `Shards.read`, or `Shards.map` where they have been verified.
@@ -63,7 +66,7 @@ def pass_by(shards: Iterable[int], read: Callable[[int], np.ndarray | None]) -> 
     waiting = iter(shards)
     with ThreadPoolExecutor(1) as reader:
 
-        def start():
+        def start() -> tuple[int, Future[T]] | None:
             return None if (shard := next(waiting, None)) is None else (shard, reader.submit(_read_in, read, shard))
 
         ahead = start()
@@ -82,7 +85,7 @@ def let_go(embedding_nD: np.ndarray | None) -> None:
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def _read_in(read: Callable[[int], np.ndarray | None], shard: int) -> np.ndarray | None:
+def _read_in(read: Callable[[int], T], shard: int) -> T:
     embedding_nD = read(shard)
     mapped = getattr(embedding_nD, "_mmap", None)
     if mapped is not None:
@@ -110,15 +113,27 @@ class _Stream:
             return np.arange(self.shards.num_shards)
         return np.setdiff1d(np.arange(self.shards.num_shards), self.shards.missing())
 
-    def see_all(self, there: np.ndarray) -> np.ndarray:
-        """See this rank's part of what is there, and of what is missing what it encodes; return the shards that were seen."""
+    def num_rows(self, shards: np.ndarray) -> int:
+        """Return how many texts some shards hold, which are given as numbers or as a mask."""
+        starts = np.arange(self.shards.num_shards)[shards] * self.shards.shard_rows
+        return int(np.minimum(self.shards.shard_rows, self.shards.num_rows - starts).sum())
+
+    def see_all(self, there: np.ndarray, num_seen: int) -> np.ndarray:
+        """See this rank's part of what is there, and of what is missing what it encodes; return the shards that were seen.
+
+        num_seen: texts whose shards have been seen before.
+        """
         seen: list[int] = []
 
         def look(shard: int, embedding_nD: np.ndarray | Tensor) -> None:
             self.see(shard, embedding_nD)
             seen.append(shard)
 
-        self._see_from_disk(there, look)
+        for place, (shard, embedding_nD) in enumerate(pass_by(there[self.rank :: self.num_ranks].tolist(), self._read)):
+            if embedding_nD is not None:
+                look(shard, embedding_nD)
+            others = there[: (place + 1) * self.num_ranks]  # are about as far as this one
+            self.on_progress(num_seen + self.num_rows(others), self.shards.num_rows)
         if isinstance(self.source, Texts):
             total = self.shards.num_rows
 
@@ -127,14 +142,6 @@ class _Stream:
 
             encode_absent([self.source], tell, self.rank, self.num_ranks, lambda _, *shard: look(*shard))
         return np.array(seen, np.int64)
-
-    def _see_from_disk(self, there: np.ndarray, look: Look) -> None:
-        rows = np.cumsum([len(self.shards.rows(shard)) for shard in there])
-        for place, (shard, embedding_nD) in enumerate(pass_by(there[self.rank :: self.num_ranks].tolist(), self._read)):
-            if embedding_nD is not None:
-                look(shard, embedding_nD)
-            others = min((place + 1) * self.num_ranks, len(there)) - 1  # are as far as this one, more or less
-            self.on_progress(int(rows[others]), self.shards.num_rows)
 
     def _read(self, shard: int) -> np.ndarray | None:
         """Return a shard's verified embeddings; None: it was torn, and is missing now."""

@@ -1,6 +1,7 @@
 """Embeddings of many texts: to the bit those of padding each batch by itself, and close to them where batches are packed."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tests.allocator import Memory
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from trainer.data.datasets import open_dataset
 from trainer.encoder import encode, fit, shards
-from trainer.encoder.encode import encode_rows
+from trainer.encoder.encode import Batches, encode_rows
 from trainer.encoder.model import ModelSettings, load_encoder
 from trainer.encoder.tokens import tokenize
 
@@ -68,6 +69,19 @@ def test_packed_batches_give_the_embeddings_of_padded_ones(root, tokens, monkeyp
     assert sum(taken) == tokens.lengths.sum() and len(taken) == -(-sum(taken) // 120), "nothing but tokens, in the fewest batches"
 
 
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_embeddings_that_stay_on_the_device_are_the_same_rounded(root, tokens, stored):
+    encoder, rows = encoder_of(root), np.random.default_rng(0).integers(0, len(tokens.lengths), 70)
+    wanted, counts, told = encode_rows(encoder, tokens, rows), [], []
+    with ThreadPoolExecutor(1) as reader:
+        batches = Batches(encoder, tokens, rows, torch.float32, reader)
+        found = batches.embed(stored, counts.append, lambda: told.append(len(counts)))
+    np.testing.assert_array_equal(found.numpy(), wanted.astype(found.numpy().dtype))
+    assert found.dtype == stored and not found.is_inference() and sum(counts) == 70 and encoder.training
+    assert told == [len(counts) - 1], "before the last batch"
+
+
 def test_embeddings_of_packed_and_of_padded_batches_are_kept_apart(root, tokens, tmp_path, monkeypatch):
     folders = set()
     for is_packed in (False, True):
@@ -87,7 +101,7 @@ def test_an_encoder_that_fails_leaves_no_thread_behind(root, tokens):
     encoder.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="broken"):
         encode_rows(encoder, tokens, np.arange(40))
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) == before and encoder.training
 
 
 def test_batches_that_do_not_fit_into_memory_are_halved_and_give_the_same_embeddings(root, tokens, monkeypatch):

@@ -13,12 +13,12 @@ import torch
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from tests.trainer.encoder.test_shards import texts_in
 from trainer.encoder.encode import encode_rows
-from trainer.encoder.missing import encode_missing
+from trainer.encoder.missing import _Encoding, encode_missing
 from trainer.encoder.settings import EncodeSettings
 from trainer.encoder.shards import Shards
-from trainer.encoder.stream import stream_shards
+from trainer.encoder.stream import pass_by, stream_shards
 from trainer.errors import MachineFailed
-from trainer.handoff.lease import LEASE_S
+from trainer.handoff.lease import LEASE_S, Lease
 from trainer.handoff.manifest import TornVersion
 
 WAIT_S = 20.0  # for what happens at once
@@ -213,24 +213,26 @@ def test_a_shard_that_was_lost_and_encoded_again_is_not_taken_twice_in_silence(t
         stream_shards(texts, lambda shard, _: None, num_ranks=1, together=beside_another)
 
 
-def test_the_next_shard_is_begun_and_the_last_one_written_while_one_is_encoded(texts, made, monkeypatch):
-    begun, embedding = ([threading.Event() for _ in range(7)] for _ in range(2))
-    order: list[str] = []
-    plain_batches, plain_embed, plain_publish = Shards.batches, Shards.embed, Shards.publish
+def test_the_next_shard_is_begun_and_the_last_one_written_while_one_is_encoded(texts, monkeypatch):
+    taken, embedding = ([threading.Event() for _ in range(7)] for _ in range(2))
+    leases, renewed, order = {}, set(), []
+    plain_take, plain_embed, plain_publish = _Encoding._take, Shards.embed, Shards.publish
 
-    def batches(self, shard, *rest):
-        found = plain_batches(self, shard, *rest)
-        begun[shard].set()
+    def take(self):
+        if (found := plain_take(self)) is not None:  # with its first batch
+            leases[found.piece.shard] = found.lease
+            taken[found.piece.shard].set()
         return found
 
     def embed(self, shard, batches, on_progress, then):
         def then_and_wait():
             then()
-            if shard < 5:  # of the last two, one is left to others until this process is free
-                assert begun[shard + 1].wait(WAIT_S)
+            if shard < 5:
+                assert taken[shard + 1].wait(WAIT_S)
             else:
-                assert not begun[min(shard + 1, 6)].is_set() or shard == 6
+                assert shard == 6 or not taken[6].is_set(), "the last one is for anybody until this process is free"
 
+        assert shard in (0, 6) or leases[shard] in renewed, "also while it waits"
         embedding[shard].set()
         return plain_embed(self, shard, batches, on_progress, then_and_wait)
 
@@ -239,7 +241,31 @@ def test_the_next_shard_is_begun_and_the_last_one_written_while_one_is_encoded(t
         order.append(f"published {shard}")
         return plain_publish(self, shard, *rest)
 
-    for name, double in (("batches", batches), ("embed", embed), ("publish", publish)):
+    monkeypatch.setattr(_Encoding, "_take", take)
+    monkeypatch.setattr(Lease, "renew", lambda self: renewed.add(self))
+    for name, double in (("embed", embed), ("publish", publish)):
         monkeypatch.setattr(Shards, name, double)
     encode_missing([texts], see=lambda _, shard, __: order.append(f"seen {shard}"))
     assert order == [f"{what} {shard}" for shard in range(7) for what in ("published", "seen")]
+
+
+def test_shards_pass_by_with_one_read_ahead_and_only_a_reader_verifies(texts, made):
+    shards, asked = texts.shards, []
+    for shard in range(7):
+        publish(shards, shard, made)
+    altered = shards.folder / "shard-000003" / "embeddings.npy"
+    altered.write_bytes(altered.read_bytes()[:-1] + b"?")
+
+    def read(shard):
+        asked.append(shard)
+        return shards.map(shard)
+
+    for shard, embedding_nD in pass_by([5, 0, 3], read):
+        assert len(asked) >= 1 + [5, 0, 3].index(shard)
+        assert np.array_equal(embedding_nD, made[1][shard]) == (shard != 3)
+        assert np.array_equal(embedding_nD[:-1], made[1][shard][:-1])
+    assert asked == [5, 0, 3]
+    tear(shards, 4)
+    for shard, read_it in ((3, shards.read), (4, shards.read), (4, shards.map), (99, shards.map)):
+        with pytest.raises(TornVersion, match=f"{shard:06d}"):
+            read_it(shard)
