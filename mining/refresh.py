@@ -27,9 +27,9 @@ from mining.settings import EXACT
 from mining.table.audit import reasons_against, reasons_of_collapse
 from mining.table.clusters import cluster_queries, describe_clusters
 from mining.table.doubts import doubts, last_suspected, random_score
-from mining.table.draw import Draw
 from mining.table.filters import Keys
 from mining.table.kept import KeptTiles
+from mining.table.share import Draw
 from mining.table.tiles import draw_tiles, tiles_of
 from mining.watch import Task
 from mining.work import ENCODING, Work
@@ -116,7 +116,7 @@ def open_draw(work: Work, task: Task, token_keys: tuple[Keys, ...]) -> tuple[Dra
         kept.open()
         return kept.missing(judgements.num_queries)
 
-    return Draw(*settings, judgements, keys, work.reranker, last), kept, work.ranks.decide(find_missing)
+    return Draw(*settings, judgements, keys, work.reranker, last, work.device), kept, work.ranks.decide(find_missing)
 
 
 def kept_tiles(work: Work, task: Task) -> KeptTiles:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import bm25s
 import numpy as np
+import torch
 
 from mining.find.asked import Asker
 from mining.find.bm25 import index_bm25, score_bm25, search_bm25
@@ -176,8 +177,9 @@ def with_others(
     retriever: Retriever, places: slice, scores_nK: np.ndarray, ids_nK: np.ndarray, ids_nR: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (scores, ids), each (n, K + R), of candidates and of others that may be among them already, best first."""
-    is_there = is_listed(ids_nR, np.arange(len(ids_nK) + 1) * ids_nK.shape[1], ids_nK.ravel())
-    ids_nR = np.where(is_there, -1, ids_nR)
+    indptr = torch.arange(len(ids_nK) + 1) * ids_nK.shape[1]
+    is_there = is_listed(torch.from_numpy(ids_nR), indptr, torch.from_numpy(ids_nK).flatten())
+    ids_nR = np.where(is_there.numpy(), -1, ids_nR)
     return merge_top_k([(scores_nK, ids_nK), (retriever.score(places, ids_nR), ids_nR)], ids_nK.shape[1] + ids_nR.shape[1])
 
 

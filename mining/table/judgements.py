@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 
-from mining.table.filters import Keys, OwnTexts
+from mining.table.filters import Keys, OwnTexts, some_lists
 from trainer.data.datasets import RetrievalData
 from trainer.data.texts import first_of_equal
 
@@ -62,14 +63,12 @@ def read_judgements(data: RetrievalData, train_split: str) -> Judgements:
     return Judgements(query_rows, *positives, *_judged_by_text(data, query_rows), allowed_N)
 
 
-def own_texts(judgements: Judgements, places: slice, keys: tuple[Keys, ...]) -> OwnTexts:
+def own_texts(judgements: Judgements, places: slice, keys: tuple[Keys, ...], device: torch.device | str = "cpu") -> OwnTexts:
     """Return what belongs to some of the training queries; keys: of all of them."""
     texts, list_of_query = np.unique(judgements.text_of_query[places], return_inverse=True)
-    start, count = judgements.judged_indptr[texts], np.diff(judgements.judged_indptr)[texts]
-    indptr = np.concatenate([[0], np.cumsum(count)])
-    at = np.repeat(start - indptr[:-1], count) + np.arange(indptr[-1])
-    own_keys = tuple(Keys(each.query_Q[places], each.passage_N) for each in keys)
-    return OwnTexts(list_of_query, indptr, judgements.judged_rows[at], own_keys)
+    indptr, at = some_lists(judgements.judged_indptr, texts)
+    lists, starts, rows = (torch.from_numpy(n).to(device) for n in (list_of_query, indptr, judgements.judged_rows[at]))
+    return OwnTexts(lists, starts, rows, tuple(Keys(each.query_Q[places], each.passage_N) for each in keys))
 
 
 def _judged_by_text(data: RetrievalData, query_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -121,12 +122,13 @@ def open_reranker(settings: RerankSettings, data: RetrievalData, query_rows: np.
     return Reranker(model.eval().to(device), tokenizer, max_tokens, data, query_rows)
 
 
-def drop_by_cross_encoder(settings: RerankSettings, kept: Kept, teacher_QK: np.ndarray, positive_Q: np.ndarray) -> None:
+def drop_by_cross_encoder(settings: RerankSettings, kept: Kept, teacher_QK: Tensor, positive_Q: np.ndarray) -> None:
     """Drop the candidates that a cross-encoder takes for positives. Source: RocketQA, arXiv 2010.08191; AR2, arXiv 2110.03611.
 
     positive_Q: its score of the positive that decides for each query.
     """
     if settings.max_score != "off":
-        kept.narrow("rerank_max_score", teacher_QK < np.float32(settings.max_score))
+        kept.narrow("rerank_max_score", teacher_QK < settings.max_score)
     if settings.margin != "off":
-        kept.narrow("rerank_margin", teacher_QK < ceiling(positive_Q, settings.margin, 0)[:, None])
+        most_Q = torch.from_numpy(ceiling(positive_Q, settings.margin, 0)).to(teacher_QK.device)
+        kept.narrow("rerank_margin", teacher_QK < most_Q[:, None])

@@ -11,10 +11,11 @@ from mpi4py import MPI
 from mining.find.retrieve import with_others
 from mining.ranks import Ranks
 from mining.settings import FilterSettings, RerankSettings, SampleSettings
-from mining.table.draw import Draw
 from mining.table.filters import Keys
 from mining.table.judgements import Judgements
 from mining.table.kept import KeptTiles
+from mining.table.share import Draw
+from tests.mining.table.device import DEVICE
 from tests.mining.table.whole import draw_negatives, whole
 from trainer.encoder.topk import top_k
 from trainer.handoff.negatives import Negatives
@@ -84,7 +85,7 @@ def draw(filter=(), sample=(), rerank=(), version=1, scores=SCORES, **how):
     )
     with tempfile.TemporaryDirectory() as run:
         drawn = draw_negatives(
-            Draw(*settings, 0, version, JUDGED, KEYS, **how),
+            Draw(*settings, 0, version, JUDGED, KEYS, device=DEVICE[0], **how),
             RANKS,
             Matrix(scores, JUDGED),
             KeptTiles(Path(run), {}),
@@ -231,7 +232,8 @@ def test_a_corpus_with_nothing_to_offer_leaves_rows_empty(tmp_path):
     nothing = replace(JUDGED, allowed_N=np.zeros(NUM_PASSAGES, bool))
     settings = FilterSettings(), SampleSettings(), RerankSettings()
     tiles = KeptTiles(tmp_path, {})
-    found = draw_negatives(Draw(*settings, 0, 1, nothing, KEYS), RANKS, Matrix(SCORES, nothing), tiles, lambda *_: None)
+    how = Draw(*settings, 0, 1, nothing, KEYS, device=DEVICE[0])
+    found = draw_negatives(how, RANKS, Matrix(SCORES, nothing), tiles, lambda *_: None)
     assert found.sizes["ids"] == 0 and found.num_empty == NUM_QUERIES == found.counts["queries_without"]
 
 

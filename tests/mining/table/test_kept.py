@@ -9,8 +9,8 @@ import pytest
 
 from mining.ranks import Stopped
 from mining.settings import FilterSettings, RerankSettings, SampleSettings
-from mining.table.draw import Draw
 from mining.table.kept import KeptTiles, Part, Placed, Span, disjoint
+from mining.table.share import Draw
 from tests.mining.table.test_draw import JUDGED, KEYS, RANKS, SCORES, Matrix
 from tests.mining.table.whole import draw_negatives, whole
 from trainer.errors import MachineFailed

@@ -125,13 +125,13 @@ def test_a_score_that_is_no_number_names_query_and_passage(root):
 
 
 def test_filters_keep_what_scores_below_the_positive_and_the_ceiling():
-    teacher, positive = np.array([[2.0, 0.4, -1.0, 0.6]], np.float32), np.array([1.0], np.float32)
+    teacher, positive = torch.tensor([[2.0, 0.4, -1.0, 0.6]]), np.array([1.0], np.float32)
     for settings, expected in [
         (dict(margin=0.5), [False, True, True, False]),
         (dict(max_score=0.0), [False, False, True, False]),
         (dict(), [True, True, True, True]),
     ]:
-        kept = Kept(np.zeros((1, 4), int))
+        kept = Kept(torch.zeros((1, 4), dtype=torch.int64))
         drop_by_cross_encoder(RerankSettings(model="some", **settings), kept, teacher, positive)
         assert kept.mask_QK[0].tolist() == expected
 

@@ -8,8 +8,8 @@ import numpy as np
 from mining.find.retrieve import Retriever
 from mining.ranks import Ranks
 from mining.table.audit import row_ends
-from mining.table.draw import Draw
 from mining.table.kept import Drawn, KeptTiles
+from mining.table.share import Draw
 from mining.table.tiles import draw_tiles, tiles_of
 
 
