@@ -46,13 +46,13 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(autouse=True)
 def _on_a_gpu(monkeypatch):
-    monkeypatch.setitem(device.DEVICE, 0, torch.device("cuda"))
+    monkeypatch.setattr(device, "DEVICE", torch.device("cuda"))
 
 
 @pytest.mark.parametrize("seed", range(24))
 def test_a_gpu_draws_what_a_cpu_draws(seed, monkeypatch):
     on_gpu = draw(any_settings(seed))
-    monkeypatch.setitem(device.DEVICE, 0, torch.device("cpu"))
+    monkeypatch.setattr(device, "DEVICE", torch.device("cpu"))
     on_cpu = draw(any_settings(seed))
     assert (on_gpu.counts, on_gpu.dropped) == (on_cpu.counts, on_cpu.dropped) and len(on_gpu.ids)
     for name in ("indptr", "ids", "scores"):

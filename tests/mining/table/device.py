@@ -2,9 +2,9 @@
 
 import torch
 
-DEVICE = [torch.device("cpu")]
+DEVICE = torch.device("cpu")
 
 
 def on(values):
     """Return what stands in a numpy array or a list as a tensor on the device."""
-    return torch.tensor(values, device=DEVICE[0])
+    return torch.tensor(values, device=DEVICE)

@@ -15,7 +15,7 @@ from mining.table.filters import Keys
 from mining.table.judgements import Judgements
 from mining.table.kept import KeptTiles
 from mining.table.share import Draw
-from tests.mining.table.device import DEVICE
+from tests.mining.table import device
 from tests.mining.table.whole import draw_negatives, whole
 from trainer.encoder.topk import top_k
 from trainer.handoff.negatives import Negatives
@@ -85,7 +85,7 @@ def draw(filter=(), sample=(), rerank=(), version=1, scores=SCORES, **how):
     )
     with tempfile.TemporaryDirectory() as run:
         drawn = draw_negatives(
-            Draw(*settings, 0, version, JUDGED, KEYS, device=DEVICE[0], **how),
+            Draw(*settings, 0, version, JUDGED, KEYS, device=device.DEVICE, **how),
             RANKS,
             Matrix(scores, JUDGED),
             KeptTiles(Path(run), {}),
@@ -232,7 +232,7 @@ def test_a_corpus_with_nothing_to_offer_leaves_rows_empty(tmp_path):
     nothing = replace(JUDGED, allowed_N=np.zeros(NUM_PASSAGES, bool))
     settings = FilterSettings(), SampleSettings(), RerankSettings()
     tiles = KeptTiles(tmp_path, {})
-    how = Draw(*settings, 0, 1, nothing, KEYS, device=DEVICE[0])
+    how = Draw(*settings, 0, 1, nothing, KEYS, device=device.DEVICE)
     found = draw_negatives(how, RANKS, Matrix(SCORES, nothing), tiles, lambda *_: None)
     assert found.sizes["ids"] == 0 and found.num_empty == NUM_QUERIES == found.counts["queries_without"]
 

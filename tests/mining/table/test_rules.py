@@ -20,7 +20,7 @@ from mining.table.kept import KeptTiles
 from mining.table.share import Draw
 from tests.mining.run import make_job, publish_checkpoint, rows_of
 from tests.mining.services import start_service
-from tests.mining.table.device import DEVICE
+from tests.mining.table import device
 from tests.mining.table.test_draw import JUDGED, NUM_PASSAGES, NUM_QUERIES, POSITIVE, RANKS, TOP_K, Matrix, Words, matrix
 from tests.mining.table.whole import draw_negatives, whole
 from trainer.data.datasets import open_dataset
@@ -76,7 +76,7 @@ def any_settings(seed):
 
 def draw(settings, version=1, scores=SCORES, last=None, query_tile=4096):
     reranker = Words(TEACHER) if settings[2].model else None
-    how = Draw(*settings, 0, version, JUDGEMENTS, (Keys(QUERY_KEYS, PASSAGE_KEYS),), reranker, last, DEVICE[0])
+    how = Draw(*settings, 0, version, JUDGEMENTS, (Keys(QUERY_KEYS, PASSAGE_KEYS),), reranker, last, device.DEVICE)
     with tempfile.TemporaryDirectory() as run:
         kept = KeptTiles(Path(run), {})
         return whole(draw_negatives(how, RANKS, Matrix(scores, JUDGEMENTS), kept, lambda *_: None, query_tile))
