@@ -25,7 +25,7 @@ from launch.versions import library_version as _version
 from launch.versions import oldest_supported
 
 Verdict = Literal["ok", "absent", "missing", "wrong"]
-NEEDED = ("torch", "transformers", "accelerate", "datasets", "mpi4py", "bm25s", "ir-measures")
+NEEDED = ("torch", "transformers", "accelerate", "datasets", "mpi4py", "scipy", "ir-measures")
 OPTIONAL = {
     "deepspeed": "pip install 'negpool[deepspeed]'",
     "peft": "pip install 'negpool[lora]'",

@@ -17,9 +17,9 @@ from mining.find.dense import DenseSearch
 from mining.find.embeddings import encode_together
 from mining.find.indexed import open_index
 from mining.find.pairs import known_before, list_together
-from mining.find.retrieve import BM25Retriever
 from mining.find.source import hold_to_drift, may_have_drifted, open_encoder, open_supplied, settle_source
 from mining.find.supplied import VECTORS
+from mining.find.words import index_words
 from mining.memory import QUERY_TILE
 from mining.publish import audit_drawn, describe_version, publish, stays
 from mining.ranks import Refused
@@ -40,11 +40,12 @@ log = logging.getLogger(__name__)
 
 def mine_bm25(work: Work, task: Task) -> None:
     """Publish a version from BM25, before there is any model. Collective; raises Stopped on all."""
-    ranks, job, judgements = work.ranks, work.job, work.judgements
+    ranks, job = work.ranks, work.job
     draw, kept, todo = open_draw(work, task, ())
-    with work.phase("searching with BM25", queries=judgements.num_queries):
-        words = BM25Retriever(ranks, judgements, work.data, job.mine.bm25_top_k)
-        draw_tiles(draw, ranks, words, kept, tiles_of(todo, QUERY_TILE * ranks.num_ranks), work.progress)
+    if todo:
+        words = index_words(work, job.mine.bm25_top_k)
+        with work.phase("searching with BM25", queries=work.judgements.num_queries):
+            draw_tiles(draw, ranks, words, kept, tiles_of(todo, QUERY_TILE * ranks.num_ranks), work.progress)
     publish_drawn(work, task, kept)
 
 
@@ -67,9 +68,10 @@ def mine_checkpoint(work: Work, task: Task, checkpoint: Checkpoint) -> None:
     draw, kept, todo = open_draw(work, task, source.keys)
     words = None
     if job.search.bm25_top_k and todo:
+        by_words = index_words(work, job.search.bm25_top_k)
         with work.phase("searching with BM25", queries=num_queries):
-            by_words = BM25Retriever(ranks, work.judgements, work.data, job.search.bm25_top_k)
             words = list_together(ranks, lambda tile: by_words.find(tile)[1], num_queries, source.plan.query_tile)
+        del by_words  # its memory
     pairs = known_before(work.judgements, job.sample, job.run.seed, task.version, draw.last, words)
     search = DenseSearch(work, source, pairs, words, todo)
     index = None if source.index.factory == EXACT else open_index(work, task, search)

@@ -1,18 +1,15 @@
-"""Finds candidates with the encoder, with BM25 and in the last version, and scores any pair of query and passage.
+"""Finds candidates with the encoder and in the last version, and scores any pair of query and passage.
 
 Every candidate is scored by the encoder, whichever search found it, so that margins and samplers compare scores of one kind.
 """
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Protocol
 
-import bm25s
 import numpy as np
 import torch
 
 from mining.find.asked import Asker
-from mining.find.bm25 import index_bm25, score_bm25, search_bm25
 from mining.find.embeddings import Embeddings
 from mining.find.index import ShardIndex
 from mining.find.pairs import KnownPairs, Listed, Scored
@@ -20,7 +17,6 @@ from mining.find.search import Finder, best_of_ranks, search_shards, share_of
 from mining.ranks import Ranks
 from mining.table.filters import is_listed
 from mining.table.judgements import Judgements
-from trainer.data.datasets import RetrievalData
 from trainer.encoder.topk import merge_top_k
 from trainer.handoff.negatives import Negatives
 
@@ -120,57 +116,6 @@ class BlockRetriever:
             # The sum of a pair does not depend on which other pairs are in the batch; that of a matrix product may.
             scores[pairs] = (self.queries.read(query_places[pairs]) * self.passages.read(passage_rows[pairs])).sum(1)
         return scores
-
-
-@dataclass
-class BM25Retriever:
-    """Search by words. Rank 0 alone holds one index in memory; it takes seconds where encoding takes minutes."""
-
-    ranks: Ranks
-    judgements: Judgements
-    data: RetrievalData
-    top_k: int
-
-    @cached_property
-    def _index(self) -> bm25s.BM25:
-        return index_bm25(self.data)
-
-    def find(self, tile: slice) -> tuple[np.ndarray, np.ndarray]:
-        parts: list = [None] * self.ranks.num_ranks
-        if self.ranks.speaks:
-            rows = self.judgements.query_rows[tile]
-            scores, ids = search_bm25(self._index, self.data, rows, self.top_k, self.judgements.allowed_N)
-            shares = [share_of(len(rows), rank, self.ranks.num_ranks) for rank in range(self.ranks.num_ranks)]
-            parts = [(scores[share], ids[share]) for share in shares]
-        return self.ranks.exchange(parts)[0]
-
-    def score(self, places: slice, ids_nR: np.ndarray) -> np.ndarray:
-        asked = self.ranks.gather((self.judgements.query_rows[places], ids_nR))
-        answers: list = [score_bm25(self._index, self.data, *part) for part in asked] or [None] * self.ranks.num_ranks
-        return self.ranks.exchange(answers)[0]
-
-    def score_positives(self, places: slice) -> None:
-        return None
-
-
-@dataclass
-class BothRetrievers:
-    """Dense candidates and BM25's, scored by the encoder. Source: AR2 and CET take candidates from several retrievers."""
-
-    dense: BlockRetriever
-    words: BM25Retriever
-
-    def find(self, tile: slice) -> tuple[np.ndarray, np.ndarray]:
-        found = self.dense.find(tile)
-        _, ids_nR = self.words.find(tile)
-        share = share_of(tile.stop - tile.start, self.dense.ranks.rank, self.dense.ranks.num_ranks)
-        return with_others(self.dense, slice(tile.start + share.start, tile.start + share.stop), *found, ids_nR)
-
-    def score(self, places: slice, ids_nR: np.ndarray) -> np.ndarray:
-        return self.dense.score(places, ids_nR)
-
-    def score_positives(self, places: slice) -> np.ndarray:
-        return self.dense.score_positives(places)
 
 
 def with_others(
