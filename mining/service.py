@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from mining.exporter import serve_figures
+from mining.find.words_plan import foresee_words
 from mining.job import MineJob
 from mining.publish import next_number
 from mining.ranks import GivenUp, Ranks, Stopped, Superseded
@@ -87,6 +88,7 @@ def _told(caught: BaseException, job: MineJob) -> BaseException:
 def _serve(job: MineJob, ranks: Ranks, once: bool, checkpoint: str | None, metrics_port: int | None) -> How:
     with claim_run(job, ranks) as claim:
         work = open_work(job, ranks, claim)
+        foresee_words(work, ranks.decide(lambda: next_version(work) == 0), is_only=once)
         if metrics_port is not None:
             ranks.decide(lambda: serve_figures(job.run.folder, work.status.values, metrics_port))
         how: How = "finished"
@@ -153,8 +155,7 @@ def wait_for_disk(work: Work, failure: Exception) -> None:
 def next_task(work: Work, once: bool, given: str | None) -> Task | None:
     """Wait for something to mine and return it, or None when all is done. Rank 0 only; raises Stopped."""
     job, run = work.job, work.job.run.folder
-    version = next_number(run, with_bm25=job.mine.bm25_top_k > 0)
-    if version == 0:
+    if (version := next_version(work)) == 0:
         return Task(0, None, is_only=once)
     if given is not None:
         if job.negatives.schedule:
@@ -175,6 +176,11 @@ def next_task(work: Work, once: bool, given: str | None) -> Task | None:
             return None
         work.status.update(phase="watching", done=None, total=None)
         _nap(work)
+
+
+def next_version(work: Work) -> int:
+    """Return the number of the next version. Rank 0 only."""
+    return next_number(work.job.run.folder, with_bm25=work.job.mine.bm25_top_k > 0 and not work.without_words)
 
 
 def _nap(work: Work) -> None:
@@ -205,6 +211,12 @@ def give_up(work: Work, task: Task, cause: Exception) -> bool:
     job, checkpoint = work.job, task.checkpoint
     if isinstance(cause, MachineFailed):
         return give_up_for_now(work, task, cause)
+    if checkpoint is None and isinstance(cause, Superseded):
+        work.without_words = True
+        reason = "a checkpoint came before half of version 0 from BM25 was made, and is mined instead"
+        log.info("%s", reason)
+        work.metrics.record(0, {"event": "given up", "version": task.version, "reason": reason})
+        return True
     if checkpoint is None:
         raise InputError(f"version 0 from BM25 is no good: {cause}")
     reason = f"checkpoint {checkpoint.folder.name}: {cause}"

@@ -26,6 +26,10 @@ class MineSettings:
     """Seconds between two looks for a new checkpoint."""
     bm25_top_k: NonNegativeInt = 50
     """Candidates of version 0, which is there before any checkpoint; 0: no version 0."""
+    bm25_minutes: PositiveFloat = 30.0
+    """Minutes that BM25 may take, by a plan measured on a sample. Beyond them version 0 is left out, aloud, but with
+    negatives.schedule, and search.bm25_top_k is refused.
+    """
     keep_versions: PositiveInt = 3
     """Newest versions kept; pinned ones stay, and all while negatives.schedule is set."""
     memory_gib: PositiveFloat | None = None

@@ -84,16 +84,16 @@ class Watch:
             raise InputError(f"--checkpoint {name} was deleted just now; {self._there()}")
         return found
 
-    def is_superseded(self, checkpoint: Checkpoint) -> bool:
-        """Tell whether a newer whole checkpoint is there that somebody will train on; each is verified once."""
+    def is_superseded(self, checkpoint: Checkpoint | None) -> bool:
+        """Tell whether a newer whole checkpoint is there that somebody will train on; each is verified once. None: BM25."""
         latest = read_latest(checkpoints_folder(self._run))
-        if self._job.negatives.schedule or latest in (None, checkpoint.folder.name, self._not_newer):
+        if self._job.negatives.schedule or latest in (None, checkpoint and checkpoint.folder.name, self._not_newer):
             return False
         self._not_newer = latest
         newer = self._open(checkpoints_folder(self._run) / str(latest))
         if newer is None or newer.manifest.get("is_final"):
             return False
-        return newer.manifest["weights_digest"] != checkpoint.manifest["weights_digest"]
+        return checkpoint is None or newer.manifest["weights_digest"] != checkpoint.manifest["weights_digest"]
 
     def look_again(self) -> None:
         """Forget which checkpoints were read: they may have been deleted or written again with the same names and times."""

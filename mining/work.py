@@ -62,6 +62,7 @@ class Work:
     warnings: Warnings
     task: Task | None = None  # what is being made
     settled_version: int | None = None  # one that gives way to no newer checkpoint: it has done so before, or was resumed
+    without_words: bool = False  # version 0 is not made: it takes too long, or a checkpoint came sooner
     num_refused: int = 0
     has_fit: bool = False  # the disk has held what is planned, on rank 0
     pins: Pins = field(default_factory=Pins)  # on the embeddings of the version at work; rank 0 holds them for all
@@ -75,6 +76,8 @@ class Work:
     def begin(self, task: Task) -> None:
         """Start on a version."""
         self.task, self.seconds = task, {}
+        if task.checkpoint is None:  # one that is there already gives small corpora time for version 0
+            self._looked_at = time.monotonic()
         self.tell_changed_data()
 
     @contextlib.contextmanager
@@ -164,7 +167,8 @@ class Work:
         assert self.task is not None
         checkpoint, version = self.task.checkpoint, self.task.version
         now = time.monotonic()
-        if checkpoint is None or self._phase[0] != ENCODING or version == self.settled_version or self.task.is_given:
+        may_be = not self.task.is_only if checkpoint is None else self._phase[0] == ENCODING
+        if not may_be or version == self.settled_version or self.task.is_given:
             return False
         if now - self._looked_at < self.job.mine.poll_s:
             return False
