@@ -1,8 +1,8 @@
-"""Exact search: the k best passages of each query, by (score descending, id ascending), on any device.
+"""Exact search: the k best passages of each query, by (score descending, id ascending); `topk_gpu.py` does it on a GPU.
 
-One tile of scores is held at a time. One comparison of a group's largest score with the k-th best so far drops what cannot be
-among the k best. So nearly all of the time goes into the product; selecting from every score would take longer than the
-product. A score and an id are kept as one integer whose order is the wanted one. The order is total, so the
+On a CPU one tile of scores is held at a time. One comparison of a group's largest score with the k-th best so far drops what
+cannot be among the k best. So nearly all of the time goes into the product; selecting from every score would take longer than
+the product. A score and an id are kept as one integer whose order is the wanted one. The order is total, so the
 result does not depend on how the passages were cut into parts, but for the last bits of a product.
 """
 
@@ -11,12 +11,15 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from trainer.encoder.fit import fits
+from trainer.encoder.score_keys import NOTHING, pack_keys, unpack_keys
+from trainer.encoder.topk_gpu import BestOnGpu, bytes_on_gpu
 
 log = logging.getLogger(__name__)
 
@@ -24,27 +27,58 @@ log = logging.getLogger(__name__)
 TILE_SCORES, TILE_SCORES_GPU = 1 << 21, 1 << 28
 MIN_COLUMNS, MAX_COLUMNS = 4096, 65536  # of a tile; 16 k within these: selecting costs k for each tile
 LANES = 8  # columns of a group
-NOTHING = -(1 << 63)  # key of an empty place
-ID_BITS = 32
-LARGEST_ID = (1 << ID_BITS) - 1
+
+
+class Search(Protocol):
+    """What finds the k best passages on one kind of device."""
+
+    def look_at(self, passage_ND: np.ndarray | Tensor, rows_n: np.ndarray, first_id: int = 0) -> None: ...
+
+    def add(self, scores_QK: np.ndarray, ids_QK: np.ndarray) -> None: ...
+
+    def keys(self, places: slice | None = None) -> np.ndarray: ...
 
 
 class BestOf:
-    """The k best passages so far of some queries. Memory: 8 k bytes a query, and a tile while it looks at passages."""
+    """The k best passages so far of some queries. Memory: `bytes_of_query`, and a tile or a block while it looks at passages."""
 
-    def __init__(self, query_QD: np.ndarray, k: int, device: torch.device | str = "cpu"):
-        """query_QD: float32."""
+    def __init__(self, query_QD: np.ndarray | Tensor, k: int, device: torch.device | str = "cpu"):
+        """query_QD: float32 or float16, on the host or on the device; it must not be written to."""
         self.query_QD, self.k = query_QD, k
-        self._query_QD = torch.as_tensor(query_QD, device=device)
+        device = torch.device(device)
+        self._search: Search = BestOnGpu(query_QD, k, device) if device.type == "cuda" else BestOnCpu(query_QD, k, device)
+
+    def look_at(self, passage_ND: np.ndarray | Tensor, rows_n: np.ndarray, first_id: int = 0) -> None:
+        """Let every query see some rows of a table of passages, each passage once.
+
+        passage_ND: float16 or float32: a map of a file for example, read tile by tile; or a tensor, on the device of the search
+        or elsewhere. A GPU may read a tensor until `keys` is called or two more are looked at: it must not be written to.
+        rows_n: int64, ascending; ids are first_id + row, from 0 to 2^32 - 2.
+        """
+        self._search.look_at(passage_ND, rows_n, first_id)
+
+    def add(self, scores_QK: np.ndarray, ids_QK: np.ndarray) -> None:
+        """Take in what another search has found, (Q, K) each; id -1: nothing."""
+        self._search.add(scores_QK, ids_QK)
+
+    def keys(self, places: slice | None = None) -> np.ndarray:
+        """Return what was found, (Q, k) int64 in no order; `best_of_keys` joins the keys of several searches.
+
+        places: of these queries only.
+        """
+        return self._search.keys(places)
+
+
+class BestOnCpu:
+    """The search of `BestOf` by tiles of scores, in plain torch."""
+
+    def __init__(self, query_QD: np.ndarray | Tensor, k: int, device: torch.device):
+        self.k = k
+        self._query_QD = torch.as_tensor(query_QD, dtype=torch.float32, device=device)
         self._keys_Qk = torch.full((len(query_QD), k), NOTHING, device=device)
         self._most_rows = max(1, len(query_QD))  # of a tile; fewer once memory was too small, which moves the last bits of scores
 
     def look_at(self, passage_ND: np.ndarray | Tensor, rows_n: np.ndarray, first_id: int = 0) -> None:
-        """Let every query see some rows of a table of passages.
-
-        passage_ND: float16 or float32, a tensor, or a map of a file for example; read tile by tile.
-        rows_n: int64, ascending; ids are first_id + row, from 0 to 2^32 - 2.
-        """
         passage_ND = passage_ND.cpu().numpy() if isinstance(passage_ND, Tensor) else passage_ND
         tile_rows, tile_columns = tile_shape(self.k, self._query_QD.device.type)
         tiles = [slice(row, row + tile_rows) for row in range(0, len(self._query_QD), tile_rows)]
@@ -71,7 +105,7 @@ class BestOf:
             select_fitting(slice(first, middle))
             select_fitting(slice(middle, stop))
 
-        with _side_by_side(len(tiles), device) as map_tiles, _whole_products(device):
+        with _side_by_side(len(tiles)) as map_tiles:
             for start in range(0, len(rows_n), tile_columns):
                 seen_C = rows_n[start : start + tile_columns]
                 passage_CD = _padded(_rows_of(passage_ND, seen_C), np.float32, device)
@@ -79,27 +113,25 @@ class BestOf:
                 list(map_tiles(select_fitting, tiles))
 
     def add(self, scores_QK: np.ndarray, ids_QK: np.ndarray) -> None:
-        """Take in what another search has found, (Q, K) each; id -1: nothing."""
         device, k = self._keys_Qk.device, self.k
-        keys_QK = _pack(torch.as_tensor(scores_QK, device=device), torch.as_tensor(ids_QK, device=device))
+        keys_QK = pack_keys(torch.as_tensor(scores_QK, device=device), torch.as_tensor(ids_QK, device=device))
         self._keys_Qk = torch.cat([self._keys_Qk, keys_QK], 1).topk(k, sorted=False).values
 
     def keys(self, places: slice | None = None) -> np.ndarray:
-        """Return what some queries found, all by default, (Q, k) int64 in no order; `best_of_keys` joins those of searches."""
-        return self._keys_Qk[places or slice(None)].cpu().numpy()
+        return self._keys_Qk[places if places is not None else slice(None)].numpy()
 
 
 def best_of_keys(parts: list[np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (scores float32, ids int64), each (Q, k), of the best keys of several searches for the same queries."""
     keys_Qn = torch.from_numpy(np.concatenate(parts, axis=1))
     keys_Qk = keys_Qn.topk(k).values if keys_Qn.shape[1] > k else keys_Qn.sort(descending=True).values
-    scores_Qk, ids_Qk = _unpack(keys_Qk)
+    scores_Qk, ids_Qk = unpack_keys(keys_Qk)
     return scores_Qk.numpy(), ids_Qk.numpy()
 
 
 def merge_top_k(parts: list[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the best k of several (scores, ids) of the same queries, by score descending, then id; -1 ids last."""
-    return best_of_keys([_pack(torch.as_tensor(scores), torch.as_tensor(ids)).numpy() for scores, ids in parts], k)
+    return best_of_keys([pack_keys(torch.as_tensor(scores), torch.as_tensor(ids)).numpy() for scores, ids in parts], k)
 
 
 def top_k(
@@ -123,28 +155,10 @@ def top_k(
 
 
 @contextlib.contextmanager
-def _whole_products(device: torch.device) -> Iterator[None]:
-    """Use full float32 products during the block, also if training uses TensorFloat-32, which would swap passages with nearly
-    equal scores.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
-@contextlib.contextmanager
-def _side_by_side(num_tiles: int, device: torch.device) -> Iterator[Callable[..., Iterator]]:
-    """Yield a map over tiles. On a CPU each thread takes whole tiles, because threads that share a tile wait for each other at
-    every operation.
-    """
+def _side_by_side(num_tiles: int) -> Iterator[Callable[..., Iterator]]:
+    """Yield a map over tiles. Each thread takes whole tiles: threads that share one wait for each other at every operation."""
     num_threads = torch.get_num_threads()
-    num_workers = min(num_threads, num_tiles) if device.type == "cpu" else 1
+    num_workers = min(num_threads, num_tiles)
     if num_workers <= 1:
         yield map
         return
@@ -154,15 +168,19 @@ def _side_by_side(num_tiles: int, device: torch.device) -> Iterator[Callable[...
     torch.set_num_threads(num_threads)
 
 
+def bytes_of_query(k: int, width: int, device_type: str, stored_bytes: int = 2) -> int:
+    """Return the bytes that a query takes for as long as it is searched for, on the device.
+
+    stored_bytes: of a number of an embedding on disk, float16 or float32. A CPU computes in float32 whatever is stored. Where a
+    GPU is given float32 queries it holds them, too, until it has seen that float16 is enough.
+    """
+    return 4 * width + 8 * k if device_type == "cpu" else bytes_on_gpu(k, width, stored_bytes)
+
+
 def tile_shape(k: int, device_type: str) -> tuple[int, int]:
     """Return (queries, passages) of a tile of scores. It decides the last bits of a product: nothing else may."""
     columns = min(MAX_COLUMNS, max(MIN_COLUMNS, 1 << (16 * k - 1).bit_length()))
     return (TILE_SCORES if device_type == "cpu" else TILE_SCORES_GPU) // columns, columns
-
-
-def bytes_of_query(k: int, width: int, device_type: str) -> int:
-    """Return the bytes that a query of `BestOf` takes: its embedding, and the keys of its best passages."""
-    return width * 4 + 8 * k
 
 
 def _rows_of(passage_ND: np.ndarray, rows_n: np.ndarray) -> np.ndarray:
@@ -183,7 +201,7 @@ def _select(keys_tk: Tensor, score_tC: Tensor, ids_C: Tensor) -> Tensor:
     (num_rows, k), num_columns = keys_tk.shape, score_tC.shape[1]
     num_groups = num_columns // LANES  # group g: columns g, g + num_groups, ...
     best_tG = score_tC.view(num_rows, LANES, num_groups).amax(1)
-    least_t = _unpack(keys_tk.amin(1))[0]
+    least_t = unpack_keys(keys_tk.amin(1))[0]
     if num_groups >= k and bool(torch.isneginf(least_t).any()):
         # k groups whose best is as good as this have k passages as good.
         least_t = torch.maximum(least_t, best_tG.topk(k, sorted=False).values.amin(1))
@@ -195,7 +213,7 @@ def _select(keys_tk: Tensor, score_tC: Tensor, ids_C: Tensor) -> Tensor:
     survivor_n = _where((score_gL >= least_t[row_g]).flatten())
     place_n = place_gL.flatten().index_select(0, survivor_n)
     row_n = place_n // num_columns
-    keys_n = _pack(score_gL.flatten().index_select(0, survivor_n), ids_C.index_select(0, place_n % num_columns))
+    keys_n = pack_keys(score_gL.flatten().index_select(0, survivor_n), ids_C.index_select(0, place_n % num_columns))
     # From a list of survivors, ordered by row, to a table as wide as the row with the most of them.
     num_t = torch.bincount(row_n, minlength=num_rows)
     order_n = torch.arange(len(row_n), device=row_n.device) - (num_t.cumsum(0) - num_t)[row_n]
@@ -206,20 +224,5 @@ def _select(keys_tk: Tensor, score_tC: Tensor, ids_C: Tensor) -> Tensor:
 
 
 def _where(is_so_n: Tensor) -> Tensor:
-    """Return the places of what is so; numpy's search takes a tenth of torch's time on a CPU."""
-    return is_so_n.nonzero()[:, 0] if is_so_n.is_cuda else torch.from_numpy(np.flatnonzero(is_so_n.numpy()))
-
-
-def _pack(scores: Tensor, ids: Tensor) -> Tensor:
-    """Return int64 keys in the order of (score ascending, id descending); NOTHING for ids of -1."""
-    bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0: minus zero is zero
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)  # as signed integers, in the order of the numbers
-    return torch.where(ids < 0, NOTHING, (ordered << ID_BITS) | (LARGEST_ID - ids))
-
-
-def _unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the (scores float32, ids int64) of keys."""
-    ordered = (keys >> ID_BITS).to(torch.int32)
-    scores = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
-    is_there = keys != NOTHING
-    return torch.where(is_there, scores, -torch.inf), torch.where(is_there, LARGEST_ID - (keys & LARGEST_ID), -1)
+    """Return the places of what is so; numpy's search takes a tenth of torch's time."""
+    return torch.from_numpy(np.flatnonzero(is_so_n.numpy()))
