@@ -39,6 +39,7 @@ from trainer.warned import Warnings
 log = logging.getLogger(__name__)
 
 
+FIRST_GIVES_WAY_S = 20.0  # to a checkpoint; of fewer seconds is version 0 of a small corpus, and worth having
 ENCODING = "encoding"  # the phase that a newer checkpoint may end
 
 
@@ -76,8 +77,8 @@ class Work:
     def begin(self, task: Task) -> None:
         """Start on a version."""
         self.task, self.seconds = task, {}
-        if task.checkpoint is None:  # one that is there already gives small corpora time for version 0
-            self._looked_at = time.monotonic()
+        if task.checkpoint is None:
+            self._looked_at = time.monotonic() + FIRST_GIVES_WAY_S
         self.tell_changed_data()
 
     @contextlib.contextmanager

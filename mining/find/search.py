@@ -42,7 +42,7 @@ class ExactFinder:
     ):
         """places: of the pass. query_QD: its queries as they are stored, on the device. allowed_N: bool, what may be found."""
         self._first, self._shard_rows, self._allowed_N = places.start, shard_rows, allowed_N
-        self._best, self._seen = BestOf(query_QD.float().cpu().numpy(), k, device), set[int]()
+        self._best, self._seen = BestOf(query_QD, k, device), set[int]()
 
     def see(self, shard: int, vectors: Tensor | np.ndarray) -> None:
         assert shard not in self._seen, f"shard {shard} is searched twice"

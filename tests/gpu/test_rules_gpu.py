@@ -16,6 +16,7 @@ from tests.mining.table.test_draw import (  # noqa: F401
     test_the_best_that_pass_the_margin_are_taken,
 )
 from tests.mining.table.test_filters import (  # noqa: F401
+    test_a_table_with_few_slots_lists_the_same,
     test_each_keeps_what_one_positive_admits_by_all_margins_at_once,
     test_each_rule_keeps_what_its_formula_says_for_scores_of_any_sign,
     test_every_filter_counts_what_the_earlier_ones_left,
@@ -28,6 +29,7 @@ from tests.mining.table.test_filters import (  # noqa: F401
 from tests.mining.table.test_rules import (  # noqa: F401
     any_settings,
     draw,
+    test_a_rank_without_queries_draws_nothing,
     test_no_negative_breaks_a_rule,
     test_the_negatives_are_what_they_have_always_been,
 )

@@ -81,7 +81,8 @@ def test_what_cannot_do_without_bm25_is_refused_where_it_takes_too_long(tmp_path
     assert made(job) == []
 
 
-def test_a_checkpoint_takes_the_place_of_a_version_0_that_is_less_than_half_done(tmp_path):
+def test_a_checkpoint_takes_the_place_of_a_version_0_that_is_less_than_half_done(tmp_path, monkeypatch):
+    monkeypatch.setattr("mining.work.FIRST_GIVES_WAY_S", 0.0)
     job = make_job(tmp_path, mine={"bm25_top_k": 20, "poll_s": 1e-6})
     publish_checkpoint(job, 10)
     Status(folder(job), "trainer").update(phase="finished")

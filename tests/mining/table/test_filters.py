@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
 from mining.settings import FilterSettings
+from mining.table import filters
 from mining.table.filters import (
     Kept,
     Keys,
@@ -51,6 +53,14 @@ def test_listed_values_are_those_of_the_row_itself(seed):
     spread, lists_of = (v * 2**59 - 2**62 for v in (values, listed)), np.arange(60) % 30
     found = is_listed(*map(on, (np.tile(next(spread), (2, 1)), indptr, next(spread), lists_of)))
     np.testing.assert_array_equal(found.cpu(), plain + plain)
+
+
+def test_a_table_with_few_slots_lists_the_same(monkeypatch):
+    tables = on(table(0, 20)), *map(on, lists(0, 30, 20))
+    plain = is_listed(*tables)
+    monkeypatch.setattr(filters, "FEW_SLOTS", 2)
+    monkeypatch.setattr(filters, "MOST_SLOTS", 2)  # as for lists of hundreds of millions
+    assert torch.equal(is_listed(*tables), plain)
 
 
 def test_nothing_is_listed_in_empty_lists():

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from mining.settings import FilterSettings, RerankSettings, SampleSettings
+from mining.table.draw import draw_tile
 from mining.table.filters import Keys
 from mining.table.judgements import read_judgements
 from mining.table.kept import KeptTiles
@@ -152,6 +153,15 @@ def test_the_negatives_are_what_they_have_always_been():
         digest.update(found.indptr.astype("<i8").tobytes() + found.ids.astype("<i8").tobytes() + found.scores.tobytes())
     # Of the version that had numpy alone; whoever changes it draws other negatives for a job that goes on.
     assert digest.hexdigest() == "e7b4f5ef20dbf1d638e51266b78186cfe14fdd6fc4a104be62fe9afedc76ec2d"
+
+
+@pytest.mark.parametrize("seed", [0, 1, 6])  # positive = "each"; a cross-encoder, and random passages; "lowest"
+def test_a_rank_without_queries_draws_nothing(seed):
+    settings, retriever = any_settings(seed), Matrix(SCORES, JUDGEMENTS)
+    keys, reranker = (Keys(QUERY_KEYS, PASSAGE_KEYS),), Words(TEACHER) if settings[2].model else None
+    how = Draw(*settings, 0, 1, JUDGEMENTS, keys, reranker, device=device.DEVICE)
+    part = draw_tile(how, RANKS, retriever, slice(5, 5), lambda *_: None)
+    assert len(part.lengths) == 0 == sum(part.counts.values()) and not any(map(len, part.columns.values()))
 
 
 def test_what_is_too_early_comes_not_in_by_chance_either():
