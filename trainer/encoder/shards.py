@@ -196,8 +196,9 @@ def open_shards(
     folder = root / fingerprint
     if pins is not None:
         pins.hold(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.touch()  # prune_shards keeps the youngest
+    with contextlib.suppress(FileExistsError, FileNotFoundError):  # pruned in between; who encodes makes it anew
+        folder.mkdir(parents=True, exist_ok=True)
+        os.utime(folder)  # prune_shards keeps the youngest
     return Shards(folder, len(tokens.lengths), shard_rows, settings)
 
 

@@ -238,3 +238,17 @@ def test_what_is_encoded_and_read_is_there_whoever_prunes(root, tmp_path):
     _, (found, num_rows) = run_ranks(prune_all_the_time, 2, root, tmp_path)
     assert found == [num_rows] * 10
     assert missing.NAP_S < 1
+
+
+def test_a_folder_that_is_pruned_while_it_is_opened_never_becomes_a_file(root, tmp_path, monkeypatch):
+    texts, plain = texts_in(root, tmp_path), Path.mkdir
+
+    def pruned(folder, *args, **options):
+        plain(folder, *args, **options)
+        shutil.rmtree(folder)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "mkdir", pruned)
+        shards = open_shards(tmp_path / "pruned", "weights", "mean", texts.tokens, texts.encoder, "passage")
+    assert not shards.folder.exists()
+    assert encode_missing([Texts(shards, texts.encoder, texts.tokens)]) == shards.num_rows
