@@ -93,7 +93,7 @@ def plan_memory(sizes: Sizes, process_bytes: int, limit: int, device_limit: int 
     # Whole tiles of scores: the last bits of a product do not depend on the memory.
     most = -(-sizes.num_queries // rows) * rows
     passes = [rows * -(-most // (rows << halvings)) for halvings in range((most // rows).bit_length())]
-    of_query = bytes_of_query(sizes.top_k, sizes.width, sizes.device_type)
+    of_query = bytes_of_query(sizes.top_k, sizes.width, sizes.device_type, sizes.stored_bytes)
     if device_limit is not None:
         passes = [size for size in passes if size * of_query <= device_limit] or [passes[-1]]
     largest = min(QUERY_TILE * sizes.num_ranks, sizes.num_queries)
@@ -150,7 +150,7 @@ def _plan(sizes: Sizes, process_bytes: int, limit: int, query_pass: int, query_t
         "index": -(-sizes.num_passages // sizes.num_ranks) * sizes.index_bytes,
     }
     if is_exact and on_cpu:
-        held["queries at once"] = query_pass * bytes_of_query(sizes.top_k, sizes.width, sizes.device_type)
+        held["queries at once"] = query_pass * bytes_of_query(sizes.top_k, sizes.width, sizes.device_type, sizes.stored_bytes)
     phases = {"encoding": encoding + product * is_exact, "searching": max(drawing, product)}
     if sizes.num_clustered:
         phases["clustering"] = sizes.num_clustered * sizes.width * 4 * 2  # the table, and a shard's part of it on its way

@@ -6,6 +6,7 @@ forked from a warm server (tests/ranks.py), and dies as the rank dies; a stub th
 
 import contextlib
 import functools
+import importlib
 import json
 import multiprocessing
 import os
@@ -186,3 +187,17 @@ def die_as_it_begins(phase: str, victims: set[int], rank: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         kind.update = update
+
+
+def die_at_a_call(module: str, name: str, number: int, victims: set[int], rank: int) -> None:
+    """Have some ranks end by SIGKILL at the n-th call of a method."""
+    owner, method = functools.reduce(getattr, name.split(".")[:-1], importlib.import_module(module)), name.split(".")[-1]
+    plain, calls = getattr(owner, method), []
+
+    def until_killed(*args, **how):
+        calls.append(rank)
+        if rank in victims and len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(*args, **how)
+
+    setattr(owner, method, until_killed)

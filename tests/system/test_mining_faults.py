@@ -13,16 +13,18 @@ from pathlib import Path
 import pytest
 
 from tests.mining.run import make_job, publish_checkpoint, published
-from tests.mining.services import die_as_it_begins, start_service
+from tests.mining.services import die_as_it_begins, die_at_a_call, start_service
 from trainer.data.datasets import open_dataset
 from trainer.handoff.manifest import TornVersion, read_latest
 from trainer.handoff.negatives import negatives_folder, open_negatives
 
 PHASES = [
     "starting",
+    "indexing words",
     "searching with BM25",
     "publishing",
     "loading",
+    "encoding queries",
     "encoding",
     "indexing",
     "auditing",
@@ -122,6 +124,29 @@ def test_a_kill_at_every_phase_changes_no_byte(root, undisturbed, victims):
         service = start_service(job, num_ranks)
         assert service.wait() == 0, service.said
     assert published(job) == expected
+
+
+STREAM = {
+    "seen and searched, and not the last": ("mining.find.pairs", "KnownPairs.see"),
+    "encoded, and not on disk": ("trainer.encoder.shards", "Shards.publish"),
+}
+
+
+@pytest.mark.parametrize("moment", STREAM)
+def test_kills_within_the_stream_change_no_byte_whoever_goes_on(root, moment):
+    """Exact search: what is best so far is in memory alone, and every start has another number of ranks."""
+    jobs = [make_job(root, run=f"{moment}-{n}", mine={"bm25_top_k": 0}) for n in range(2)]
+    for job in jobs:
+        publish_checkpoint(job, 10)
+    assert start_service(jobs[0]).wait() == 0
+    for num_ranks, number in ((2, 1), (1, 2), (3, 1)):
+        before = partial(die_at_a_call, *STREAM[moment], number, {num_ranks - 1})
+        service = start_service(jobs[1], num_ranks, before=before)
+        assert service.wait() == SIGKILLED, service.said
+        assert not published(jobs[1])
+    service = start_service(jobs[1], 2)
+    assert service.wait() == 0, service.said
+    assert published(jobs[1]) == published(jobs[0])
 
 
 def test_kills_at_random_moments_change_no_byte(root, undisturbed):
