@@ -30,7 +30,10 @@ def mark_kernel(
     S: tl.constexpr,
     IS_WHOLE: tl.constexpr,  # width is a multiple of S
 ):
-    """Write one bit for each score: whether it reaches the limit of its query; scores live in registers only."""
+    """Write one bit for each score: whether it reaches the limit of its query; scores live in registers only.
+
+    Places are counted in int32: addresses take half of the instructions between two products then.
+    """
     num_blocks = tl.cdiv(num_passages, N)
     num_tiles = num_blocks * tl.cdiv(num_queries, M)
     lane_S = tl.arange(0, S)
@@ -40,8 +43,8 @@ def mark_kernel(
         row_M = tile // num_blocks * M + tl.arange(0, M)
         column_N = tile % num_blocks * N + tl.arange(0, N)
         # Beyond the end the last row or column is read again, which spares a mask.
-        place_M = tl.minimum(row_M, num_queries - 1).to(tl.int64)
-        place_N = tl.minimum(column_N, num_passages - 1).to(tl.int64)
+        place_M = tl.minimum(row_M, num_queries - 1)
+        place_N = tl.minimum(column_N, num_passages - 1)
         score_MN = tl.zeros((M, N), tl.float32)
         for step in range(0, tl.cdiv(width, S)):
             at_S = step * S + lane_S

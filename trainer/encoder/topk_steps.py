@@ -134,6 +134,7 @@ def mark_by_kernel(queries: Queries, block: Block) -> Tensor:
     from trainer.encoder.topk_kernels import mark_kernel
 
     (num_queries, width), num_passages = queries.query_QD.shape, len(block.passage_CD)
+    assert max(num_queries, num_passages) * width < 1 << 31, "the kernel counts in int32"
     word_QW = torch.empty(num_queries, -(-num_passages // 32), dtype=torch.int32, device=block.passage_CD.device)
     rows, columns, step, num_warps, num_stages = _tile(queries.query_QD)
     num_tiles = -(-num_queries // rows) * -(-num_passages // columns)
