@@ -99,7 +99,7 @@ def take_kernel(
             rest_W = word_W & (word_W - 1)
             power_W = (word_W ^ rest_W).to(tl.float32).to(tl.int32, bitcast=True) >> 23  # exponent of a power of two
             tl.store(free + slot_W, (place_W * 32 + power_W - 127).to(tl.int64), mask=word_W != 0)
-            slot_W += (word_W != 0).to(tl.int32)
+            slot_W += 1
             word_W = rest_W
         tl.debug_barrier()  # other threads read what was stored
         for start in range(count, stop, R):
