@@ -3,6 +3,7 @@
 from dataclasses import field
 
 from mining.settings import (
+    SPARE_RANDOM,
     AuditSettings,
     ClusterSettings,
     FilterSettings,
@@ -59,5 +60,5 @@ class MineJob:
 
     def num_known(self, num_queries: int, num_positives: int) -> int:
         """Return how many pairs are scored as their shard passes: positives, and candidates that other ways have found."""
-        from_last = self.sample.num_negatives if self.sample.replace == "easy" else 0
-        return num_positives + num_queries * (from_last + self.search.bm25_top_k + 2 * self.sample.num_random)
+        random = self.sample.num_random and self.sample.num_random + SPARE_RANDOM
+        return num_positives + num_queries * (self.num_candidates - self.search.top_k + random)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from mining.find.pairs import bytes_of_pair
 from mining.ranks import Ranks
 from trainer.encoder.encode import ENCODE_TOKENS, ENCODE_TOKENS_CUDA
 from trainer.encoder.gpu_share import free_of_share
@@ -30,7 +31,6 @@ DRAW_BYTES = 64
 EXCHANGE_BYTES = 32  # of a candidate of all queries of a tile: its key as found, sent and received
 TEXT_BYTES = 25  # of a text: its length, keys of tokens and of the text, memory-mapped, and whether it may be a candidate
 QUERY_BYTES = 64  # of a training query: its rows, positives and judgements
-PAIR_BYTES = 20  # of a pair that is scored as its shard passes: query, passage, order and score
 FREE_SHARE = 0.5  # of the machine's free memory, if mine.memory_gib is not set
 
 
@@ -146,7 +146,7 @@ def _plan(sizes: Sizes, process_bytes: int, limit: int, query_pass: int, query_t
         "process": process_bytes,
         "libraries": LIBRARIES,
         "texts and judgements": TEXT_BYTES * (sizes.num_passages + sizes.num_queries) + QUERY_BYTES * sizes.num_queries,
-        "known pairs": PAIR_BYTES * sizes.num_known,
+        "known pairs": bytes_of_pair(sizes.num_known) * sizes.num_known,
         "index": -(-sizes.num_passages // sizes.num_ranks) * sizes.index_bytes,
     }
     if is_exact and on_cpu:

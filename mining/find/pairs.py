@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mining.find.search import share_of
 from mining.ranks import Ranks
-from mining.settings import SampleSettings
+from mining.settings import SPARE_RANDOM, SampleSettings
 from mining.table.judgements import Judgements
 from mining.table.sampling import random_rows
 from trainer.encoder.pair_scores import score_pairs
@@ -24,7 +24,6 @@ from trainer.handoff.negatives import Negatives
 
 PairsOf = Callable[[slice], tuple[np.ndarray, np.ndarray]]  # places of queries to (indptr, passage rows; -1: none)
 
-SPARE = 2  # random passages of a query beyond those it needs, for one that is its positive
 ROW_BITS, NO_ROW = 32, (1 << 32) - 1  # of a pair as one number; the search has no such row either
 BLOCK_QUERIES, BLOCK_PAIRS = 1 << 14, 1 << 20  # that are listed, or put in order, at once
 
@@ -118,7 +117,7 @@ def known_before(
     if last is not None and sample.replace == "easy":
         sources.append(Listed(last.indptr, last.ids))
     if sample.num_random:
-        draws = range(sample.num_random + SPARE)
+        draws = range(sample.num_random + SPARE_RANDOM)
 
         def random(places: slice) -> tuple[np.ndarray, np.ndarray]:
             rows_QR = random_rows(judgements, seed, version, judgements.query_rows[places], draws)
