@@ -89,7 +89,7 @@ class Embeddings:
         shard_of_row = rows // self.shards.shard_rows
         order = np.argsort(shard_of_row, kind="stable")
         found, starts = np.unique(shard_of_row[order], return_index=True)
-        for shard, here in zip(found.tolist(), np.split(order, starts[1:]), strict=True):
+        for shard, here in zip(found.tolist(), np.split(order, starts)[1:], strict=True):
             embedding_nD[here] = self.shard(shard)[rows[here] - shard * self.shards.shard_rows]
             self.let_go(shard)
         return embedding_nD
