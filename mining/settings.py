@@ -48,9 +48,11 @@ class IndexSettings:
     """Section `index`: what finds the nearest passages."""
 
     factory: str = EXACT
-    """Either "exact", "auto", or a FAISS factory string for each block of shards: "Flat", "IVF64,Flat", "IVF64,SQ8", …"""
-    nprobe: PositiveInt = 16
-    """Cells of an IVF index that a query looks into; more: slower, better recall."""
+    """Either "exact", "auto", or a FAISS factory string for one index over the whole corpus: "IVF1024,Flat", "IVF1024,SQ8",
+    "IVF1024,PQ64", with "OPQ64," or "PCA128," before them, …; "auto": exact search or lists, whichever is measured to be cheaper.
+    """
+    nprobe: PositiveInt = 8
+    """Lists that a query looks into at first: the audit doubles them until audit.min_recall holds."""
 
 
 @job_section
@@ -187,7 +189,7 @@ class AuditSettings:
     num_queries: PositiveInt = 256
     """Queries that are searched exactly as well, drawn anew for each version."""
     min_recall: Share = 0.9
-    """Mean share of the exact search.top_k that the index has to find."""
+    """Mean share of the exact search.top_k that the index has to find; index.nprobe is raised until it does."""
     max_suspected: Share = 1.0
     """Share of the unjudged candidates that score as positives do, by filter.relative_margin."""
     max_without: Share = 1.0

@@ -1,132 +1,93 @@
-"""What `index.factory = "auto"` means: the cheaper of exact search and an IVF index, by rates measured on this machine.
+"""What `index.factory = "auto"` means: the cheaper of exact search and an IVF index, by rates measured with what would run.
 
-Below tens of millions of passages exact search is often cheaper, because an index has to be trained and filled anew for every
-checkpoint, and only many queries make up for that. The choice is kept in the run folder, because it depends on measured times,
-and the versions of a run must not depend on these.
+Below tens of millions of passages exact search is often cheaper, because an index has to be filled anew for every checkpoint, and
+only many queries make up for that. The choice is kept in the run folder, because it depends on measured times, and the versions
+of a run must not depend on these.
 """
 
-import json
 import logging
 import math
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from mining.find.index import load_faiss, num_gpus_of
-from mining.settings import AUTO, EXACT
-from trainer.encoder.topk import BestOf
-from trainer.handoff.manifest import write_atomically
+from mining.find.index import POINTS_PER_LIST
+from mining.find.rates import MEASURED_LISTS, Rates, measure_rates
+from mining.settings import EXACT
+from mining.state import read_state, write_state
 
 log = logging.getLogger(__name__)
 
-SAMPLE_PASSAGES, SAMPLE_QUERIES = 16384, 256  # of the measurement, which takes a second or two
-PASSAGES_OF_CELL = 39  # least that FAISS wants to train a centroid from
+CHOSEN = "index"  # entry of the state
+FEWEST_LISTS = 64
+ITERATIONS = 10  # of FAISS's k-means, for an index
 
 
 @dataclass(frozen=True)
 class Load:
-    """The amount of search, as for one rank; with more ranks the costs of both ways fall alike."""
+    """The amount of search in a refresh."""
 
     num_queries: int
     num_passages: int
-    shard_rows: int
     width: int
     top_k: int
-    nprobe: int
+    nprobe: int  # that an audit begins with
     num_audited: int  # queries that an index other than exact is audited with
+    num_ranks: int = 1
+    min_recall: float = 0.9
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Seconds for one unit of work on this machine."""
+def choose_index(run: Path, load: Load, device: torch.device, sample_nD: np.ndarray | None = None) -> str:
+    """Return "exact" or a factory string, and say what both would cost. Rank 0 only.
 
-    exact_score_s: float  # a product of query and passage, and its part in the selection
-    ivf_build_s: float  # a passage and a cell, in training and adding
-    ivf_visit_s: float  # a query and a centroid or a passage of a visited cell
-
-
-def choose_index(run: Path, load: Load, device: torch.device) -> str:
-    """Return "exact" or a factory string, and say what both would cost. Rank 0 only."""
-    path = run / "status" / "index.json"
-    about = asdict(load)
-    try:
-        kept = json.loads(path.read_text())
-        if kept["about"] == about:
-            return kept["factory"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # nothing was chosen yet
-    costs = estimate_costs(load, measure_rates(load, device))
+    sample_nD: embeddings of passages, if some are there; None: random ones in clusters are measured.
+    """
+    kept, about = read_state(run, CHOSEN), asdict(load)
+    if isinstance(kept, dict) and kept.get("about") == about and isinstance(kept.get("factory"), str):
+        return kept["factory"]
+    costs = estimate_costs(load, measure_rates(load.width, load.top_k, load.num_passages, load.min_recall, device, sample_nD))
     factory = min(costs, key=lambda name: costs[name])
     log.info(
-        "index.factory=auto takes %s: %s for %d queries and %d passages on one rank",
+        "index.factory=auto takes %s: %s for %d queries and %d passages, on %d ranks like this one",
         factory,
         ", ".join(f"{name} {seconds:.3g} s" for name, seconds in costs.items()),
         load.num_queries,
         load.num_passages,
+        load.num_ranks,
     )
-    write_atomically(path, json.dumps({"about": about, "factory": factory, "costs_s": costs}))
+    write_state(run, CHOSEN, {"about": about, "factory": factory, "costs_s": costs})
     return factory
 
 
 def estimate_costs(load: Load, rates: Rates) -> dict[str, float]:
-    """Return the seconds of a refresh by factory: search and, for IVF, training, filling and the audit."""
-    exact_query_s = load.num_passages * rates.exact_score_s
-    costs = {EXACT: load.num_queries * exact_query_s}
-    cells = num_cells(min(load.shard_rows, load.num_passages))
-    if cells > load.nprobe:  # else it would look everywhere
-        num_shards = load.num_passages / load.shard_rows
-        build_s = load.num_passages * cells * rates.ivf_build_s
-        visited = num_shards * cells + load.num_passages * load.nprobe / cells
-        costs[f"IVF{cells},Flat"] = build_s + load.num_queries * visited * rates.ivf_visit_s + load.num_audited * exact_query_s
+    """Return the seconds of a refresh by factory string: of exact search, and of the cheapest number of lists.
+
+    With lists: training on one rank, filling, the audit, and the search, in which every rank chooses lists for all queries.
+    """
+    costs = {EXACT: load.num_queries * load.num_passages * rates.exact_score_s / load.num_ranks}
+    of_lists = {f"IVF{lists},Flat": _cost_of_lists(load, rates, lists) for lists in numbers_of_lists(load)}
+    if of_lists:
+        cheapest = min(of_lists, key=lambda name: of_lists[name])
+        costs[cheapest] = of_lists[cheapest]
     return costs
 
 
-def num_cells(shard_rows: int) -> int:
-    """Return how many cells an IVF index of a shard has: about 4 times the root of its passages, a power of two."""
-    most = max(1, min(4 * math.isqrt(shard_rows), shard_rows // PASSAGES_OF_CELL))
-    return 1 << (most.bit_length() - 1)
+def numbers_of_lists(load: Load) -> list[int]:
+    """Return the powers of two up to 4 times the root of the passages of which each list has passages enough to be trained; none
+    where a query would look everywhere.
+    """
+    most = min(4 * math.isqrt(load.num_passages), load.num_passages // POINTS_PER_LIST)
+    powers = (1 << bits for bits in range(most.bit_length()))
+    return [lists for lists in powers if lists >= FEWEST_LISTS and lists > load.nprobe and lists <= most]
 
 
-def measure_rates(load: Load, device: torch.device) -> Rates:
-    """Return this machine's rates for vectors of a width, on random ones."""
-    faiss = load_faiss(AUTO)
-    passage_ND, query_QD = (_unit(n, load.width) for n in (SAMPLE_PASSAGES, SAMPLE_QUERIES))
-
-    def exact() -> None:
-        best = BestOf(query_QD, load.top_k, device)
-        best.look_at(passage_ND, np.arange(SAMPLE_PASSAGES))
-        best.keys()
-
-    cells = num_cells(SAMPLE_PASSAGES)
-    index = faiss.index_factory(load.width, f"IVF{cells},Flat", faiss.METRIC_INNER_PRODUCT)
-    index.nprobe = load.nprobe
-    if num_gpus_of(faiss) and device.type == "cuda":
-        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device.index or 0, index)
-
-    def build() -> None:
-        index.train(passage_ND)
-        index.add(passage_ND)
-
-    exact()  # the first call loads what it needs
-    exact_s, build_s = _seconds(exact), _seconds(build)
-    search_s = _seconds(lambda: index.search(query_QD, load.top_k))
-    visited = cells + SAMPLE_PASSAGES * min(1, load.nprobe / cells)
-    return Rates(
-        exact_s / (SAMPLE_QUERIES * SAMPLE_PASSAGES),
-        build_s / (SAMPLE_PASSAGES * cells),
-        search_s / (SAMPLE_QUERIES * visited),
-    )
-
-
-def _unit(num_rows: int, width: int) -> np.ndarray:
-    vectors = np.random.default_rng(num_rows).standard_normal((num_rows, width), np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
-def _seconds(work) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+def _cost_of_lists(load: Load, rates: Rates, lists: int) -> float:
+    # Smaller lists, and more of them: what a query looks at shrinks with the root of their number.
+    nprobe = min(lists, max(load.nprobe, rates.nprobe * math.sqrt(lists / MEASURED_LISTS)))
+    train_s = POINTS_PER_LIST * lists * lists * ITERATIONS * rates.train_s
+    fill_s = load.num_passages * lists * rates.assign_s / load.num_ranks
+    audit_s = load.num_audited * load.num_passages * rates.exact_score_s / load.num_ranks
+    visited = load.num_passages / load.num_ranks * nprobe / lists
+    return train_s + fill_s + audit_s + load.num_queries * (lists * rates.assign_s + visited * rates.visit_s)

@@ -10,17 +10,13 @@ import numpy as np
 import torch
 
 from mining.find.asked import Asker
-from mining.find.embeddings import Embeddings
-from mining.find.index import ShardIndex
 from mining.find.pairs import KnownPairs, Listed, Scored
-from mining.find.search import Finder, best_of_ranks, search_shards, share_of
+from mining.find.search import Finder, best_of_ranks, share_of
 from mining.ranks import Ranks
 from mining.table.filters import is_listed
 from mining.table.judgements import Judgements
 from trainer.encoder.topk import merge_top_k
 from trainer.handoff.negatives import Negatives
-
-PAIRS_BYTES = 64 << 20  # memory for the embeddings of pairs that are scored at once
 
 
 class Retriever(Protocol):
@@ -81,40 +77,6 @@ class DenseRetriever:
         scores = self._scored.of(query_places, passage_rows)
         unknown = np.flatnonzero(np.isnan(scores))
         scores[unknown] = self.asker.ask_scores(query_places[unknown], passage_rows[unknown])
-        return scores
-
-
-@dataclass
-class BlockRetriever:
-    """Search over the indexes of all ranks, and products of embeddings."""
-
-    ranks: Ranks
-    judgements: Judgements
-    queries: Embeddings
-    passages: Embeddings
-    indexes: list[ShardIndex]  # of this rank's shards
-    top_k: int
-
-    def find(self, tile: slice) -> tuple[np.ndarray, np.ndarray]:
-        return search_shards(self.ranks, self.indexes, self.queries.read(np.arange(tile.start, tile.stop)), self.top_k)
-
-    def score(self, places: slice, ids_nR: np.ndarray) -> np.ndarray:
-        rows, at = np.nonzero(ids_nR >= 0)
-        scores_nR = np.full(ids_nR.shape, -np.inf, np.float32)
-        scores_nR[rows, at] = self._score_pairs(rows + places.start, ids_nR[rows, at])
-        return scores_nR
-
-    def score_positives(self, places: slice) -> np.ndarray:
-        indptr, rows = self.judgements.positives(places)
-        return self._score_pairs(np.repeat(np.arange(places.start, places.stop), np.diff(indptr)), rows)
-
-    def _score_pairs(self, query_places: np.ndarray, passage_rows: np.ndarray) -> np.ndarray:
-        scores = np.empty(len(passage_rows), np.float32)
-        step = max(1, PAIRS_BYTES // (8 * self.passages.width))
-        for start in range(0, len(scores), step):
-            pairs = slice(start, start + step)
-            # The sum of a pair does not depend on which other pairs are in the batch; that of a matrix product may.
-            scores[pairs] = (self.queries.read(query_places[pairs]) * self.passages.read(passage_rows[pairs])).sum(1)
         return scores
 
 

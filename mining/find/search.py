@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mining.find.index import ShardIndex
 from mining.ranks import Ranks
 from trainer.encoder.topk import BestOf, best_of_keys
 
@@ -60,26 +59,15 @@ def best_of_ranks(ranks: Ranks, finder: Finder, places: slice) -> tuple[np.ndarr
 
     places: the same on every rank. Collective; a rank sends (share, k) keys, 8 bytes each, to every other.
     """
-    keys_Qk = finder.keys(places)
+    return best_of_found(ranks, finder.keys(places))
+
+
+def best_of_found(ranks: Ranks, keys_Qk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return `best_of_ranks` of the keys that this rank has found for some queries. Collective."""
     shares = [share_of(len(keys_Qk), rank, ranks.num_ranks) for rank in range(ranks.num_ranks)]
     scores, ids = best_of_keys(ranks.exchange_arrays([keys_Qk[share] for share in shares]), keys_Qk.shape[1])
     assert not ((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)).any(), "a passage was found twice"
     return scores, ids
-
-
-def search_shards(ranks: Ranks, indexes: list[ShardIndex], query_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (scores, ids), each (share, k), of the best passages of all shards for this rank's share of the queries.
-
-    indexes: of this rank's shards; may be empty.
-    query_QD: the same on every rank; rank r gets the rows `share_of(len(query_QD), ranks)`.
-    Collective: one exchange; every rank sends (share, k) keys, 8 bytes each, to every other.
-    """
-    best = BestOf(query_QD, k, indexes[0].device if indexes else "cpu")
-    for index in indexes:
-        index.search_into(best)
-    keys_Qk = best.keys()
-    shares = [share_of(len(query_QD), rank, ranks.num_ranks) for rank in range(ranks.num_ranks)]
-    return best_of_keys(ranks.exchange([keys_Qk[rows] for rows in shares]), k)
 
 
 def share_of(num_rows: int, rank: int, num_ranks: int) -> slice:

@@ -18,18 +18,15 @@ from gradcache import (
 )
 from gradcache.masks import Masks, Pairing, first_columns, relate
 from gradcache.tiles import Matrix, Tiles
-from mining.find.index import ExactIndex, FaissIndex, build_indexes
-from mining.settings import IndexSettings
 from tests.gradcache.test_step import build, make_batch, named
 from tests.gradcache.wide import Wide, wide_batch
 from tests.gradients import assert_same_gradients
-from tests.mining.find.test_index import NoCentroids
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from trainer.data.datasets import open_dataset
 from trainer.encoder.encode import encode_rows
 from trainer.encoder.model import ModelSettings, load_encoder
 from trainer.encoder.tokens import tokenize
-from trainer.encoder.topk import BestOf, best_of_keys, top_k
+from trainer.encoder.topk import top_k
 
 pytestmark = pytest.mark.gpu
 LOSS = LossOptions(objective=OBJECTIVES["info_nce"], symmetric=True)
@@ -184,42 +181,12 @@ def test_a_million_columns_take_time_and_no_memory():
     assert torch.cuda.max_memory_allocated() - before < held + 2**28
 
 
-class OneShard:
-    """Passages in memory, as `build_indexes` reads them."""
-
-    def __init__(self, passage_ND):
-        self.passage_ND = passage_ND
-        self.shards = self
-
-    def shard(self, number):
-        return self.passage_ND
-
-    def let_go(self, number):
-        pass
-
-    def rows(self, number):
-        return np.arange(len(self.passage_ND))
-
-    def block(self, number):
-        return [number]
-
-
-def search_on_gpu(factory, passage_ND, query_QD, k):
-    """Return the indexes of one shard and the (scores, ids) they find."""
-    allowed_N, device = np.ones(len(passage_ND), bool), torch.device("cuda", 0)
-    indexes = build_indexes(IndexSettings(factory=factory), OneShard(passage_ND), [0], allowed_N, device, k, NoCentroids())
-    best = BestOf(query_QD, k, indexes[0].device)
-    indexes[0].search_into(best)
-    return indexes[0], best_of_keys([best.keys()], k)
-
-
 @pytest.mark.parametrize("k", [10, 3000])
 def test_exact_search_on_a_gpu_finds_what_it_finds_on_a_cpu(k):
     draw = np.random.default_rng(0)
     # Small whole numbers: products are exact on both, and ties are many.
     passage_ND, query_QD = (draw.integers(-3, 4, (n, 16)).astype(np.float32) for n in (70_001, 67))
-    index, found = search_on_gpu("exact", passage_ND, query_QD, k)
-    assert isinstance(index, ExactIndex) and index.device.type == "cuda"
+    found = top_k(query_QD, passage_ND, k, device="cuda:0")
     for values, wanted in zip(found, top_k(query_QD, passage_ND, k), strict=True):
         np.testing.assert_array_equal(values, wanted)
 
@@ -233,16 +200,3 @@ def test_bfloat16_embeddings_of_a_gpu_are_near_those_of_a_cpu(tmp_path):
     np.testing.assert_allclose(encode_rows(encoder.cuda(), tokens, rows), exact, atol=1e-3)  # TF32 may be allowed
     half = encode_rows(encoder, tokens, rows, dtype=torch.bfloat16)
     assert (half != exact).any() and (half * exact).sum(1).min() > 0.99
-
-
-def test_a_faiss_index_on_a_gpu_finds_what_exact_search_finds():
-    faiss = pytest.importorskip("faiss")
-    if not getattr(faiss, "get_num_gpus", lambda: 0)():
-        pytest.skip("needs faiss-gpu")
-    draw = np.random.default_rng(0)
-    passage_ND, query_QD = (draw.standard_normal((n, 32)).astype(np.float32) for n in (5000, 7))
-    index, (scores, ids) = search_on_gpu("Flat", passage_ND, query_QD, 10)
-    assert isinstance(index, FaissIndex)
-    wanted_scores, wanted_ids = top_k(query_QD, passage_ND, 10)
-    np.testing.assert_array_equal(ids, wanted_ids)
-    np.testing.assert_allclose(scores, wanted_scores, rtol=1e-5)

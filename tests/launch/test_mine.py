@@ -186,7 +186,7 @@ def test_what_a_killed_miner_left_is_deleted_but_nothing_of_a_live_one(tmp_path)
         (["--out", "a.jsonl", "--model", "nowhere"], "nowhere' is not a model that can be loaded"),
         (["--out", "a.jsonl", "filter.relative_margins=1"], r"unknown key filter\.relative_margins; did you mean"),
         (["--out", "a.jsonl", "search.top_k=2"], r"sample\.num_negatives=16 is more than search\.top_k=2"),
-        (["--out", "a.jsonl", "index.factory=IVF4,Flat", "index.nprobe=1"], r"finds 0\.\d+ of the exact neighbours"),
+        (["--out", "a.jsonl", "index.factory=IVF4,PQ1x4"], r"finds 0\.\d+ of the exact neighbours"),
     ],
 )
 def test_what_cannot_be_mined_is_refused_in_a_sentence(root, tmp_path, capsys, monkeypatch, words, sentence):

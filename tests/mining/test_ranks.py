@@ -16,6 +16,7 @@ KINDS = {
         "audit": {"min_recall": 0.2},
         "encode": {"stored": "fp16"},
     },
+    "codes": {"index": {"factory": "PCA16,IVF8,PQ4x4", "nprobe": 2}, "audit": {"min_recall": 0.5}},
     "all": {  # BM25's candidates, a cross-encoder, fallbacks and random passages, clusters
         "search": {"top_k": 30, "bm25_top_k": 10},
         "filter": {"relative_margin": 0.02},
@@ -27,7 +28,7 @@ KINDS = {
     "frozen": {"mine": {"passages": "frozen", "bm25_top_k": 0}},
     "drift": {"mine": {"passages": "drift", "max_drift": 2.0, "bm25_top_k": 0}},
 }
-ARRAYS = {"ivf": 7, "all": 14, "auto": 7, "frozen": 8, "drift": 8}
+ARRAYS = {"ivf": 7, "codes": 7, "all": 14, "auto": 7, "frozen": 8, "drift": 8}
 
 
 def test_the_number_of_ranks_changes_no_byte_and_an_error_is_said_once(tmp_path):

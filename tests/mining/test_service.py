@@ -150,7 +150,7 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path, caplog):
 
 
 def test_a_bad_index_is_refused_with_its_recall(tmp_path, caplog):
-    index = {"factory": "IVF32,Flat", "nprobe": 1}
+    index = {"factory": "IVF4,PQ1x4", "nprobe": 1}  # four bits of a passage tell too little, in however many lists
     job = make_job(tmp_path, index=index)
     publish_checkpoint(job, 10)
     with pytest.raises(InputError, match="nothing was published: checkpoint step-00000010: "):

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from mining.find import indexed
 from mining.find.base import Base, drift_sample, earlier_base, keep_base, mean_drift
 from tests.mining.run import make_job, publish_checkpoint, published
 from tests.mining.test_service import folder, manifest, mine
@@ -58,26 +57,3 @@ def test_a_version_made_again_has_the_base_it_had(tmp_path):
     assert earlier_base(tmp_path, 2) == first and earlier_base(tmp_path, 3) == second and earlier_base(tmp_path, 1) is None
     keep_base(tmp_path, Base(2, "c", 30))
     assert earlier_base(tmp_path, 3).weights_digest == "c" and earlier_base(tmp_path, 2) == first
-
-
-def test_centroids_are_trained_anew_when_recall_falls(tmp_path, monkeypatch):
-    job = make_job(tmp_path, mine=SMALL, index={"factory": "IVF2,Flat", "nprobe": 1}, audit={"min_recall": 0.5})
-    recalls = iter([0.9, 0.8, 0.1, 0.7])
-    monkeypatch.setattr(indexed, "audit_recall", lambda *_: next(recalls))
-    for step in (10, 20, 30):
-        publish_checkpoint(job, step)
-        mine(job)
-    versions = [manifest(job, f"v00000{v}") for v in (1, 2, 3)]
-    assert [v["index"]["centroids_of_version"] for v in versions] == [1, 1, 3]
-    assert [v["audit"]["recall"] for v in versions] == [0.9, 0.8, 0.7]
-    assert [path.name for path in sorted(folder(job).glob("centroids/*/*"))] == ["v000003"]
-
-
-def test_an_index_that_was_chosen_gives_way_to_exact_search(tmp_path, monkeypatch):
-    job = make_job(tmp_path, mine=SMALL, index={"factory": "auto", "nprobe": 1})
-    monkeypatch.setattr("mining.find.source.choose_index", lambda *_: "IVF2,Flat")
-    monkeypatch.setattr(indexed, "audit_recall", lambda *_: 0.1)
-    publish_checkpoint(job, 10)
-    mine(job)
-    found = manifest(job, "v000001")
-    assert found["index"]["factory"] == "exact" and found["audit"]["recall"] == 1
