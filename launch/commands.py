@@ -3,9 +3,6 @@
 Heavy imports stand inside the commands, so that `--help` answers at once.
 """
 
-import enum
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,11 +12,12 @@ from launch.bench_commands import bench_app
 from launch.data_commands import data_app, init_app
 from launch.help import Commands
 from launch.looking_commands import looking_app
+from launch.mine_commands import mine_app
 from launch.model_commands import model_app
-from launch.options import SHORT, AllowChange, JobCommand, JobFile, Json, Overrides, quoted, setting_argument, with_short
+from launch.options import AllowChange, JobCommand, JobFile, Json, Overrides
 from launch.output import messages, print_json, results, start_logging
 from launch.recipe import as_typed, two_shells
-from trainer.errors import EXIT_FAILED, EXIT_STOPPED, InputError
+from trainer.errors import EXIT_FAILED, EXIT_STOPPED
 
 app = typer.Typer(
     cls=Commands,
@@ -29,6 +27,7 @@ app = typer.Typer(
 )
 app.add_typer(init_app)
 app.add_typer(model_app)
+app.add_typer(mine_app)
 app.add_typer(looking_app)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
@@ -108,103 +107,6 @@ def train(job: JobFile, overrides: Overrides = None, allow_change: AllowChange =
     if as_json and outcome is not None:
         print_json(outcome.as_json())
     return 0 if outcome is None or outcome.finished else EXIT_STOPPED
-
-
-class Form(enum.StrEnum):
-    """What `mine --out` writes; names as in mining/export.py."""
-
-    ids = "ids"
-    sentence_transformers = "sentence-transformers"
-    tevatron = "tevatron"
-    flagembedding = "flagembedding"
-
-
-@app.command(cls=JobCommand, epilog=two_shells())
-@with_short(SHORT)
-def mine(
-    words: Annotated[
-        list[str] | None, setting_argument("job file, where there is one; settings", metavar="[JOB.toml] [section.key=value]...")
-    ] = None,
-    once: Annotated[bool, typer.Option("--once", help="one refresh from the newest checkpoint, then exit")] = False,
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", help='without a run: model, run, "bm25", or folder of queries.npy and passages.npy'),
-    ] = None,
-    data: Annotated[Path | None, typer.Option(help="data set; default: the job's data.path")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="write what was mined, or a run's newest negatives, to FILE.jsonl or .parquet")
-    ] = None,
-    form: Annotated[
-        Form, typer.Option(metavar="FORM", help="of --out: ids, sentence-transformers, tevatron or flagembedding")
-    ] = Form.ids,
-    show: Annotated[
-        str | None, typer.Option(metavar="QUERY_ID", help="show a query, named by its id or its text, and what it gets")
-    ] = None,
-    checkpoint: Annotated[
-        str | None, typer.Option(metavar="NAME", help="one refresh from this one, such as step-00000200, then exit")
-    ] = None,
-    metrics_port: Annotated[
-        int | None, typer.Option(min=0, max=65535, metavar="PORT", help="figures for Prometheus on 127.0.0.1; 0: any free port")
-    ] = None,
-    short: Sequence[str] = (),
-    as_json: Json = False,
-) -> int:
-    """Mine hard negatives for a run, or with any model to a file.
-
-    With --show it shows what was mined. Under mpiexec or srun several ranks share the work.
-    """
-    from launch.mine import Stopped, mine_model, read_newest, shown_parts, written_parts
-
-    job, overrides = _job_and_overrides([*(words or []), *short], data)
-    if any(override.startswith("model.") for override in short):
-        _refuse_without_model(model)
-    found: dict[str, Any] | None
-    if model is not None:
-        if out is None and show is None:
-            raise InputError("nothing would come of it; give --out FILE.jsonl, or --show QUERY_ID")
-        try:
-            found = mine_model(job, overrides, model, out, form.value, show)
-        except Stopped:
-            return EXIT_STOPPED
-    elif job is None:
-        raise InputError("there is nothing to mine from; give a job file, or --model and --data")
-    elif out is not None or show is not None:
-        found = read_newest(job, overrides, out, form.value, show)
-    else:
-        return _mine_for_run(job, overrides, once, checkpoint, metrics_port, as_json)
-    if found is not None and as_json:
-        print_json(found)
-    elif found is not None:
-        for part in [*([shown_parts(found)] if "query_id" in found else []), *([written_parts(found)] if "out" in found else [])]:
-            results().print(part)
-    return 0
-
-
-def _refuse_without_model(model: str | None) -> None:
-    """Raise InputError where options of a model would have no effect."""
-    from mining.find.supplied import holds_vectors
-
-    if model is None:
-        raise InputError("options of a model go with --model; the checkpoints of a run say how their texts are read")
-    if model == "bm25" or holds_vectors(Path(model)):
-        raise InputError(f"--model {model} encodes nothing: options of a model have no effect on it")
-
-
-def _mine_for_run(
-    job: Path, overrides: list[str], once: bool, checkpoint: str | None, metrics_port: int | None, as_json: bool
-) -> int:
-    from launch.sides import mine_side
-
-    how = mine_side(job, overrides, once, checkpoint, metrics_port)
-    if as_json:
-        print_json({"ended": how})
-    return 0 if how == "finished" else EXIT_STOPPED
-
-
-def _job_and_overrides(words: list[str], data: Path | None) -> tuple[Path | None, list[str]]:
-    """Return the job file, where the first word is one, and the overrides; --data is data.path."""
-    job = Path(words[0]) if words and "=" not in words[0] else None
-    return job, [*words[job is not None :], *([] if data is None else [f"data.path={quoted(str(data))}"])]
 
 
 @app.command(cls=JobCommand)

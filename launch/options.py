@@ -75,6 +75,19 @@ def _columns(given: str) -> str:
     return "{" + ", ".join(f"{quoted(name.strip())} = {quoted(column.strip())}" for name, _, column in pairs) + "}"
 
 
+def _number_or_word(given: str) -> str:
+    """Return what a setting has that takes a number or a word, such as "off"."""
+    try:
+        return repr(float(given))
+    except ValueError:
+        return quoted(given)
+
+
+def _of_mining(setting: str, kind: type, help: str, metavar: str | None = None, as_value: Any = None) -> Short:
+    more = {} if as_value is None else {"as_value": as_value}
+    return Short(setting, kind, help, metavar, "Which negatives (more of it: sections search, filter, sample, rerank)", **more)
+
+
 def quoted(text: str) -> str:
     """Return a text as TOML quotes it."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
@@ -100,6 +113,27 @@ SHORT = COLUMNS | {
     "precision": Short("encode.dtype", str, "of the products (default: what suits the device)", "fp32|bf16|fp16"),
     "device": Short("encode.device", str, "default: a GPU where there is one", "cpu|cuda|cuda:N"),
 }
+MINING = {
+    "num_negatives": _of_mining("sample.num_negatives", int, "of each query (default: 16, of a small corpus fewer)"),
+    "range_min": _of_mining("filter.range_min", int, "pass over the nearest so many passages (default: 0)"),
+    "range_max": _of_mining("filter.range_max", int, "take none beyond the so many nearest (default: what suits the corpus)"),
+    "relative_margin": _of_mining(
+        "filter.relative_margin",
+        str,
+        "drop what scores above p - X * |p|, p the positive's score (default: 0.05)",
+        "X|off",
+        _number_or_word,
+    ),
+    "absolute_margin": _of_mining("filter.absolute_margin", str, "drop what scores above p - X", "X|off", _number_or_word),
+    "max_score": _of_mining("filter.max_score", str, "drop what scores X or more", "X|off", _number_or_word),
+    "min_score": _of_mining("filter.min_score", str, "drop what scores less than X", "X|off", _number_or_word),
+    "positive": _of_mining("filter.positive", str, "whose score is p, of several (default: lowest)", "lowest|best|each"),
+    "method": _of_mining("sample.method", str, "which of those left are taken (default: uniform)", "top|uniform|…"),
+    "cross_encoder": _of_mining("rerank.model", str, "scores query and passage together: folder or hub name", "MODEL"),
+    "cross_encoder_margin": _of_mining(
+        "rerank.margin", str, "drop what it scores above its score of the positive - X", "X|off", _number_or_word
+    ),
+}
 
 
 def with_short(options: dict[str, Short]) -> Callable[[Callable[..., int]], Callable[..., int]]:
@@ -109,6 +143,7 @@ def with_short(options: dict[str, Short]) -> Callable[[Callable[..., int]], Call
         @functools.wraps(command)
         def run(**given: Any) -> int:
             chosen = {name: value for name in options if (value := given.pop(name)) is not None}
+            _refuse_twice({option_of(name): options[name].setting for name in chosen}, given)
             return command(**given, short=[f"{options[name].setting}={options[name].as_value(chosen[name])}" for name in chosen])
 
         parameters = []
@@ -120,6 +155,19 @@ def with_short(options: dict[str, Short]) -> Callable[[Callable[..., int]], Call
         return run
 
     return decorate
+
+
+def option_of(name: str) -> str:
+    """Return how a short option is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _refuse_twice(chosen: dict[str, str], given: dict[str, Any]) -> None:
+    """Raise InputError where an option and a word of the command line are about one setting. chosen: settings by option."""
+    typed = {word.partition("=")[0] for word in given.get("overrides") or given.get("words") or []}
+    for option, setting in chosen.items():
+        if setting in typed:
+            raise InputError(f"{option} is the setting {setting}, which is given as well; leave one of them out")
 
 
 def split_words(words: list[str]) -> tuple[list[str], list[str]]:

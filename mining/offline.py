@@ -14,11 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mining.find.supplied import VECTORS, hash_vectors
 from mining.job import ALL_ENCODINGS, MineJob
 from mining.publish import last_version
 from mining.ranks import Ranks
-from mining.settings import hard_depths
+from mining.settings import MineSettings, hard_depths
 from mining.table.judgements import Judgements, read_judgements
 from trainer.data.datasets import RetrievalData, open_data
 from trainer.encoder.model import load_encoder, save_encoder, weights_digest
@@ -71,25 +73,47 @@ def offline_run(
             shutil.rmtree(run, ignore_errors=True)
 
 
-def fit_depths(job: MineJob, given: Set[str], num_passages: int) -> MineJob:
-    """Return the job with as many candidates as suit a corpus, where search.top_k is not given.
+def fit_depths(job: MineJob, given: Set[str], data: RetrievalData, judgements: Judgements) -> MineJob:
+    """Return the job with as many candidates as suit a corpus and filter.range_max, where search.top_k is not given.
 
-    The default is for large corpora: most of so many candidates in a small one would be no hard negatives.
+    The default is for large corpora: most of so many candidates in a small one would be no hard negatives. given: settings that
+    the job says. Raises InputError for more negatives than there can be.
     """
-    if "search.top_k" in given:
-        return job
-    top_k, num_negatives = hard_depths(num_passages)
+    num_passages, first, last = len(data.corpus), job.filter.range_min, job.filter.range_max
+    depth, num_negatives = hard_depths(num_passages)
     if "sample.num_negatives" in given:
+        _refuse_too_many(job, data)
         num_negatives = job.sample.num_negatives
-    band = job.filter.range_max if job.filter.range_max != "off" else 0
-    depth = min(job.search.top_k, max(top_k, num_negatives, band) + job.filter.range_min)
-    words = job.mine.bm25_top_k if "mine.bm25_top_k" in given else min(job.mine.bm25_top_k, depth)
+    num_judged = int(np.diff(judgements.judged_indptr).max(initial=0))  # they take places among the nearest
+    depth = min(num_passages, max(depth, num_negatives + num_judged) + first)
+    words = min(depth, max(MineSettings().bm25_top_k, num_negatives + num_judged) + first)
+    if last != "off":
+        num_negatives = min(num_negatives, last - first)
+        # A text that comes again takes a place, too.
+        num_repeats = num_passages - len(np.unique(data.text_keys["corpus"]))
+        depth = words = min(num_passages, last + num_judged + min(num_repeats, last))
+    if "search.top_k" in given:
+        depth, num_negatives = job.search.top_k, job.sample.num_negatives
     return replace(
         job,
         search=replace(job.search, top_k=depth),
         sample=replace(job.sample, num_negatives=num_negatives),
-        mine=replace(job.mine, bm25_top_k=words),
+        mine=replace(job.mine, bm25_top_k=job.mine.bm25_top_k if "mine.bm25_top_k" in given else max(words, num_negatives)),
     )
+
+
+def _refuse_too_many(job: MineJob, data: RetrievalData) -> None:
+    """Raise InputError where so many negatives cannot be."""
+    wanted, first, last = job.sample.num_negatives, job.filter.range_min, job.filter.range_max
+    if wanted > len(data.corpus):
+        raise InputError(
+            f"sample.num_negatives={wanted} is more than the {len(data.corpus):,} passages of {data.path}; set it lower"
+        )
+    if last != "off" and wanted > last - first:
+        raise InputError(
+            f"sample.num_negatives={wanted} is more than the {last - first} places from filter.range_min={first} to "
+            f"filter.range_max={last}; set it lower, or filter.range_max higher"
+        )
 
 
 def read_mined(job: MineJob) -> Mined:

@@ -42,4 +42,4 @@ class Warnings:
         self._status.update(warnings=self.now)
         self._metrics.record(step or 0, values)
         if self._speaks:
-            log.warning("%swarning: %s", "" if step is None else f"step {step}: ", words)
+            log.warning("%swarning: %s", f"step {step}: " if step else "", words)

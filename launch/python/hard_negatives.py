@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import RenderableType
 
 from launch.early import check_early
-from launch.jobfile import read_job
+from launch.options import MINING, SHORT
 from launch.python.in_memory import Data, Model, data_path
 from launch.python.keywords import reading_overrides
 from launch.python.reading import named
@@ -21,7 +21,7 @@ from trainer.interrupt import handlers_kept
 if TYPE_CHECKING:
     import datasets
 
-Form = Literal["sentence-transformers", "tevatron", "flagembedding", "ids"]
+Form = Literal["sentence-transformers", "triplet", "labeled-pair", "labeled-list", "tevatron", "flagembedding", "ids"]
 SHOWN = 3  # rows
 
 
@@ -64,37 +64,35 @@ def mine_negatives(
     model: Model,
     data: Data,
     *,
-    top_k: int | None = None,
-    num_negatives: int | None = None,
     form: Form = "sentence-transformers",
+    scores: bool = False,
     **settings: object,
 ) -> MinedNegatives:
     """Return hard negatives for the training queries of a data set.
 
     model: a name, a folder, a SentenceTransformer, "bm25", or a folder with queries.npy and passages.npy.
-    top_k: candidates of each query, as search.top_k. num_negatives: of each query, as sample.num_negatives.
-    settings: of model, data, search, filter, sample and so on, as in a job; of the model also as `evaluate` takes them.
+    form: the columns of a row. scores: those of the model, too, where a form has a place for them.
+    settings: as the options of `negpool mine`: num_negatives, range_min, range_max, relative_margin, absolute_margin, max_score,
+    min_score, positive, method, cross_encoder, cross_encoder_margin, query_prefix, …; and of model, data, search, filter, sample
+    and so on, as in a job.
     Raises KeyboardInterrupt where it is stopped, InputError where nothing can come of it.
     """
-    from launch.mine import Stopped, mined_offline
+    from launch.mine import Stopped, mined_offline, read_to_mine
     from mining.alone import Alone
     from mining.export import FORMS, write_negatives
 
     if form not in FORMS:
         raise InputError(f"form={form!r} is unknown; expected one of {', '.join(FORMS)}")
-    short = {
-        name: value for name, value in (("search.top_k", top_k), ("sample.num_negatives", num_negatives)) if value is not None
-    }
     split = str(settings.get("data.train_split", "train"))
-    overrides = [*reading_overrides(settings), *short.items()]
-    jobs = read_job(None, [*overrides, ("data.path", data_path(data, split, cache_of(settings)))])
+    overrides = reading_overrides(settings, SHORT | MINING)
+    jobs = read_to_mine(None, [*overrides, ("data.path", data_path(data, split, cache_of(settings)))])
     check_early(jobs, trains=False)
     with named(model) as name, handlers_kept(), tempfile.TemporaryDirectory() as folder:
         try:
             with mined_offline(jobs, name, Alone()) as mined:
                 assert mined is not None  # who is alone speaks
                 out = Path(folder) / "mined.parquet"
-                written = write_negatives(out, form, mined.data, mined.judgements, mined.negatives)
+                written = write_negatives(out, form, mined.data, mined.judgements, mined.negatives, scores)
         except Stopped:
             raise KeyboardInterrupt("mining was stopped; what was encoded stays, and the same call goes on from there") from None
         manifest = mined.negatives.manifest

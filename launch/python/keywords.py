@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from launch.jobfile import SECTIONS, SOURCES, LaunchJob
-from launch.options import SHORT
+from launch.options import SHORT, Short
 from mining.job import MineJob
 from trainer.errors import InputError
 from trainer.job import TrainJob
@@ -34,10 +34,12 @@ def overrides_of(settings: Mapping[str, object], **arguments: object) -> list[Pa
     return pairs
 
 
-def reading_overrides(settings: Mapping[str, object]) -> list[Pair]:
+def reading_overrides(settings: Mapping[str, object], options: Mapping[str, Short] = SHORT) -> list[Pair]:
     """Return the same for a model that is there; options of the commands, as `query_prefix="query: "`, are settings, too."""
-    long = {SHORT[name].setting if name in SHORT else name: value for name, value in settings.items()}
-    return overrides_of(long)
+    for name in settings:
+        if name in options and options[name].setting in settings:
+            raise InputError(f"{name} is the setting {options[name].setting}, which is given as well; leave one of them out")
+    return overrides_of({options[name].setting if name in options else name: value for name, value in settings.items()})
 
 
 def _pairs(settings: Mapping[str, object]) -> Iterator[Pair]:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from launch.commands import app
-from launch.jobfile import read_job
+from launch.mine import read_to_mine
 from mining import refresh
 from mining.offline import clean_left, fit_depths, read_mined
+from mining.table.judgements import read_judgements
 from tests.mining.run import as_job, make_job, publish_checkpoint
 from tests.mining.services import start_service
 from tests.mining.test_service import mine as mine_for_run
@@ -119,27 +120,29 @@ def test_bm25_mines_without_a_model(root, tmp_path, capsys):
 @pytest.mark.parametrize(
     "given, depths",
     [
-        ([], (12, 6)),  # a tenth and a twentieth of 120 passages
-        (["sample.num_negatives=20"], (20, 20)),
-        (["filter.range_min=5", "filter.range_max=40"], (45, 6)),
-        (["search.top_k=200"], (200, 16)),
+        ([], (15, 7, 15)),  # a tenth and a twentieth of 159 passages
+        (["sample.num_negatives=20"], (22, 20, 22)),  # two passages are judged of some queries
+        (["filter.range_min=5"], (20, 7, 20)),
+        (["filter.range_min=5", "filter.range_max=40"], (40 + 2 + 15, 7, 57)),  # 15 passages repeat another one's text
+        (["filter.range_min=36", "filter.range_max=40"], (57, 4, 57)),
+        (["filter.range_max=150"], (159, 7, 159)),
+        (["search.top_k=200"], (200, 16, 16)),
+        (["search.top_k=200", "mine.bm25_top_k=30"], (200, 16, 30)),
     ],
 )
-def test_a_small_corpus_gives_few_candidates_unless_they_are_set(given, depths):
-    jobs = read_job(None, given)
-    fitted = fit_depths(jobs.mine, jobs.given, 120)
-    assert (fitted.search.top_k, fitted.sample.num_negatives) == depths
-    assert fit_depths(jobs.mine, jobs.given, 1_000_000).search.top_k == 200
+def test_there_are_as_many_candidates_as_suit_a_corpus_and_a_range_unless_they_are_set(root, given, depths):
+    jobs, data = read_to_mine(None, given), open_dataset(root / "data")
+    fitted = fit_depths(jobs.mine, jobs.given, data, read_judgements(data, "train"))
+    assert (fitted.search.top_k, fitted.sample.num_negatives, fitted.mine.bm25_top_k) == depths
 
 
 def test_a_person_reads_how_many_candidates_there_are(root, tmp_path, capsys, caplog):
     with caplog.at_level("INFO", "launch.mine"):
         words = ["--model", "bm25", "--data", root / "data", "--out", tmp_path / "few.jsonl"]
         _, out = call(capsys, *words)
-    num_passages = len(open_dataset(root / "data").corpus)
-    top_k = min(50, max(1, min(16, num_passages // 20), num_passages // 10))
-    assert f"up to {top_k} of each query" in out
-    assert f"each query gets {top_k} candidates, which suits {num_passages} passages; search.top_k sets" in caplog.text
+    assert "up to 15 of each query" in out
+    sentence = "from the 15 nearest passages of each query, which suits 159 passages; --range-max sets another number"
+    assert sentence in caplog.text
 
 
 def test_a_person_reads_counters_and_a_query_with_its_passages(root, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Every form of file is read back by our own reader as what the table held."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,8 @@ from trainer.data.datasets import open_dataset
 from trainer.data.record_file import refuse_file
 from trainer.errors import InputError
 from trainer.handoff.negatives import Negatives
+
+TUPLES = ("sentence-transformers", "triplet", "labeled-pair", "labeled-list")
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +117,56 @@ def test_without_a_teacher_there_are_no_columns_for_one(mined, tmp_path):
     for form in FORMS:
         for suffix in (".jsonl", ".parquet"):
             write_negatives(tmp_path / f"{form}{suffix}", form, data, judgements, negatives)
-        assert '_scores"' not in (tmp_path / f"{form}.jsonl").read_text().replace("negative_scores", "")
+        assert '_scores"' not in re.sub("(posi|nega)tive_scores", "", (tmp_path / f"{form}.jsonl").read_text())
     columns = pq.read_schema(tmp_path / "sentence-transformers.parquet").names
     assert columns == ["anchor", "positive", "negative_1", "negative_2", "negative_3"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_sentence_transformers_other_forms_hold_the_same_pairs(mined, tmp_path, suffix):
+    """Each pair of a query and a passage, with its label; our reader takes labels and triplets for what they are."""
+    queries = plain(*mined)
+    pairs = {(query, text, int(text in own)) for query, (own, drawn) in queries.items() for text in (*own, *drawn)}
+    of_drawn = {pair for pair in pairs if queries[pair[0]][1]}
+    for form in TUPLES[1:]:
+        write_negatives(tmp_path / f"{form}{suffix}", form, *mined)
+    found = {form: read_lines(tmp_path / f"{form}{suffix}") for form in TUPLES[1:]}
+    assert {(r["anchor"], r["passage"], r["label"]) for r in found["labeled-pair"]} == pairs
+    assert len(found["labeled-pair"]) == len(pairs)
+    lists = [(r["anchor"], *each) for r in found["labeled-list"] for each in zip(r["passages"], r["labels"], strict=True)]
+    assert set(lists) == of_drawn and all(sum(r["labels"]) == 1 for r in found["labeled-list"])
+    triplets = {(r["anchor"], r["positive"], r["negative"]): r["scores"] for r in found["triplet"]}
+    scored = {(q, p, n): [own[p], drawn[n]] for q, (own, drawn) in queries.items() for p in own for n in drawn}
+    assert triplets == scored and len(found["triplet"]) == len(scored)
+    for form in TUPLES[1:]:
+        back = open_dataset(tmp_path / f"{form}{suffix}", tmp_path / "cache")
+        texts, asked, train = back.corpus["text"][:], back.queries["text"][:], back.qrels["train"]
+        own = {(asked[q], texts[i], 1) for q, i in zip(train.query_rows, train.corpus_rows, strict=True)}
+        drawn = {(asked[q], texts[i], 0) for q in range(len(asked)) for i in back.given.ids[slice(*back.given.indptr[q : q + 2])]}
+        assert own | drawn == (pairs if form == "labeled-pair" else of_drawn)
+
+
+def test_scores_that_are_asked_for_are_those_by_which_was_mined(mined, tmp_path):
+    data, judgements, negatives = mined
+    own = replace(negatives, teacher_scores=None, positive_teacher_scores=None)
+    as_teacher = replace(negatives, teacher_scores=negatives.scores, positive_teacher_scores=negatives.positive_scores)
+    for form in FORMS:
+        for name, version, scores in (("asked", own, True), ("taught", as_teacher, True), ("quiet", own, False)):
+            write_negatives(tmp_path / f"{form}-{name}.jsonl", form, data, judgements, version, scores)
+        asked, taught, quiet = (read_lines(tmp_path / f"{form}-{name}.jsonl") for name in ("asked", "taught", "quiet"))
+        if form == "ids":
+            assert asked == quiet and all(len(r["positive_scores"]) == len(r["positive_ids"]) for r in asked)
+        else:
+            assert asked == taught != quiet, form
+    assert read_lines(tmp_path / "labeled-pair-asked.jsonl")[0].keys() == {"anchor", "passage", "score"}
+    assert read_lines(tmp_path / "labeled-list-asked.jsonl")[0].keys() == {"anchor", "passages", "scores"}
+    of_words = replace(own, positive_scores=None)
+    with pytest.raises(InputError, match="BM25 gives a positive no score, so there are none to write; leave out --scores"):
+        write_negatives(tmp_path / "words.jsonl", "triplet", data, judgements, of_words, scores=True)
+
+
+def read_lines(path):
+    return pq.read_table(path).to_pylist() if path.suffix == ".parquet" else [*map(json.loads, path.read_text().splitlines())]
 
 
 def test_a_file_that_cannot_be_made_is_refused_and_nothing_is_left(mined, tmp_path):
@@ -163,7 +213,7 @@ def test_a_query_is_found_by_its_text(mined):
     assert shown == show_query(*mined, data.queries[row]["_id"])
 
 
-@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize("form", ["ids", "sentence-transformers", "tevatron", "flagembedding"])
 def test_with_margins_to_each_positive_a_record_has_one_and_what_it_admits(mined, tmp_path, form):
     data, judgements, negatives = mined
     margins = {"relative_margin": 0.2, "absolute_margin": "off", "adaptive_margin": "off", "teacher_margin": 0.1}
@@ -225,7 +275,7 @@ def test_prompts_types_titles_and_ids_go_from_the_data_to_every_form(tmp_path):
             assert [record["anchor"] for record in found] == [record["query"] for record in records], "not folded into the text"
     assert told == {
         "ids": [],
-        "sentence-transformers": ["sentence-transformers has no place for 6 prompts, 6 types of queries"],
+        **{name: ["sentence-transformers has no place for 6 prompts, 6 types of queries"] for name in TUPLES},
         "tevatron": ["Tevatron has no place for 6 types of queries"],
         "flagembedding": [],
     }

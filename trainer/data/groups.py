@@ -26,6 +26,7 @@ class Group:
     positive_teacher: np.ndarray  # (p,) a teacher's scores, NaN where there are none
     teacher: np.ndarray  # (n,) of the negatives
     scores: np.ndarray | None = None  # (n,) the miner's, of the negatives
+    positive_scores: np.ndarray | None = None  # (p,) the miner's, of the positives
 
 
 def read_rows(data: RetrievalData, groups: Sequence[Group]) -> list[Row]:
@@ -42,6 +43,7 @@ def read_rows(data: RetrievalData, groups: Sequence[Group]) -> list[Row]:
             numbers(group.positive_teacher),
             numbers(group.teacher),
             [] if group.scores is None else numbers(group.scores),
+            [] if group.positive_scores is None else numbers(group.positive_scores),
         )
         for query, group in zip(queries, groups, strict=True)
     ]

@@ -36,8 +36,12 @@ class Form(NamedTuple):
     is_for_each_positive: bool = False  # whether a query has a record for each of its positives
 
 
+PAIRS = "sentence-transformers"  # the form of its tuples, and the title of all its forms
 FORMS = {
-    "sentence-transformers": Form("sentence-transformers", pairs.write, pairs.columns, "equal", True),
+    PAIRS: Form(PAIRS, pairs.write, pairs.columns, "equal", True),
+    "triplet": Form(PAIRS, pairs.write_triplets, pairs.triplet_columns, "some", True),
+    "labeled-pair": Form(PAIRS, pairs.write_labeled_pairs, pairs.labeled_pair_columns, "any"),
+    "labeled-list": Form(PAIRS, pairs.write_labeled_lists, pairs.labeled_list_columns, "some", True),
     "tevatron": Form("Tevatron", tevatron.write, tevatron.columns, "some"),
     "flagembedding": Form("FlagEmbedding", flagembedding.write, flagembedding.columns, "some"),
 }

@@ -33,6 +33,7 @@ class Row:
     positive_teacher: list[float]  # a teacher's scores, NaN where there are none
     teacher: list[float]  # of the negatives
     scores: list[float]  # the miner's, of the negatives; empty where nothing was mined
+    positive_scores: list[float]  # the miner's, of the positives; empty where there are none, as of BM25
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from trainer.data.datasets import RetrievalData
 from trainer.data.groups import Group
-from trainer.data.record_file import FORMS, Form
+from trainer.data.record_file import FORMS, PAIRS, Form
 from trainer.data.row import Contents
 
 LOST = {  # what a form may have no place for, for people
@@ -61,7 +61,7 @@ class Survey:
     def lost(self, form: Form, num_negatives: int) -> dict[str, int]:
         """Return how many there are of what the records of a form have no place for. num_negatives: as for `contents`."""
         data = self._data
-        is_pairs, is_flag = (form is FORMS[name] for name in ("sentence-transformers", "flagembedding"))
+        is_pairs, is_flag = form.title == PAIRS, form is FORMS["flagembedding"]
         return _known(
             prompts=count_of(data, "corpus", "prompt") + (count_of(data, "queries", "prompt") if is_pairs else 0),
             types=0 if is_flag else count_of(data, "queries", "type"),
@@ -73,7 +73,7 @@ class Survey:
     def _holds_grades(self, form: Form, num_negatives: int) -> bool:
         """Tell whether a form has a place for grades; beside negatives, one score is taken for a teacher's margin."""
         is_free = num_negatives == 0 and not self._has_teacher
-        return form is FORMS["tevatron"] or (form is FORMS["sentence-transformers"] and is_free)
+        return form is FORMS["tevatron"] or (form is FORMS[PAIRS] and is_free)
 
     def in_no_record(self, splits: list[str]) -> dict[str, int]:
         """Return how many there are of what stands in no record at all."""

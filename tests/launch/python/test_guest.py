@@ -66,9 +66,11 @@ def test_an_evaluation_is_a_sentence_transformers_too(root):
 
 
 def test_mined_negatives_are_the_commands(root, tmp_path, capsys, monkeypatch):
-    mined = negpool.mine_negatives(root / "encoder", root / "data", top_k=40, num_negatives=5, form="ids", **TOP)
+    mined = negpool.mine_negatives(
+        root / "encoder", root / "data", num_negatives=5, form="ids", method="top", **{"search.top_k": 40}
+    )
     out = tmp_path / "mined.jsonl"
-    settings = ("search.top_k=40", "sample.num_negatives=5", "sample.method=top", "sample.random_share=0")
+    settings = ("search.top_k=40", "--num-negatives", 5, "--method", "top")
     found = command(capsys, monkeypatch, "mine", "--model", root / "encoder", "--data", root / "data", "--out", out, *settings)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert mined.rows.select_columns(["query_id", "negative_ids"]).to_list() == [

@@ -21,7 +21,7 @@ reveal_type(result.metrics)  # dict[str, dict[str, float]]
 reveal_type(result.model())  # SentenceTransformer
 reveal_type(negpool.evaluate(result.model(), [{"anchor": "a", "positive": "b"}]))  # dict[str, float]
 reveal_type(negpool.encode("m", ["a"], side="query").dtype)  # dtype[floating[_32Bit]]
-reveal_type(negpool.mine_negatives("bm25", Dataset(), top_k=3).to_dataset())  # Dataset
+reveal_type(negpool.mine_negatives("bm25", Dataset(), num_negatives=3).to_dataset())  # Dataset
 reveal_type(negpool.load(Path("x")))  # SentenceTransformer
 reveal_type(negpool.Job("m", DatasetDict()).train.data.train_split)  # str
 reveal_type(negpool.Job.read("j.toml"))  # Job

@@ -1,8 +1,10 @@
-"""The form of sentence-transformers: anchor, positive [, negative, negatives | negative_1, negative_2 …] and scores.
+"""The forms of sentence-transformers: anchor, positive [, negative, negatives | negative_1, negative_2 …] and scores.
 
 score: any number, label: a whole one, same: 0 or 1; the grade of the positive, which 0 makes a negative.
 title: of the positive. candidates: passages that a list of labels divides, in the place of positive.
 scores: a teacher's, of the positive and of each negative. A positive and a negative are a text each or a list of them.
+
+Its trainers take one column of scores for labels, and all others for texts.
 """
 
 import re
@@ -26,7 +28,7 @@ from trainer.data.example import (
     text_of,
     titled,
 )
-from trainer.data.row import NUMBERS, Contents, Row
+from trainer.data.row import NUMBERS, TEXTS, Contents, Row
 
 NUMBERED = re.compile(r"negative_(\d+)$")
 GRADES = {"score": "any", "label": "whole", "same": "0 and 1"}  # a column, and what it may hold
@@ -57,10 +59,7 @@ def parse(record: dict[str, Any]) -> Example:
 
 
 def write(row: Row, has: Contents) -> Iterator[dict[str, Any]]:
-    """Yield one record for each positive, with its query's negatives.
-
-    sentence-transformers takes one column of scores for labels and all others for texts: a teacher's, or grades.
-    """
+    """Yield one record for each positive, with its query's negatives; scores are a teacher's, or else grades."""
     for place, positive in enumerate(row.positives):
         record: dict[str, Any] = {"anchor": row.query.text, "positive": positive.text}
         record |= {f"negative_{number}": text.text for number, text in enumerate(row.negatives, 1)}
@@ -76,6 +75,49 @@ def columns(has: Contents) -> dict[str, pa.DataType]:
     names = ["anchor", "positive", *(f"negative_{number}" for number in range(1, has.num_negatives + 1))]
     scores = {"scores": NUMBERS} if has.teacher else {"score": pa.float32()} if has.grades else {}
     return {name: pa.string() for name in names} | scores
+
+
+def write_triplets(row: Row, has: Contents) -> Iterator[dict[str, Any]]:
+    """Yield one record for each positive and each negative of a query."""
+    for place, positive in enumerate(row.positives):
+        for at, negative in enumerate(row.negatives):
+            record: dict[str, Any] = {"anchor": row.query.text, "positive": positive.text, "negative": negative.text}
+            yield record | ({"scores": [row.positive_teacher[place], row.teacher[at]]} if has.teacher else {})
+
+
+def triplet_columns(has: Contents) -> dict[str, pa.DataType]:
+    """Return what `write_triplets` fills."""
+    return dict.fromkeys(("anchor", "positive", "negative"), pa.string()) | ({"scores": NUMBERS} if has.teacher else {})
+
+
+def write_labeled_pairs(row: Row, has: Contents) -> Iterator[dict[str, Any]]:
+    """Yield one record for each passage of a query, with its score, or the label 1 of a positive and 0 of a negative."""
+    labels, scores = [1] * len(row.positives) + [0] * len(row.negatives), row.positive_teacher + row.teacher
+    for place, passage in enumerate(row.positives + row.negatives):
+        told = {"score": scores[place]} if has.teacher else {"label": labels[place]}
+        yield {"anchor": row.query.text, "passage": passage.text, **told}
+
+
+def labeled_pair_columns(has: Contents) -> dict[str, pa.DataType]:
+    """Return what `write_labeled_pairs` fills."""
+    return {"anchor": pa.string(), "passage": pa.string(), **({"score": pa.float32()} if has.teacher else {"label": pa.int64()})}
+
+
+def write_labeled_lists(row: Row, has: Contents) -> Iterator[dict[str, Any]]:
+    """Yield one record for each positive: a list of it and its query's negatives, with their scores, or labels 1 and 0."""
+    for place, positive in enumerate(row.positives):
+        scores = {"scores": [row.positive_teacher[place], *row.teacher]}
+        told: dict[str, Any] = scores if has.teacher else {"labels": [1] + [0] * len(row.negatives)}
+        yield {"anchor": row.query.text, "passages": [passage.text for passage in (positive, *row.negatives)], **told}
+
+
+def labeled_list_columns(has: Contents) -> dict[str, pa.DataType]:
+    """Return what `write_labeled_lists` fills."""
+    return {
+        "anchor": pa.string(),
+        "passages": TEXTS,
+        **({"scores": NUMBERS} if has.teacher else {"labels": pa.list_(pa.int64())}),
+    }
 
 
 def _negatives(record: dict[str, Any]) -> list[Passage]:
