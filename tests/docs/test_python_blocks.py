@@ -9,6 +9,7 @@ import pytest
 
 import negpool
 from launch.jobfile import SECTIONS
+from launch.options import MINING
 from tests.docs.pages import PAGES, ROOT, blocks
 from tests.docs.test_commands import check_name
 
@@ -20,7 +21,8 @@ def check(text):
             function = operator.attrgetter(ast.unparse(call.func).removeprefix("negpool."))(negpool)
             signature, given = inspect.signature(function), {word.arg: word.value for word in call.keywords if word.arg}
             signature.bind(*call.args, **given)
-            for name in given.keys() - signature.parameters.keys():
+            options = MINING.keys() if function is negpool.mine_negatives else set()
+            for name in given.keys() - signature.parameters.keys() - options:
                 assert name in SECTIONS, f"there is no section {name}"
                 for key in getattr(given[name], "keys", []):
                     check_name(f"{name}.{ast.literal_eval(key)}")
@@ -40,6 +42,7 @@ def test_negpool_takes_what_examples_give_it(page):
     [
         ("too many positional arguments", "negpool.train(1, 2, 3, 4)"),
         ("there is no setting optim.rate", "negpool.train(optim={'rate': 1})"),
+        ("there is no section range_max", "negpool.train(range_max=3)"),
         ("there is no section optimiser", "negpool.train(optimiser={'lr': 1})"),
         ("has no attribute 'nosuch'", "negpool.nosuch()"),
         ("missing a required argument: 'texts'", "negpool.encode('model')"),
