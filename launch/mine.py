@@ -90,6 +90,8 @@ def mined_offline(jobs: Jobs, model: str, world: "MPI.Comm | Alone", wanted: "Wa
         with followed(job.run.folder, messages()) if world.rank == 0 else contextlib.nullcontext():
             how = run_service(job, world, once=True)
         if how == "stopped":
+            if world.rank == 0:
+                log.info("stopped: nothing is written, and the same command goes on with what is encoded")
             raise Stopped
         yield read_mined(job) if world.rank == 0 else None
 

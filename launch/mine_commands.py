@@ -38,7 +38,7 @@ class Wanted(NamedTuple):
 
 
 @mine_app.command(cls=JobCommand, epilog=two_shells())
-@with_short(SHORT | MINING)
+@with_short(MINING | SHORT)
 def mine(
     words: Annotated[
         list[str] | None, setting_argument("job file, where there is one; settings", metavar="[JOB.toml] [section.key=value]...")

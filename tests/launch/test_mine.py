@@ -155,7 +155,7 @@ def test_a_person_reads_counters_and_a_query_with_its_passages(root, tmp_path, c
     assert positives == sorted(positives, reverse=True) and np.isfinite(positives).all()
 
 
-def test_a_miner_that_is_asked_to_stop_leaves_with_75_and_no_file(root, tmp_path, capsys, monkeypatch):
+def test_a_miner_that_is_asked_to_stop_says_so_and_leaves_with_75_and_no_file(root, tmp_path, capsys, monkeypatch, caplog):
     draw = refresh.draw_tiles
 
     def stop_first(*how):
@@ -163,7 +163,9 @@ def test_a_miner_that_is_asked_to_stop_leaves_with_75_and_no_file(root, tmp_path
         return draw(*how)
 
     monkeypatch.setattr(refresh, "draw_tiles", stop_first)
-    assert mine(capsys, root, "--out", tmp_path / "ids.jsonl")[0] == 75
+    with caplog.at_level("INFO", "launch.mine"):
+        assert mine(capsys, root, "--out", tmp_path / "ids.jsonl")[0] == 75
+    assert "stopped: nothing is written, and the same command goes on with what is encoded" in caplog.text
     assert not list(tmp_path.iterdir()) and not list(open_dataset(root / "data").cache.glob("mine-*"))
 
 

@@ -7,11 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
+from sentence_transformers import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
+from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss, LambdaLoss
 
 from mining.export import FORMS, write_negatives
 from mining.show import show_query
 from mining.table.judgements import read_judgements
-from tests.tiny import write_tiny_dataset
+from tests.tiny import write_tiny_cross_encoder, write_tiny_dataset
 from trainer.data.datasets import open_dataset
 from trainer.data.record_file import refuse_file
 from trainer.errors import InputError
@@ -163,6 +166,15 @@ def test_scores_that_are_asked_for_are_those_by_which_was_mined(mined, tmp_path)
     of_words = replace(own, positive_scores=None)
     with pytest.raises(InputError, match="BM25 gives a positive no score, so there are none to write; leave out --scores"):
         write_negatives(tmp_path / "words.jsonl", "triplet", data, judgements, of_words, scores=True)
+
+
+@pytest.mark.parametrize(("form", "loss"), [("labeled-pair", BinaryCrossEntropyLoss), ("labeled-list", LambdaLoss)])
+def test_a_cross_encoder_of_sentence_transformers_trains_on_labels(mined, tmp_path, form, loss):
+    write_negatives(tmp_path / "train.parquet", form, *mined)
+    model = CrossEncoder(str(write_tiny_cross_encoder(tmp_path / "model")), num_labels=1, device="cpu")
+    how = CrossEncoderTrainingArguments(str(tmp_path / "out"), max_steps=1, report_to="none", use_cpu=True, save_strategy="no")
+    data = Dataset(pq.read_table(tmp_path / "train.parquet"))
+    assert CrossEncoderTrainer(model, how, train_dataset=data, loss=loss(model)).train().training_loss > 0
 
 
 def read_lines(path):
