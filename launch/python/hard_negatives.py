@@ -1,5 +1,6 @@
 """`negpool.mine_negatives`: hard negatives from any model, as a table, without a run."""
 
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,8 +74,8 @@ def mine_negatives(
     model: a name, a folder, a SentenceTransformer, "bm25", or a folder with queries.npy and passages.npy.
     form: the columns of a row. scores: those of the model, too, where a form has a place for them.
     settings: as the options of `negpool mine`: num_negatives, range_min, range_max, relative_margin, absolute_margin, max_score,
-    min_score, positive, method, cross_encoder, cross_encoder_margin, query_prefix, …; and of model, data, search, filter, sample
-    and so on, as in a job.
+    min_score, positive, method, cross_encoder (or a CrossEncoder), cross_encoder_margin, query_prefix, …; and of model, data,
+    search, filter, sample and so on, as in a job.
     Raises KeyboardInterrupt where it is stopped, InputError where nothing can come of it.
     """
     from launch.mine import Stopped, mined_offline, read_to_mine
@@ -84,10 +85,10 @@ def mine_negatives(
     if form not in FORMS:
         raise InputError(f"form={form!r} is unknown; expected one of {', '.join(FORMS)}")
     split = str(settings.get("data.train_split", "train"))
-    overrides = reading_overrides(settings, SHORT | MINING)
-    jobs = read_to_mine(None, [*overrides, ("data.path", data_path(data, split, cache_of(settings)))])
-    check_early(jobs, trains=False)
     with named(model) as name, handlers_kept(), tempfile.TemporaryDirectory() as folder:
+        overrides = reading_overrides(_with_saved(settings, Path(folder)), SHORT | MINING)
+        jobs = read_to_mine(None, [*overrides, ("data.path", data_path(data, split, cache_of(settings)))])
+        check_early(jobs, trains=False)
         try:
             with mined_offline(jobs, name, Alone()) as mined:
                 assert mined is not None  # who is alone speaks
@@ -98,6 +99,15 @@ def mine_negatives(
         manifest = mined.negatives.manifest
         counts = {"candidates": manifest["counts"]["candidates"], **manifest["filter"]["dropped"]}
         return MinedNegatives(form, _read(out), counts, tuple(written["said"]))
+
+
+def _with_saved(settings: dict[str, object], folder: Path) -> dict[str, object]:
+    """Return the settings with a folder in the place of a CrossEncoder of sentence-transformers."""
+    peers, given = sys.modules.get("sentence_transformers"), settings.get("cross_encoder")
+    if peers is None or not isinstance(given, peers.CrossEncoder):
+        return settings
+    given.save_pretrained(str(folder / "cross-encoder"))
+    return settings | {"cross_encoder": str(folder / "cross-encoder")}
 
 
 def _read(path: Path) -> Any:

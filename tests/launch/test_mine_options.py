@@ -6,7 +6,7 @@ import re
 
 import pytest
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.util import mine_hard_negatives
 
 import negpool
@@ -155,6 +155,16 @@ def test_the_commands_options_are_keywords(root, pairs):
             negpool.mine_negatives(root / "encoder", pairs, **settings)
     with pytest.raises(negpool.InputError, match="range_min=3 is a setting without its section"):
         negpool.evaluate(root / "encoder", pairs, range_min=3)
+
+
+def test_a_cross_encoder_in_memory_is_the_one_of_its_folder(root, pairs):
+    how = {"num_negatives": 3, "relative_margin": "off", "cross_encoder_margin": 0.1, "form": "ids", "filter.when_empty": "none"}
+    peer = CrossEncoder(str(root / "cross-encoder"), device="cpu")
+    by_name, by_object = (
+        negpool.mine_negatives(root / "encoder", pairs[:30], cross_encoder=model, **how).rows.to_list()
+        for model in (root / "cross-encoder", peer)
+    )
+    assert by_name == by_object and any(row["negative_teacher_scores"] for row in by_name)
 
 
 def test_a_person_reads_how_many_queries_got_fewer(root, tmp_path, capsys):
