@@ -50,7 +50,7 @@ def pairs():
     [
         {"num_negatives": 4},
         {"num_negatives": 4, "range_max": 12},
-        {"num_negatives": 5, "range_min": 3, "range_max": 9},
+        {"num_negatives": 6, "range_min": 3, "range_max": 9},
         {"num_negatives": 4, "range_max": ALL, "relative_margin": 0.02},
         {"num_negatives": 4, "range_max": ALL, "absolute_margin": 0.01},
         {"num_negatives": 4, "range_max": ALL, "absolute_margin": 0.004, "relative_margin": 0.004},
