@@ -74,6 +74,8 @@ class BestOnCpu:
 
     def __init__(self, query_QD: np.ndarray | Tensor, k: int, device: torch.device):
         self.k = k
+        if isinstance(query_QD, np.ndarray) and not query_QD.flags.writeable:  # a map of a file, which torch warns of
+            query_QD = query_QD.copy()
         self._query_QD = torch.as_tensor(query_QD, dtype=torch.float32, device=device)
         self._keys_Qk = torch.full((len(query_QD), k), NOTHING, device=device)
         self._most_rows = max(1, len(query_QD))  # of a tile; fewer once memory was too small, which moves the last bits of scores
