@@ -51,7 +51,7 @@ class IndexSettings:
     """Either "exact", "auto", or a FAISS factory string for one index over the whole corpus: "IVF1024,Flat", "IVF1024,SQ8",
     "IVF1024,PQ64", with "OPQ64," or "PCA128," before them, …; "auto": exact search or lists, whichever is measured to be cheaper.
     """
-    nprobe: PositiveInt = 8
+    nprobe: PositiveInt = 4
     """Lists that a query looks into at first: the audit doubles them until audit.min_recall holds."""
 
 
