@@ -19,7 +19,7 @@ from launch.jobfile import Jobs
 from launch.plan import Plan, cores_and_gpus, share_out
 from launch.plan_warnings import warnings_of_job, warnings_of_plan
 from mining.disk import budget
-from mining.find.index import bytes_of_passage
+from mining.find.index import bytes_of_passage, num_trained
 from mining.memory import FREE_SHARE, MemoryPlan, Sizes, held_now, plan_memory
 from mining.settings import AUTO, EXACT
 from mining.table.clusters import num_clustered
@@ -183,7 +183,7 @@ def miner_memory(jobs: Jobs, data: RetrievalData, shares: Plan, width: int) -> d
         num_clustered=num_clustered(mine.clusters, num_queries),
         num_ranks=shares.mine_ranks,
         index_bytes=bytes_of_passage(factory, width),
-        num_trained=0,
+        num_trained=num_trained(factory, len(data.corpus)),
         device_type="cuda" if shares.mine_gpus else "cpu",
     )
     free = int(held_now() + FREE_SHARE * psutil.virtual_memory().available / shares.mine_ranks)

@@ -12,7 +12,7 @@ from mining.disk import plan_disk
 from mining.find.base import Base, drift_sample, earlier_base, keep_base, mean_drift
 from mining.find.cost import Load, choose_index
 from mining.find.embeddings import Embeddings, encode_together
-from mining.find.index import bytes_of_passage
+from mining.find.index import bytes_of_passage, num_trained
 from mining.find.supplied import VECTORS, copy_vectors
 from mining.memory import MemoryPlan, Sizes, device_limit, held_now, memory_limit, plan_memory
 from mining.settings import AUTO, IndexSettings
@@ -163,7 +163,8 @@ def _plan(work: Work, width: int, token_width: int) -> tuple[IndexSettings, Memo
     index = job.index
     if index.factory == AUTO:
         audited = min(job.audit.num_queries, num_queries)
-        load = Load(num_queries, num_passages, width, job.search.top_k, index.nprobe, audited, ranks.num_ranks)
+        sizes = num_queries, num_passages, width, job.search.top_k
+        load = Load(*sizes, index.nprobe, audited, ranks.num_ranks, job.audit.min_recall)
         index = replace(index, factory=ranks.decide(lambda: choose_index(job.run.folder, load, work.device)))
     limit = memory_limit(ranks, job.mine.memory_gib)
 
@@ -181,7 +182,7 @@ def _plan(work: Work, width: int, token_width: int) -> tuple[IndexSettings, Memo
             num_clustered=num_clustered(job.clusters, num_queries),
             num_ranks=ranks.num_ranks,
             index_bytes=bytes_of_passage(index.factory, width),
-            num_trained=0,
+            num_trained=num_trained(index.factory, num_passages) if ranks.speaks else 0,
             device_type=work.device.type,
         )
         return plan_memory(sizes, held_now(), limit, device_limit(work.device))

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "monitoring.md").read_text()
 NAMES = set(re.findall(r"`([^`\n]+)`", PAGE))
 SOURCES = "\n".join(path.read_text() for side in ("trainer", "mining") for path in (ROOT / side).rglob("*.py"))
-DROPPING = "filters", "draw", "rerank"  # modules of mining
+DROPPING = "filters", "share", "rerank"  # modules of mining/table
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,9 @@ def test_every_figure_that_a_run_records_is_on_the_page(run):
 
 def test_every_event_filter_and_gauge_is_on_the_page():
     events = re.findall(r'"event": "([^"]+)"', SOURCES)
-    filters = re.findall(r'\.narrow\("([^"]+)"', "".join((ROOT / "mining" / f"{name}.py").read_text() for name in DROPPING))
+    filters = re.findall(
+        r'\.narrow\("([^"]+)"', "".join((ROOT / "mining" / "table" / f"{name}.py").read_text() for name in DROPPING)
+    )
     margins = [field.name for field in fields(FilterSettings) if field.name.endswith("_margin")]
     assert len(events) >= 7 and len(filters) >= 9 and len(margins) == 3
     assert [name for name in (*events, *filters, *margins, *GAUGES) if name not in NAMES] == []
