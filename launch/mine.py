@@ -16,13 +16,13 @@ from launch.early import check_early, is_launched
 from launch.imports import lasting_imports
 from launch.jobfile import Jobs, Override, name_of, read_job
 from launch.mine_progress import followed
+from launch.options import Asked
 from launch.output import messages, start_logging
 from launch.sides import stop_without_parent
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from launch.mine_commands import Wanted
     from mining.alone import Alone
     from mining.job import MineJob
     from mining.offline import Mined
@@ -41,7 +41,7 @@ class Stopped(Exception):
     """The miner was asked to stop before there was anything to write."""
 
 
-def mine_model(job_file: Path | None, overrides: list[str], model: str, wanted: "Wanted") -> dict[str, Any] | None:
+def mine_model(job_file: Path | None, overrides: list[str], model: str, wanted: Asked) -> dict[str, Any] | None:
     """Mine, and return what was written, and what there is of the query to show; None but on rank 0.
 
     model: a model, a folder of vectors, or "bm25".
@@ -75,7 +75,7 @@ def read_to_mine(job_file: Path | None, overrides: Sequence[Override]) -> Jobs:
 
 
 @contextlib.contextmanager
-def mined_offline(jobs: Jobs, model: str, world: "MPI.Comm | Alone", wanted: "Wanted | None" = None) -> Iterator["Mined | None"]:
+def mined_offline(jobs: Jobs, model: str, world: "MPI.Comm | Alone", wanted: Asked | None = None) -> Iterator["Mined | None"]:
     """Yield what a model mines, in a folder that is deleted afterwards; None but on rank 0.
 
     wanted: a file and a query that are asked for; what is wrong with them is found before the mining.
@@ -112,7 +112,7 @@ def _hushed() -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-def read_newest(job_file: Path, overrides: list[str], wanted: "Wanted") -> dict[str, Any]:
+def read_newest(job_file: Path, overrides: list[str], wanted: Asked) -> dict[str, Any]:
     """Write the newest version of a run to a file, or look up a query in it, or both; return what was found."""
     jobs = read_job(job_file, overrides)
     from mining.offline import read_mined
@@ -124,7 +124,7 @@ def read_newest(job_file: Path, overrides: list[str], wanted: "Wanted") -> dict[
     return _told(read_mined(jobs.mine), wanted)
 
 
-def _look(jobs: Jobs, model: str, wanted: "Wanted | None") -> tuple["MineJob", Any, Path | None]:
+def _look(jobs: Jobs, model: str, wanted: Asked | None) -> tuple["MineJob", Any, Path | None]:
     """Return the job, what is named on the command line, as `offline_run` takes it, and where its embeddings are kept.
 
     Raises InputError for what would only be found out after the mining.
@@ -161,7 +161,7 @@ def _look(jobs: Jobs, model: str, wanted: "Wanted | None") -> tuple["MineJob", A
     return job, as_it_is(jobs.train.model, folder), shards
 
 
-def _told(mined: "Mined", wanted: "Wanted") -> dict[str, Any]:
+def _told(mined: "Mined", wanted: Asked) -> dict[str, Any]:
     """Return what there is of the query to show, and write the file that is asked for."""
     from mining.export import write_negatives
     from mining.show import show_query

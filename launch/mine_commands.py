@@ -3,11 +3,11 @@
 import enum
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import typer
 
-from launch.options import MINING, SHORT, JobCommand, Json, option_of, quoted, setting_argument, with_short
+from launch.options import MINING, SHORT, Asked, JobCommand, Json, option_of, quoted, setting_argument, with_short
 from launch.output import print_json, results
 from launch.recipe import two_shells
 from trainer.errors import EXIT_STOPPED, InputError
@@ -26,15 +26,6 @@ class Form(enum.StrEnum):
     labeled_list = "labeled-list"
     tevatron = "tevatron"
     flagembedding = "flagembedding"
-
-
-class Wanted(NamedTuple):
-    """What is to be made of negatives: a file in a form, and a query that is shown."""
-
-    out: Path | None = None
-    form: str = "ids"
-    scores: bool = False
-    show: str | None = None
 
 
 @mine_app.command(cls=JobCommand, epilog=two_shells())
@@ -76,7 +67,7 @@ def mine(
         raise InputError("there is nothing to mine from; give a job file, or --model and --data")
     if model is None and job is not None and out is None and show is None:
         return _mine_for_run(job, overrides, once, checkpoint, metrics_port, as_json)
-    return _mine_to_file(job, overrides, model, Wanted(out, form.value, scores, show), as_json)
+    return _mine_to_file(job, overrides, model, Asked(out, form.value, scores, show), as_json)
 
 
 def _mine_for_run(
@@ -90,7 +81,7 @@ def _mine_for_run(
     return 0 if how == "finished" else EXIT_STOPPED
 
 
-def _mine_to_file(job: Path | None, overrides: list[str], model: str | None, wanted: Wanted, as_json: bool) -> int:
+def _mine_to_file(job: Path | None, overrides: list[str], model: str | None, wanted: Asked, as_json: bool) -> int:
     """Mine with a model, or read what a run has mined, and print what came of it."""
     from launch.mine import Stopped, mine_model, read_newest
     from launch.mine_tables import shown_parts, written_parts

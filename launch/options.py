@@ -20,6 +20,15 @@ from trainer.errors import InputError
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="job file")]
 
 
+class Asked(NamedTuple):
+    """What is to be made of mined negatives: a file in a form, and a query that is shown."""
+
+    out: Path | None = None
+    form: str = "ids"
+    scores: bool = False
+    show: str | None = None
+
+
 def setting_argument(help: str, *sections: str, metavar: str = "[section.key=value]...") -> Any:
     """Return an argument of settings that a shell completes; sections: that it takes, all where none is named."""
 

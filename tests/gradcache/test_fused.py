@@ -3,11 +3,8 @@
 `tests/gpu/test_fused.py` repeats these proofs with the kernels compiled.
 """
 
-import importlib.util
-import multiprocessing
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +22,7 @@ from gradcache.objectives.tile import FLOOR
 from gradcache.passes import ByKernel
 from gradcache.soft_max import Largest
 from gradcache.tiles import Tiles
+from tests.triton import interpreted
 
 SIZES = [(1, 1), (3, 7), (5, 1000), (2, 5000), (4, 4097)]
 
@@ -39,21 +37,11 @@ class Way:
     device: str = "cpu"
 
 
-def is_triton_imported():
-    return "triton" in sys.modules
-
-
 @pytest.fixture(scope="module")
 def interpreter():
-    """One process for this file: Triton asks for TRITON_INTERPRET when it is imported, which others may have done here."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("needs Triton, which exists for Linux")
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")
-            imported = pool.submit(is_triton_imported).result()  # the process starts, and imports what this file does
-        assert not imported, "gradcache imports Triton before a kernel is launched"
-        yield Way(lambda fn, *args: pool.submit(fn, *args).result())
+    """One process for this file."""
+    with interpreted(__name__) as call:
+        yield Way(call)
 
 
 @pytest.fixture(params=["plain", "interpreted"])

@@ -4,12 +4,9 @@
 """
 
 import functools
-import importlib.util
 import itertools
-import multiprocessing
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
@@ -20,6 +17,7 @@ import torch
 
 from tests.allocator import Memory
 from tests.host import forbids_host_reads
+from tests.triton import interpreted
 from trainer.encoder import pair_scores, topk_gpu, topk_steps
 from trainer.encoder.pair_scores import can_launch, pair_scores_by_kernel, plain_pair_scores, sums_of_pairs
 from trainer.encoder.score_keys import pack_keys
@@ -40,21 +38,11 @@ class Way:
     device: str = "cpu"
 
 
-def is_triton_imported():
-    return "triton" in sys.modules
-
-
 @pytest.fixture(scope="module")
 def interpreter():
-    """One process for this file: Triton asks for TRITON_INTERPRET when it is imported, which others may have done here."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("needs Triton, which exists for Linux")
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setenv("TRITON_INTERPRET", "1")
-            imported = pool.submit(is_triton_imported).result()  # the process starts, and imports what this file does
-        assert not imported, "Triton is imported before a kernel is launched"
-        yield Way(lambda fn, *args: pool.submit(fn, *args).result())
+    """One process for this file."""
+    with interpreted(__name__) as call:
+        yield Way(call)
 
 
 @pytest.fixture(params=["plain", "interpreted"])
