@@ -31,6 +31,7 @@ DRAW_BYTES = 64
 EXCHANGE_BYTES = 32  # of a candidate of all queries of a tile: its key as found, sent and received
 TEXT_BYTES = 25  # of a text: its length, keys of tokens and of the text, memory-mapped, and whether it may be a candidate
 QUERY_BYTES = 64  # of a training query: its rows, positives and judgements
+ENTRY_BYTES = 24  # of a passage, while equal texts of an index are found
 FREE_SHARE = 0.5  # of the machine's free memory, if mine.memory_gib is not set
 
 
@@ -154,6 +155,8 @@ def _plan(sizes: Sizes, process_bytes: int, limit: int, query_pass: int, query_t
     phases = {"encoding": encoding + product * is_exact, "searching": max(drawing, product)}
     if sizes.num_clustered:
         phases["clustering"] = sizes.num_clustered * sizes.width * 4 * 2  # the table, and a shard's part of it on its way
+    if sizes.index_bytes:
+        phases["opening the index"] = sizes.num_passages * ENTRY_BYTES
     if sizes.num_trained:
         phases["training the index"] = sizes.num_trained * sizes.width * 4 * 2  # the sample, and what FAISS trains from
     return MemoryPlan(held, phases, query_pass, query_tile, limit)

@@ -93,7 +93,7 @@ class DenseSearch:
                 looks.append(exact.see)
             if looks:
                 self.replay(looks)
-            found: Finder = finder or exact  # type: ignore[assignment]
+            found: Finder = exact if finder is None else finder  # type: ignore[assignment]
             yield places, DenseRetriever(work.ranks, work.judgements, found, known, asker, work.job.search.top_k, self._words)
             known = exact = None
 
