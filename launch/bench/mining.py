@@ -1,5 +1,5 @@
-"""`negpool bench mining`: encoding and exact search against the bare work in them, two ranks against one, an idle miner,
-memory against plan.
+"""`negpool bench mining`: encoding, exact search and a refresh against the bare work in them, two ranks against one, an idle
+miner, an approximate index against exact search, memory against plan.
 
 Everybody has a turn in every round, and ratios are medians of the rounds' ratios, because the machine is not the same from
 minute to minute. Bare encoding is the encoder called on the batches that we would make, made in advance; bare search is
@@ -10,30 +10,37 @@ compared with ours.
 import functools
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from launch.bench.bare import batches_of, forward
+from launch.bench.embedded import embed_data
 from launch.bench.idle import measure_idle
-from launch.bench.machine import describe, matmul_rate, tiled_product
+from launch.bench.machine import describe, matmul_rate
 from launch.bench.made_texts import data_of
 from launch.bench.mining_ranks import prepare_service
 from launch.bench.peer import open_peer
+from launch.bench.recall import Searched, measure_index
+from launch.bench.refresh import Corpus, measure_refresh, write_part
+from launch.bench.search import SearchSize, measure_search
 from launch.bench.shapes import model_of
 from launch.bench.step import PEER, forward_flops, precision_of
-from launch.bench.turns import Turns, compared, take_turns
+from launch.bench.turns import Turns, share_of_rate, speeds, take_turns
 from launch.counted import counted
 from launch.output import messages
 from launch.ranks import on_ranks
+from mining.find.cost import FEWEST_LISTS
+from mining.find.index import POINTS_PER_LIST
+from mining.find.rates import clustered
 from trainer.data.datasets import open_dataset
 from trainer.encoder.encode import DTYPES, encode_rows
 from trainer.encoder.model import ModelSettings, load_encoder
 from trainer.encoder.source import resolve_model
 from trainer.encoder.tokens import tokenize
-from trainer.encoder.topk import BestOf, tile_shape
 from trainer.errors import InputError
 from trainer.world import World, stay_alone
 
@@ -41,47 +48,84 @@ WANTED: dict[str, Any] = {
     "encoding": {"bare model": 0.95, "sentence-transformers": 1.15},
     "search": {"bare product": 0.7},
     "ranks": {"encode": 1.8, "search": 1.8},
+    "refresh": 1.10,
+    "index": 0.35,
     "memory": [0.9, 1.1],
     "idle": 1.02,
 }
 RANKS = {"num_texts": 768, "max_tokens": 64, "num_queries": 4096, "num_passages": 131072}  # some seconds of work for two
-SEARCH_QUERIES, SEARCH_PASSAGES, SEARCH_WIDTH, TOP_K = 2048, 131072, 384, 200
+SEARCH = SearchSize()
+INDEX_QUERIES, INDEX_WIDTH = 10_000, 384
+FEWEST_INDEXED = POINTS_PER_LIST * FEWEST_LISTS
 EQUAL = {"fp32": 1e-5, "bf16": 2e-2}  # largest difference of two embeddings of one text
 PEER_ROWS = {"cpu": (32,), "cuda": (32, 128, 512)}  # of a batch of the peer's, whose own default is 32
 
 
-def bench_mining(
-    data: str, model: str, texts: int, max_tokens: int, rounds: int, passages: int, half: bool | None, peer: bool
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class MiningSizes:
+    """How much is measured."""
+
+    texts: int = 128  # that are encoded
+    max_tokens: int = 256  # of a text
+    rounds: int = 3
+    refreshed: int = 1500  # passages of a whole refresh, with their training queries
+    indexed: int = 0  # passages of an approximate index; 0: none is measured
+    passages: int = 0  # of the service whose memory is measured; 0: none is
+
+
+def bench_mining(data: str, model: str, sizes: MiningSizes, half: bool | None, peer: bool) -> dict[str, Any]:
     """Return the figures, each with the wanted one.
 
-    texts: that are encoded; passages: of the corpus whose memory is measured, 0: none is. half: encode in bfloat16, everybody;
-    None: on a GPU.
+    half: encode in bfloat16, everybody; None: on a GPU.
     """
     world = stay_alone(torch.device("cuda:0" if torch.cuda.is_available() else "cpu"))
-    data, model, precision = str(data_of(data)), model_of(model), precision_of(half, world.device)
-    encoding = _encoding(Path(data), model, texts, max_tokens, rounds, world, precision, peer)
-    search = measure_search(world, rounds)
+    path, model, precision = data_of(data), model_of(model), precision_of(half, world.device)
+    found = {**describe(world.device), "rounds": sizes.rounds}
+    found["encoding"] = _encoding(path, model, sizes, world, precision, peer)
+    found["search"] = measure_search(SEARCH, world, sizes.rounds, WANTED["search"])
+    messages().print("[dim]a whole refresh against its bare parts[/dim]")
+    found["refresh"] = _refresh(path, model, sizes, world, precision)
     messages().print("[dim]two ranks of one thread against one[/dim]")
-    ranks = on_ranks("launch.bench.mining_ranks", 2, mpi=True, what="ranks", data=data, model=model, rounds=rounds, **RANKS)
-    ranks |= {**RANKS, "wanted": WANTED["ranks"]}
+    told = {"data": str(path), "model": model, "rounds": sizes.rounds, **RANKS}
+    ranks = on_ranks("launch.bench.mining_ranks", 2, mpi=True, what="ranks", **told)
+    found["ranks"] = {**ranks, **RANKS, "wanted": WANTED["ranks"]}
     messages().print("[dim]steps of a trainer, with and without an idle miner[/dim]")
-    idle = {**measure_idle(Path(data), model, rounds), "wanted": WANTED["idle"]}
-    about = {**describe(world.device), "rounds": rounds}
-    found = {**about, "encoding": encoding, "search": search, "ranks": ranks, "idle": idle}
-    if passages:
-        messages().print(f"[dim]a service with {counted(passages, 'passage')}: some minutes[/dim]")
-        with tempfile.TemporaryDirectory() as folder:
-            prepare_service(Path(folder), model, passages)
-            memory = on_ranks("launch.bench.mining_ranks", 1, mpi=True, what="memory", folder=folder)
-            found["memory"] = {"passages": passages, **memory, "wanted": WANTED["memory"]}
+    found["idle"] = {**measure_idle(path, model, sizes.rounds), "wanted": WANTED["idle"]}
+    if sizes.indexed:
+        found["index"] = _indexes(path, model, sizes, world.device)
+    if sizes.passages:
+        messages().print(f"[dim]a service with {counted(sizes.passages, 'passage')}: some minutes[/dim]")
+        found["memory"] = {**_memory(model, sizes.passages), "wanted": WANTED["memory"]}
     return found
 
 
-def _encoding(
-    path: Path, model: str, num_texts: int, max_tokens: int, rounds: int, world: World, precision: str, peer: bool
-) -> dict[str, Any]:
-    device, dtype = world.device, DTYPES[precision]
+def _refresh(path: Path, model: str, sizes: MiningSizes, world: World, precision: Literal["fp32", "bf16"]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as name:
+        write_part(path, sizes.refreshed, Path(name) / "data")
+        corpus = Corpus(Path(name), model, sizes.max_tokens, precision)
+        return {**measure_refresh(corpus, sizes.rounds, world), "precision": precision, "wanted": WANTED["refresh"]}
+
+
+def _indexes(path: Path, model: str, sizes: MiningSizes, device: torch.device) -> dict[str, Any]:
+    if sizes.indexed < FEWEST_INDEXED:
+        raise InputError(f"--index-passages {sizes.indexed} is too few for an index of lists; set it to {FEWEST_INDEXED} or more")
+    found, embedded = {}, embed_data(path, model, sizes.max_tokens, INDEX_QUERIES, sizes.indexed)
+    if len(embedded[1]) >= FEWEST_INDEXED:
+        found[f"embeddings of {path.name}"] = measure_index(Searched(*embedded, device))
+    made = clustered(INDEX_QUERIES, INDEX_WIDTH, seed=1), clustered(sizes.indexed, INDEX_WIDTH)
+    found["made, in clusters, shuffled"] = measure_index(Searched(*made, device), WANTED["index"])
+    return found
+
+
+def _memory(model: str, passages: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        prepare_service(Path(folder), model, passages)
+        found = on_ranks("launch.bench.mining_ranks", 1, mpi=True, what="memory", folder=folder)
+        return {"passages": passages, **found}
+
+
+def _encoding(path: Path, model: str, sizes: MiningSizes, world: World, precision: str, peer: bool) -> dict[str, Any]:
+    device, dtype, num_texts, max_tokens = world.device, DTYPES[precision], sizes.texts, sizes.max_tokens
     encoder, tokenizer, _ = load_encoder(ModelSettings(name=model, max_passage_tokens=max_tokens))
     encoder.eval().to(device)
     corpus = open_dataset(path, None).corpus
@@ -103,10 +147,10 @@ def _encoding(
         if not difference <= EQUAL[precision]:
             raise RuntimeError(f"the peer's embeddings differ by {difference:.1e}: not the same work")
         ways |= {f"{PEER}, {n} a batch": functools.partial(theirs, words, n) for n in PEER_ROWS[device.type]}
-    turns = _with_best_peer(take_turns(ways, rounds, world))
+    turns = _with_best_peer(take_turns(ways, sizes.rounds, world))
     flops, rate = forward_flops(encoder, tokens.lengths), matmul_rate(device, dtype)
-    found |= _speeds(turns, WANTED["encoding"], found["tokens"], "tokens_per_s")
-    return found | _share(flops / turns["ours"].median_s, rate, precision)
+    found |= speeds(turns, WANTED["encoding"], found["tokens"], "tokens_per_s")
+    return found | share_of_rate(flops / turns["ours"].median_s, rate, precision)
 
 
 def _with_best_peer(turns: dict[str, Turns]) -> dict[str, Turns]:
@@ -114,14 +158,6 @@ def _with_best_peer(turns: dict[str, Turns]) -> dict[str, Turns]:
     theirs = {name: found for name, found in turns.items() if name.startswith(PEER)}
     others = {name: found for name, found in turns.items() if name not in theirs}
     return others | ({PEER: min(theirs.values(), key=lambda found: found.median_s)} if theirs else {})
-
-
-def _share(flops_per_s: float, rate: float, precision: str) -> dict[str, Any]:
-    return {
-        "precision": precision,
-        "matmul_gflops": round(rate / 1e9, 1),
-        "share_of_matmul_rate": round(flops_per_s / rate, 3),
-    }
 
 
 def _peer(
@@ -137,43 +173,3 @@ def _peer(
         return torch.stack(list(found)).float().cpu().numpy()
 
     return encode
-
-
-def measure_search(world: World, rounds: int) -> dict[str, Any]:
-    """Return what exact search takes, against the product in its tiles."""
-    device = world.device
-    query_QD, passage_ND = (unit(n, SEARCH_WIDTH) for n in (SEARCH_QUERIES, SEARCH_PASSAGES))
-    rows_n = np.arange(SEARCH_PASSAGES)
-
-    def ours() -> None:
-        best = BestOf(query_QD, TOP_K, device)
-        best.look_at(passage_ND, rows_n)
-        best.keys()
-
-    query, passage = torch.from_numpy(query_QD).to(device), torch.from_numpy(passage_ND).to(device)
-    tile = tile_shape(TOP_K, device.type)
-    ways: dict[str, Callable[[], object]] = {
-        "bare product": functools.partial(tiled_product, query, passage, tile),
-        "ours": ours,
-    }
-    flops = 2 * SEARCH_QUERIES * SEARCH_PASSAGES * SEARCH_WIDTH
-    found = {"queries": SEARCH_QUERIES, "passages": SEARCH_PASSAGES, "width": SEARCH_WIDTH, "top_k": TOP_K}
-    turns = take_turns(ways, rounds, world)
-    found |= _speeds(turns, WANTED["search"], flops / 1e9, "gflops")
-    return found | _share(flops / turns["ours"].median_s, matmul_rate(device), "fp32")
-
-
-def unit(num_rows: int, width: int) -> np.ndarray:
-    """Return random vectors of length 1, (num_rows, width) float32."""
-    vectors = np.random.default_rng(num_rows).standard_normal((num_rows, width), np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
-def _speeds(turns: dict[str, Turns], wanted: dict[str, float], work: float, unit_name: str) -> dict[str, Any]:
-    """Return everybody's median time and rate, and our rate over theirs, the median of the rounds, beside the wanted one."""
-    sides = {
-        name: {"seconds": row["seconds"], "ratio": row["ratio"], unit_name: round(work / row["seconds"], 1)}
-        for name, row in compared(turns, "ours", {}).items()
-    }
-    ratios = {name: {"found": sides[name]["ratio"], "wanted": wanted[name]} for name in sides if name in wanted}
-    return {"sides": sides, "our_rate_over": ratios}

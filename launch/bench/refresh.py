@@ -1,10 +1,12 @@
-"""A whole refresh against the sum of its bare parts: the encoder on batches made in advance, and one product of all scores.
+"""A whole refresh against the sum of its bare parts: the encoder on batches made in advance, and one product of all embeddings.
 
 Each turn is a real service on a run folder of its own with nothing encoded yet, from its first phase to a published version.
 """
 
 import itertools
 import json
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,29 +50,37 @@ class Corpus:
     def data(self) -> DataSettings:
         return DataSettings(path=self.folder / "data", cache=self.folder / "cache")
 
+    @property
+    def settings(self) -> ModelSettings:
+        return ModelSettings(name=self.model, max_query_tokens=self.max_tokens, max_passage_tokens=self.max_tokens)
+
     def open(self) -> RetrievalData:
         """Return the texts."""
         return open_dataset(self.data.path, self.data.cache)
 
 
-def measure_refresh(corpus: Corpus, rounds: int, world: World) -> dict[str, Any]:
-    """Return what a refresh takes, and its bare parts, in turn."""
+def measure_refresh(corpus: Corpus, rounds: int, world: World, has_product: bool = True) -> dict[str, Any]:
+    """Return what a refresh takes, and its bare parts, in turn. has_product: one of these is the product of all embeddings."""
     numbers = itertools.count()
     seconds: dict[str, float] = {}
+    made = corpus.folder / "made"
+    publish_model(corpus, made)
 
     def refresh() -> None:
+        run = corpus.folder / f"run-{next(numbers)}"
+        shutil.copytree(made, run, copy_function=os.link)
         seconds.clear()
-        seconds.update(mine_once(corpus, corpus.folder / f"run-{next(numbers)}"))
+        seconds.update(mine_once(corpus, run))
 
-    sizes, bare = bare_parts(corpus, world)
+    sizes, bare = bare_parts(corpus, world, has_product)
     turns = take_turns({"bare parts": bare, "ours": refresh}, rounds, world)
     found = compared(turns, "bare parts", {})
     return {**sizes, "top_k": TOP_K, "ratio": found["ours"]["ratio"], "sides": found, "phases_s": seconds}
 
 
-def mine_once(corpus: Corpus, run: Path) -> dict[str, float]:
-    """Publish the model as the checkpoint of a new run, mine one version from it, and return the seconds of its phases."""
-    encoder, tokenizer, traits = load_encoder(ModelSettings(name=corpus.model, max_passage_tokens=corpus.max_tokens))
+def publish_model(corpus: Corpus, run: Path) -> None:
+    """Make a run whose newest checkpoint is the model."""
+    encoder, tokenizer, traits = load_encoder(corpus.settings)
 
     def write(staging: Path) -> None:
         (staging / "encoder").mkdir()
@@ -80,6 +90,10 @@ def mine_once(corpus: Corpus, run: Path) -> dict[str, float]:
     digest = corpus.open().digest
     publish_version(checkpoint, write, {"step": 1, "weights_digest": weights_digest(encoder), "data_digest": digest})
     write_latest(checkpoint.parent, checkpoint.name)
+
+
+def mine_once(corpus: Corpus, run: Path) -> dict[str, float]:
+    """Mine one version from a run's checkpoint, and return the seconds of its phases."""
     job = MineJob(
         run=RunSettings(folder=run),
         data=corpus.data,
@@ -93,21 +107,23 @@ def mine_once(corpus: Corpus, run: Path) -> dict[str, float]:
     return manifest["seconds"]
 
 
-def bare_parts(corpus: Corpus, world: World) -> tuple[dict[str, int], Callable[[], None]]:
+def bare_parts(corpus: Corpus, world: World, has_product: bool) -> tuple[dict[str, int], Callable[[], None]]:
     """Return the sizes of both sides, and what does a refresh's arithmetic and nothing else."""
     device, dtype = world.device, DTYPES[corpus.precision]
     data = corpus.open()
-    encoder, tokenizer, traits = load_encoder(ModelSettings(name=corpus.model, max_passage_tokens=corpus.max_tokens))
+    encoder, tokenizer, traits = load_encoder(corpus.settings)
     encoder.eval().to(device)
     tables = [tokenize_side(data, side, tokenizer, traits) for side in ("queries", "corpus")]
     batches = [batches_of(table, encoder, dtype) for table in tables]
     chance = torch.Generator().manual_seed(0)
-    vectors = [torch.randn(len(table.lengths), encoder.width, generator=chance).to(device) for table in tables]
+    rows = [len(table.lengths) if has_product else 0 for table in tables]
+    query_QD, passage_ND = (torch.randn(num, encoder.width, generator=chance).to(device) for num in rows)
 
     def work() -> None:
         for side in batches:
             forward(encoder, side, dtype)
-        tiled_product(vectors[0], vectors[1], tile_shape(TOP_K, device.type))
+        if has_product:
+            tiled_product(query_QD, passage_ND, tile_shape(TOP_K, device.type))
 
     sizes = {"queries": len(tables[0].lengths), "passages": len(tables[1].lengths)}
     return {**sizes, "tokens": int(sum(table.lengths.sum() for table in tables))}, work
@@ -116,6 +132,7 @@ def bare_parts(corpus: Corpus, world: World) -> tuple[dict[str, int], Callable[[
 def write_part(path: Path, num_passages: int, folder: Path) -> None:
     """Write the first passages of a data set, and the training queries that have a positive among them, as a data set."""
     data = open_dataset(path, None)
+    num_passages = min(num_passages, len(data.corpus))
     train = data.qrels["train"]
     is_in = (train.corpus_rows < num_passages) & (train.scores > 0)
     query_rows = np.unique(train.query_rows[is_in])

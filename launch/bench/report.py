@@ -1,4 +1,7 @@
-"""A benchmark as files: numbers as JSON, tables as Markdown, times or what is reached of the wanted as a picture."""
+"""A benchmark as files: numbers as JSON, tables as Markdown, times or what is reached of the wanted as a picture.
+
+What an approximate index finds has a picture of its own.
+"""
 
 import json
 from pathlib import Path
@@ -8,6 +11,7 @@ from launch.tables import Part, Sheet, as_markdown
 from trainer.errors import InputError
 
 OURS, OTHERS = "#2a6f97", "#adb5bd"
+RECALL = "recall"  # name of the picture of an index
 MOST_SHARE = 1.3  # of a bar, however far beyond the wanted figure
 
 
@@ -16,12 +20,16 @@ def write_report(folder: Path, name: str, found: dict[str, Any], parts: list[Par
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
-        (folder / f"{name}.md").write_text(f"![{name}]({name}.png)\n\n{as_markdown(parts)}")
+        pictures = [name, *([RECALL] if found.get("index") else [])]
+        shown = "\n\n".join(f"![{each}]({each}.png)" for each in pictures)
+        (folder / f"{name}.md").write_text(f"{shown}\n\n{as_markdown(parts)}")
         picture = folder / f"{name}.png"
         if "rows" in found:
             plot_reached([row for row in found["rows"] if row["wanted"]], picture)
         else:
             plot_times([part for part in parts if isinstance(part, Sheet) and "seconds" in part.columns], picture)
+        if found.get("index"):
+            plot_recall(found["index"], folder / f"{RECALL}.png")
     except OSError as error:
         raise InputError(f"cannot write the report to {folder}: {error.strerror}; set --out to another folder") from error
 
@@ -54,6 +62,36 @@ def plot_reached(rows: list[dict[str, Any]], file: Path) -> None:
     axes.set_xlim(0, 2)
     axes.set_xlabel("share of the wanted figure, dark where it is reached")
     _plain(axes)
+    figure.savefig(file, dpi=150)
+
+
+def plot_recall(indexes: dict[str, dict[str, Any]], file: Path) -> None:
+    """Draw what an index finds by how much of the corpus a query looks at, one picture for each corpus; exact search at the end.
+
+    Dotted: an index for every block of the corpus.
+    """
+    figure = _figure(3.6 * len(indexes))
+    for axes, (name, index) in zip(figure.subplots(len(indexes), squeeze=False)[:, 0], indexes.items(), strict=True):
+        for key, style, label in (
+            ("points", {"color": OURS, "marker": "o", "linestyle": "-"}, f"one index, {index['factory']}"),
+            ("points_of_blocks", {"color": "black", "marker": "x", "linestyle": ":"}, "one for every block of 65,536"),
+        ):
+            points = index[key]
+            if points:
+                axes.plot([100 * p["share"] for p in points], [p["recall"] for p in points], label=label, **style)
+        for point in index["points"]:
+            place = 100 * point["share"], point["recall"]
+            axes.annotate(f"{point['nprobe']}", place, xytext=(4, -10), textcoords="offset points", fontsize=8)
+        axes.plot([100], [1.0], color="black", marker="s", linestyle="none", label="exact search")
+        axes.axhline(index["min_recall"], color=OTHERS, linestyle="--", zorder=0)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda percent, _: f"{percent:g}")
+        axes.set_ylim(0, 1.05)
+        axes.set_title(f"{name}: {index['passages']:,} passages, width {index['width']}", loc="left", fontsize=10)
+        axes.set_xlabel("passages that a query looks at, % of the corpus; at the points: nprobe")
+        axes.set_ylabel(f"recall@{index['top_k']}")
+        axes.legend(loc="lower right", fontsize=9, frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=150)
 
 

@@ -61,7 +61,7 @@ def bench_step(
         world.leave()
 
 
-def precision_of(half: bool | None, device: torch.device) -> str:
+def precision_of(half: bool | None, device: torch.device) -> Literal["bf16", "fp32"]:
     """Return what an encoder multiplies in where a person asks for half precision, or does not say."""
     return "bf16" if half or (half is None and takes_bf16(device)) else "fp32"
 

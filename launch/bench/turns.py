@@ -102,6 +102,25 @@ def compared(found: Mapping[str, Turns], base: str, wanted: Mapping[str, float])
     return rows
 
 
+def speeds(turns: Mapping[str, Turns], wanted: Mapping[str, float], work: float, unit_name: str) -> dict[str, Any]:
+    """Return everybody's median time and rate, and our rate over theirs, the median of the rounds, beside the wanted one."""
+    sides = {
+        name: {"seconds": row["seconds"], "ratio": row["ratio"], unit_name: round(work / row["seconds"], 1)}
+        for name, row in compared(turns, "ours", {}).items()
+    }
+    ratios = {name: {"found": sides[name]["ratio"], "wanted": wanted[name]} for name in sides if name in wanted}
+    return {"sides": sides, "our_rate_over": ratios}
+
+
+def share_of_rate(flops_per_s: float, rate: float, precision: str) -> dict[str, Any]:
+    """Return which share of the rate of a large product was reached."""
+    return {
+        "precision": precision,
+        "matmul_gflops": round(rate / 1e9, 1),
+        "share_of_matmul_rate": round(flops_per_s / rate, 3),
+    }
+
+
 def _say(world: World, sentence: str) -> None:
     if world.speaks:
         messages().print(f"[dim]{sentence}[/dim]")

@@ -1,9 +1,12 @@
-"""What `negpool bench gpu` reads off a GPU that a CPU cannot show: waits of the host, and kernels in a profile."""
+"""What `negpool bench gpu` does on a GPU alone: waits of the host, kernels in a profile, a search and a refresh there."""
 
 import pytest
 import torch
 
+from launch.bench import gpu_mining, shapes
 from launch.bench.busy import busy_share, count_waits
+from launch.bench.search import SearchSize
+from launch.bench.sizes import Sizes
 from launch.bench.turns import fits, free_memory
 from trainer.world import stay_alone
 
@@ -40,3 +43,17 @@ def test_what_does_not_fit_leaves_its_memory_behind_it(device):
 
     assert not fits(work, world)
     assert torch.cuda.memory_reserved(device) == before
+
+
+def test_half_embeddings_are_searched_on_the_device():
+    size = SearchSize(queries=512, passages=40_000, width=64, top_k=50, dtype=torch.float16)
+    took, share = gpu_mining.search(Sizes(rounds=1, search=size))
+    assert took.found > 0 and share.found > 0 and share.word == "of a product in fp16"
+
+
+def test_a_refresh_stands_against_bare_encoding(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(shapes.SHAPES, "minilm", (2, 64, 2, 128))
+    sizes = Sizes(model="minilm", max_tokens=64, refreshed=2000)
+    took, share, rate = gpu_mining.refresh(sizes)
+    assert took.what == "minilm, refresh, 2,000 x 100" and share.found > 0 and rate.found > 0

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from launch.bench import gpu, gpu_encoder, gpu_job, gpu_loss, mining, peer, shapes, step
+from launch.bench import gpu, gpu_encoder, gpu_job, gpu_loss, gpu_mining, peer, recall, search, shapes, step
 from launch.bench.busy import busy_share, count_waits, share_in_trace
 from launch.bench.lines import LeftOut, Line
 from launch.bench.report import write_report
@@ -32,6 +32,9 @@ TINY = Sizes(
     loss_rows=48,
     pool=(8, 96),
     width=16,
+    search=search.SearchSize(queries=16, passages=9000, width=16, top_k=20, dtype=torch.float16),
+    refreshed=240,
+    indexed=(60, 4500),
     job_queries=8,
     job_steps=3,
 )
@@ -43,11 +46,9 @@ def small():
     with pytest.MonkeyPatch.context() as patch:
         for name in ("minilm", "bert-base"):
             patch.setitem(shapes.SHAPES, name, (2, 32, 2, 64))
-        for module in (gpu_encoder, mining, step):
+        for module in (gpu_encoder, search, step):
             patch.setattr(module, "matmul_rate", lambda device, dtype=torch.float32: 1e10)
         patch.setattr(gpu_encoder, "PROFILED_STEPS", 1)
-        patch.setattr(mining, "SEARCH_QUERIES", 16)
-        patch.setattr(mining, "SEARCH_PASSAGES", 3000)
         patch.setitem(peer.SETTINGS, "cpu", [{"mini_batch_size": 4}])
         yield
 
@@ -118,12 +119,42 @@ def test_the_small_model():
     )
 
 
-def test_the_loss_and_the_search():
+def test_the_loss():
     for rows in (gpu_loss.loss(TINY), gpu_loss.pool(TINY)):
         assert rows[1].wanted == 1.3 and all(row.found >= 0 and row.less_is_better for row in rows)
     assert gpu_loss.loss(TINY)[0].wanted == 40.0 and "8 x 96" in gpu_loss.pool(TINY)[0].what
-    took, share = gpu_loss.search(TINY)
-    assert took.found > 0 and share.wanted == 0.6 and share.word == "of a product in fp32"
+
+
+def test_exact_search_of_half_embeddings_on_the_device():
+    took, share = gpu_mining.search(TINY)
+    assert took.what == "search, 16 x 9,000, D 16, k 20" and took.found > 0
+    assert share.wanted == 0.6 and share.word == "of a product in fp16"
+
+
+def test_a_refresh_stands_against_bare_encoding():
+    took, share, rate = gpu_mining.refresh(TINY)
+    assert took.what == "bert-base, refresh, 240 x 12" and took.found > 0 and rate.found > 0
+    assert share.found > 1 and share.wanted == 1.15 and share.less_is_better and "1,000,000 x 50,000" in share.word
+
+
+def test_an_index_is_measured_where_a_gpu_takes_it(monkeypatch):
+    monkeypatch.setattr(gpu_mining, "num_gpus_of", lambda faiss: 1)
+    monkeypatch.setattr(recall, "TOP_K", 20)
+    took, share = gpu_mining.index(TINY)
+    assert took.what.startswith("IVF64,Flat, 60 x 4,500, k 20, recall 0.9") or took.what.endswith("recall 1.000")
+    assert took.found > 0 and share.found > 0 and share.wanted is None
+
+
+def test_faiss_without_a_gpu_is_not_measured(monkeypatch):
+    with pytest.raises(LeftOut, match=r"^not measured: this FAISS sees no GPU$"):
+        gpu_mining.index(TINY)
+
+    def refuse(factory):
+        raise InputError("no FAISS")
+
+    monkeypatch.setattr(gpu_mining, "load_faiss", refuse)
+    with pytest.raises(LeftOut, match=r"^not measured: FAISS is not installed$"):
+        gpu_mining.index(TINY)
 
 
 def test_a_small_job_is_a_real_training():
@@ -191,7 +222,7 @@ def test_a_machine_without_a_gpu_gets_one_sentence(monkeypatch):
 def test_all_lines_fit_into_the_time_and_the_first_ones_are_those_of_the_promise():
     assert sum(line.needs_s for line in gpu.LINES) < gpu.BUDGET_S < 8 * 60
     assert [line.measure.__name__ for line in gpu.LINES][:3] == ["ceilings", "encoder", "loss"]
-    assert len({line.measure for line in gpu.LINES}) == len(gpu.LINES) == 8
+    assert len({line.measure for line in gpu.LINES}) == len(gpu.LINES) == 10
 
 
 def test_a_report_is_there_behind_every_line_and_has_a_picture(tmp_path, monkeypatch):
