@@ -116,8 +116,6 @@ def _job_and_overrides(words: list[str], short: Sequence[str], data: Path | None
 
 def _refuse_idle(model: str | None, words: Sequence[str], short: Sequence[str]) -> None:
     """Raise InputError where short options, or the name of a model, would have no effect."""
-    from mining.find.supplied import holds_vectors
-
     settings = {word.partition("=")[0] for word in short}
     if model is None:
         if any(setting.startswith("model.") for setting in settings):
@@ -126,6 +124,8 @@ def _refuse_idle(model: str | None, words: Sequence[str], short: Sequence[str]) 
             setting = MINING[idle].setting
             raise InputError(f"{option_of(idle)} goes with --model; a run has its settings in its job file, as {setting}")
         return
+    from mining.find.supplied import holds_vectors  # brings torch, of which a run's job that cannot be used has no need
+
     if any(word.startswith("model.name=") for word in words):
         raise InputError("model.name has no effect beside --model, which names the model; leave one of them out")
     if any(setting.startswith("model.") for setting in settings) and (model == "bm25" or holds_vectors(Path(model))):

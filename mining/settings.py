@@ -14,6 +14,7 @@ from trainer.handoff.settings import Which
 from trainer.ranges import AUTO as AUTO
 from trainer.ranges import Share, job_section
 
+KNOWN = ("judged", "equal_texts", "duplicates")  # filters that drop for what is known of a candidate, not for a guess
 SPARE_RANDOM = 2  # random passages of a query beyond those it needs, for one that is its positive
 EXACT = "exact"  # as index.factory, beside AUTO and FAISS's own strings
 Passages = Literal["fresh", "frozen", "drift"]

@@ -77,8 +77,7 @@ class Work:
     def begin(self, task: Task) -> None:
         """Start on a version."""
         self.task, self.seconds = task, {}
-        if task.checkpoint is None:
-            self._looked_at = time.monotonic() + FIRST_GIVES_WAY_S
+        self._looked_at = time.monotonic() + FIRST_GIVES_WAY_S if task.checkpoint is None else 0.0
         self.tell_changed_data()
 
     @contextlib.contextmanager

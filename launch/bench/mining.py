@@ -24,7 +24,7 @@ from launch.bench.machine import describe, matmul_rate
 from launch.bench.made_texts import data_of
 from launch.bench.mining_ranks import prepare_service
 from launch.bench.peer import open_peer
-from launch.bench.recall import Searched, measure_index
+from launch.bench.recall import Searched, made_in_clusters, measure_index
 from launch.bench.refresh import Corpus, measure_refresh, write_part
 from launch.bench.search import SearchSize, measure_search
 from launch.bench.shapes import model_of
@@ -35,7 +35,6 @@ from launch.output import messages
 from launch.ranks import on_ranks
 from mining.find.cost import FEWEST_LISTS
 from mining.find.index import POINTS_PER_LIST
-from mining.find.rates import clustered
 from trainer.data.datasets import open_dataset
 from trainer.encoder.encode import DTYPES, encode_rows
 from trainer.encoder.model import ModelSettings, load_encoder
@@ -78,6 +77,8 @@ def bench_mining(data: str, model: str, sizes: MiningSizes, half: bool | None, p
 
     half: encode in bfloat16, everybody; None: on a GPU.
     """
+    if 0 < sizes.indexed < FEWEST_INDEXED:
+        raise InputError(f"--index-passages {sizes.indexed} is too few for an index of lists; set it to {FEWEST_INDEXED} or more")
     world = stay_alone(torch.device("cuda:0" if torch.cuda.is_available() else "cpu"))
     path, model, precision = data_of(data), model_of(model), precision_of(half, world.device)
     found = {**describe(world.device), "rounds": sizes.rounds}
@@ -107,12 +108,10 @@ def _refresh(path: Path, model: str, sizes: MiningSizes, world: World, precision
 
 
 def _indexes(path: Path, model: str, sizes: MiningSizes, device: torch.device) -> dict[str, Any]:
-    if sizes.indexed < FEWEST_INDEXED:
-        raise InputError(f"--index-passages {sizes.indexed} is too few for an index of lists; set it to {FEWEST_INDEXED} or more")
     found, embedded = {}, embed_data(path, model, sizes.max_tokens, INDEX_QUERIES, sizes.indexed)
     if len(embedded[1]) >= FEWEST_INDEXED:
         found[f"embeddings of {path.name}"] = measure_index(Searched(*embedded, device))
-    made = clustered(INDEX_QUERIES, INDEX_WIDTH, seed=1), clustered(sizes.indexed, INDEX_WIDTH)
+    made = made_in_clusters(INDEX_QUERIES, sizes.indexed, INDEX_WIDTH)
     found["made, in clusters, shuffled"] = measure_index(Searched(*made, device), WANTED["index"])
     return found
 

@@ -20,13 +20,14 @@ from mining.find.approximate import ApproximateFinder
 from mining.find.cost import Load, estimate_costs
 from mining.find.entries import Entries
 from mining.find.index import num_lists, num_trained
-from mining.find.rates import measure_rates
+from mining.find.rates import clustered, measure_rates
 from mining.find.trained import sample_rows, train_index
 from mining.settings import EXACT
 from mining.table.audit import recall_of_each
 from trainer.encoder.topk import BestOf, best_of_keys, merge_top_k
 
 TOP_K, MIN_RECALL = 200, 0.95
+CLUSTER = 1000  # made embeddings around one middle: a query's neighbours are a fifth of them
 PROBED_QUERIES = 512  # whose recall is measured for every nprobe
 BLOCK_ROWS = 65536  # of an index of its own, at most, in the comparison
 ENOUGH = 0.995  # recall beyond which there is nothing more to see
@@ -44,6 +45,12 @@ class Searched:
     def probed(self) -> np.ndarray:
         """Return the queries whose recall is measured."""
         return self.query_QD[:: -(-len(self.query_QD) // PROBED_QUERIES)]
+
+
+def made_in_clusters(num_queries: int, num_passages: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return made embeddings of queries and passages around the same middles, in random order."""
+    num_clusters = max(4, num_passages // CLUSTER)
+    return clustered(num_queries, width, 1, num_clusters), clustered(num_passages, width, 0, num_clusters)
 
 
 @dataclass(frozen=True)

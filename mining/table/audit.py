@@ -7,8 +7,7 @@ import numpy as np
 
 from mining.find.search import best_of_found
 from mining.ranks import Ranks
-from mining.settings import AuditSettings
-from mining.table.filters import KNOWN
+from mining.settings import KNOWN, AuditSettings
 from mining.table.judgements import Judgements
 from mining.table.kept import Drawn
 from mining.table.sampling import stream

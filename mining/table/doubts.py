@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mining.job import MineJob
-from mining.table.filters import KNOWN
+from mining.settings import KNOWN
 from trainer.handoff.manifest import TornVersion, read_manifest, versions
 from trainer.handoff.negatives import negatives_folder
 

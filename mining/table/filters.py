@@ -18,7 +18,6 @@ from trainer.handoff.settings import Margin, Which
 
 FEW_SLOTS, MOST_SLOTS = 1 << 12, 1 << 24  # of a table of a byte each
 SPREAD = 0x9E3779B1  # odd, so that lists with neighbouring numbers have their values in distant slots
-KNOWN = ("judged", "equal_texts", "duplicates")  # dropped for what is known of them, not for a guess
 
 
 def margins_of(settings: FilterSettings, teacher_margin: Margin = "off") -> Margins:

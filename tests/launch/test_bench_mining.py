@@ -124,4 +124,4 @@ def test_too_few_texts_are_refused(data, model):
 
 def test_too_small_an_index_is_refused(data, model):
     with pytest.raises(InputError, match=r"--index-passages 100 is too few for an index of lists; set it to 4096 or more"):
-        mining._indexes(data, model, mining.MiningSizes(indexed=100), CPU)
+        mining.bench_mining(str(data), str(model), mining.MiningSizes(indexed=100), half=None, peer=False)

@@ -14,7 +14,7 @@ from trainer.errors import InputError
 
 FIRST, STOP = 5, 12  # the band of neighbours
 BAND = [f"filter.range_min={FIRST}", f"filter.range_max={STOP}", "filter.relative_margin=off", "sample.method=top"]
-BAND += ["search.top_k=90", "sample.num_negatives=16"]
+BAND += ["search.top_k=90", f"sample.num_negatives={STOP - FIRST}"]
 
 
 @pytest.fixture(scope="module")

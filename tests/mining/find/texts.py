@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 
-from launch.bench.lists import Table
 from mining.find.approximate import ApproximateFinder
 from mining.find.entries import Entries
 from mining.find.rates import clustered
@@ -13,6 +12,16 @@ from trainer.encoder.topk import BestOf, best_of_keys
 NUM_PASSAGES, NUM_QUERIES, WIDTH, SHARD_ROWS = 2000, 300, 24, 128  # nothing divides; two batches of queries, the second of 44
 NUM_TEXTS = 1500
 DEVICE = torch.device("cpu")
+
+
+class Table:
+    """Embeddings in memory, as a finder reads those of queries."""
+
+    def __init__(self, embedding_QD: np.ndarray):
+        self.embedding_QD, self.shards, self.num_rows = embedding_QD, self, len(embedding_QD)
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        return self.embedding_QD[rows]
 
 
 class Corpus:
