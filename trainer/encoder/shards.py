@@ -28,6 +28,7 @@ from trainer.encoder.settings import EncodeSettings
 from trainer.encoder.tokens import TokenTable
 from trainer.encoder.towers import Encoder, Side
 from trainer.errors import NotFiniteEmbedding
+from trainer.handoff.arrays import map_array
 from trainer.handoff.lease import LEASE, Lease, take_lease
 from trainer.handoff.manifest import (
     DELETED,
@@ -133,7 +134,7 @@ class Shards:
         """Return the embeddings of a shard as `read` does, for who knows that they have been verified; raises TornVersion."""
         file = self._path(shard) / "embeddings.npy"
         try:
-            return np.load(file, mmap_mode="r", allow_pickle=False)
+            return map_array(file)
         except (OSError, ValueError) as error:
             raise TornVersion(f"{file} is missing or no whole array") from error
 

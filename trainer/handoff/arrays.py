@@ -1,16 +1,28 @@
-"""Arrays on disk that several processes write at once: a `.npy` file in full size, and rows at their places in it.
+"""Arrays on disk: mapped by any thread, or written by several processes at once, a `.npy` file in full size and rows at their
+places in it.
 
 Nobody holds more than the rows that it writes. Rows are disjoint and may be written again, so a write that failed is repeated.
 """
 
 import errno
 import os
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 from numpy.lib import format as npy
+
+# NumPy reads the header of an array by Python's parser, which in Python 3.11 fails now and then when two threads are in it ("AST
+# constructor recursion depth mismatch").
+_parsing = threading.Lock()
+
+
+def map_array(path: Path) -> np.ndarray:
+    """Return the array of a `.npy` file, memory-mapped, in any thread; raises OSError or ValueError."""
+    with _parsing:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def create_array(path: Path, length: int, dtype: np.dtype) -> None:
@@ -40,7 +52,8 @@ class ArrayWriter:
             for name in names:
                 with open(folder / f"{name}.npy", "rb") as file:
                     npy.read_magic(file)
-                    _, _, dtype = npy.read_array_header_1_0(file)
+                    with _parsing:
+                        _, _, dtype = npy.read_array_header_1_0(file)
                     self._files[name] = os.open(file.name, flags), file.tell(), dtype
         except BaseException:
             self._close()

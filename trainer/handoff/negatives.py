@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.handoff.arrays import ArrayWriter, create_array
+from trainer.handoff.arrays import ArrayWriter, create_array, map_array
 from trainer.handoff.manifest import TornVersion, open_version, publish_version, write_latest
 from trainer.handoff.margins import Margins
 
@@ -137,11 +137,7 @@ def open_negatives(run: Path, name: str, num_queries: int, num_passages: int, da
 def map_negatives(folder: Path, manifest: dict[str, Any]) -> Negatives:
     """Return a version that another process has opened, and so verified, a moment ago; raises TornVersion."""
     try:
-        arrays = {
-            part: np.load(folder / f"{part}.npy", mmap_mode="r", allow_pickle=False)
-            for part in TYPES
-            if f"{part}.npy" in manifest["files"]
-        }
+        arrays = {part: map_array(folder / f"{part}.npy") for part in TYPES if f"{part}.npy" in manifest["files"]}
         return Negatives(**arrays, version=int(manifest["version"]), manifest=manifest)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise TornVersion(f"{folder} cannot be read: {error}") from error
