@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from mining.find.pairs import bytes_of_pair
+from mining.find.known_pairs import bytes_of_pair
 from mining.ranks import Ranks
 from trainer.encoder.encode import ENCODE_TOKENS, ENCODE_TOKENS_CUDA
 from trainer.encoder.gpu_share import free_of_share

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from mining.figures import version_figures
-from mining.find.dense import DenseSearch
+from mining.find.dense_search import DenseSearch
 from mining.find.embeddings import encode_together
 from mining.find.indexed import open_index
-from mining.find.pairs import known_before, list_together
+from mining.find.known_pairs import known_before, list_together
 from mining.find.source import hold_to_drift, may_have_drifted, open_encoder, open_supplied, settle_source
 from mining.find.supplied import VECTORS
 from mining.find.words import index_words
@@ -87,6 +87,7 @@ def mine_checkpoint(work: Work, task: Task, checkpoint: Checkpoint) -> None:
     with work.phase("searching", queries=num_queries):
         for places, retriever in search.retrievers(None if index is None else index.finder):
             draw_tiles(draw, ranks, retriever, kept, tiles_of(todo, source.plan.query_tile, places), work.progress)
+            del retriever  # and the memory of its pass
     clusters = None
     if job.clusters.num:
         with work.phase("clustering"):

@@ -3,14 +3,14 @@
 import tempfile
 from pathlib import Path
 
+from launch.bench.exact_search import measure_search
 from launch.bench.gpu_encoder import STEP_DATA, here
 from launch.bench.lines import LeftOut, Row
 from launch.bench.made_texts import write_made
 from launch.bench.recall import Searched, made_in_clusters, measure_index
-from launch.bench.refresh import Corpus, measure_refresh
-from launch.bench.search import measure_search
 from launch.bench.shapes import model_of
 from launch.bench.sizes import Sizes
+from launch.bench.whole_refresh import Corpus, measure_refresh
 from mining.find.index import load_faiss, num_gpus_of
 from trainer.errors import InputError
 

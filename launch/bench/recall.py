@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from launch.bench.search import SHARD_ROWS
+from launch.bench.exact_search import SHARD_ROWS
 from launch.output import messages
 from mining.find.approximate import ApproximateFinder
 from mining.find.cost import Load, estimate_costs
@@ -71,7 +71,7 @@ def measure_index(searched: Searched, wanted: float | None = None) -> dict[str, 
     messages().print(f"[dim]exact search: {exact_s:.1f} s; now {factory}[/dim]")
     train_s, index = _timed(lambda: train_index(factory, _sample(factory, searched.passage_ND), searched.device))
     entries = Entries(np.ones(len(searched.passage_ND), bool))
-    finder = ApproximateFinder(factory, index, entries, None, TOP_K, SHARD_ROWS, searched.device)  # type: ignore[arg-type]
+    finder = ApproximateFinder(factory, index, entries, None, TOP_K, SHARD_ROWS, searched.device)
     add_s, _ = _timed(lambda: _add(finder, searched.passage_ND))
     points = list(_points_of_one(finder, index, searched, exact_Pk))
     best = next((point for point in points if point.recall >= MIN_RECALL), points[-1])

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from launch.bench.search import SearchSize
+from launch.bench.exact_search import SearchSize
 
 
 @dataclass(frozen=True, kw_only=True)

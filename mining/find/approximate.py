@@ -34,12 +34,12 @@ class ApproximateFinder:
         factory: str,
         index: Any,
         entries: Entries,
-        queries: Embeddings,
+        queries: Embeddings | None,
         k: int,
         shard_rows: int,
         device: torch.device,
     ):
-        """index: of FAISS, trained, empty. k: passages that are wanted."""
+        """index: of FAISS, trained, empty. queries: whose `keys` are asked for; None: only `search` is. k: passages wanted."""
         self._faiss = load_faiss(factory)
         self._entries, self._queries, self._shard_rows, self._device = entries, queries, shard_rows, device
         self._ivf = ivf_of(self._faiss, index)
@@ -103,6 +103,7 @@ class ApproximateFinder:
 
     def keys(self, places: slice) -> np.ndarray:
         """Return the best of the shards seen, (Q, depth) int64 in no order."""
+        assert self._queries is not None
         first, stop = places.start // BATCH * BATCH, min(-(-places.stop // BATCH) * BATCH, self._queries.shards.num_rows)
         wanted = slice(places.start - first, places.stop - first)
         return self.search(self._queries.read(np.arange(first, stop)), wanted)

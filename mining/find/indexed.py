@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mining.find.approximate import ApproximateFinder
-from mining.find.dense import DenseSearch
+from mining.find.dense_search import DenseSearch
 from mining.find.entries import Entries
 from mining.find.index import empty_index, is_exact, least_trained, load_faiss, num_lists, num_trained
 from mining.find.search import ExactFinder

@@ -91,7 +91,7 @@ def clustered(num: int, width: int, seed: int = 0, num_clusters: int = CLUSTERS)
 
 def _finder(index, k: int, num: int, device: torch.device) -> ApproximateFinder:
     entries = Entries(np.ones(COPIES * num, bool))
-    return ApproximateFinder(f"IVF{MEASURED_LISTS},Flat", index, entries, None, k, num, device)  # type: ignore[arg-type]
+    return ApproximateFinder(f"IVF{MEASURED_LISTS},Flat", index, entries, None, k, num, device)
 
 
 def _timed(work: Callable[[], object]) -> tuple[float, object]:

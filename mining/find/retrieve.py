@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mining.find.asked import Asker
-from mining.find.pairs import KnownPairs, Listed, Scored
+from mining.find.known_pairs import KnownPairs, Listed, Scored
 from mining.find.search import Finder, best_of_ranks, share_of
 from mining.ranks import Ranks
 from mining.table.filters import is_listed

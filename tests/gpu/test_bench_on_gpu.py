@@ -5,7 +5,7 @@ import torch
 
 from launch.bench import gpu_mining, shapes
 from launch.bench.busy import busy_share, count_waits
-from launch.bench.search import SearchSize
+from launch.bench.exact_search import SearchSize
 from launch.bench.sizes import Sizes
 from launch.bench.turns import fits, free_memory
 from trainer.world import stay_alone

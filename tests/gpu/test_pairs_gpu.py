@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.mining.find.test_pairs import SOURCES, expected_pairs, of_tiles
+from tests.mining.find.test_known_pairs import SOURCES, expected_pairs, of_tiles
 from tests.mining.find.world import NUM_QUERIES, World
 from tests.mining.threads import on_threads
 

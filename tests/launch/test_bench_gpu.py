@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from launch.bench import gpu, gpu_encoder, gpu_job, gpu_loss, gpu_mining, peer, recall, search, shapes, step
+from launch.bench import exact_search, gpu, gpu_encoder, gpu_job, gpu_loss, gpu_mining, peer, recall, shapes, step
 from launch.bench.busy import busy_share, count_waits, share_in_trace
 from launch.bench.lines import LeftOut, Line
 from launch.bench.report import write_report
@@ -32,7 +32,7 @@ TINY = Sizes(
     loss_rows=48,
     pool=(8, 96),
     width=16,
-    search=search.SearchSize(queries=16, passages=9000, width=16, top_k=20, dtype=torch.float16),
+    search=exact_search.SearchSize(queries=16, passages=9000, width=16, top_k=20, dtype=torch.float16),
     refreshed=240,
     indexed=(60, 4500),
     job_queries=8,
@@ -46,7 +46,7 @@ def small():
     with pytest.MonkeyPatch.context() as patch:
         for name in ("minilm", "bert-base"):
             patch.setitem(shapes.SHAPES, name, (2, 32, 2, 64))
-        for module in (gpu_encoder, search, step):
+        for module in (gpu_encoder, exact_search, step):
             patch.setattr(module, "matmul_rate", lambda device, dtype=torch.float32: 1e10)
         patch.setattr(gpu_encoder, "PROFILED_STEPS", 1)
         patch.setitem(peer.SETTINGS, "cpu", [{"mini_batch_size": 4}])

@@ -8,10 +8,10 @@ import torch
 
 from launch.bench import idle, mining, recall
 from launch.bench.embedded import embed_data
+from launch.bench.exact_search import SearchSize
 from launch.bench.recall import Searched, measure_index
-from launch.bench.refresh import write_part
 from launch.bench.report import write_report
-from launch.bench.search import SearchSize
+from launch.bench.whole_refresh import write_part
 from launch.mining_tables import mining_parts
 from launch.tables import as_markdown
 from mining.find.rates import clustered

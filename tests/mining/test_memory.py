@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from mining.find.dense import cut_into_passes
+from mining.find.dense_search import cut_into_passes
 from mining.memory import GIB, QUERY_TILE, Sizes, plan_memory
 from tests.mining.run import make_job, publish_checkpoint
 from tests.mining.test_service import folder, mine

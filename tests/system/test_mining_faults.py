@@ -127,7 +127,7 @@ def test_a_kill_at_every_phase_changes_no_byte(root, undisturbed, victims):
 
 
 STREAM = {
-    "seen and searched, and not the last": ("mining.find.pairs", "KnownPairs.see"),
+    "seen and searched, and not the last": ("mining.find.known_pairs", "KnownPairs.see"),
     "encoded, and not on disk": ("trainer.encoder.shards", "Shards.publish"),
 }
 

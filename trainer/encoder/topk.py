@@ -44,7 +44,6 @@ class BestOf:
 
     def __init__(self, query_QD: np.ndarray | Tensor, k: int, device: torch.device | str = "cpu"):
         """query_QD: float32 or float16, on the host or on the device; it must not be written to."""
-        self.query_QD, self.k = query_QD, k
         device = torch.device(device)
         self._search: Search = BestOnGpu(query_QD, k, device) if device.type == "cuda" else BestOnCpu(query_QD, k, device)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mining.find.pairs import Listed, known_before
+from mining.find.known_pairs import Listed, known_before
 from mining.find.retrieve import DenseRetriever
 from mining.find.search import ExactFinder, best_of_ranks, share_of
 from mining.settings import SampleSettings

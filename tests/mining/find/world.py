@@ -9,7 +9,7 @@ import torch
 
 from mining.find.asked import Asker
 from mining.find.embeddings import Embeddings
-from mining.find.pairs import KnownPairs, PairsOf
+from mining.find.known_pairs import KnownPairs, PairsOf
 from mining.ranks import Ranks
 from mining.table.judgements import Judgements
 from trainer.encoder.settings import EncodeSettings

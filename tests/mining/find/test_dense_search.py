@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from mining.find import source
-from mining.find.dense import DenseSearch
+from mining.find.dense_search import DenseSearch
 from tests.mining.run import make_job, publish_checkpoint, published
 from tests.mining.test_service import mine
 from trainer.encoder import topk

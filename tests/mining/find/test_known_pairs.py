@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-import mining.find.pairs
-from mining.find.pairs import KnownPairs, Listed, bytes_of_pair, known_before, list_together
+import mining.find.known_pairs
+from mining.find.known_pairs import KnownPairs, Listed, bytes_of_pair, known_before, list_together
 from mining.find.search import share_of
 from mining.ranks import GivenUp
 from mining.settings import SampleSettings
@@ -182,9 +182,9 @@ def test_candidates_of_shares_are_listed_on_every_rank(num_ranks):
 
 @pytest.mark.parametrize("num_shards", [8, 70_000])
 def test_pairs_are_put_in_order_block_by_block(num_shards, monkeypatch):
-    monkeypatch.setattr(mining.find.pairs, "BLOCK_PAIRS", 13)
+    monkeypatch.setattr(mining.find.known_pairs, "BLOCK_PAIRS", 13)
     row_n = np.random.default_rng(5).integers(num_shards * 4, size=100).astype(np.uint32)
-    order_n, starts = mining.find.pairs._by_shard(row_n, 4, num_shards)
+    order_n, starts = mining.find.known_pairs._by_shard(row_n, 4, num_shards)
     np.testing.assert_array_equal(order_n, np.argsort(row_n // 4, kind="stable"))
     np.testing.assert_array_equal(starts, np.searchsorted(np.sort(row_n // 4), np.arange(num_shards + 1)))
 

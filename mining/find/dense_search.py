@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mining.find.asked import Asker
 from mining.find.embeddings import Embeddings
-from mining.find.pairs import KnownPairs, Listed, PairsOf
+from mining.find.known_pairs import KnownPairs, Listed, PairsOf
 from mining.find.retrieve import DenseRetriever
 from mining.find.search import ExactFinder, Finder
 from mining.find.source import Source
@@ -81,21 +81,21 @@ class DenseSearch:
         finder: an approximate index, which has seen all shards; None: exact search.
         """
         work, exact, known = self.work, self._exact, self._known
-        self._exact = self._known = None  # each pass takes the place of the one before
+        self._exact = self._known = None
         asker = Asker(work.ranks, self.owner_of_shard, self.queries, self.passages, work.device)
         for places in self._passes:
             looks: list[Look] = []
             if known is None:
                 known = self._open_known(places)
                 looks.append(known.see)
-            if finder is None and exact is None:
-                exact = self._open_exact(places)
-                looks.append(exact.see)
+            found: Finder | None = finder or exact
+            if found is None:
+                found = self._open_exact(places)
+                looks.append(found.see)
             if looks:
                 self.replay(looks)
-            found: Finder = exact if finder is None else finder  # type: ignore[assignment]
             yield places, DenseRetriever(work.ranks, work.judgements, found, known, asker, work.job.search.top_k, self._words)
-            known = exact = None
+            known = exact = found = None  # before the next pass takes as much
 
     def _open_known(self, places: slice) -> KnownPairs:
         shards = self.source.passages
