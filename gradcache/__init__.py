@@ -10,9 +10,9 @@ from gradcache.cache import cached_encode
 from gradcache.chunks import plan_chunks
 from gradcache.contrastive import contrastive_loss
 from gradcache.lost import LostRank
-from gradcache.objectives import OBJECTIVES, Objective, Rows, Tile
+from gradcache.objectives import OBJECTIVES, InfoNCE, Objective, Range, Rows, Tile, find_objective, parameters_of
 from gradcache.objectives.tile import LOG_SUM_EXP, MAXIMUM, SUM, Merge, top_k, weighted_mean
-from gradcache.options import LossOptions, TextTerm
+from gradcache.options import FalseNegatives, LossOptions, TextTerm
 from gradcache.ragged import Ragged
 from gradcache.reference import reference_step
 from gradcache.step import StepResult, cached_step
@@ -30,7 +30,9 @@ __all__ = [
     "DDPSync",
     "Extra",
     "FSDP2Sync",
+    "FalseNegatives",
     "GradientSync",
+    "InfoNCE",
     "LossOptions",
     "LostRank",
     "Merge",
@@ -38,6 +40,7 @@ __all__ = [
     "NotFinite",
     "Objective",
     "Ragged",
+    "Range",
     "Rows",
     "StepResult",
     "Temperature",
@@ -47,6 +50,8 @@ __all__ = [
     "cached_encode",
     "cached_step",
     "contrastive_loss",
+    "find_objective",
+    "parameters_of",
     "plan_chunks",
     "probe_budget",
     "reference_step",

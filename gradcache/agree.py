@@ -61,12 +61,13 @@ def agree(
     widths = encoding.widths or {0}
     dtype = -1 if embedding_nD is None else _DTYPES.index(embedding_nD.dtype)
     extra = 0 if batch.extra is None else len(batch.extra.keys)
-    counts = [batch.num_queries, len(batch.shared), extra, len(batch.judged.values_m), len(batch.keys), num_halved]
+    num_keys = [len(batch.judged.values_m), len(batch.hidden.values_m)]
+    counts = [batch.num_queries, len(batch.shared), extra, *num_keys, len(batch.keys), num_halved]
     known = torch.tensor([*counts, min(widths), max(widths), dtype, *_first_missing(batch, objective)])
     found = torch.tensor([-1, 0, -1]) if embedding_nD is None else _found(batch, embedding_nD)
     every = gather_integers(torch.cat([upload(known, device), upload(found, device)]), group)
     columns = [list(column) for column in zip(*every, strict=True)]
-    (num_queries, num_shared, num_extra, num_positives, num_rows, halved), columns = columns[:6], columns[6:]
+    (num_queries, num_shared, num_extra, num_positives, num_hidden, num_rows, halved), columns = columns[:7], columns[7:]
     narrowest, widest, dtypes, missing_names, missing_queries, rows, keys, spreads = columns
     if sum(num_queries) == 0:
         raise ValueError("the batch has no query on any rank; expected at least one")
@@ -79,14 +80,18 @@ def agree(
             raise NotFinite(rank, row, num_queries[rank], key)
     for rank, (number, query) in enumerate(zip(missing_names, missing_queries, strict=True)):
         if number >= 0:
+            name = [*objective.cell_values, *objective.row_values][number]
+            whose = "every scored pair" if number < len(objective.cell_values) else "every query"
+            what = "has one without it" if number < len(objective.cell_values) else "has none"
             raise ValueError(
-                f"{type(objective).__name__} needs a value {objective.cell_values[number]!r} of every scored pair, and query "
-                f"{query} of rank {rank} has one without it"
+                f"{type(objective).__name__} needs a value {name!r} of {whose}, and query {query} of rank {rank} {what}"
             )
     if embedding_nD is None:
         embedding_nD = torch.empty(0, max(widest), dtype=_DTYPES[max(dtypes)], device=device)
     widest_spread = max(spreads) * SPREAD_UNIT if max(spreads) >= 0 else None
-    counts_of_ranks = Counts(queries=num_queries, passages=num_shared, extra=num_extra, positives=num_positives)
+    counts_of_ranks = Counts(
+        queries=num_queries, passages=num_shared, extra=num_extra, positives=num_positives, hidden=num_hidden
+    )
     return Agreed(embedding_nD, counts_of_ranks, num_rows, max(halved), widest_spread)
 
 
@@ -95,6 +100,12 @@ def _first_missing(batch: Batch, objective: Objective) -> tuple[int, int]:
     pairs = [] if batch.candidates is None else [(batch.candidates.query, batch.candidates.values)]
     if objective.wants_siblings:
         pairs.append((batch.positives.rows_m, batch.positive_values))
+    of_rows = torch.arange(batch.num_queries)
+    for number, name in enumerate(objective.row_values, start=len(objective.cell_values)):
+        known = batch.query_values.get(name)
+        is_missing = torch.ones(len(of_rows), dtype=torch.bool) if known is None else known.isnan().cpu()
+        if bool(is_missing.any()):
+            return number, int(of_rows[is_missing][0])
     for number, name in enumerate(objective.cell_values):
         for query, values in pairs:
             is_missing = values[name].isnan() if name in values else torch.ones(len(query), dtype=torch.bool)

@@ -46,6 +46,7 @@ class Candidates:
     query: Tensor  # (c,) int64
     passage: Tensor  # (c,) int64, among this rank's passages
     values: Mapping[str, Tensor] = field(default_factory=dict)  # (c,) each, such as a teacher's scores or a grade
+    are_columns: bool = True  # False: a candidate's text is no column of its query, so that its score counts once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,14 @@ class Batch:
     def judged(self) -> Ragged:
         """The distinct keys of the positives of each query, its target's among them."""
         return self.positives.with_column(self.keys[self.num_queries :][self.target]).distinct()
+
+    @functools.cached_property
+    def hidden(self) -> Ragged:
+        """The keys of the candidates of each query that are no columns of its row."""
+        if self.candidates is None or self.candidates.are_columns:
+            return Ragged(self.keys[:0], torch.zeros(self.num_queries, dtype=torch.int64))
+        keys = self.keys[self.num_queries :][self.candidates.passage]
+        return Ragged(keys, torch.bincount(self.candidates.query, minlength=self.num_queries))
 
     @property
     def shared(self) -> Tensor:

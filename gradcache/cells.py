@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from gradcache.objectives.tile import Objective
+
 # c cells, n and m rows, w width, b cells of a block
 
 BLOCK_CELLS = 65536  # multiplied at once, so that two copies of the rows are never whole
@@ -27,3 +29,22 @@ def add_pair_gradients(total_nw: Tensor | None, row_c: Tensor, column_mw: Tensor
         row_c.split(BLOCK_CELLS), column_c.split(BLOCK_CELLS), gradient_c.split(BLOCK_CELLS), strict=True
     ):
         total_nw.index_add_(0, row_b, column_mw[column_b].to(total_nw.dtype) * gradient_b[:, None].to(total_nw.dtype))
+
+
+def own_scores(objective: Objective, row_Bw: Tensor, positive_Bw: Tensor) -> Tensor:
+    """Return the raw score of each row with its own positive, (B,), as the objective scores a pair."""
+    if not objective.has_pair_scores:
+        every = torch.arange(len(row_Bw), device=row_Bw.device)
+        return pair_scores(row_Bw, every, positive_Bw, every)
+    dtype = torch.promote_types(row_Bw.dtype, torch.float32)
+    with torch.no_grad():
+        return objective.pair_scores(row_Bw.to(dtype), positive_Bw.to(dtype))
+
+
+def pair_gradients(objective: Objective, row_Bw: Tensor, positive_Bw: Tensor, gradient_B: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients of rows and positives, given that of the scores of `own_scores`."""
+    dtype = torch.promote_types(row_Bw.dtype, torch.float32)
+    leaves = [rows.detach().to(dtype).requires_grad_() for rows in (row_Bw, positive_Bw)]
+    with torch.enable_grad():
+        scores_B = objective.pair_scores(*leaves)
+    return torch.autograd.grad(scores_B, leaves, gradient_B.to(scores_B.dtype))

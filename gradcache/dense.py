@@ -98,6 +98,7 @@ class _Both:
         self.targets: list[int] = []
         self.positives: list[set[int]] = []
         self.known: list[dict[int, dict[str, float]]] = []
+        self.hidden: list[set[int]] = []
         start = 0
         for batch in self.batches:
             self.targets += [start + target for target in batch.target.tolist()]
@@ -111,19 +112,29 @@ class _Both:
                 self.positives.append(set(keys))
                 self.known.append(of_keys)
                 place += count
+            hidden = batch.hidden.values_m.split(batch.hidden.counts_n.tolist())
+            self.hidden += [set(keys.tolist()) for keys in hidden]
             start += batch.num_passages
         for row, target in enumerate(self.targets):
             self.positives[row] = self.positives[row] | {self.passage_keys[target]}
 
     def loss(self) -> Tensor:
         """Return the mean over the queries, or of both directions."""
-        forth = self._forth()
-        return (forth + self._back()) / 2 if self.options.symmetric else forth
+        objective, forth = self.options.objective, self._forth()
+        if not self.options.symmetric:
+            return _mean_loss(objective, [forth])
+        back = self._back()
+        if self.options.partition == "joint":
+            return _mean_loss(objective, [forth, back])
+        return (_mean_loss(objective, [forth]) + _mean_loss(objective, [back])) / 2
 
-    def _forth(self) -> Tensor:
+    def _forth(self) -> "_Direction":
         columns = [i for i, is_column in enumerate(self.is_column) if is_column]
         texts = [*(self.passage_keys[i] for i in columns), *self.extra_keys]
-        related = [[key in positives for key in texts] for positives in self.positives]
+        related = [
+            [key in positives or key in hidden for key in texts]
+            for positives, hidden in zip(self.positives, self.hidden, strict=True)
+        ]
         groups = [
             _Columns(
                 OTHER_SIDE,
@@ -145,7 +156,7 @@ class _Both:
             ]
             groups.append(_Columns(SAME_SIDE, self.sides.query, self.guides.query, self.query_keys, is_related))
         own = self.sides.passage[self.targets]
-        positive = (self.sides.query * own).sum(1)
+        positive = self.options.objective.pair_scores(self.sides.query, own)
         cells: list[_Cell] = []
         for row, target in enumerate(self.targets):
             for place, key in enumerate(texts[: len(columns)]):
@@ -166,7 +177,7 @@ class _Both:
         second_rows = self._second_rows(own, self.guides.query)
         return self._direction(self.sides.query, positive, groups, cells, second_rows)
 
-    def _back(self) -> Tensor:
+    def _back(self) -> "_Direction":
         rows = self.sides.passage[self.targets]
         own_keys = [self.passage_keys[target] for target in self.targets]
         # A query text is a positive of a passage if one of the queries of that text has it.
@@ -203,7 +214,7 @@ class _Both:
         groups: Sequence["_Columns"],
         cells: list[_Cell],
         second_rows: Tensor | None,
-    ) -> Tensor:
+    ) -> "_Direction":
         objective = self.options.objective
         if not any(len(group.keys) for group in groups):  # one masked column stands in for none, as in the tiles
             one, guide = groups[0].rows.new_zeros(1, rows.shape[1]), groups[0].guides.new_zeros(1, groups[0].guides.shape[1])
@@ -217,8 +228,11 @@ class _Both:
             second = (second_rows @ guides.T).detach()
         names = sorted(self.batches[0].query_values)
         values = {name: torch.cat([b.query_values[name] for b in self.batches]).to(rows) for name in names}
+        scores = rows @ columns.T
+        if self.options.false_negatives is not None:
+            is_masked = is_masked | (scores > self.options.false_negatives.thresholds(positive)[:, None]).detach()
         tile = Tile(
-            scores_tP=torch.where(is_masked, FLOOR, rows @ columns.T),
+            scores_tP=torch.where(is_masked, FLOOR, scores),
             scale=self.scale.to(rows.dtype),
             positive_t=positive if objective.returns_positive else positive.detach(),
             kind_P=torch.cat([torch.full((len(g.rows),), g.kind, dtype=torch.int8, device=rows.device) for g in groups]),
@@ -228,20 +242,30 @@ class _Both:
         )
         wanted = [cell for cell in cells if cell[1] == CANDIDATE or objective.wants_siblings]
         wanted.sort(key=lambda cell: cell[0])
-        return _mean_loss(objective, tile, positive, wanted, values)
+        limits = self.options.false_negatives
+        threshold = None if limits is None else limits.thresholds(positive).detach()
+        return _Direction(tile, positive, wanted, values, threshold)
 
 
-def _mean_loss(
-    objective: Objective,
-    tile: Tile,
-    positive: Tensor,
-    cells: list[_Cell],
-    values: Mapping[str, Tensor],
-) -> Tensor:
+@dataclass(frozen=True)
+class _Direction:
+    """Rows, their scores against all columns, and their cells."""
+
+    tile: Tile
+    positive: Tensor
+    cells: list[_Cell]
+    values: Mapping[str, Tensor]
+    threshold: Tensor | None
+
+
+def _mean_loss(objective: Objective, directions: Sequence[_Direction]) -> Tensor:
+    """Return the mean loss of the first direction's rows; the columns of a second one are further columns of the same rows."""
+    first = directions[0]
+    tile, positive, cells, values = first.tile, first.positive, first.cells, first.values
     device = positive.device
     of_cells = sorted({*objective.cell_values, *(name for *_, known in cells for name in known)})
     rows = Rows(
-        statistics_tS=objective.statistics(tile),
+        statistics_tS=merge_all(torch.stack([objective.statistics(each.tile) for each in directions]), objective.merges),
         scale=tile.scale,
         positive_t=positive,
         cells=Cells(
@@ -250,10 +274,14 @@ def _mean_loss(
             score_c=torch.stack([score for *_, score, _ in cells]) if cells else positive[:0],
             values={n: torch.tensor([k.get(n, torch.nan) for *_, k in cells]).to(positive) for n in of_cells},
         ),
+        threshold_t=first.threshold,
         values=values,
+        is_joint=len(directions) > 1,
         progress=tile.progress,
     )
-    if objective.batch_merges:
+    if objective.gathered_width:
+        rows = replace(rows, batch=objective.batch_statistics(rows))
+    elif objective.batch_merges:
         batch = merge_all(objective.batch_statistics(rows)[:, None], objective.batch_merges)[0]
         rows = replace(rows, batch=batch)
     losses = objective.loss(rows)

@@ -56,6 +56,7 @@ class _Draft:
     target_first_Q: Tensor  # the first column of the text of each row's own positive
     is_spread: bool
     chosen: Chosen | None = None
+    hides_candidates: bool = False  # the columns of the first group that are candidates are masked
 
     def __post_init__(self) -> None:
         self.groups.sort(key=lambda group: not group.source.is_trained)
@@ -68,6 +69,10 @@ class _Draft:
         """Return what is to be related: the columns of each group, and where siblings are spread those of all ranks."""
         rank = None if self.is_spread else field.rank
         found = [group.pairing(field.counts, rank) for group in self.groups]
+        if self.hides_candidates:
+            other, counts = self.groups[self._number()], field.counts
+            hidden = replace(other, row_keys=field.keys.hidden, keys_of_ranks=counts.hidden)
+            found.append(hidden.pairing(counts, rank))
         if self.is_spread and field.options.objective.wants_siblings:
             other = self.groups[self._number()]
             found.append(other.pairing(field.counts, field.rank, range(sum(self._columns_of_ranks(field)))))
@@ -100,6 +105,9 @@ class _Draft:
         """Return the direction."""
         options, keys, objective = field.options, field.keys, field.options.objective
         placed = list(zip(self._firsts()[:-1], related, strict=False))
+        repeated = torch.cat([of_group.repeated + first for first, of_group in placed])
+        if self.hides_candidates:
+            placed.append((self._firsts()[self._number()], related[len(self.groups)]))
         rows, second = field.pools.rows(self.sides[0], self.is_spread), None
         if objective.second is not None:
             of_rows = field.pools.rows(self.sides[1], self.is_spread) if objective.second == "positive" else rows
@@ -112,14 +120,14 @@ class _Draft:
             rows=rows,
             columns=[group.source for group in self.groups],
             kinds=[group.kind for group in self.groups],
-            masks=Masks(torch.cat([of_group.repeated + first for first, of_group in placed]), placed),
+            masks=Masks(repeated, placed),
             second=second,
             own_rows=self.own[0],
             own_positives=self.own[1],
             siblings=siblings,
             chosen=self.chosen,
             is_spread=self.is_spread,
-            weight=(0.5 if options.symmetric else 1.0) / len(keys.query_Q),
+            weight=(0.5 if options.symmetric and options.partition == "each" else 1.0) / len(keys.query_Q),
             values=values,
             row_values=travelled if self.is_spread else values,
         )
@@ -175,6 +183,7 @@ def _forth(field: Field) -> _Draft:
         target_first_Q=first_of(texts, keys.target_Q),
         is_spread=is_spread,
         chosen=chosen,
+        hides_candidates=batch.candidates is not None and not batch.candidates.are_columns,
     )
 
 

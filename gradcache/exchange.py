@@ -28,6 +28,7 @@ class Counts:
     passages: list[int]  # that are columns
     extra: list[int]
     positives: list[int]  # keys of judged positives
+    hidden: list[int]  # keys of candidates that are no columns of their query's row
 
     def window(self, name: str, rank: int) -> range:
         """Return where a rank's rows stand among those of all ranks."""
@@ -43,6 +44,7 @@ class Keys:
     query_Q: Tensor
     target_Q: Tensor  # of each query's own positive
     positives: Ragged  # of each query, its own one among them
+    hidden: Ragged  # of each query's candidates that are no columns of its row
     values_QV: Tensor  # float64, what travels with the queries
 
 
@@ -75,24 +77,27 @@ def gather_keys(mine: Keys, counts: Counts, group: dist.ProcessGroup | None) -> 
     if group is None:
         return mine
     num_values = mine.values_QV.shape[1]
-    pieces = [mine.passage_P, mine.extra_X, mine.query_Q, mine.target_Q, mine.positives.counts_n, mine.positives.values_m]
+    has_hidden = any(counts.hidden)
+    ragged = [mine.positives.counts_n, mine.positives.values_m]
+    ragged += [mine.hidden.counts_n, mine.hidden.values_m] if has_hidden else []
+    pieces = [mine.passage_P, mine.extra_X, mine.query_Q, mine.target_Q, *ragged]
     packed = torch.cat([*pieces, mine.values_QV.flatten().view(torch.int64)])
+    of_ranks = zip(counts.passages, counts.extra, counts.queries, counts.positives, counts.hidden, strict=True)
     sizes = [
-        [passages, extra, queries, queries, queries, positives, queries * num_values]
-        for passages, extra, queries, positives in zip(
-            counts.passages, counts.extra, counts.queries, counts.positives, strict=True
-        )
+        [passages, extra, queries, queries, queries, positives, *([queries, hidden] if has_hidden else []), queries * num_values]
+        for passages, extra, queries, positives, hidden in of_ranks
     ]
     lengths = [sum(size) for size in sizes]
     blocks = _gathered(_padded(packed, max(lengths)), group).view(len(lengths), -1)
     split = [block[:length].split(size) for block, length, size in zip(blocks, lengths, sizes, strict=True)]
-    passage, extra, query, target, per_query, positive, values = (torch.cat(parts) for parts in zip(*split, strict=True))
+    passage, extra, query, target, per_query, positive, *hidden, values = (torch.cat(parts) for parts in zip(*split, strict=True))
     return Keys(
         passage_P=passage,
         extra_X=extra,
         query_Q=query,
         target_Q=target,
         positives=Ragged(positive, per_query),
+        hidden=Ragged(hidden[1], hidden[0]) if has_hidden else Ragged(positive[:0], torch.zeros_like(per_query)),
         values_QV=values.view(torch.float64).view(-1, num_values),
     )
 

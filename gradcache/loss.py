@@ -13,11 +13,11 @@ from torch import Tensor
 
 from gradcache.agree import Agreed
 from gradcache.batch import Batch
-from gradcache.cells import pair_scores
+from gradcache.cells import own_scores
 from gradcache.directions import count_masked, directions
 from gradcache.exchange import Keys, all_reduce, gather_keys, gather_rows, scatter_gradients
 from gradcache.field import Field, Pools
-from gradcache.objectives.tile import trained_parameters
+from gradcache.objectives.tile import Objective, trained_parameters
 from gradcache.options import LossOptions
 from gradcache.phases import evaluate_terms
 from gradcache.temperature import Temperature
@@ -72,7 +72,7 @@ def global_loss(
     local = _local_pools(batch, rows_nD.detach().to(options.product_dtype or rows_nD.dtype))
     way = choose_way(options, agreed.counts, views, local.passage.rows_ND, None if group is None else group.size())
     dtype = torch.promote_types(local.query.rows_ND.dtype, torch.float32)
-    positive_VB = [_own_positives(local, view) for view in views]
+    positive_VB = [_own_positives(local, view, options.objective) for view in views]
     field = _gather(batch, agreed, options, local, positive_VB, outputs, way, group)
     scale = temperature.scale().detach().to(dtype)
     num_values, pools = len(batch.query_values), field.pools
@@ -87,17 +87,22 @@ def global_loss(
             own_positive_B=positive_VB[i],
             progress=progress,
             tile_rows=options.tile_rows,
+            false_negatives=options.false_negatives,
         )
         for direction in found
         for i, view in enumerate(views)
     ]
+    if options.partition == "joint":
+        for forth, back in zip(terms[: len(views)], terms[len(views) :], strict=True):
+            forth.joined, back.is_joined = back, True
     evaluate_terms(terms, agreed.counts, group, keep_bytes(options, local.query.rows_ND.device))
     _bring_back(terms, pools, agreed, group)
     gradient_nD = _own_gradient(batch, pools, rows_nD)
     text_loss = text_terms(options, batch, rows_nD, gradient_nD, sum(agreed.num_rows))
     if batch.derive is not None:
         (gradient_nD,) = torch.autograd.grad(rows_nD, encoded_nD, gradient_nD.to(rows_nD.dtype))
-    value, num_masked = _totals(terms, text_loss, count_masked(field, found[0]), options, temperature, group, gradient_scale)
+    num_masked = count_masked(field, found[0]) + terms[0].num_dropped
+    value, num_masked = _totals(terms, text_loss, num_masked, options, temperature, group, gradient_scale)
     num_scores = sum(agreed.counts.queries) * max(1, sum(agreed.counts.passages))
     return Loss(value, sum(agreed.counts.queries), gradient_nD, num_masked / num_scores, way)
 
@@ -119,11 +124,10 @@ def _local_pools(batch: Batch, rows_nD: Tensor) -> Pools:
     )
 
 
-def _own_positives(local: Pools, view: View) -> Tensor:
+def _own_positives(local: Pools, view: View, objective: Objective) -> Tensor:
     """Return the raw score of each query of this rank with its own positive, (B,)."""
     rows, positives = (view_rows([source.rows_ND], view).rows_nw for source in (local.query, local.target))
-    every = torch.arange(len(rows), device=rows.device)
-    return pair_scores(rows, every, positives, every)
+    return own_scores(objective, rows, positives)
 
 
 def _gather(
@@ -146,6 +150,7 @@ def _gather(
         query_Q=query_keys,
         target_Q=passage_keys[upload(batch.target, device)],
         positives=batch.judged.to(device),
+        hidden=batch.hidden.to(device),
         values_QV=torch.stack([*values, *(positive_B.double() for positive_B in positive_VB)], dim=1),
     )
     keys = gather_keys(mine, counts, group)

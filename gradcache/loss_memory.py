@@ -84,7 +84,7 @@ def loss_bytes(options: LossOptions, sizes: LossSizes, device: torch.device, roo
 
 def _queries_travel(options: LossOptions, sizes: LossSizes, no_rows: torch.Tensor) -> bool:
     here, there = [sizes.queries_here] * sizes.num_ranks, [sizes.passages_here] * sizes.num_ranks
-    counts = Counts(queries=here, passages=there, extra=[0] * sizes.num_ranks, positives=here)
+    counts = Counts(queries=here, passages=there, extra=[0] * sizes.num_ranks, positives=here, hidden=here)
     views = plan_views(options.widths, options.width_weights, {"embedding": sizes.width}, options.outputs)
     return choose_way(options, counts, views, no_rows, sizes.num_ranks).travels == "queries"
 

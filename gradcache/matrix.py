@@ -23,6 +23,7 @@ class Matrix:
     row_values: Mapping[str, Tensor] = field(default_factory=dict)
     second: tuple[Tensor, Tensor] | None = None  # rows (R, E) and columns (P, E) of the second matrix
     progress: float = 0.0
+    threshold_R: Tensor | None = None  # raw score above which a column is no negative of its row
     trains_rows: bool = True
     num_trained_columns: int | None = None  # the first ones; None: all
 

@@ -16,7 +16,7 @@ from gradcache import fused
 from gradcache.blocks import Blocks
 from gradcache.compiled import compiled_statistics
 from gradcache.matrix import Matrix, TileGradients
-from gradcache.objectives.tile import Objective, Tile, trained_parameters
+from gradcache.objectives.tile import FLOOR, Objective, Tile, trained_parameters
 from gradcache.products import for_products, product
 from gradcache.soft_max import Largest, put_gradient, take_soft_max
 
@@ -102,10 +102,13 @@ class ByAutograd:
     ) -> bool:
         """Put both gradients together; return whether that of the scale is in the total."""
         has_scale = of_logits is None or of_scores is not None or not self._matrix.trains_rows
+        is_dropped = None if self._matrix.threshold_R is None else score_bP <= FLOOR / 2
         if of_logits is None:
             score_bP.zero_() if of_scores is None else score_bP.copy_(of_scores)
         else:
             self._blocks.fill(of_logits, block, 0.0)
+            if is_dropped is not None:
+                of_logits.masked_fill_(is_dropped, 0.0)
             if has_scale:
                 total.scale += (of_logits * score_bP).sum(dtype=torch.float64)
             torch.mul(of_logits, self._matrix.scale, out=score_bP)
@@ -113,6 +116,8 @@ class ByAutograd:
                 score_bP.add_(of_scores)
         if of_scores is not None:
             self._blocks.fill(score_bP, block, 0.0)
+            if is_dropped is not None:
+                score_bP.masked_fill_(is_dropped, 0.0)
         return has_scale
 
     def _statistics(self, tile: Tile) -> Tensor:
@@ -138,14 +143,14 @@ class ByAutograd:
 class InClosedForm:
     """Rows of the soft-max kind that have a gradient, in plain torch, block by block; it keeps their soft-max as the scores."""
 
-    def __init__(self, matrix: Matrix, blocks: Blocks, kept: Kept):
-        self._scale, self._blocks, self._largest = matrix.scale, blocks, kept.largest
+    def __init__(self, matrix: Matrix, hardness: float, blocks: Blocks, kept: Kept):
+        self._scale, self._exponent, self._blocks, self._largest = matrix.scale, matrix.scale + hardness, blocks, kept.largest
 
     def statistics(self, score_tP: Tensor, rows: slice, is_kept: bool) -> Tensor:
         """See `Pass`."""
         found = []
         for block, place in self._blocks.of(rows):
-            self._largest[block.start] = largest = take_soft_max(score_tP[place], self._scale, is_kept)
+            self._largest[block.start] = largest = take_soft_max(score_tP[place], self._exponent, is_kept)
             found.append(largest.log_sum_exp())
         return torch.cat(found)[:, None]
 
@@ -156,21 +161,21 @@ class InClosedForm:
         for block, place in self._blocks.of(rows):
             largest, is_soft_max = self._largest.pop(block.start, None), is_kept
             if largest is None:  # one sweep
-                largest, is_soft_max = take_soft_max(score_tP[place], self._scale, keeps=True), True
+                largest, is_soft_max = take_soft_max(score_tP[place], self._exponent, keeps=True), True
             derivative_b = derivative(block, largest.log_sum_exp()[:, None])[:, 0].to(score_tP.dtype)
-            put_gradient(score_tP[place], self._scale, largest, derivative_b, is_soft_max)
+            put_gradient(score_tP[place], self._exponent, largest, derivative_b * self._scale, is_soft_max)
         return score_tP, False
 
 
 class ByKernel:
     """Rows of the soft-max kind by the kernels of `gradcache/fused.py`; the gradient comes in the type of the products."""
 
-    def __init__(self, matrix: Matrix, dtype: torch.dtype, kept: Kept):
-        self._matrix, self._dtype, self._largest = matrix, dtype, kept.largest
+    def __init__(self, matrix: Matrix, hardness: float, dtype: torch.dtype, kept: Kept):
+        self._matrix, self._exponent, self._dtype, self._largest = matrix, matrix.scale + hardness, dtype, kept.largest
 
     def statistics(self, score_tP: Tensor, rows: slice, is_kept: bool) -> Tensor:
         """See `Pass`."""
-        self._largest[rows.start] = largest = fused.row_largest(score_tP, self._matrix.scale)
+        self._largest[rows.start] = largest = fused.row_largest(score_tP, self._exponent)
         return largest.log_sum_exp()[:, None]
 
     def gradient(
@@ -180,11 +185,11 @@ class ByKernel:
         scale = self._matrix.scale
         largest = self._largest.pop(rows.start, None)
         if largest is None:  # one sweep
-            largest = fused.row_largest(score_tP, scale)
+            largest = fused.row_largest(score_tP, self._exponent)
         derivative_t = derivative(rows, largest.log_sum_exp()[:, None])[:, 0].to(score_tP.dtype)
         if not self._matrix.trains_rows:
-            soft_max_tP = fused.soft_max_gradient(score_tP, scale, largest, derivative_t, torch.empty_like(score_tP))
+            soft_max_tP = fused.soft_max_gradient(score_tP, self._exponent, largest, derivative_t, torch.empty_like(score_tP))
             total.scale += (soft_max_tP * score_tP).sum(dtype=torch.float64)
         out_tP = score_tP if self._dtype == score_tP.dtype else torch.empty_like(score_tP, dtype=self._dtype)
-        gradient_tP = fused.soft_max_gradient(score_tP, scale, largest, derivative_t * scale, out_tP)
+        gradient_tP = fused.soft_max_gradient(score_tP, self._exponent, largest, derivative_t * scale, out_tP)
         return gradient_tP, not self._matrix.trains_rows

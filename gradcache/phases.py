@@ -32,7 +32,7 @@ def evaluate_terms(terms: Sequence[Term], counts: Counts, group: dist.ProcessGro
     known = {term: (statistics_RS[None], scores) for term, (statistics_RS, scores) in begun.items()}
     if spread:
         known |= _to_owners({term: begun[term] for term in spread}, counts, group)
-    derivatives = _derivatives(known, group)
+    derivatives = _derivatives(known, counts, group)
     back = {term: (derivative_WBS[0], term.sibling_derivatives()) for term, derivative_WBS in derivatives.items()}
     if spread:
         back |= _from_owners({term: derivatives[term] for term in spread}, counts, group)
@@ -40,14 +40,20 @@ def evaluate_terms(terms: Sequence[Term], counts: Counts, group: dist.ProcessGro
         term.gradients(*back[term])
 
 
-def _derivatives(known: Mapping[Term, tuple[Tensor, Tensor]], group: dist.ProcessGroup | None) -> dict[Term, Tensor]:
+def _derivatives(
+    known: Mapping[Term, tuple[Tensor, Tensor]], counts: Counts, group: dist.ProcessGroup | None
+) -> dict[Term, Tensor]:
     """Return the derivative of each term's loss to the statistics of each tile, (W, B, S), and keep its loss."""
     found: dict[Term, Tensor] = {}
     of_batch: dict[Term, Tensor] = {}
     for term, (parts_WBS, sibling_scores) in known.items():
         term.begin_loss(sibling_scores)
-        if term.objective.batch_merges:
-            of_batch[term] = term.loss.begin_batch(parts_WBS)
+        if term.is_joined:
+            continue
+        if term.joined is not None:
+            parts_WBS = torch.cat([parts_WBS, known[term.joined][0]])
+        if term.objective.has_batch_numbers:
+            of_batch[term] = term.loss.begin_batch(parts_WBS, counts.queries)
         else:
             found[term] = term.loss.evaluate(slice(0, parts_WBS.shape[1]), parts_WBS)
     if of_batch:
@@ -58,6 +64,9 @@ def _derivatives(known: Mapping[Term, tuple[Tensor, Tensor]], group: dist.Proces
         own_S = total_WS[0 if group is None else group.rank()]
         for term, derivative_S in zip(of_batch, own_S.split(sizes), strict=True):
             found[term] = term.loss.finish_batch(derivative_S)
+    for term, back in [(term, term.joined) for term in found]:
+        if back is not None:
+            found[term], found[back] = found[term].split([len(known[term][0]), len(known[back][0])])
     return found
 
 

@@ -66,6 +66,8 @@ class RowLoss:
     cells: PickedCells
     values: Mapping[str, Tensor]  # (B,) each
     progress: float
+    is_joint: bool = False
+    threshold_B: Tensor | None = None
     loss_sum: Tensor = field(init=False)
     scale_gradient: Tensor = field(init=False)
     positive_gradient_B: Tensor = field(init=False)
@@ -91,25 +93,43 @@ class RowLoss:
         self.loss_sum += loss.detach()
         return self._collect(rows, leaves, self._differentiate(loss, leaves))
 
-    def begin_batch(self, parts_WBS: Tensor) -> Tensor:
-        """Return what this rank's rows add to the numbers of the whole batch, (S2,); `finish_batch` goes on from it."""
+    def begin_batch(self, parts_WBS: Tensor, rows_of_ranks: Sequence[int]) -> Tensor:
+        """Return what this rank's rows add to the numbers of the whole batch, (S2,); `finish_batch` goes on from it.
+
+        rows_of_ranks: how many each rank has.
+        """
         rows = slice(0, len(self.positive_B))
         leaves = self._leaves(rows, parts_WBS)
         with torch.enable_grad():
-            merges = self.objective.batch_merges
-            nothing = torch.cat([self.scale.new_full((1, 1, merge.width), merge.identity) for merge in merges], 2)
-            own = self.objective.batch_statistics(self._rows(rows, leaves))[:, None] if len(self.positive_B) else nothing
-            local = merge_all(torch.cat([nothing, own]), merges)[0]
-        self._begun = rows, leaves, local
+            own = self.objective.batch_statistics(self._rows(rows, leaves)) if len(self.positive_B) else None
+            local = self._gathered(own, max(rows_of_ranks)) if self.objective.gathered_width else self._merged(own)
+        self._begun = rows, leaves, local, rows_of_ranks
         return local.detach()
+
+    def _merged(self, own_BS: Tensor | None) -> Tensor:
+        merges = self.objective.batch_merges
+        nothing = torch.cat([self.scale.new_full((1, 1, merge.width), merge.identity) for merge in merges], 2)
+        return merge_all(nothing if own_BS is None else torch.cat([nothing, own_BS[:, None]]), merges)[0]
+
+    def _gathered(self, own_BS: Tensor | None, most_rows: int) -> Tensor:
+        width = self.objective.gathered_width
+        if own_BS is None:
+            return self.scale.new_zeros(most_rows * width)
+        return torch.nn.functional.pad(own_BS, (0, 0, 0, most_rows - len(own_BS))).flatten()
+
+    def _of_batch(self, batch_WS: Tensor, rows_of_ranks: Sequence[int]) -> Tensor:
+        """Return what the loss sees of the batch: merged numbers, or those of all rows, rank by rank."""
+        if not self.objective.gathered_width:
+            return merge_all(batch_WS[:, None], self.objective.batch_merges)[0]
+        of_ranks = zip(batch_WS.unflatten(1, (-1, self.objective.gathered_width)), rows_of_ranks, strict=True)
+        return torch.cat([of_rank[:num_rows] for of_rank, num_rows in of_ranks])
 
     def evaluate_batch(self, batch_WS: Tensor) -> Tensor:
         """Add the losses, given every rank's numbers of the batch, and return the derivative to all of these, (W, S2)."""
-        rows, leaves, _ = self._begun
+        rows, leaves, _, rows_of_ranks = self._begun
         batch_leaf = batch_WS.detach().requires_grad_()
         with torch.enable_grad():
-            merged = merge_all(batch_leaf[:, None], self.objective.batch_merges)[0]
-            loss = self._sum(self._rows(rows, leaves, merged))
+            loss = self._sum(self._rows(rows, leaves, self._of_batch(batch_leaf, rows_of_ranks)))
         self.loss_sum += loss.detach()
         if not loss.requires_grad:
             self._direct: list[Tensor | None] = [None] * (len(leaves) + len(self.parameters))
@@ -119,7 +139,7 @@ class RowLoss:
 
     def finish_batch(self, derivative_S: Tensor) -> Tensor:
         """Return the derivative to the statistics of each tile, given that of all ranks' losses to this rank's numbers."""
-        rows, leaves, local = self._begun
+        rows, leaves, local, _ = self._begun
         if local.requires_grad:
             through = self._differentiate((local * derivative_S).sum(), leaves)
             self._direct = [b if a is None else a if b is None else a + b for a, b in zip(self._direct, through, strict=True)]
@@ -144,7 +164,9 @@ class RowLoss:
                 values={name: values[at] for name, values in self.cells.values.items()},
             ),
             values={name: values[rows] for name, values in self.values.items()},
+            threshold_t=None if self.threshold_B is None else self.threshold_B[rows],
             batch=batch,
+            is_joint=self.is_joint,
             progress=self.progress,
         )
 

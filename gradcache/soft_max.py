@@ -29,21 +29,24 @@ class Largest:
         return self.logit_b - self.share_b.log()
 
 
-def take_soft_max(score_bP: Tensor, scale: Tensor, keeps: bool) -> Largest:
-    """Return the largest entries of the soft-max of `scale * scores`; keeps: it takes the place of the scores."""
-    logits_bP = score_bP * scale
+def take_soft_max(score_bP: Tensor, exponent: Tensor, keeps: bool) -> Largest:
+    """Return the largest entries of the soft-max of `exponent * scores`; keeps: it takes the place of the scores.
+
+    exponent: the inverse temperature, more than it where hard negatives weigh more.
+    """
+    logits_bP = score_bP * exponent
     largest_b = logits_bP.amax(1)
     soft_max_bP = torch.softmax(logits_bP, 1, out=score_bP) if keeps else torch.softmax(logits_bP, 1)
     return Largest(largest_b, soft_max_bP.amax(1))
 
 
-def put_gradient(values_bP: Tensor, scale: Tensor, largest: Largest, derivative_b: Tensor, is_soft_max: bool) -> None:
+def put_gradient(values_bP: Tensor, exponent: Tensor, largest: Largest, factor_b: Tensor, is_soft_max: bool) -> None:
     """Put the gradient of the raw scores in the place of the scores, or of their soft-max.
 
-    derivative_b: of the loss to the log-sum-exp.
+    factor_b: the derivative of the loss to the log-sum-exp, times the inverse temperature.
     """
-    factor_b = (derivative_b * scale).masked_fill(largest.logit_b <= FLOOR / 2 * scale, 0)
+    factor_b = factor_b.masked_fill(largest.logit_b <= FLOOR / 2 * exponent, 0)
     if not is_soft_max:
-        values_bP.mul_(scale).sub_(largest.logit_b[:, None]).exp_()
+        values_bP.mul_(exponent).sub_(largest.logit_b[:, None]).exp_()
         factor_b = factor_b * largest.share_b
     values_bP.mul_(factor_b[:, None])

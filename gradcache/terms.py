@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gradcache.cells import add_pair_gradients, pair_scores
+from gradcache.cells import add_pair_gradients, pair_gradients, pair_scores
 from gradcache.masks import Masks
 from gradcache.matrix import Matrix, TileGradients
 from gradcache.objectives.tile import CANDIDATE, OTHER_SIDE, SIBLING, Objective
+from gradcache.options import FalseNegatives
 from gradcache.passes import Kept
 from gradcache.rows import RowLoss, picked
 from gradcache.tiles import Tiles
@@ -99,10 +100,14 @@ class Term:
     own_positive_B: Tensor  # the same of this rank's rows
     progress: float
     tile_rows: int | None
+    false_negatives: FalseNegatives | None = None
+    joined: "Term | None" = None  # the other direction, whose columns are further ones of the same rows
+    is_joined: bool = False  # to another term, which has the loss of both
     loss: RowLoss = field(init=False)
 
     def __post_init__(self) -> None:
         self._scale_gradient = torch.zeros((), dtype=torch.float64, device=self.scale.device)
+        self.num_dropped = torch.zeros((), dtype=torch.int64, device=self.scale.device)
         self._parameters: list[Tensor] = []
         self._kept = Kept()
 
@@ -114,13 +119,15 @@ class Term:
     @property
     def is_one_sweep(self) -> bool:
         """Whether statistics and gradient come together."""
-        return not self.direction.is_spread and not self.objective.batch_merges
+        return not (self.direction.is_spread or self.objective.has_batch_numbers or self.joined or self.is_joined)
 
     def sweep(self) -> None:
         """Evaluate the loss and its gradients, but for `finish`."""
         self._open()
         self.begin_loss(self.sibling_scores())
-        self._give_back(self._tiles.gradients(self.loss.derivative), self.sibling_derivatives())
+        found = self._tiles.gradients(self.loss.derivative)
+        self.num_dropped = self._tiles.num_dropped
+        self._give_back(found, self.sibling_derivatives())
 
     def statistics(self, keep_bytes: int) -> tuple[Tensor, Tensor, int]:
         """Return the statistics of this rank's columns, (R, S), the siblings' scores, and the bytes of scores that were kept.
@@ -130,6 +137,7 @@ class Term:
         self._open()
         statistics_RS, kept_bytes = self._tiles.statistics(keep_bytes)
         sibling_scores = self.sibling_scores()
+        self.num_dropped = self._tiles.num_dropped
         self._close()
         return statistics_RS, sibling_scores, kept_bytes
 
@@ -154,7 +162,16 @@ class Term:
             num_of_rows = num_of_rows + chosen.num_of_rows
         names = {*self.objective.cell_values, *(name for *_, known in parts for name in known)}
         cells = picked(parts, num_of_rows, sorted(names))
-        self.loss = RowLoss(self.objective, self.scale, self.own_positive_B, cells, direction.values, self.progress)
+        self.loss = RowLoss(
+            objective=self.objective,
+            scale=self.scale,
+            positive_B=self.own_positive_B,
+            cells=cells,
+            values=direction.values,
+            progress=self.progress,
+            is_joint=self.joined is not None,
+            threshold_B=self._thresholds(self.own_positive_B),
+        )
 
     def sibling_derivatives(self) -> Tensor:
         """Return what the loss gives the scores of this rank's rows' siblings, in the order in which they were received."""
@@ -169,8 +186,7 @@ class Term:
         gradient_B = self.loss.positive_gradient_B
         if of_positive_B is not None:
             gradient_B = gradient_B + of_positive_B.to(gradient_B.dtype)
-        every = torch.arange(len(gradient_B), device=gradient_B.device)
-        self._give_back_pairs(direction.own_rows, every, direction.own_positives, every, gradient_B)
+        self._give_back_own(gradient_B)
         if chosen is not None:
             gradient_c = self.loss.cells.by_part(self.loss.cell_gradient_c)[1]
             self._give_back_pairs(direction.own_rows, chosen.row, chosen.source, chosen.passage, gradient_c)
@@ -180,6 +196,9 @@ class Term:
         of_parameters = [a + b for a, b in zip(self.loss.parameters, self._parameters, strict=True)]
         scale = self.loss.scale_gradient + self._scale_gradient
         return self.loss.loss_sum * self.weight, scale * self.weight, [value * self.weight for value in of_parameters]
+
+    def _thresholds(self, positive_R: Tensor) -> Tensor | None:
+        return None if self.false_negatives is None else self.false_negatives.thresholds(positive_R)
 
     def _open(self) -> None:
         direction = self.direction
@@ -207,6 +226,7 @@ class Term:
             row_values=direction.row_values,
             second=second,
             progress=self.progress,
+            threshold_R=self._thresholds(self.positive_R),
             trains_rows=direction.rows.is_trained,
             num_trained_columns=sum(len(source.rows_ND) for source in direction.columns if source.is_trained),
         )
@@ -234,6 +254,20 @@ class Term:
         self._parameters = found.parameters
         self.of_positive_R = found.positive_R
         self._close()
+
+    def _give_back_own(self, gradient_B: Tensor) -> None:
+        """Carry the gradient of the scores of the rows with their own positives back."""
+        direction = self.direction
+        if not self.objective.has_pair_scores:
+            every = torch.arange(len(gradient_B), device=gradient_B.device)
+            return self._give_back_pairs(direction.own_rows, every, direction.own_positives, every, gradient_B)
+        sources = [direction.own_rows, direction.own_positives]
+        viewed = [view_rows([source.rows_ND], self.view) for source in sources]
+        found = pair_gradients(self.objective, viewed[0].rows_nw, viewed[1].rows_nw, gradient_B * self.weight)
+        for source, own, gradient_Bw in zip(sources, viewed, found, strict=True):
+            if source.is_trained:
+                source.add(own.whole(gradient_Bw), self.view)
+        return None
 
     def _give_back_pairs(self, rows: Source, row_c: Tensor, columns: Source, column_c: Tensor, gradient_c: Tensor) -> None:
         viewed = [view_rows([source.rows_ND], self.view) for source in (rows, columns)]

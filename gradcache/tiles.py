@@ -64,6 +64,7 @@ class Tiles:
         self._kept = Kept() if kept is None else kept
         self._pass = self._choose_pass(objective, may_fuse, compiles)
         self._scratch_tP: Tensor | None = None
+        self.num_dropped = torch.zeros((), dtype=torch.int64, device=row_RD.device)  # cells above their row's threshold
 
     @torch.no_grad()
     def statistics(self, keep_bytes: int = 0) -> tuple[Tensor, int]:
@@ -101,10 +102,10 @@ class Tiles:
     def _choose_pass(self, objective: Objective, may_fuse: bool, compiles: bool | None) -> Pass:
         row_RD = self._row_RD
         if objective.is_soft_max and may_fuse and fused.can_fuse(row_RD.new_empty(0, 1, dtype=self._dtype)):
-            return ByKernel(self._matrix, row_RD.dtype, self._kept)
+            return ByKernel(self._matrix, objective.column_hardness, row_RD.dtype, self._kept)
         # Where rows have no gradient, the scale's needs the scores beside the soft-max.
         if objective.is_soft_max and self._matrix.trains_rows:
-            return InClosedForm(self._matrix, self._blocks, self._kept)
+            return InClosedForm(self._matrix, objective.column_hardness, self._blocks, self._kept)
         return ByAutograd(self._matrix, objective, self._blocks, row_RD.is_cuda if compiles is None else compiles)
 
     def _add_products(self, total: TileGradients, rows: slice, gradient_tP: Tensor, has_scale: bool) -> None:
@@ -125,8 +126,13 @@ class Tiles:
                 self._scratch_tP = self._new_tile()
             out_tP = self._scratch_tP[: rows.stop - rows.start]
         product(self._row_RD[rows], self._column_PD.T, out=out_tP)
+        threshold_R = self._matrix.threshold_R
         for block, place in self._blocks.of(rows):
             self._blocks.fill(out_tP[place], block, FLOOR)
+            if threshold_R is not None:
+                is_dropped_bP = out_tP[place] > threshold_R[block, None]
+                self.num_dropped += is_dropped_bP.sum()
+                out_tP[place].masked_fill_(is_dropped_bP, FLOOR)
         return out_tP
 
     def _tiles(self) -> Iterator[slice]:

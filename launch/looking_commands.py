@@ -57,6 +57,19 @@ def settings(
 
 
 @looking_app.command()
+def objectives(as_json: Json = False) -> int:
+    """List the losses that a job file can name, with their sources and what they take."""
+    from launch.objectives import all_objectives, objectives_text
+
+    found = all_objectives()
+    if as_json:
+        print_json(found)
+    else:
+        results().print(objectives_text(found))
+    return 0
+
+
+@looking_app.command()
 def doctor(
     folder: Annotated[Path, typer.Option(help="where runs will live; under mpiexec or srun seen from all nodes")] = Path("runs"),
     as_json: Json = False,

@@ -25,7 +25,7 @@ from trainer.ranges import Precision, Share, job_section
 
 # Of a source's settings, those that say nothing in a mode.
 IDLE_IN_MODE: dict[Mode, tuple[str, ...]] = {
-    "mixed": ("batch", "temperature", "objective", "loss_weight"),
+    "mixed": ("batch", "temperature", "objective", "parameters", "loss_weight"),
     "homogeneous": (),
     "tasks": ("weight",),
 }
@@ -246,6 +246,10 @@ class TrainJob:
     def _check_sources(self) -> None:
         mode, idle = self.batch.mode, IDLE_IN_MODE[self.batch.mode]
         for name, source in self.sources.items():
+            if source.parameters and source.objective is None:
+                raise InputError(f"sources.{name}.parameters belong to an objective of its own; set sources.{name}.objective")
+            if source.objective is not None:
+                self.loss.objective_of(name, source)
             for key in idle:
                 value = getattr(source, key)
                 if value != getattr(SourceSettings(path=source.path), key):

@@ -1,22 +1,48 @@
 """What section `loss` of a job says."""
 
 import itertools
+import typing
+from dataclasses import asdict, field
+from typing import Literal
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from trainer.errors import InputError
-from trainer.handoff.settings import Gather, Objective
+from trainer.handoff.settings import Gather, Parameters, SourceSettings
 from trainer.ranges import job_section
+
+if typing.TYPE_CHECKING:  # torch takes seconds, and the usual objective needs no look
+    from gradcache import FalseNegatives, Objective
+
+PLAIN = "info_nce"
+
+
+@job_section
+class FalseNegativeSettings:
+    """Passages of the batch that score so high that they are no negatives, but positives that nobody has judged."""
+
+    max_score: float | None = None
+    """Keep s <= max_score."""
+    absolute_margin: float | None = None
+    """Keep s <= s_pos - margin; -0.1 lets scores up to 0.1 above the positive's pass (UniME)."""
+    relative_margin: NonNegativeFloat | None = None
+    """Keep s <= s_pos - |s_pos| * margin."""
 
 
 @job_section
 class LossSettings:
     """Section `loss`: what embeddings are trained towards."""
 
-    objective: Objective = "info_nce"
-    """What a query's scores become."""
+    objective: str = PLAIN
+    """What a query's scores become: a name that `negpool objectives` lists, or "module:name" of your own."""
+    parameters: Parameters = field(default_factory=dict)
+    """What the objective takes, by name; `negpool objectives` lists them."""
+    false_negatives: FalseNegativeSettings = field(default_factory=FalseNegativeSettings)
+    """Which passages of a batch are left out as positives that nobody has judged."""
     symmetric: bool = False
     """Also passage -> query, mean of both directions."""
+    partition: Literal["each", "joint"] = "each"
+    """With symmetric: each direction has its own denominator, or both have one, as in GTE."""
     same_side: bool = False
     """A direction's own side as negatives, too: query-query, and symmetric passage-passage."""
     gather: Gather = "auto"
@@ -43,6 +69,47 @@ class LossSettings:
                 f"{self.min_temperature}; set one of them to the other"
             )
         self._check_widths()
+        if self.objective != PLAIN or self.parameters or self.partition == "joint":
+            self.build_objective()
+
+    def build_objective(self) -> "Objective":
+        """Return the objective of the job; raises InputError if it does not fit the section."""
+        return self._built("loss", self.objective, self.parameters)
+
+    def objective_of(self, name: str, source: SourceSettings) -> "Objective":
+        """Return the objective that a source names; raises InputError if it does not fit this section."""
+        assert source.objective is not None, "the caller has looked"
+        return self._built(f"sources.{name}", source.objective, source.parameters or {})
+
+    def _built(self, where: str, name: str, parameters: Parameters) -> "Objective":
+        from gradcache import find_objective
+
+        try:
+            found = find_objective(name, parameters)
+        except ValueError as error:
+            raise InputError(f"{where}.objective: {error}") from error
+        if self.partition == "joint" and not (self.symmetric and found.joins):
+            raise InputError(
+                f'loss.partition="joint" puts both directions into one denominator, which needs loss.symmetric=true and an '
+                f"objective that has one; found symmetric={str(self.symmetric).lower()} and {where}.objective={name!r}"
+            )
+        if found.has_pair_scores and self.symmetric:
+            raise InputError(f"{where}.objective={name!r} scores a pair in one direction only; set loss.symmetric=false")
+        if found.needs_same_side and not self.same_side:
+            raise InputError(f"{where}.objective={name!r} is about texts of one side; set loss.same_side=true")
+        if not found.sees_columns and self.limits is not None:
+            raise InputError(f"{where}.objective={name!r} looks at no negatives; take loss.false_negatives away")
+        return found
+
+    @property
+    def limits(self) -> "FalseNegatives | None":
+        """The limits of false negatives; None: there are none."""
+        given = {name: value for name, value in asdict(self.false_negatives).items() if value is not None}
+        if not given:
+            return None
+        from gradcache import FalseNegatives
+
+        return FalseNegatives(**given)
 
     def _check_widths(self) -> None:
         widths, weights = self.widths, self.width_weights

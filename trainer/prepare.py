@@ -156,7 +156,7 @@ def prepare(job: TrainJob, world: World) -> Training:
         status,
         order,
         clusters,
-        build_tasks(loss_options(job.loss, job.precision), data, state.temperature, world.device),
+        build_tasks(job.loss, loss_options(job.loss, job.precision), data, state.temperature, world.device),
         num_steps,
         claim,
         None if checkpoint is None else checkpoint.step,

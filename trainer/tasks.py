@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from gradcache import OBJECTIVES, LossOptions, StepResult, Temperature
+from gradcache import LossOptions, StepResult, Temperature
 from gradcache.step import Later, Measured
 from trainer.data.datasets import RetrievalData
 from trainer.loss_settings import LossSettings
@@ -27,11 +27,16 @@ class Task:
 def loss_options(settings: LossSettings, precision: PrecisionSettings) -> LossOptions:
     """Return a job's section as what the mathematics reads: each of its options that the section has, under the same name."""
     given = {field.name: getattr(settings, field.name) for field in fields(LossOptions) if hasattr(settings, field.name)}
-    return LossOptions(**{**given, "objective": OBJECTIVES[settings.objective], "product_dtype": product_dtype(precision)})
+    made = {
+        "objective": settings.build_objective(),
+        "false_negatives": settings.limits,
+        "product_dtype": product_dtype(precision),
+    }
+    return LossOptions(**{**given, **made})
 
 
 def build_tasks(
-    options: LossOptions, data: RetrievalData, temperature: Temperature, device: torch.device
+    settings: LossSettings, options: LossOptions, data: RetrievalData, temperature: Temperature, device: torch.device
 ) -> dict[int | None, Task]:
     """Return the task of each source by its number, and of mixed queries under None.
 
@@ -41,7 +46,7 @@ def build_tasks(
     for number, source in enumerate(data.sources):
         own = source.settings
         tasks[number] = Task(
-            options if own.objective is None else replace(options, objective=OBJECTIVES[own.objective]),
+            options if own.objective is None else replace(options, objective=settings.objective_of(source.name, own)),
             temperature if own.temperature is None else Temperature(own.temperature).to(device),
             own.loss_weight,
         )

@@ -37,6 +37,10 @@ class Tile:
         """Scores times the inverse temperature, (t, P). An objective that uses them and not the scores costs one pass less."""
         return self.scores_tP * self.scale if self.make_logits is None else self.make_logits()
 
+    def weighted_logits(self, hardness: float) -> Tensor:
+        """Logits of negatives that weigh exp(hardness * raw score), (t, P); the weights have no gradient."""
+        return self.logits if hardness == 0 else self.logits + hardness * self.scores_tP.detach()
+
     @property
     def is_negative(self) -> Tensor:
         """Which cells are negatives, (t, P) bool."""
@@ -65,8 +69,10 @@ class Rows:
     scale: Tensor  # scalar, the inverse temperature; a leaf
     positive_t: Tensor  # raw score of the row's own positive; a leaf
     cells: Cells
+    threshold_t: Tensor | None = None  # raw score above which a text is no negative of the row
     values: Mapping[str, Tensor] = field(default_factory=dict)  # (t,) each, what travels with the rows
-    batch: Tensor | None = None  # merged `batch_statistics` of the rows of all ranks
+    batch: Tensor | None = None  # merged `batch_statistics` of the rows of all ranks; of `gathered_width` the rows themselves
+    is_joint: bool = False  # the columns are those of both directions, of which each has the row's own positive, too
     progress: float = 0.0
 
     def sum_cells(self, values_c: Tensor) -> Tensor:
@@ -135,11 +141,19 @@ class Objective:
 
     merges: Sequence[Merge] = ()
     batch_merges: Sequence[Merge] = ()  # of numbers that the loss of every row depends on, merged over the rows of all ranks
-    wants_siblings: ClassVar[bool] = False  # whether the loss needs the scores of a row's other positives
+    gathered_width: int = 0  # instead of merges: `batch_statistics` of so many numbers a row, and the loss sees those of all rows
+    wants_siblings: bool = False  # whether the loss needs the scores of a row's other positives
+    wants_own_negatives: bool = False  # whether the hard negatives that a row brings are its cells, and no columns of it
+    needs_same_side: ClassVar[bool] = False  # whether the columns of the row's own side are what it is about
+    sees_columns: ClassVar[bool] = True  # False: the loss is about rows and their own positives, and no column is looked at
     cell_values: Sequence[str] = ()  # values that every cell must have
+    row_values: Sequence[str] = ()  # values that every row must have, such as the grade of it and its positive
     second: Literal["positive"] | str | None = None  # a second matrix: of the rows' positives, or of an output's name
     returns_positive: ClassVar[bool] = False  # whether `statistics` gives a gradient to `tile.positive_t`
-    is_soft_max: ClassVar[bool] = False  # whether `statistics` is nothing but `log_sum_exp(tile.logits)`
+    is_soft_max: bool = False  # whether `statistics` is nothing but `log_sum_exp(tile.weighted_logits(self.column_hardness))`
+    column_hardness: float = 0.0  # of the soft-max kind: a negative weighs exp(hardness * raw score), which has no gradient
+    joins: ClassVar[bool] = False  # whether `loss` takes both directions in one denominator, see `Rows.is_joint`
+    has_pair_scores: ClassVar[bool] = False  # whether `pair_scores` is not the product of a row and its own positive
 
     def __init_subclass__(cls) -> None:
         """Take a subclass with statistics of its own for one of the soft-max kind only if it says so itself."""
@@ -153,6 +167,15 @@ class Objective:
     def batch_statistics(self, rows: Rows) -> Tensor:
         """Return what each row adds to the numbers of the whole batch, (t, S2)."""
         raise NotImplementedError
+
+    def pair_scores(self, row_Bw: Tensor, positive_Bw: Tensor) -> Tensor:
+        """Return the raw score of each row with its own positive, (B,), with a graph."""
+        return (row_Bw * positive_Bw).sum(1)
+
+    @property
+    def has_batch_numbers(self) -> bool:
+        """Whether the loss of a row depends on those of all."""
+        return bool(self.batch_merges) or self.gathered_width > 0
 
     def loss(self, rows: Rows) -> Tensor:
         """Return the loss of each row, (t,)."""

@@ -14,7 +14,10 @@ from gradcache.objectives.tile import FLOOR, OTHER_SIDE, Merge, Objective, Rows,
 # t rows of a tile, P columns, S statistics
 
 COLUMN_CUTS = [(1,), (2, 3), (4, 4)]  # sizes of a tile's first parts; the rest is the last one
-ATTRIBUTES = ["merges", "batch_merges", "wants_siblings", "cell_values", "second", "returns_positive", "is_soft_max"]
+ATTRIBUTES = [
+    "merges", "batch_merges", "gathered_width", "wants_siblings", "wants_own_negatives", "cell_values", "row_values", "second",
+    "returns_positive", "is_soft_max", "column_hardness", "joins", "has_pair_scores",
+]  # fmt: skip
 MASKED = "masked cells are used: choose by `tile.is_negative`, or add up with `tile.sum`"
 
 
@@ -38,6 +41,10 @@ class Changed(Objective):
     def loss(self, rows: Rows) -> Tensor:
         """Return the objective's."""
         return self._objective.loss(rows)
+
+    def pair_scores(self, row_Bw: Tensor, positive_Bw: Tensor) -> Tensor:
+        """Return the objective's."""
+        return self._objective.pair_scores(row_Bw, positive_Bw)
 
 
 @dataclass(frozen=True)

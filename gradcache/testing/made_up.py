@@ -1,6 +1,6 @@
 """Small batches with everything a loss may meet, for proofs: repeated texts, several positives, values, ranks without rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from gradcache.ragged import Ragged
 
 # n rows of a rank, B queries of it, D width
 
-WIDTH, SECOND_WIDTH = 5, 3
+WIDTH, SECOND_WIDTH = 6, 3
 QUERY_TEXTS, PASSAGE_TEXTS = 5, 10  # fewer than rows, so that texts repeat
 FIRST_PASSAGE, FIRST_EXTRA = 100, 200  # keys
 
@@ -59,17 +59,25 @@ def make_up(
                 positive_keys=positives,
                 positive_values=values(objective.cell_values, len(positives.values_m)),
                 query_values=values(("weight", *query_values), num_queries),
-                candidates=Candidates(
-                    query=number.repeat_interleave(2),
-                    passage=torch.stack([number, num_queries + number], 1).flatten(),
-                    values=values(objective.cell_values, 2 * num_queries),
-                ),
+                candidates=_candidates(objective, number, values),
                 own_only=(torch.arange(2 * num_queries) == 2 * num_queries - 1) if has_extra else None,
                 extra=Extra(embedding_xD=unit[extra_keys], keys=extra_keys) if has_extra else None,
                 outputs={"embedding": WIDTH, str(objective.second): SECOND_WIDTH} if _second_output(objective) else None,
             )
         )
     return MadeUp(batches, embedded)
+
+
+def _candidates(objective: Objective, number: Tensor, values: Callable[[Sequence[str], int], dict[str, Tensor]]) -> Candidates:
+    """Return the positive and the hard negative of each query, or the negative alone where it is to be a cell and no column."""
+    negative = len(number) + number
+    if objective.wants_own_negatives:
+        return Candidates(query=number, passage=negative, values=values(objective.cell_values, len(number)), are_columns=False)
+    return Candidates(
+        query=number.repeat_interleave(2),
+        passage=torch.stack([number, negative], 1).flatten(),
+        values=values(objective.cell_values, 2 * len(number)),
+    )
 
 
 def _tower(leaf_nD: Tensor) -> Tower:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from gradcache.objectives.tile import Merge, Objective, Rows, Tile, log_sum_exp
-from gradcache.options import LossOptions
+from gradcache.options import FalseNegatives, LossOptions
 from gradcache.replay import borrowed_generators
 from gradcache.testing.changes import Changed, changes
 from gradcache.testing.found import Found, by_oracle, by_steps, leaves_of, oracle_loss, temperature
 from gradcache.testing.made_up import MadeUp, make_up
 
 QUOTIENT_STEP, QUOTIENT_TOLERANCE = 1e-6, 1e-4  # of difference quotients in float64, whose own error is about 1e-8
+LIMITS = FalseNegatives(max_score=0.6, absolute_margin=-0.2)
 ROWS = [(5,), (3, 2), (0, 4), (2, 0, 3)]  # queries of each rank
 SETTINGS: list[dict[str, Any]] = [  # rows of a tile that do and do not divide what there is
     {"gather": "passages", "symmetric": False, "same_side": False, "tile_rows": None, "keep_scores_gib": None},
@@ -27,7 +28,10 @@ SETTINGS: list[dict[str, Any]] = [  # rows of a tile that do and do not divide w
     {"gather": "queries", "symmetric": True, "same_side": False, "tile_rows": 1, "keep_scores_gib": 0.0},
     {"gather": "passages", "symmetric": True, "same_side": True, "tile_rows": 3, "keep_scores_gib": 0.0},
     {"gather": "queries", "symmetric": False, "same_side": True, "tile_rows": None, "keep_scores_gib": 0.0},
+    {"gather": "passages", "symmetric": True, "same_side": False, "tile_rows": 2, "false_negatives": LIMITS},
+    {"gather": "queries", "symmetric": True, "same_side": True, "tile_rows": 3, "false_negatives": LIMITS},
 ]
+JOINT: dict[str, Any] = {"gather": "queries", "symmetric": True, "same_side": True, "tile_rows": 2, "partition": "joint"}
 
 
 def prove(
@@ -42,6 +46,8 @@ def prove(
     objective = copy.deepcopy(objective)
     if isinstance(objective, nn.Module):
         objective.double()
+    symmetric = symmetric and not objective.has_pair_scores
+    query_values = list(dict.fromkeys([*query_values, *objective.row_values]))
     with borrowed_generators():
         made = make_up(objective, (5,), query_values, has_extra=True)
         options = LossOptions(objective=objective, symmetric=symmetric, same_side=True)
@@ -57,7 +63,7 @@ def prove(
             _check_derivative(made, options, whole)
         _check_step(related, options)
         for rows in ROWS:
-            for setting in SETTINGS:
+            for setting in [*SETTINGS, *([JOINT] if objective.joins and symmetric else [])]:
                 made = make_up(objective, rows, query_values, has_extra=setting["gather"] == "queries")
                 _check_step(made, LossOptions(objective=objective, **setting | {"symmetric": symmetric and setting["symmetric"]}))
 
@@ -76,15 +82,23 @@ def _check_shapes(made: MadeUp, options: LossOptions) -> None:
 
     def statistics(tile: Tile) -> Tensor:
         found = check_merges("statistics", objective.statistics(tile), len(tile.scores_tP), "merges", objective.merges)
-        if objective.is_soft_max and not torch.allclose(found, log_sum_exp(tile.logits)[:, None]):
+        if objective.is_soft_max and not torch.allclose(
+            found, log_sum_exp(tile.weighted_logits(objective.column_hardness))[:, None]
+        ):
             raise AssertionError(
-                f"{name} has is_soft_max=True, and its statistics are not `log_sum_exp(tile.logits)`; set it to False"
+                f"{name} has is_soft_max=True, and its statistics are not the log-sum-exp of its logits; set it to False"
             )
         return found
 
     def batch_statistics(rows: Rows) -> Tensor:
-        found = objective.batch_statistics(rows)
-        return check_merges("batch_statistics", found, len(rows.positive_t), "batch_merges", objective.batch_merges)
+        found, num_rows, width = objective.batch_statistics(rows), len(rows.positive_t), objective.gathered_width
+        if not width:
+            return check_merges("batch_statistics", found, num_rows, "batch_merges", objective.batch_merges)
+        if found.shape != (num_rows, width):
+            raise AssertionError(
+                f"{name}.batch_statistics returns {tuple(found.shape)} for {num_rows} rows, and gathered_width={width}"
+            )
+        return found
 
     def loss(rows: Rows) -> Tensor:
         found = objective.loss(rows)
@@ -131,7 +145,8 @@ def _check_derivative(made: MadeUp, options: LossOptions, whole: Found) -> None:
 
 def _check_step(made: MadeUp, options: LossOptions) -> None:
     rows = [batch.num_queries for batch in made.batches]
-    said = ", ".join(f"{name}={getattr(options, name)!r}" for name in SETTINGS[0])
+    named = (*SETTINGS[0], "partition", "false_negatives")
+    said = ", ".join(f"{name}={getattr(options, name)!r}" for name in named)
     where = f"in a step on {len(rows)} ranks of {rows} queries, {said}"
     wanted = by_oracle(made, options, options.objective)
     try:

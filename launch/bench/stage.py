@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradcache import OBJECTIVES, Batch, LossOptions, Temperature, Tower
+from gradcache import Batch, InfoNCE, LossOptions, Temperature, Tower
 from gradcache.agree import Agreed
 from gradcache.exchange import Counts
 from gradcache.loss import global_loss
@@ -32,7 +32,7 @@ class Stage:
     def loss(self, **options) -> Way:
         """Compute the loss and its gradients; return what travelled. Collective."""
         device = self.agreed.embedding_nD.device
-        loss = LossOptions(objective=OBJECTIVES["info_nce"], **options)
+        loss = LossOptions(objective=InfoNCE(), **options)
         temperature = Temperature(1 / SCALE).to(device)
         return global_loss(self.batch, self.agreed, options=loss, temperature=temperature, group=self.group).way
 
@@ -47,9 +47,8 @@ def make_stage(
     tower = Tower(encode=lambda rows: rows, lengths=torch.ones_like(keys), load=lambda rows: rows)
     target = torch.arange(rows)
     batch = Batch(towers=[tower], num_queries=rows, keys=keys, target=target, positive_keys=keys[rows:][target][:, None])
-    counts = Counts(
-        queries=[rows] * num_ranks, passages=[columns] * num_ranks, extra=[0] * num_ranks, positives=[rows] * num_ranks
-    )
+    of_ranks, none = [rows] * num_ranks, [0] * num_ranks
+    counts = Counts(queries=of_ranks, passages=[columns] * num_ranks, extra=none, positives=of_ranks, hidden=none)
     embedding_nD = unit_rows(num_rows, width, device, dtype, seed=rank)
     return Stage(batch, Agreed(embedding_nD, counts, [num_rows] * num_ranks, 0, None), group)
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradcache import OBJECTIVES, LossOptions, Temperature, cached_step
+from gradcache import InfoNCE, LossOptions, Temperature, cached_step
 from gradcache.budget import kept_within, measure_graphs
 from gradcache.plan import Chunk, encode_chunk, plan_encoding
 from launch.bench.job_path import encoded_by, load
@@ -153,7 +153,7 @@ class StepBench:
         """Take our step on the first pairs."""
         cached_step(
             pairs.batch(count, self.rows),
-            loss=LossOptions(objective=OBJECTIVES["info_nce"]),
+            loss=LossOptions(objective=InfoNCE()),
             temperature=Temperature(TEMPERATURE).to(self.world.device),
             sync=self.parallel.sync,
             group=self.world.group,

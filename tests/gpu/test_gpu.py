@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gradcache import (
-    OBJECTIVES,
+    InfoNCE,
     LossOptions,
     NoSync,
     Ragged,
@@ -29,7 +29,7 @@ from trainer.encoder.tokens import tokenize
 from trainer.encoder.topk import top_k
 
 pytestmark = pytest.mark.gpu
-LOSS = LossOptions(objective=OBJECTIVES["info_nce"], symmetric=True)
+LOSS = LossOptions(objective=InfoNCE(), symmetric=True)
 OPTIONS = {"chunk_tokens": 35, "seed": 3, "step": 7}
 
 
@@ -173,7 +173,7 @@ def test_a_million_columns_take_time_and_no_memory():
         scale=torch.tensor(0.05, device="cuda"),
         positive_R=torch.zeros(rows, device="cuda"),
     )
-    found = Tiles(matrix, OBJECTIVES["info_nce"]).gradients(lambda block, statistics_bS: torch.full_like(statistics_bS, 1 / rows))
+    found = Tiles(matrix, InfoNCE()).gradients(lambda block, statistics_bS: torch.full_like(statistics_bS, 1 / rows))
     assert float(found.row_RD.norm()) > 0 and torch.isfinite(found.column_PD).all()
     # The columns' gradient, and one tile of all rows: scores in float32, their gradient in bfloat16. The rest is the product that
     # is added to the gradient, a few columns at once, the workspace of the products, and keys of columns.

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gradcache import OBJECTIVES, LossOptions, Temperature, cached_step
+from gradcache import InfoNCE, LossOptions, Temperature, cached_step
 from gradcache.free import free_bytes
 from tests.gradcache.wide import Wide, wide_batch
 from tests.trainer.worlds import world_of
@@ -75,7 +75,7 @@ class Embedder(Wide):
 @pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
 def test_two_updates_stay_within_the_memory_that_was_given(products):
     gib = 0.75
-    loss = LossOptions(objective=OBJECTIVES["info_nce"], product_dtype=products)
+    loss = LossOptions(objective=InfoNCE(), product_dtype=products)
     job = TrainJob(chunk=ChunkSettings(memory_gib=gib))
     world = replace(world_of(), device=torch.device("cuda", 0))
     torch.cuda.empty_cache()

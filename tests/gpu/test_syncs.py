@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from gradcache import OBJECTIVES, Batch, LossOptions, NoSync, Temperature, Tower, agree, cached_step, masks, siblings
+from gradcache import Batch, LossOptions, NoSync, Temperature, Tower, agree, cached_step, masks, siblings
 from gradcache.transfers import upload
+from tests.gradcache.named import NAMED
 from tests.trainer.test_update import run_of
 from tests.trainer.worlds import world_of
 from trainer.job import ParallelSettings
@@ -47,9 +48,7 @@ def batch_of(encode):
 
 
 def take_step(encoder, temperature, name, gather, chunk_tokens, tile_rows, widths):
-    loss = LossOptions(
-        objective=OBJECTIVES[name], symmetric=True, same_side=True, gather=gather, tile_rows=tile_rows, widths=widths
-    )
+    loss = LossOptions(objective=NAMED[name], symmetric=True, same_side=True, gather=gather, tile_rows=tile_rows, widths=widths)
     return cached_step(
         batch_of(encoder), loss=loss, temperature=temperature, sync=NoSync(encoder), group=None, chunk_tokens=chunk_tokens,
         keep_graphs=1, seed=0, step=0,

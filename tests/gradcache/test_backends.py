@@ -9,13 +9,13 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from gradcache import OBJECTIVES, FSDP2Sync, LossOptions, Temperature, cached_step, reference_step
+from gradcache import FSDP2Sync, InfoNCE, LossOptions, Temperature, cached_step, reference_step
 from gradcache import exchange as exchange_module
 from tests.gradcache.test_step import TinyEncoder, make_batch
 from tests.gradients import assert_same_gradients
 from tests.ranks import run_ranks
 
-LOSS = LossOptions(objective=OBJECTIVES["info_nce_multi"])
+LOSS = LossOptions(objective=InfoNCE(positives="mean"))
 SETTINGS = {"chunk_tokens": 22, "seed": 3, "step": 7}
 CASES = [(1, 2, False, False), (2, 1, True, True)]  # towers, kept graphs, symmetric, reduce every chunk
 

@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from gradcache import compiled
+from gradcache import InfoNCE, compiled
 from gradcache.masks import Masks, Pairing, first_columns, relate
 from gradcache.matrix import Matrix
-from gradcache.objectives import MultiPositiveInfoNCE
-from gradcache.objectives.extensions import AdaptiveMargins, AttractionRepulsion, HardestNegatives, Sigmoid
+from gradcache.objectives import CACR, AdaptiveMargins, Sigmoid
 from gradcache.objectives.tile import trained_parameters
 from gradcache.ragged import Ragged
 from gradcache.tiles import Tiles
@@ -41,7 +40,7 @@ def gradients(objective, compiles, progress, tile_rows):
 
 @pytest.mark.parametrize(
     "objective",
-    [MultiPositiveInfoNCE(), HardestNegatives(3), AttractionRepulsion(), AdaptiveMargins(), Sigmoid(-1.0).double()],
+    [InfoNCE(positives="mean"), InfoNCE(hardest=3), CACR(), AdaptiveMargins(), Sigmoid(bias=-1.0).double()],
     ids=lambda objective: type(objective).__name__,
 )
 def test_what_is_compiled_gives_the_same_gradients(objective, monkeypatch, caplog):

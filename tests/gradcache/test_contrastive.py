@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy, normalize
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradcache import OBJECTIVES, Batch, LossOptions, NotFinite, Objective, Temperature, Tower, contrastive_loss
+from gradcache import Batch, LossOptions, NotFinite, Objective, Temperature, Tower, contrastive_loss
 from gradcache.lost import told_failure
 from gradcache.objectives.info_nce import InfoNCE
 from gradcache.reference import reference_loss
@@ -59,7 +59,7 @@ def test_a_number_and_a_temperature_say_the_same():
     assert temperature.log_scale.grad.item() == pytest.approx(expected.log_scale.grad.item(), rel=1e-5) != 0
 
 
-class Scaled(InfoNCE, nn.Module):
+class Scaled(nn.Module, InfoNCE):
     """InfoNCE times a number that is learnt."""
 
     def __init__(self):
@@ -139,7 +139,7 @@ POSITIVES = [torch.tensor([[0, 3], [1, -1], [2, 0]]), torch.tensor([[0, -1], [1,
 
 def with_keys(rank):
     query, passage = embeddings(rank, *map(len, KEYS[rank]))
-    options = LossOptions(objective=OBJECTIVES["info_nce_multi"], symmetric=True)
+    options = LossOptions(objective=InfoNCE(positives="mean"), symmetric=True)
     loss = contrastive_loss(query, passage, temperature=0.2, keys=KEYS[rank], positives=POSITIVES[rank], options=options)
     loss.backward()
     return loss.item(), query.grad, passage.grad
@@ -147,7 +147,7 @@ def with_keys(rank):
 
 def test_copies_are_no_negatives_and_several_passages_may_belong_to_a_query():
     parts = [embeddings(rank, *map(len, KEYS[rank])) for rank in range(2)]
-    options = LossOptions(objective=OBJECTIVES["info_nce_multi"], symmetric=True)
+    options = LossOptions(objective=InfoNCE(positives="mean"), symmetric=True)
     # The oracle's table knows no gaps: a query's own passage stands in them again, which changes nothing.
     tables = [torch.where(table < 0, table[:, :1], table) for table in POSITIVES]
     expected = reference(parts, options, torch.tensor(5.0, dtype=torch.float64), KEYS, tables)

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from gradcache import OBJECTIVES, DDPSync, FSDP2Sync, LossOptions, NoSync, Temperature, cached_step, reference_step
+from gradcache import DDPSync, FSDP2Sync, LossOptions, NoSync, Temperature, cached_step, reference_step
+from tests.gradcache.named import NAMED
 from tests.gradcache.test_backends import full_gradients, shard
 from tests.gradcache.test_step import TinyEncoder, make_batch
 from tests.gradcache.test_testing import LearnedMargin
@@ -82,7 +83,7 @@ def test_every_pair_of_settings_is_in_some_case():
 
 def build(case: Case):
     encoders = [TinyEncoder(seed, case["dropout"]).train() for seed in range(case["num_towers"])]
-    objective = LearnedMargin() if case["objective"] == "margin" else copy.deepcopy(OBJECTIVES[case["objective"]])
+    objective = LearnedMargin() if case["objective"] == "margin" else copy.deepcopy(NAMED[case["objective"]])
     widths, weights = case["widths"]
     names = ("symmetric", "same_side", "gather", "tile_rows", "keep_scores_gib")
     known = {name: case[name] for name in names}

@@ -9,8 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from gradcache import Batch, Candidates, Extra, LossOptions, Objective, Ragged, TextTerm, Tower
-from gradcache.objectives import InfoNCE, MultiPositiveInfoNCE
-from gradcache.objectives.extensions import AdaptiveMargins, AlignmentUniformity, AttractionRepulsion, HardestNegatives, Sigmoid
+from gradcache.objectives import (
+    CACR,
+    AdaptiveMargins,
+    AlignmentUniformity,
+    InfoNCE,
+    Sigmoid,
+)
 from gradcache.testing.found import by_oracle, by_steps
 from gradcache.testing.made_up import MadeUp
 from tests.gradcache.test_testing import Distilled, Guided, LearnedMargin, LogitsAndScores, WholeBatch
@@ -20,7 +25,11 @@ WIDTH, OTHER_WIDTH = 6, 4
 PASSAGES, EXTRA = 100, 300  # first keys
 
 
-class GradedSiblings(MultiPositiveInfoNCE):
+def several_positives():
+    return InfoNCE(positives="mean")
+
+
+class GradedSiblings(InfoNCE):
     """Scores of all positives follow their grades."""
 
     cell_values = ("grade",)
@@ -31,8 +40,9 @@ class GradedSiblings(MultiPositiveInfoNCE):
         return super().loss(rows) + rows.sum_cells(error_c.square())
 
 
-OBJECTIVES = [InfoNCE, MultiPositiveInfoNCE, GradedSiblings, LearnedMargin, LogitsAndScores, Distilled, Guided, WholeBatch]
-OBJECTIVES += [AlignmentUniformity, lambda: HardestNegatives(3), AttractionRepulsion, AdaptiveMargins, lambda: Sigmoid(-1.0)]
+OBJECTIVES = [InfoNCE, several_positives, lambda: GradedSiblings(positives="mean"), LearnedMargin, LogitsAndScores, Distilled]
+OBJECTIVES += [Guided, WholeBatch, AlignmentUniformity, lambda: InfoNCE(hardest=3), CACR, AdaptiveMargins]
+OBJECTIVES += [lambda: Sigmoid(bias=-1.0)]
 
 
 def near_a_number(embedding, keys):

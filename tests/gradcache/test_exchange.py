@@ -1,5 +1,7 @@
 """What travels between ranks with uneven rows: every value arrives, once, by one collective of equal parts."""
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -62,8 +64,11 @@ def test_rows_of_all_ranks_arrive_and_their_gradients_return(counts):
     assert_all_arrived(run_ranks(sent_and_received, len(counts[0]), counts), counts)
 
 
-def keys_of_all(rank, queries, passages):
-    """Return what a rank knows of all ranks' keys; rank r has keys from 100 r on, and each query as many positives as its row."""
+def keys_of_all(rank, queries, passages, hidden):
+    """Return what a rank knows of all ranks' keys; rank r has keys from 100 r on, and each query as many positives as its row.
+
+    hidden: keys of each query that are hidden.
+    """
 
     def keys(count, first):
         return torch.arange(count) + 100 * rank + first
@@ -77,17 +82,28 @@ def keys_of_all(rank, queries, passages):
         query_Q=keys(num_queries, 20),
         target_Q=keys(num_queries, 30),
         positives=positives,
+        hidden=Ragged(keys(num_queries * hidden, 70), torch.full_like(counts_n, hidden)),
         values_QV=torch.full((num_queries, 2), 0.1 + rank, dtype=torch.float64),
     )
     num_positives = [n * (n - 1) // 2 for n in queries]
-    counts = Counts(queries=queries, passages=passages, extra=[0] * len(queries), positives=num_positives)
+    counts = Counts(
+        queries=queries,
+        passages=passages,
+        extra=[0] * len(queries),
+        positives=num_positives,
+        hidden=[n * hidden for n in queries],
+    )
     found = gather_keys(mine, counts, dist.group.WORLD)
-    return {**vars(found), "positives": (found.positives.values_m.tolist(), found.positives.counts_n.tolist())}
+    ragged = {"positives": found.positives, "hidden": found.hidden}
+    return {**vars(found), **{name: (each.values_m.tolist(), each.counts_n.tolist()) for name, each in ragged.items()}}
 
 
 @pytest.mark.parametrize(("queries", "passages"), [([2], [3]), ([4, 0], [1, 5]), ([0, 3, 1], [0, 0, 2])])
-def test_keys_of_all_ranks_arrive_with_the_bits_of_their_values(queries, passages):
-    for found in run_ranks(keys_of_all, len(queries), queries, passages):
+@pytest.mark.parametrize("hidden", [0, 2])
+def test_keys_of_all_ranks_arrive_with_the_bits_of_their_values(queries, passages, hidden):
+    for found in run_ranks(keys_of_all, len(queries), queries, passages, hidden):
+        of_rank = [[100 * rank + 70 + i for i in range(n * hidden)] for rank, n in enumerate(queries)]
+        assert found["hidden"] == (list(itertools.chain(*of_rank)), [hidden] * sum(queries))
         for name, first, counts in (("passage_P", 0, passages), ("query_Q", 20, queries), ("target_Q", 30, queries)):
             assert found[name].tolist() == [100 * rank + first + i for rank, n in enumerate(counts) for i in range(n)]
         values, per_query = found["positives"]

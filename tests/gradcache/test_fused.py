@@ -13,11 +13,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gradcache import fused
+from gradcache import InfoNCE, fused
 from gradcache.fused import plain_row_largest, plain_soft_max_gradient, row_largest, soft_max_gradient
 from gradcache.masks import Masks, Related
 from gradcache.matrix import Matrix
-from gradcache.objectives import OBJECTIVES
 from gradcache.objectives.tile import FLOOR
 from gradcache.passes import ByKernel
 from gradcache.soft_max import Largest
@@ -207,7 +206,7 @@ def evaluate_tiles(device, dtype, phases, trains_rows):
     )
     found = []
     for may_fuse in (False, True):
-        tiles = Tiles(matrix, OBJECTIVES["info_nce"], tile_rows=3, may_fuse=may_fuse)
+        tiles = Tiles(matrix, InfoNCE(), tile_rows=3, may_fuse=may_fuse)
         assert isinstance(tiles._pass, ByKernel) == may_fuse
         statistics = [tiles.statistics(keep_bytes=2000)[0]] if phases == 2 else []  # one tile is kept
         gradients = tiles.gradients(lambda rows, statistics: torch.sigmoid(statistics / 5) * (rows.start + 1))

@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gradcache import OBJECTIVES, Batch, LossOptions, NoSync, Temperature, Tower, cached_step
+from gradcache import Batch, InfoNCE, LossOptions, NoSync, Temperature, Tower, cached_step
 from gradcache.loss_memory import LossSizes, loss_bytes
-from gradcache.objectives.extensions import AdaptiveMargins
+from gradcache.objectives import AdaptiveMargins
 from tests.allocator import Memory
 from tests.ranks import run_ranks
 
 QUERIES, PER_QUERY, WIDTH = 256, 3, 192  # a rank; embeddings weigh as much as scores
-PLAIN = LossOptions(objective=OBJECTIVES["info_nce"])
+PLAIN = LossOptions(objective=InfoNCE())
 SEVERAL = [
     PLAIN,
     replace(PLAIN, symmetric=True),

@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch.nn.functional import normalize, softplus
 
-from gradcache import OBJECTIVES, Batch, LossOptions, NoSync, Temperature, Tower, cached_step
+from gradcache import Batch, InfoNCE, LossOptions, NoSync, Temperature, Tower, cached_step
 from gradcache.directions import count_masked, directions
 from gradcache.exchange import Counts, Keys
 from gradcache.field import Field, Pools
 from gradcache.masks import Masks, Pairing, first_columns, relate
 from gradcache.ragged import Ragged
 from gradcache.terms import Source
+from tests.gradcache.named import NAMED
 from tests.sizes import Sizes
 
 SCALE = 5.0
@@ -82,7 +83,7 @@ def field_of(query_keys, target_keys, queries_travel):
             target=every,
             positive_keys=target_keys[:, None],
         ),
-        options=LossOptions(objective=OBJECTIVES["info_nce"], symmetric=True, same_side=True),
+        options=LossOptions(objective=InfoNCE(), symmetric=True, same_side=True),
         pools=Pools(
             query=rows,
             target=rows,
@@ -97,9 +98,10 @@ def field_of(query_keys, target_keys, queries_travel):
             query_Q=query_keys,
             target_Q=target_keys,
             positives=Ragged.of_table(target_keys[:, None]),
+            hidden=Ragged(target_keys[:0], torch.zeros_like(target_keys)),
             values_QV=torch.zeros(num_rows, 1),
         ),
-        counts=Counts(queries=[num_rows], passages=[num_rows], extra=[0], positives=[num_rows]),
+        counts=Counts(queries=[num_rows], passages=[num_rows], extra=[0], positives=[num_rows], hidden=[0]),
         rank=0,
         queries_travel=queries_travel,
         second_view=None,
@@ -148,7 +150,7 @@ def test_a_loss_over_two_labels_is_the_plain_one(name, num_queries):
     with Sizes() as sizes:
         found = cached_step(
             batch,
-            loss=LossOptions(objective=OBJECTIVES[name], symmetric=True),
+            loss=LossOptions(objective=NAMED[name], symmetric=True),
             temperature=Temperature(1 / SCALE).double(),
             sync=NoSync(),
             group=None,

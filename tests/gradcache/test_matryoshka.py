@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.nn.functional import cross_entropy, normalize
 from torch.nn.parallel import DistributedDataParallel
 
-from gradcache import OBJECTIVES, DDPSync, LossOptions, NoSync, Temperature, cached_step, reference_step
+from gradcache import DDPSync, InfoNCE, LossOptions, NoSync, Temperature, cached_step, reference_step
 from gradcache import terms as terms_module
 from gradcache.terms import Source
 from gradcache.widths import View, view_rows
@@ -25,7 +25,7 @@ WIDE = replace(LOSS, widths=(32, 12, 5))
 def test_the_loss_is_the_weighted_mean_of_cross_entropies_of_cut_and_renormalised_embeddings(take):
     torch.manual_seed(0)
     rows = torch.randn(8, 6, requires_grad=True)  # of no particular length
-    options = LossOptions(objective=OBJECTIVES["info_nce"], widths=(6, 3), width_weights=(1.0, 3.0))
+    options = LossOptions(objective=InfoNCE(), widths=(6, 3), width_weights=(1.0, 3.0))
     batch = vectors(*rows.split(4))
     if take == "reference":
         found = reference_step([batch], loss=options, temperature=Temperature(0.5), chunk_tokens=4, seed=0, step=0)

@@ -5,13 +5,14 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from gradcache import OBJECTIVES, DDPSync, LossOptions, Temperature, cached_step, reference_step
+from gradcache import DDPSync, InfoNCE, LossOptions, Temperature, cached_step, reference_step
+from tests.gradcache.named import NAMED
 from tests.gradcache.test_step import build, make_batch, named
 from tests.gradcache.vectors import step_of_vectors, vectors
 from tests.gradients import assert_same_gradients
 from tests.ranks import run_ranks
 
-LOSS = LossOptions(objective=OBJECTIVES["info_nce_multi"], symmetric=True)
+LOSS = LossOptions(objective=InfoNCE(positives="mean"), symmetric=True)
 OPTIONS = {"chunk_tokens": 22, "seed": 3, "loss": LOSS}
 
 
@@ -24,7 +25,7 @@ def test_info_nce_is_cross_entropy_whatever_the_tile(name):
     wanted = torch.autograd.grad(loss, [q, p, log_scale])
     for tile_rows in (1, 2, 5, None):
         q.grad = p.grad = None
-        result, temperature = step_of_vectors(vectors(q, p), LossOptions(objective=OBJECTIVES[name], tile_rows=tile_rows), 3.0)
+        result, temperature = step_of_vectors(vectors(q, p), LossOptions(objective=NAMED[name], tile_rows=tile_rows), 3.0)
         assert result.loss == pytest.approx(loss.item(), rel=1e-6)
         for found, gradient in zip([q.grad, p.grad, temperature.log_scale.grad], wanted, strict=True):
             torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-7)  # a temperature starts as a float32
@@ -33,7 +34,7 @@ def test_info_nce_is_cross_entropy_whatever_the_tile(name):
 @pytest.mark.parametrize("name", ["info_nce", "info_nce_multi"])
 def test_a_row_without_negatives_has_no_loss_and_a_finite_gradient(name):
     q, p = torch.randn(1, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True)
-    result, _ = step_of_vectors(vectors(q, p, torch.tensor([[1, 2]])), LossOptions(objective=OBJECTIVES[name]), 2.0)
+    result, _ = step_of_vectors(vectors(q, p, torch.tensor([[1, 2]])), LossOptions(objective=NAMED[name]), 2.0)
     assert result.loss == pytest.approx(0, abs=1e-6)
     assert q.grad.abs().max() < 1e-6 and p.grad.abs().max() < 1e-6  # NaN fails too
 
@@ -41,7 +42,7 @@ def test_a_row_without_negatives_has_no_loss_and_a_finite_gradient(name):
 def test_same_side_info_nce_is_cross_entropy_over_both_sides():
     torch.manual_seed(0)
     q, p = torch.nn.functional.normalize(torch.randn(8, 6), dim=1).split(4)
-    options = LossOptions(objective=OBJECTIVES["info_nce"], symmetric=True, same_side=True)
+    options = LossOptions(objective=InfoNCE(), symmetric=True, same_side=True)
     found, _ = step_of_vectors(vectors(q, p), options, 2.0)
     own = torch.full((4, 4), 0.0).fill_diagonal_(-torch.inf)
     forth = torch.cat([q @ p.T, q @ q.T + own], 1) / 0.5

@@ -8,14 +8,14 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 
-from gradcache import OBJECTIVES, DDPSync, LossOptions, NoSync, Temperature, cached_step, reference_step
+from gradcache import DDPSync, InfoNCE, LossOptions, NoSync, Temperature, cached_step, reference_step
 from gradcache.budget import measure_graphs
 from gradcache.plan import plan_encoding
 from tests.gradcache.test_step import TinyEncoder, make_batch, named
 from tests.gradients import assert_same_gradients
 from tests.ranks import run_ranks
 
-OPTIONS = {"loss": LossOptions(objective=OBJECTIVES["info_nce"]), "chunk_tokens": 40, "seed": 3, "step": 1}
+OPTIONS = {"loss": LossOptions(objective=InfoNCE()), "chunk_tokens": 40, "seed": 3, "step": 1}
 
 
 class Unpacking(TinyEncoder):

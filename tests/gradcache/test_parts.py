@@ -8,18 +8,18 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from gradcache import OBJECTIVES, DDPSync, FSDP2Sync, LossOptions, NoSync, Temperature, cached_step, reference_step
+from gradcache import DDPSync, FSDP2Sync, InfoNCE, LossOptions, NoSync, Temperature, cached_step, reference_step
 from tests.gradcache.test_backends import build, full_gradients, shard
 from tests.gradcache.test_step import TinyEncoder, make_batch
 from tests.gradcache.test_tight import Limited
 from tests.gradients import assert_same_gradients
 from tests.ranks import run_ranks
 
-LOSS = LossOptions(objective=OBJECTIVES["info_nce"])
+LOSS = LossOptions(objective=InfoNCE())
 PARTS = [  # weight, the loss, the seed of the batch and of its draws
-    (0.7, LossOptions(objective=OBJECTIVES["info_nce_multi"], symmetric=True, gather="queries"), 3),
+    (0.7, LossOptions(objective=InfoNCE(positives="mean"), symmetric=True, gather="queries"), 3),
     (2.0, LOSS, 4),
-    (0.25, LossOptions(objective=OBJECTIVES["info_nce"], same_side=True, gather="passages"), 5),
+    (0.25, LossOptions(objective=InfoNCE(), same_side=True, gather="passages"), 5),
 ]
 STEP = {"chunk_tokens": 22, "step": 7}
 CASES = [(1, 0), (1, "all"), (2, 1)]  # towers, kept graphs

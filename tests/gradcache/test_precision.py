@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gradcache import OBJECTIVES, LossOptions, NoSync, Temperature, cached_step
+from gradcache import InfoNCE, LossOptions, NoSync, Temperature, cached_step
 from gradcache.objectives.tile import FLOOR, LOG_SUM_EXP, log_sum_exp, merge_all
 from tests.gradcache.test_backends import LOSS, SETTINGS, full_gradients
 from tests.gradcache.test_step import TinyEncoder, make_batch
@@ -77,7 +77,7 @@ def test_sums_over_a_wide_tile_are_those_of_float64():
     found = []
     for dtype in (torch.float32, torch.float64):
         rows, columns = (values.to(dtype, copy=True).requires_grad_() for values in (q, p))
-        result, temperature = step_of_vectors(vectors(rows, columns), LossOptions(objective=OBJECTIVES["info_nce"]), 20.0)
+        result, temperature = step_of_vectors(vectors(rows, columns), LossOptions(objective=InfoNCE()), 20.0)
         found.append((result.loss, float(temperature.log_scale.grad), rows.grad.double(), columns.grad.double()))
     (narrow_loss, narrow_scale, *narrow), (loss, scale, *wide) = found
     assert narrow_loss == pytest.approx(loss, rel=1e-6)

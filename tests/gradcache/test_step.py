@@ -11,9 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertModel
 
 from gradcache import (
-    OBJECTIVES,
     Batch,
     DDPSync,
+    InfoNCE,
     LossOptions,
     NoSync,
     Temperature,
@@ -23,6 +23,7 @@ from gradcache import (
     reference_step,
 )
 from gradcache import plan as plan_module
+from tests.gradcache.named import NAMED
 from tests.gradients import assert_same_gradients, gradients_of
 from tests.ranks import run_ranks
 
@@ -109,7 +110,7 @@ def named(encoders, temperature):
 def expected(rows, num_towers, dropout, objective, symmetric, chunk_tokens, step):
     encoders, temperature = build(num_towers, dropout), Temperature(0.1, learnable=True)
     batches = [make_batch(rank, n, encoders) for rank, n in enumerate(rows)]
-    options = LossOptions(objective=OBJECTIVES[objective], symmetric=symmetric)
+    options = LossOptions(objective=NAMED[objective], symmetric=symmetric)
     loss = reference_step(batches, loss=options, temperature=temperature, chunk_tokens=chunk_tokens, seed=3, step=step)
     return loss, named(encoders, temperature)
 
@@ -120,7 +121,7 @@ def take_step(rank, rows, num_towers, dropout, objective, symmetric, chunk_token
     called = [DistributedDataParallel(e, broadcast_buffers=False) for e in encoders] if group else encoders
     result = cached_step(
         make_batch(rank, rows[rank], called),
-        loss=LossOptions(objective=OBJECTIVES[objective], symmetric=symmetric),
+        loss=LossOptions(objective=NAMED[objective], symmetric=symmetric),
         temperature=temperature,
         sync=DDPSync(*called) if group else NoSync(),
         group=group,
@@ -156,7 +157,7 @@ def test_the_proof_notices_a_wrong_scale():
 def test_gradients_add_up_over_steps():
     encoders, temperature = build(1, 0.0), Temperature(0.1, learnable=True)
     options = {
-        "loss": LossOptions(objective=OBJECTIVES["info_nce"]),
+        "loss": LossOptions(objective=InfoNCE()),
         "sync": NoSync(),
         "group": None,
         "chunk_tokens": 30,
@@ -176,7 +177,7 @@ def test_the_callers_generator_is_given_back():
     encoders = build(1, 0.2)
     torch.manual_seed(11)
     options = {
-        "loss": LossOptions(objective=OBJECTIVES["info_nce"]),
+        "loss": LossOptions(objective=InfoNCE()),
         "sync": NoSync(),
         "group": None,
         "chunk_tokens": 30,
@@ -191,7 +192,7 @@ def test_the_callers_generator_is_given_back():
 def test_a_step_without_any_query_is_refused():
     encoders = build(1, 0.0)
     options = {
-        "loss": LossOptions(objective=OBJECTIVES["info_nce"]),
+        "loss": LossOptions(objective=InfoNCE()),
         "sync": NoSync(),
         "group": None,
         "chunk_tokens": 30,
@@ -207,7 +208,7 @@ def test_equal_texts_are_encoded_once():
     encoders, rows_encoded = build(1, 0.0), []
     batch = make_batch(0, 20, [lambda inputs: rows_encoded.append(len(inputs["input_ids"])) or encoders[0](inputs)])
     options = {
-        "loss": LossOptions(objective=OBJECTIVES["info_nce"]),
+        "loss": LossOptions(objective=InfoNCE()),
         "sync": NoSync(),
         "group": None,
         "chunk_tokens": 50,
@@ -237,9 +238,7 @@ def test_two_passes_of_the_same_texts_are_two_views():
             target=torch.arange(6),
             positive_keys=keys[:, None],
         )
-        taker(
-            views, loss=LossOptions(objective=OBJECTIVES["info_nce"]), temperature=temperature, chunk_tokens=10**6, seed=3, step=7
-        )
+        taker(views, loss=LossOptions(objective=InfoNCE()), temperature=temperature, chunk_tokens=10**6, seed=3, step=7)
         return seen, named([encoder], temperature)
 
     def cached(batch, **options):
@@ -286,7 +285,7 @@ def count_collectives(rank, chunk_tokens, symmetric, keep_graphs, gather):
     keys = rank * 64 + torch.arange(64)
     result = cached_step(
         Batch(towers=[tower], num_queries=32, keys=keys, target=torch.arange(32), positive_keys=keys[32:, None]),
-        loss=LossOptions(objective=OBJECTIVES["info_nce"], symmetric=symmetric, gather=gather),
+        loss=LossOptions(objective=InfoNCE(), symmetric=symmetric, gather=gather),
         temperature=Temperature(0.1, learnable=True),
         sync=DDPSync(encoder),
         group=dist.group.WORLD,

@@ -5,13 +5,12 @@ import torch
 from torch import nn
 from torch.nn.functional import relu
 
-from gradcache import OBJECTIVES, Objective
-from gradcache.objectives import InfoNCE
-from gradcache.objectives.extensions import (
+from gradcache import OBJECTIVES, Objective, find_objective
+from gradcache.objectives import (
+    CACR,
     AdaptiveMargins,
     AlignmentUniformity,
-    AttractionRepulsion,
-    HardestNegatives,
+    InfoNCE,
     Progressive,
     Sigmoid,
 )
@@ -19,10 +18,29 @@ from gradcache.objectives.tile import CANDIDATE, FLOOR, LOG_SUM_EXP, MAXIMUM, SU
 from gradcache.testing import prove
 from gradcache.testing.threads import run_threads
 
+# Parameters that change an objective's statistics or the cells it sees.
+VARIANTS = [
+    ("info_nce", {"positives": "mean"}),
+    ("info_nce", {"positives": "sum", "margin": 0.1}),
+    ("info_nce", {"positives": "supcon", "hardness": 3}),
+    ("info_nce", {"hardness": 2, "mean_weight": True}),
+    ("info_nce", {"hardness": 2, "hardness_of": "in_batch"}),
+    ("info_nce", {"hardness": 2, "hardness_of": "own", "focal": 0.5}),
+    ("info_nce", {"hardest": 3, "hardness": 2, "mean_weight": True, "positives": "mean"}),
+    ("info_nce", {"in_batch": False}),
+    ("info_nce", {"margin": 0.2, "margin_of": "angle"}),
+    ("dcl", {"positives": "mean", "hardest": 2}),
+    ("debiased", {"hardness": 2, "mean_weight": True}),
+    ("groco", {"hardest": 3}),
+    ("correlation", {"of": "ranks"}),
+]
+STOPS = {"dclw", "progressive"}  # they have weights without a gradient
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_of_the_package_is_proven(name):
-    prove(OBJECTIVES[name])
+
+@pytest.mark.parametrize(("name", "parameters"), [*((name, {}) for name in OBJECTIVES), *VARIANTS])
+def test_every_objective_of_the_package_is_proven(name, parameters):
+    stops = name in STOPS or parameters.keys() & {"hardness", "focal"}
+    prove(find_objective(name, parameters), stops_gradient=bool(stops))
 
 
 class LearnedMargin(nn.Module, Objective):
@@ -99,7 +117,7 @@ class WholeBatch(Objective):
         return (rows.batch[0] - rows.scale * rows.positive_t).exp().log1p() + rows.batch[1].square()
 
 
-FAMILIES = [LearnedMargin(), LogitsAndScores(), Distilled(), Guided(), HardestNegatives(3), AttractionRepulsion(), Sigmoid(-1.0)]
+FAMILIES = [LearnedMargin(), LogitsAndScores(), Distilled(), Guided(), InfoNCE(hardest=3), CACR(), Sigmoid(bias=-1.0)]
 FAMILIES += [AdaptiveMargins(), AlignmentUniformity()]
 
 
@@ -213,9 +231,9 @@ class OtherWithoutGradient(InfoNCE):
         return super().statistics(tile) * (1 if torch.is_grad_enabled() else 1.1)
 
 
-class WideTilesOnly(HardestNegatives):
+class WideTilesOnly(InfoNCE):
     def statistics(self, tile):
-        return tile.scores_tP.topk(self.k, dim=1).values
+        return tile.scores_tP.topk(self.hardest, dim=1).values
 
 
 class OneLoss(InfoNCE):
@@ -253,7 +271,7 @@ class SmallestAsMaximum(MeanOfTile):
         (NoIdentity(), "where the rows are cut into ranks, .* its identity is not that of no rows"),
         (WrongBackward(), "gradient of the embeddings is not the derivative of the loss"),
         (OtherWithoutGradient(), r"differs by .* from the oracle's in a step on 1 ranks of \[5\] queries, gather='queries'"),
-        (WideTilesOnly(), "statistics fails for a tile of 1 columns"),
+        (WideTilesOnly(hardest=3), "statistics fails for a tile of 1 columns"),
         (OneLoss(), r"loss returns \(\) for 5 rows"),
         (NeedsRows(), r"NeedsRows fails with \w+ in a step on 2 ranks of \[0, 4\] queries"),
     ],

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gradcache import OBJECTIVES, fused, tiles
+from gradcache import InfoNCE, fused, tiles
 from gradcache.masks import Masks
 from gradcache.matrix import Matrix
 from gradcache.products import COLUMNS_AT_ONCE
@@ -41,7 +41,7 @@ def test_a_million_columns_hold_their_gradient_and_one_tile(on_a_gpu):
             positive_R=torch.zeros(ROWS),
         )
         before = memory.live
-        found = Tiles(matrix, OBJECTIVES["info_nce"], FEWEST_ROWS["cuda"]).gradients(lambda rows, statistics: statistics)
+        found = Tiles(matrix, InfoNCE(), FEWEST_ROWS["cuda"]).gradients(lambda rows, statistics: statistics)
         gradient, tile = COLUMNS * WIDTH * 4, ROWS * COLUMNS * (4 + 2)  # scores in float32, their gradient in bfloat16
         assert found.column_PD.nbytes == gradient
         assert gradient + tile < memory.peak - before < gradient + tile + 1.5 * COLUMNS_AT_ONCE * WIDTH * 4

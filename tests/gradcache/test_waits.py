@@ -7,19 +7,19 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from gradcache import OBJECTIVES, DDPSync, LossOptions, NoSync, Temperature, blocks, cached_step, contrastive_loss
-from gradcache.objectives.extensions import AdaptiveMargins, AlignmentUniformity, AttractionRepulsion
-from tests.gradcache.objectives.test_extensions import Distilled, Encoder, candidates, make_batch, own_only, weights
+from gradcache import DDPSync, InfoNCE, LossOptions, NoSync, Temperature, blocks, cached_step, contrastive_loss
+from gradcache.objectives import CACR, AdaptiveMargins, AlignmentUniformity
+from tests.gradcache.objectives.test_interface import Distilled, Encoder, candidates, make_batch, own_only, weights
 from tests.pretended import Waits, on_device, put_on_device
 from tests.ranks import run_ranks
 
 AGREE, MASKS, SIBLINGS = {"agree.agree": 1}, {"masks.relate": 1}, {"siblings.siblings_of": 1}
 OBJECTIVES_BY_NAME = {
-    "info_nce": lambda: OBJECTIVES["info_nce"],
-    "info_nce_multi": lambda: OBJECTIVES["info_nce_multi"],
+    "info_nce": lambda: InfoNCE(),
+    "info_nce_multi": lambda: InfoNCE(positives="mean"),
     "margins": AdaptiveMargins,
     "uniformity": AlignmentUniformity,
-    "CACR": AttractionRepulsion,
+    "CACR": CACR,
     "distilled": Distilled,
 }
 SIZES = [

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gradcache import OBJECTIVES, Batch, LossOptions, NoSync, Temperature, Tower, cached_step, exchange
+from gradcache import Batch, InfoNCE, LossOptions, NoSync, Temperature, Tower, cached_step, exchange
 from tests.ranks import run_ranks
 from tests.sizes import Sizes
 
@@ -55,7 +55,7 @@ def _step(rank: int, num_hard: int, gather: str, symmetric: bool, same_side: boo
             target=torch.arange(NUM_QUERIES),
             positive_keys=keys[NUM_QUERIES : 2 * NUM_QUERIES, None],
         ),
-        loss=LossOptions(objective=OBJECTIVES["info_nce"], gather=gather, symmetric=symmetric, same_side=same_side),
+        loss=LossOptions(objective=InfoNCE(), gather=gather, symmetric=symmetric, same_side=same_side),
         temperature=Temperature(0.1, learnable=True),
         sync=NoSync(),
         group=dist.group.WORLD,

@@ -23,7 +23,7 @@ def job_file(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "override", ["loss.same_side=true", "loss.objective=info_nce_multi", "model.checkpoint_activations=true"]
+    "override", ["loss.same_side=true", "loss.parameters.positives=mean", "model.checkpoint_activations=true"]
 )
 def test_exact_gradients_pass_whatever_the_job_asks_for(job_file, override):
     found = check_here(str(job_file), [override, "loss.symmetric=true", "negatives.per_query=2"], queries=6)

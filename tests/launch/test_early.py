@@ -1,17 +1,15 @@
 """A job that cannot run is refused before torch is loaded, by every command that takes one."""
 
+import re
 import subprocess
 import sys
-from typing import get_args
 
 import pytest
 
-from gradcache import OBJECTIVES
 from launch.early import check_early
 from launch.jobfile import read_job
 from tests.tiny import write_tiny_dataset
 from trainer.errors import InputError
-from trainer.handoff.settings import Objective
 
 HEAVY = ("torch", "transformers", "datasets", "pandas", "faiss", "accelerate", "mpi4py.MPI")
 # Runs one command after another in one process: what one of them imports shows at it and at all that follow.
@@ -46,8 +44,31 @@ def test_nothing_heavy_is_imported_for_a_job_that_cannot_be_used(tmp_path):
     assert sum("there is no data set in no/such/folder" in line for line in told) == 6
 
 
-def test_the_names_of_objectives_are_those_of_gradcache():
-    assert get_args(Objective) == tuple(OBJECTIVES)
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["loss.objective=info_nc"], "loss.objective: there is no objective 'info_nc'; did you mean 'info_nce'?"),
+        (["loss.parameters.hardnes=9"], "the objective info_nce has no parameter 'hardnes'; did you mean 'hardness'?"),
+        (["loss.objective=dclw", "loss.parameters.sigma=0"], "has sigma=0; expected a number from 0.01 to 10 (0.5 in the paper)"),
+        (["loss.parameters={focal=true}"], "has focal=True; expected a number from 0 to 10"),
+        (["loss.parameters.positives=all"], "has positives='all'; expected one of own, mean, sum, supcon"),
+        (["loss.objective=nosuch:thing"], "the module nosuch cannot be imported"),
+        (["loss.objective=math:pi"], "'math:pi' is a float; expected a class, or a function that returns an objective"),
+        (["loss.objective=math:sqr"], "the module math has no 'sqr'"),
+        (["loss.objective=dcl", "loss.parameters.focal=1"], "weighs by a probability, which this loss has none of"),
+        (["loss.partition=joint"], "needs loss.symmetric=true and an objective that has one; found symmetric=false"),
+        (["loss.objective=alignment_uniformity"], "is about texts of one side; set loss.same_side=true"),
+        (["loss.objective=angle", "loss.symmetric=true"], "scores a pair in one direction only; set loss.symmetric=false"),
+        (
+            ["loss.objective=cosent", "loss.false_negatives.max_score=0.7"],
+            "looks at no negatives; take loss.false_negatives away",
+        ),
+        (["loss.false_negatives.max_scor=0.7"], "unknown key loss.false_negatives.max_scor; did you mean max_score?"),
+    ],
+)
+def test_a_loss_that_has_no_meaning_is_refused_when_the_job_is_read(overrides, words):
+    with pytest.raises(InputError, match=re.escape(words)):
+        read_job(None, overrides)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gradcache import OBJECTIVES, LossOptions
+from gradcache import InfoNCE, LossOptions
 from tests.ranks import run_ranks
 from tests.trainer.worlds import world_of
 from trainer.budget import CPU_BUDGET, RunBudget, find_budget, kept_budget, own_bytes
@@ -24,7 +24,7 @@ from trainer.loss_settings import LossSettings
 from trainer.step_memory import GIB
 
 AUTO = TrainJob()
-LOSS = LossOptions(objective=OBJECTIVES["info_nce"])
+LOSS = LossOptions(objective=InfoNCE())
 
 
 def test_a_halved_budget_is_kept_and_another_job_or_world_finds_its_own():

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import trainer.train
-from gradcache import OBJECTIVES, Batch, Tower
+from gradcache import Batch, InfoNCE, Tower
 from gradcache.agree import agree
 from launch.named import model_folder
 from mining.table.audit import reasons_of_collapse
@@ -43,7 +43,7 @@ def spread_of(rank, num_ranks):
     found = torch.from_numpy(embeddings(rank)) if len(keys) else None
     encoding = SimpleNamespace(embedding_nD=found, widths={8} if len(keys) else set())
     group = dist.group.WORLD if num_ranks > 1 else None
-    return agree(batch, encoding, OBJECTIVES["info_nce"], 0, group, torch.device("cpu")).spread  # type: ignore[arg-type]
+    return agree(batch, encoding, InfoNCE(), 0, group, torch.device("cpu")).spread  # type: ignore[arg-type]
 
 
 def plain_spread(rows_nD):

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from gradcache import OBJECTIVES, LossOptions, Temperature, cached_step
+from gradcache import InfoNCE, LossOptions, Temperature, cached_step
 from gradcache.loss_memory import LossSizes
 from tests.allocator import Memory
 from tests.gradcache.wide import Wide, wide_batch
@@ -17,7 +17,7 @@ from trainer.job import ChunkSettings, EmaSettings, OptimSettings, ParallelSetti
 from trainer.step_memory import GIB, StepMemory, model_memory, step_memory
 
 JOB = TrainJob(ema=EmaSettings(decay=0.9))
-LOSS = LossOptions(objective=OBJECTIVES["info_nce"])
+LOSS = LossOptions(objective=InfoNCE())
 HIDDEN, PAIRS = 4096, 128
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import trainer.tasks
-from gradcache import OBJECTIVES, LossOptions
+from gradcache import InfoNCE, LossOptions
 from trainer.job import PrecisionSettings
 from trainer.loss_settings import LossSettings
 from trainer.ranges import job_section
@@ -28,13 +28,15 @@ GIVEN = {
 @pytest.mark.parametrize(("name", "value"), GIVEN.items())
 def test_a_setting_of_the_job_is_an_option_of_the_loss(name, value):
     given = {"widths": (8, 4), name: value}  # weights need widths
-    plain = LossOptions(objective=OBJECTIVES["info_nce"], product_dtype=torch.float32)
-    assert loss_options(LossSettings(**given), FLOAT32) == replace(plain, **given)
+    found = loss_options(LossSettings(**given), FLOAT32)
+    assert type(found.objective) is InfoNCE and vars(found.objective) == vars(InfoNCE())
+    assert found == replace(LossOptions(objective=found.objective, product_dtype=torch.float32), **given)
 
 
 def test_the_objective_and_the_products_are_found_by_their_names():
-    found = loss_options(LossSettings(objective="info_nce_multi"), PrecisionSettings(products="bf16"))
-    assert found == LossOptions(objective=OBJECTIVES["info_nce_multi"], product_dtype=torch.bfloat16)
+    found = loss_options(LossSettings(parameters={"positives": "mean"}), PrecisionSettings(products="bf16"))
+    assert type(found.objective) is InfoNCE and vars(found.objective) == vars(InfoNCE(positives="mean"))
+    assert found == LossOptions(objective=found.objective, product_dtype=torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 import trainer.milestones
 import trainer.train
-from gradcache import OBJECTIVES
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from tests.trainer.worlds import world_of
 from trainer.data.clusters import Clusters
@@ -84,7 +83,9 @@ def test_a_task_of_each_source_makes_one_update(job, root, caplog, monkeypatch):
     monkeypatch.setattr(trainer.train, "cached_step", watched)
     sources = {
         "code": SourceSettings(path=root / "data", batch=7, temperature=0.1),
-        "notes": SourceSettings(path=root / "more", batch=5, id_prefix="n-", objective="info_nce_multi", loss_weight=0.5),
+        "notes": SourceSettings(
+            path=root / "more", batch=5, id_prefix="n-", objective="info_nce", parameters={"positives": "mean"}, loss_weight=0.5
+        ),
     }
     loss = LossSettings(symmetric=True, tile_rows=3, keep_scores_gib=0.1)
     job = replace(job, sources=sources, batch=BatchSettings(mode="tasks"), loss=loss)
@@ -99,7 +100,9 @@ def test_a_task_of_each_source_makes_one_update(job, root, caplog, monkeypatch):
     assert "source notes begins again, others are longer" in caplog.text
     assert final(job).manifest["num_steps"] == 6
     whole = loss_options(loss, precision_on(job.precision, has_bf16=False))
-    both = [(whole, 1.0), (replace(whole, objective=OBJECTIVES["info_nce_multi"]), 0.5)]
+    own = [options.objective for options, _, _ in taken[:2]]
+    assert [objective.positives for objective in own] == ["own", "mean"]
+    both = [(replace(whole, objective=objective), weight) for objective, weight in zip(own, (1.0, 0.5), strict=True)]
     assert taken == [(options, step / 6, weight) for step in range(6) for options, weight in both]
 
 

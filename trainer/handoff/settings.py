@@ -11,7 +11,7 @@ from trainer.errors import InputError
 from trainer.ranges import job_section
 
 Mode = Literal["mixed", "homogeneous", "tasks"]  # how the queries of several sources share the batches
-Objective = Literal["info_nce", "info_nce_multi"]  # the names in gradcache.OBJECTIVES, known without torch
+Parameters = dict[str, bool | int | float | str]  # of an objective, by name
 Gather = Literal["auto", "passages", "queries"]
 Which = Literal["lowest", "best", "each"]  # of a query's positives, the one that its negatives are held to
 Margin = float | Literal["off"]
@@ -77,8 +77,10 @@ class SourceSettings:
     """Its queries in one step, over all ranks; not in batch.mode "mixed"."""
     temperature: PositiveFloat | None = None
     """As loss.temperature."""
-    objective: Objective | None = None
+    objective: str | None = None
     """As loss.objective."""
+    parameters: Parameters | None = None
+    """As loss.parameters, of its own objective."""
     loss_weight: PositiveFloat = 1.0
     """Weight of its loss in a step of several sources."""
 

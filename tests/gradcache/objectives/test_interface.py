@@ -13,7 +13,6 @@ from torch.nn.functional import cross_entropy, normalize
 from torch.nn.parallel import DistributedDataParallel
 
 from gradcache import (
-    OBJECTIVES,
     Batch,
     Candidates,
     DDPSync,
@@ -27,11 +26,10 @@ from gradcache import (
     cached_step,
     reference_step,
 )
-from gradcache.objectives.extensions import (
+from gradcache.objectives import (
+    CACR,
     AdaptiveMargins,
     AlignmentUniformity,
-    AttractionRepulsion,
-    HardestNegatives,
     Progressive,
     Sigmoid,
     symile_rows,
@@ -141,13 +139,13 @@ def near_a_vector(embedding, keys):
     return (embedding - keys[:, None].to(embedding).sin()).square().mean(1)
 
 
-INFO_NCE = LossOptions(objective=OBJECTIVES["info_nce"])
+INFO_NCE = LossOptions(objective=InfoNCE())
 CASES = {
     "uniformity": ({"same_side": True}, AlignmentUniformity, {}),
-    "hardest k": ({"symmetric": True}, functools.partial(HardestNegatives, 3), {}),
-    "CACR": ({"symmetric": True}, AttractionRepulsion, {}),
+    "hardest k": ({"symmetric": True}, functools.partial(InfoNCE, hardest=3), {}),
+    "CACR": ({"symmetric": True}, CACR, {}),
     "ARM": ({"symmetric": True, "same_side": True}, AdaptiveMargins, {}),
-    "sigmoid": ({"symmetric": True}, lambda: Sigmoid(-1.0).double(), {}),
+    "sigmoid": ({"symmetric": True}, lambda: Sigmoid(bias=-1.0).double(), {}),
     "progress": ({}, Progressive, {}),
     "text term": ({"text_terms": (TextTerm(function=near_a_vector, weight=0.7),)}, InfoNCE, {}),
     "weights": ({"symmetric": True, "same_side": True}, InfoNCE, {"query_values": weights}),
@@ -281,10 +279,10 @@ def plain_progress(query, passage, scale):
 
 PLAIN = [
     (AlignmentUniformity(), plain_uniformity, {"same_side": True}),
-    (HardestNegatives(3), plain_hardest, {}),
-    (AttractionRepulsion(), plain_cacr, {}),
+    (InfoNCE(hardest=3), plain_hardest, {}),
+    (CACR(), plain_cacr, {}),
     (AdaptiveMargins(), plain_arm, {}),
-    (Sigmoid(-1.0).double(), plain_sigmoid, {}),
+    (Sigmoid(bias=-1.0).double(), plain_sigmoid, {}),
     (Progressive(), plain_progress, {"progress": 0.3}),
 ]
 
