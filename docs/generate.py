@@ -1,8 +1,8 @@
 """Write the parts of the documentation that follow from the code: `python docs/generate.py`.
 
-docs/settings.md is the reference of job files, from the same data as `negpool settings`. The map in docs/architecture.md has a
-line for each source file: the first paragraph of its docstring. tests/docs/test_generated.py fails where one of them is not what
-this writes.
+docs/settings.md is the reference of job files, from the same data as `negpool settings`; the end of docs/objectives.md is that of
+losses. The map in docs/architecture.md has a line for each source file: the first paragraph of its docstring.
+tests/docs/test_generated.py fails where one of them is not what this writes.
 """
 
 import ast
@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from launch.objectives import all_objectives
 from launch.settings import all_settings
 from mining.job import MineJob
 from trainer.job import TrainJob
@@ -19,13 +20,14 @@ from trainer.job import TrainJob
 DOCS = Path(__file__).resolve().parent
 PACKAGES = ("gradcache", "trainer", "mining", "launch")
 MAP_HEADING = "## The map\n"
+PARAMETERS_HEADING = "## Parameters\n"
 
 
 def pages() -> dict[Path, str]:
     """Return what each page should hold."""
-    architecture = DOCS / "architecture.md"
-    by_hand = architecture.read_text(encoding="utf-8").partition(MAP_HEADING)[0]
-    return {DOCS / "settings.md": _settings(), architecture: by_hand + MAP_HEADING + _map()}
+    made = {DOCS / "architecture.md": (MAP_HEADING, _map()), DOCS / "objectives.md": (PARAMETERS_HEADING, _parameters())}
+    by_hand = {page: page.read_text(encoding="utf-8").partition(heading)[0] for page, (heading, _) in made.items()}
+    return {DOCS / "settings.md": _settings(), **{page: by_hand[page] + "".join(end) for page, end in made.items()}}
 
 
 def _settings() -> str:
@@ -62,6 +64,16 @@ def _with_default(key: str, default: str) -> str:
     except tomllib.TOMLDecodeError:
         return f"`{key}`, {default}" if default else f"`{key}`"
     return f"`{key} = {default}`"
+
+
+def _parameters() -> str:
+    parts = ["This part is made from the code by `python docs/generate.py`; `negpool objectives` prints the same."]
+    for name, found in all_objectives().items():
+        also = f" It takes the parameters of {base}, too, where they have a meaning." if (base := found["takes_those_of"]) else ""
+        parts += [f"### {name}", f"{found['about']} Source: {found['source']}.{also}"]
+        rows = [(_with_default(row["name"], row["default"]), row["type"], row["meaning"]) for row in found["parameters"]]
+        parts += [_table(("parameter = default", "takes", "meaning"), rows)] if rows else []
+    return "\n" + "\n\n".join(parts) + "\n"
 
 
 def _map() -> str:

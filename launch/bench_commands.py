@@ -119,6 +119,26 @@ def bench_mining(
     return _print_bench("mining", found, mining_parts(found), out, as_json)
 
 
+@bench_app.command("objectives")
+def bench_objectives(
+    rounds: Rounds = 3,
+    half: Annotated[
+        bool | None, typer.Option("--half/--full", help="bfloat16 products, float32 sums; default: on a GPU alone")
+    ] = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> int:
+    """Measure each published loss against InfoNCE.
+
+    It takes some minutes on two cores.
+    """
+    from launch.bench.objectives import bench_objectives as run_bench
+    from launch.loss_tables import objective_parts
+
+    found = run_bench(rounds, half)
+    return _print_bench("objectives", found, objective_parts(found), out, as_json)
+
+
 @bench_app.command("gpu")
 def bench_gpu(rounds: Rounds = 3, out: Out = None, as_json: Json = False) -> int:
     """Measure all that is promised of a GPU, in eight minutes.

@@ -25,7 +25,7 @@ from launch.jobfile import Override, read_job
 from launch.ranks import answer, on_ranks
 from trainer.backends import parallelize
 from trainer.budget import CPU_BUDGET
-from trainer.data.collate import RowEncoder, TrainingSet, collate
+from trainer.data.collate import RowEncoder, TrainingSet, Wants, collate
 from trainer.data.datasets import open_data
 from trainer.data.sampler import choice, global_batch, rank_slice
 from trainer.encoder.model import load_encoder
@@ -166,6 +166,7 @@ class _Step:
             per_query=self.job.negatives.per_query,
             seed=self.job.run.seed,
             step=0,
+            wants=Wants.of(self.loss.objective),
         )
 
     def temperature(self) -> Temperature:

@@ -55,6 +55,19 @@ def loss_rank_parts(found: dict[str, Any]) -> list[Part]:
     return [*parts, Sheet(title, ("", "GiB", "MiB moved", "foreseen"), rows)]
 
 
+def objective_parts(found: dict[str, Any]) -> list[Part]:
+    """Return the time of each objective against InfoNCE's."""
+    title = (
+        f"loss and gradients, {found['rows']:,} x {found['columns']:,}, width {found['width']}, {found['precision']}, "
+        f"{machine_words(found)}, medians of {found['rounds']}"
+    )
+    rows = [
+        (name, f"{row['seconds']:.3f}", f"{row['ratio']:.2f}", "" if row["wanted"] is None else f"{row['wanted']:.2f}")
+        for name, row in found["objectives"].items()
+    ]
+    return [Sheet(title, ("", "seconds", "ratio", "wanted"), rows)]
+
+
 def _against_bare(title: str, sides: dict[str, dict[str, Any]], flops: float, gflops: float) -> Sheet:
     rows = []
     for name, row in sides.items():

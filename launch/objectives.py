@@ -9,8 +9,9 @@ from typing import Any
 
 from rich.text import Text
 
-from gradcache import OBJECTIVES, parameters_of
+from gradcache import OBJECTIVES, InfoNCE, parameters_of
 
+BASE = "info_nce"  # the others of its kind take its parameters, too
 WIDTH = 80  # of a terminal that everybody has
 
 
@@ -31,14 +32,19 @@ def _lines(name: str, about: dict[str, Any]) -> Iterator[Text]:
     for parameter in about["parameters"]:
         yield Text.assemble("  ", (parameter["name"], "bold cyan"), f" = {parameter['default']}  ", (parameter["type"], "dim"))
         yield from map(Text, textwrap.wrap(parameter["meaning"], WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    if about["takes_those_of"]:
+        yield Text(f"  and the parameters of {about['takes_those_of']} that have a meaning here")
     yield Text("")
 
 
 def _describe(make: Any, source: str) -> dict[str, Any]:
-    meanings = _meanings(make)
+    meanings, known = _meanings(make), parameters_of(make)
+    extends = BASE if make is not InfoNCE and issubclass(make, InfoNCE) else None
+    shared = parameters_of(InfoNCE) if extends else {}
     return {
         "about": _first_paragraph(make.__doc__),
         "source": source,
+        "takes_those_of": extends,
         "parameters": [
             {
                 "name": name,
@@ -47,7 +53,8 @@ def _describe(make: Any, source: str) -> dict[str, Any]:
                 "published": parameter.range.published if parameter.range else "",
                 "meaning": meanings.get(name, ""),
             }
-            for name, parameter in parameters_of(make).items()
+            for name, parameter in known.items()
+            if name not in shared
         ],
     }
 
@@ -68,7 +75,7 @@ def _meanings(make: type) -> dict[str, str]:
         words = " ".join((make.__init__.__doc__ or "").split())  # type: ignore[misc]
         names = list(parameters_of(make))
         starts = sorted((words.find(f"{name}: "), name) for name in names)
-        ends = [start for start, _ in starts[1:]] + [len(words)]
+        ends = [start for start, _ in starts[1:]] + [len(words)] * bool(starts)
         return {name: words[start + len(name) + 2 : end].strip() for (start, name), end in zip(starts, ends, strict=True)}
     found: dict[str, str] = {}
     for of_class in reversed(make.__mro__):

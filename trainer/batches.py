@@ -6,13 +6,14 @@ the batch that it would have without the thread.
 """
 
 import functools
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 
 from gradcache import Batch
-from trainer.data.collate import RowEncoder, TrainingSet, collate
+from trainer.data.collate import RowEncoder, TrainingSet, Wants, collate
 from trainer.data.sampler import Order, Part, rank_slice, step_parts
 from trainer.handoff.negatives import Negatives
 from trainer.job import TrainJob
@@ -41,8 +42,18 @@ class _Ahead(NamedTuple):
 class Batches:
     """This rank's shares of the steps of a run, in their order."""
 
-    def __init__(self, job: TrainJob, world: World, dataset: TrainingSet, encoder: RowEncoder, num_steps: int):
+    def __init__(
+        self,
+        job: TrainJob,
+        world: World,
+        dataset: TrainingSet,
+        encoder: RowEncoder,
+        num_steps: int,
+        wants: Mapping[int | None, Wants],
+    ):
+        """wants: what the objective of each source wants of a batch, and that of mixed ones under None."""
         self._job, self._world, self._dataset, self._encoder, self._num_steps = job, world, dataset, encoder, num_steps
+        self._wants = wants
         is_gpu = world.device.type == "cuda"  # threads begin on the first one, which may be another rank's
         start = functools.partial(torch.cuda.set_device, world.device) if is_gpu else None
         self._thread = ThreadPoolExecutor(1, "batches", initializer=start)
@@ -78,4 +89,5 @@ class Batches:
             per_query=self._job.negatives.per_query,
             seed=self._job.run.seed,
             step=step,
+            wants=self._wants[part.source],
         )

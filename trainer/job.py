@@ -3,7 +3,7 @@
 import re
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Interval
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -22,6 +22,9 @@ from trainer.handoff.settings import (
 )
 from trainer.loss_settings import LossSettings
 from trainer.ranges import Precision, Share, job_section
+
+if TYPE_CHECKING:
+    from gradcache import Objective
 
 # Of a source's settings, those that say nothing in a mode.
 IDLE_IN_MODE: dict[Mode, tuple[str, ...]] = {
@@ -123,7 +126,7 @@ class OptimSettings:
     lr: PositiveFloat = 2e-5
     """Learning rate at its highest."""
     temperature_lr: NonNegativeFloat = 1e-2
-    """Learning rate of the logarithm of 1 / temperature, when it is learnt."""
+    """Learning rate of what the loss learns: the logarithm of 1 / temperature, and numbers of an objective."""
     weight_decay: NonNegativeFloat = 0.01
     """Not on biases and norms."""
     max_grad_norm: PositiveFloat = 1.0
@@ -234,6 +237,15 @@ class TrainJob:
             )
         self._check_schedule()
         self._check_sources()
+        if not self.loss.is_plain:
+            self._check_objective("loss", self.loss.build_objective())
+
+    def _check_objective(self, where: str, objective: "Objective") -> None:
+        if objective.wants_own_negatives and self.negatives.per_query == 0:
+            raise InputError(
+                f"{where}.objective with these parameters looks at the hard negatives that a query brings; set "
+                "negatives.per_query to 1 or more"
+            )
 
     def _check_schedule(self) -> None:
         for entry in self.negatives.schedule:
@@ -249,7 +261,7 @@ class TrainJob:
             if source.parameters and source.objective is None:
                 raise InputError(f"sources.{name}.parameters belong to an objective of its own; set sources.{name}.objective")
             if source.objective is not None:
-                self.loss.objective_of(name, source)
+                self._check_objective(f"sources.{name}", self.loss.objective_of(name, source))
             for key in idle:
                 value = getattr(source, key)
                 if value != getattr(SourceSettings(path=source.path), key):

@@ -69,8 +69,13 @@ class LossSettings:
                 f"{self.min_temperature}; set one of them to the other"
             )
         self._check_widths()
-        if self.objective != PLAIN or self.parameters or self.partition == "joint":
+        if not self.is_plain or self.partition == "joint":
             self.build_objective()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the objective is InfoNCE as it is."""
+        return self.objective == PLAIN and not self.parameters
 
     def build_objective(self) -> "Objective":
         """Return the objective of the job; raises InputError if it does not fit the section."""

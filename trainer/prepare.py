@@ -12,14 +12,15 @@ from typing import Any
 from torch.optim import AdamW
 from transformers import PreTrainedTokenizerBase
 
-from gradcache import Temperature
+from gradcache import Objective, Temperature
+from gradcache.objectives.tile import trained_parameters
 from trainer.backends import parallelize
 from trainer.batches import Batches
 from trainer.budget import kept_budget
 from trainer.checkpoint import Saver, clean_parts, load_state, load_weights
 from trainer.collapse import Collapse
 from trainer.compiling import Compiling, choose
-from trainer.data.collate import RowEncoder, TrainingSet, given_negatives, training_set
+from trainer.data.collate import RowEncoder, TrainingSet, Wants, given_negatives, training_set
 from trainer.data.datasets import RetrievalData, open_data
 from trainer.data.order import build_order
 from trainer.data.sampler import Order
@@ -46,7 +47,7 @@ from trainer.precision import DTYPES, encode_in, loss_scaler, set_tf32, settle_p
 from trainer.profile import Profile, open_profile
 from trainer.state import TrainState
 from trainer.symptoms import Gradients, Lasting
-from trainer.tasks import Task, build_tasks, loss_options
+from trainer.tasks import Task, build_objectives, build_tasks, check_grades, loss_options
 from trainer.trackers import check_trackers
 from trainer.warned import Warnings
 from trainer.world import World
@@ -124,7 +125,8 @@ def prepare(job: TrainJob, world: World) -> Training:
     num_steps = job.optim.steps or max(1, math.ceil(job.optim.epochs * order.steps_per_epoch))
     check_steps(job, num_steps)
     compiling = choose(job, world, dataset, encoder, num_steps)
-    state = first_state(job, world, loaded)
+    objectives = build_objectives(job, world.device)
+    state = first_state(job, world, loaded, objectives)
     if checkpoint is None:
         check_weights(job, world, state)
     else:
@@ -138,12 +140,15 @@ def prepare(job: TrainJob, world: World) -> Training:
     feed = open_feed(job, world, data, state, lambda: interrupt.is_set() or saver.has_failed(), clusters is not None)
     metrics: Metrics = TrainerMetrics(run, job.run.trackers) if world.speaks else NoMetrics()
     status.update(step=state.step, num_steps=num_steps, compiled=compiling.compiles, **start_figures(job, state))
+    tasks = build_tasks(loss_options(job.loss, job.precision, objectives["loss"]), data, state.temperature, objectives)
+    wants = {number: Wants.of(task.loss.objective) for number, task in tasks.items()}
+    check_grades(job, data, dataset, tasks)
     return Training(
         job,
         world,
         data,
         dataset,
-        Batches(job, world, dataset, row_encoder(job, world, encoder, state), num_steps),
+        Batches(job, world, dataset, row_encoder(job, world, encoder, state), num_steps, wants),
         state,
         loaded.plain,
         build_schedule(job.optim, num_steps),
@@ -156,7 +161,7 @@ def prepare(job: TrainJob, world: World) -> Training:
         status,
         order,
         clusters,
-        build_tasks(job.loss, loss_options(job.loss, job.precision), data, state.temperature, world.device),
+        tasks,
         num_steps,
         claim,
         None if checkpoint is None else checkpoint.step,
@@ -216,7 +221,7 @@ def open_feed(
     return feed
 
 
-def first_state(job: TrainJob, world: World, loaded: Loaded) -> TrainState:
+def first_state(job: TrainJob, world: World, loaded: Loaded, objectives: dict[str, Objective]) -> TrainState:
     """Return the state before the first step, the encoder under its backend. Collective."""
     must_take_weights = is_empty(loaded.encoder)
     parallel = parallelize(loaded.encoder, world, job.parallel, job.optim, DTYPES[job.precision.encode])
@@ -224,14 +229,16 @@ def first_state(job: TrainJob, world: World, loaded: Loaded) -> TrainState:
         take_weights(parallel, loaded.plain, world)
     loss = job.loss
     temperature = Temperature(loss.temperature, loss.learn_temperature, loss.min_temperature).to(world.device)
+    learnt = [p for objective in objectives.values() for p in trained_parameters(objective)]
     return TrainState(
         parallel,
         temperature,
-        AdamW(temperature.parameters(), lr=job.optim.temperature_lr, weight_decay=0.0),
+        AdamW([*temperature.parameters(), *learnt], lr=job.optim.temperature_lr, weight_decay=0.0),
         loss_scaler(job.precision, world.device),
         build_average(parallel, job.ema),
         EarlyStop(job.stop),
         RollBack(job.stop),
+        objectives=objectives,
     )
 
 

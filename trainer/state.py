@@ -1,14 +1,15 @@
 """Everything of a training run that must survive a restart, beside weights and moments: a few numbers."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import AdamW
 
-from gradcache import Temperature
+from gradcache import Objective, Temperature
 from trainer.budget import RunBudget
 from trainer.early_stop import EarlyStop, RollBack
 from trainer.ema import NoAverage, WeightAverage
@@ -25,7 +26,7 @@ class TrainState:
 
     parallel: Parallel  # the encoder and its optimizer
     temperature: Temperature
-    temperature_optimizer: AdamW  # its learning rate is 0 where the temperature is fixed
+    loss_optimizer: AdamW  # of what the loss learns: the temperature, and numbers of objectives
     scaler: torch.amp.GradScaler  # of float16 gradients
     average: WeightAverage | NoAverage
     early_stop: EarlyStop
@@ -37,6 +38,7 @@ class TrainState:
     num_skipped: int = 0  # updates left out, because their gradients were not finite
     skipped_in_row: int = 0  # of them, up to `step`; see `count_update`
     budget: RunBudget | None = None  # of memory; found with the first batch
+    objectives: Mapping[str, Objective] = field(default_factory=dict)  # "loss", and "sources.NAME" of those with their own
 
     def fragments(self) -> Iterator[Fragment]:
         """Yield what this rank holds of weights, moments and averages, as views."""
@@ -65,9 +67,14 @@ class TrainState:
         is_of_scale = not is_made and self.scaler.is_enabled() and self.scaler.get_scale() > 1
         self.skipped_in_row = 0 if is_made or is_of_scale else self.skipped_in_row + 1
 
+    def objective_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the numbers that objectives learn, by place and name."""
+        modules = {place: objective for place, objective in self.objectives.items() if isinstance(objective, nn.Module)}
+        return {f"{place}.{name}": p for place, module in modules.items() for name, p in module.named_parameters()}
+
     def values(self) -> dict[str, Any]:
         """Return what JSON can hold: all but the tensors of the encoder."""
-        moments = moments_of(self.temperature_optimizer, self.temperature.log_scale)
+        moments = moments_of(self.loss_optimizer, self.temperature.log_scale)
         return {
             **{name: getattr(self, name) for name in COUNTERS},
             "num_updates": self.parallel.num_updates,
@@ -81,14 +88,19 @@ class TrainState:
                 "log_scale": self.temperature.log_scale.item(),
                 **{name: moments[name].item() for name in ("step", *MOMENTS)},
             },
+            "objectives": {
+                name: {"value": parameter.tolist()}
+                | {key: moments_of(self.loss_optimizer, parameter)[key].tolist() for key in ("step", *MOMENTS)}
+                for name, parameter in self.objective_parameters().items()
+            },
         }
 
     def load(self, values: dict[str, Any]) -> None:
         """Take over what `values()` returned."""
         for name in COUNTERS:
             setattr(self, name, values.get(name, getattr(self, name)))  # older checkpoints have fewer
-        kept = values.get("budget")
-        self.budget = None if kept is None else RunBudget(**kept)
+        budget = values.get("budget")
+        self.budget = None if budget is None else RunBudget(**budget)
         self.parallel.num_updates = values["num_updates"]
         self.average.num_updates = values["num_averaged"]
         self.early_stop.load_state_dict(values["early_stop"])
@@ -98,9 +110,15 @@ class TrainState:
         of_temperature = dict(values["temperature"])
         with torch.no_grad():
             self.temperature.log_scale.fill_(of_temperature.pop("log_scale"))
-        moments = moments_of(self.temperature_optimizer, self.temperature.log_scale)
+        moments = moments_of(self.loss_optimizer, self.temperature.log_scale)
         for name, value in of_temperature.items():
             moments[name].fill_(value)
+        for name, parameter in self.objective_parameters().items():
+            kept = dict(values["objectives"][name])
+            with torch.no_grad():
+                parameter.copy_(torch.tensor(kept.pop("value")))
+            for key, value in kept.items():
+                moments_of(self.loss_optimizer, parameter)[key].copy_(torch.tensor(value))
 
 
 @dataclass(frozen=True, kw_only=True)

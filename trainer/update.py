@@ -22,25 +22,26 @@ log = logging.getLogger(__name__)
 def update(run: Training) -> float:
     """Clip, step the optimizers, and return the norm of the encoder's gradient before clipping. Collective.
 
-    Where a gradient of the encoder or of the temperature is not finite, neither of them nor the average moves, on any rank: the
+    Where a gradient of the encoder or of what the loss learns is not finite, none of them nor the average moves, on any rank: the
     step is left out, and counted. An overflow of float16 is such a step, behind which the scaler takes a smaller scale.
     All that the host has to know of the step is read in one wait for the device; behind it the update runs by itself.
     """
     state, optim, factor = run.state, run.job.optim, run.lr_factor(run.state.step)
     temperature = state.temperature
-    gradient = temperature.log_scale.grad  # the same on every rank
+    learnt = [p for p in (temperature.log_scale, *state.objective_parameters().values()) if p.grad is not None]
+    gradients = [p.grad.abs().sum() for p in learnt if p.grad is not None]  # the same on every rank
     set_learning_rate(state.parallel.optimizer, optim.lr * factor)
-    watched = [temperature.log_scale.detach(), temperature.is_at_bound(), *([] if gradient is None else [gradient])]
+    watched = [temperature.log_scale.detach(), temperature.is_at_bound(), *gradients]
     norm, is_made, (log_scale, is_at_bound, *_) = state.parallel.update(
         state.scaler, torch.stack([values.double() for values in watched])
     )
-    if gradient is not None:
-        set_learning_rate(state.temperature_optimizer, optim.temperature_lr * factor)
-        state.scaler.unscale_(state.temperature_optimizer)
-        torch.nn.utils.clip_grad_norm_(temperature.parameters(), optim.max_grad_norm)
-        if is_made:  # its gradient is known to be finite, which the scaler would wait for to see
-            state.temperature_optimizer.step()
-        state.temperature_optimizer.zero_grad(set_to_none=True)
+    if learnt:
+        set_learning_rate(state.loss_optimizer, optim.temperature_lr * factor)
+        state.scaler.unscale_(state.loss_optimizer)
+        torch.nn.utils.clip_grad_norm_(learnt, optim.max_grad_norm)
+        if is_made:  # their gradients are known to be finite, which the scaler would wait for to see
+            state.loss_optimizer.step()
+        state.loss_optimizer.zero_grad(set_to_none=True)
         temperature.bound()
     state.count_update(is_made)
     state.scaler.update()

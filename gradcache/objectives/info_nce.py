@@ -90,6 +90,11 @@ class InfoNCE(Objective):
         return self.positives != "own"
 
     @property
+    def sees_columns(self) -> bool:  # type: ignore[override]
+        """Whether other queries' passages are negatives."""
+        return self.in_batch
+
+    @property
     def wants_own_negatives(self) -> bool:  # type: ignore[override]
         """Whether the loss sees the hard negatives that a row brings one by one."""
         return not self.in_batch or self.hardness_of != "all"

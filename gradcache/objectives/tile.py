@@ -145,7 +145,7 @@ class Objective:
     wants_siblings: bool = False  # whether the loss needs the scores of a row's other positives
     wants_own_negatives: bool = False  # whether the hard negatives that a row brings are its cells, and no columns of it
     needs_same_side: ClassVar[bool] = False  # whether the columns of the row's own side are what it is about
-    sees_columns: ClassVar[bool] = True  # False: the loss is about rows and their own positives, and no column is looked at
+    sees_columns: bool = True  # False: the loss is about rows and their own positives, and no column is looked at
     cell_values: Sequence[str] = ()  # values that every cell must have
     row_values: Sequence[str] = ()  # values that every row must have, such as the grade of it and its positive
     second: Literal["positive"] | str | None = None  # a second matrix: of the rows' positives, or of an output's name

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradcache import Batch, InfoNCE, LossOptions, Temperature, Tower
+from gradcache import Batch, InfoNCE, LossOptions, Objective, Temperature, Tower
 from gradcache.agree import Agreed
 from gradcache.exchange import Counts
 from gradcache.loss import global_loss
@@ -29,10 +29,10 @@ class Stage:
     agreed: Agreed
     group: dist.ProcessGroup | None
 
-    def loss(self, **options) -> Way:
+    def loss(self, objective: Objective | None = None, **options) -> Way:
         """Compute the loss and its gradients; return what travelled. Collective."""
         device = self.agreed.embedding_nD.device
-        loss = LossOptions(objective=InfoNCE(), **options)
+        loss = LossOptions(objective=objective or InfoNCE(), **options)
         temperature = Temperature(1 / SCALE).to(device)
         return global_loss(self.batch, self.agreed, options=loss, temperature=temperature, group=self.group).way
 

@@ -116,7 +116,7 @@ def test_an_update_waits_once(has_scaler):
     world = replace(world_of(), device=torch.device("cuda"))
     run: SimpleNamespace = run_of(world, ParallelSettings(), scaler)
     state, temperature = run.state, run.state.temperature.cuda()
-    state.temperature_optimizer = torch.optim.AdamW(temperature.parameters(), lr=1e-2, weight_decay=0.0)
+    state.loss_optimizer = torch.optim.AdamW(temperature.parameters(), lr=1e-2, weight_decay=0.0)
 
     def updated():
         return update(run)

@@ -17,7 +17,7 @@ from tests.trainer.worlds import world_of
 from trainer import batches as batches_module
 from trainer import feed
 from trainer.batches import Batches
-from trainer.data.collate import RowEncoder, collate, training_set
+from trainer.data.collate import RowEncoder, Wants, collate, training_set
 from trainer.data.datasets import open_dataset
 from trainer.data.sampler import rank_slice, single_order, step_parts
 from trainer.encoder.settings import ModelSettings
@@ -60,7 +60,9 @@ def of_rank(dataset):
 
     def make(rank=0, num_ranks=1):
         job = SimpleNamespace(negatives=SimpleNamespace(per_query=2), run=SimpleNamespace(seed=4))
-        made.append(Batches(job, replace(world_of(), rank=rank, num_ranks=num_ranks), dataset, ENCODER, NUM_STEPS))
+        made.append(
+            Batches(job, replace(world_of(), rank=rank, num_ranks=num_ranks), dataset, ENCODER, NUM_STEPS, {None: Wants()})
+        )
         return made[-1]
 
     yield make

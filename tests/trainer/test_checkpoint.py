@@ -77,8 +77,8 @@ def take_steps(world, state, num_steps):
         )
         state.parallel.update(state.scaler)
         state.average.update()
-        state.temperature_optimizer.step()
-        state.temperature_optimizer.zero_grad()
+        state.loss_optimizer.step()
+        state.loss_optimizer.zero_grad()
         state.step += 1
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradcache import Batch, Ragged, Tower
+from gradcache import Batch, Candidates, Objective, Ragged, Tower
 from trainer.data.cache import build_once
 from trainer.data.datasets import RetrievalData
 from trainer.data.sampler import choice
@@ -101,6 +101,23 @@ class RowEncoder:
     is_packed: bool = False  # its inputs are not padded
 
 
+@dataclass(frozen=True)
+class Wants:
+    """What an objective wants of a batch beyond texts and their positives."""
+
+    own_negatives: bool = False  # as cells of their query, and no columns of its row
+    columns: bool = True  # False: no passage is a negative of another query
+    grades: bool = False  # of each query's positive
+
+    @classmethod
+    def of(cls, objective: Objective) -> "Wants":
+        """Return what an objective wants."""
+        return cls(objective.wants_own_negatives, objective.sees_columns, "grade" in objective.row_values)
+
+
+PLAIN = Wants()
+
+
 def collate(
     dataset: TrainingSet,
     negatives: Negatives | None,
@@ -110,10 +127,13 @@ def collate(
     per_query: int | Literal["all"],
     seed: int,
     step: int,
+    wants: Wants = PLAIN,
 ) -> Batch:
     """Return what this rank encodes and contrasts in a step; query_n: numbers of its queries, (n,) int64, n may be 0."""
-    passage_p = choose_passages(dataset, negatives, query_n, per_query, seed, step).rows
+    chosen = choose_passages(dataset, negatives, query_n, per_query, seed, step)
+    passage_p = chosen.rows
     keys = np.concatenate([dataset.query_keys[query_n], dataset.passage_keys[passage_p]])
+    positive_keys = _positive_keys(dataset, query_n)
     input_keys = np.concatenate([dataset.queries.keys(query_n), dataset.passages.keys(passage_p)])
     lengths = np.concatenate([dataset.queries.lengths[query_n], dataset.passages.lengths[passage_p]])
     tokens = StepTokens([(dataset.queries, query_n), (dataset.passages, passage_p)], encoder.device, encoder.is_packed)
@@ -136,8 +156,26 @@ def collate(
         num_queries=len(query_n),
         keys=torch.from_numpy(keys),
         target=torch.arange(len(query_n)),
-        positive_keys=_positive_keys(dataset, query_n),
+        positive_keys=positive_keys,
+        candidates=_own_negatives(keys[len(query_n) :], chosen.query, positive_keys) if wants.own_negatives else None,
+        own_only=None if wants.columns else torch.ones(len(passage_p), dtype=torch.bool),
+        query_values={"grade": torch.from_numpy(chosen.grade_n)} if wants.grades else {},
     )
+
+
+def _own_negatives(key_p: np.ndarray, query_p: np.ndarray, positive_keys: Ragged) -> Candidates:
+    """Return the hard negatives that each query brings as its candidates, each text once, and none that is a positive of it.
+
+    key_p, query_p: of the passages, of which the first are the queries' positives.
+    """
+    num_queries = len(positive_keys.counts_n)
+    pair_p = np.stack([query_p, key_p], axis=1)[num_queries:]
+    known = np.stack([positive_keys.rows_m.numpy(), positive_keys.values_m.numpy()], axis=1)
+    # The positives stand first, so that the first of equal pairs is one of them wherever there is one.
+    _, first = np.unique(np.concatenate([known, pair_p]), axis=0, return_index=True)
+    place = np.sort(first[first >= len(known)]) - len(known)
+    query = torch.from_numpy(pair_p[place, 0])
+    return Candidates(query=query, passage=torch.from_numpy(place + num_queries), are_columns=False)
 
 
 @dataclass(frozen=True)
@@ -147,6 +185,7 @@ class Chosen:
     rows: np.ndarray  # (p,) int64 corpus rows
     query: np.ndarray  # (p,) int64: which of the n queries each belongs to
     teacher: np.ndarray  # (p,) float32: a teacher's score of each, NaN where there is none
+    grade_n: np.ndarray  # (n,) float32: of relevance, of each query's positive
 
 
 def choose_passages(
@@ -170,6 +209,7 @@ def choose_passages(
         np.concatenate([dataset.positive_rows[at_n], ids[at_m]]),
         np.concatenate([np.arange(len(query_n)), query_m]),
         np.concatenate([dataset.positive_teacher[at_n], teacher_m]),
+        dataset.positive_grades[at_n],
     )
 
 

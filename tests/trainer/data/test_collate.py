@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
-from trainer.data.collate import RowEncoder, choose_passages, collate, training_set
+from trainer.data.collate import RowEncoder, Wants, choose_passages, collate, training_set
 from trainer.data.datasets import open_dataset
 from trainer.data.sampler import rank_slice
 from trainer.encoder.tokens import tokenize
@@ -224,3 +224,31 @@ def test_packed_towers_have_the_rows_of_padded_ones(dataset, negatives, has_two_
         assert [tuple(ids.tolist()) for ids in parts] == tokens(padded, (rows + first).tolist())
         first += len(rows)
     assert first == len(padded.keys)
+
+
+def test_own_negatives_are_cells_of_their_query_and_no_columns_of_its_row(dataset, negatives):
+    query_n = np.arange(dataset.num_queries)
+    encoder = RowEncoder(print, CPU)
+    batch = collate(dataset, negatives, query_n, encoder, per_query=3, seed=1, step=5, wants=Wants(own_negatives=True))
+    chosen = choose_passages(dataset, negatives, query_n, 3, 1, 5)
+    keys, known = batch.keys[batch.num_queries :], keys_of(batch.positives)
+    cells, hidden = batch.candidates, keys_of(batch.hidden)
+    for query in query_n.tolist():
+        brought = {int(keys[p]) for p in np.flatnonzero(chosen.query == query) if p >= len(query_n)} - known[query]
+        places = cells.passage[cells.query == query]
+        assert sorted(keys[places].tolist()) == sorted(brought), "each text once, and none that is a positive"
+        assert (chosen.query[places.numpy()] == query).all() and hidden[query] == brought
+    assert len(cells.query) > 20 and bool((cells.query.diff() >= 0).all()) and batch.own_only is None
+    alone = collate(
+        dataset, negatives, query_n, encoder, per_query=3, seed=1, step=5, wants=Wants(own_negatives=True, columns=False)
+    )
+    assert bool(alone.own_only.all()) and torch.equal(alone.candidates.passage, cells.passage)
+
+
+def test_grades_are_those_of_the_positives_that_are_drawn(dataset):
+    graded = replace(dataset, positive_grades=np.arange(len(dataset.positive_rows), dtype=np.float32))
+    query_n = np.arange(dataset.num_queries)
+    batch = collate(graded, None, query_n, RowEncoder(print, CPU), per_query=0, seed=1, step=5, wants=Wants(grades=True))
+    drawn = choose_passages(graded, None, query_n, 0, 1, 5).rows
+    grades = batch.query_values["grade"].numpy().astype(int)
+    assert (graded.positive_rows[grades] == drawn).all() and len(set(grades)) == len(query_n)
