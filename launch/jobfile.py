@@ -27,7 +27,7 @@ Job = TypeVar("Job")
 # Where and by how many something is made, not what.
 HOW = {("data", "cache"), ("data", "num_proc"), ("encode", "device"), ("run", "trackers")}
 SOURCES = "sources"  # the one section of sections, [sources.NAME]
-TABLES = {"parameters", "false_negatives"}  # settings that have keys of their own
+TABLE = "parameters"  # a setting that has keys of its own
 Override = str | tuple[str, Any]  # section.key=value, as the command line has it, or name and value, as Python has them
 CALLED = {  # what other trainers' arguments are called here
     "learning_rate": "optim.lr",
@@ -155,7 +155,7 @@ def name_of(override: Override) -> str:
 def _apply(table: dict, override: Override) -> None:
     name = name_of(override)
     section, *rest = name.split(".")
-    depth = (2 if section == SOURCES else 1) + bool(TABLES.intersection(rest[:-1]))
+    depth = (2 if section == SOURCES else 1) + (TABLE in rest[:-1])
     if not (section and len(rest) == depth and all(rest) and ("=" in override or not isinstance(override, str))):
         expected = "section.key=value, as in optim.lr=3e-5, sources.NAME.key=value, or loss.parameters.name=value"
         raise InputError(f"{override if isinstance(override, str) else name!r} is not an override; expected {expected}")

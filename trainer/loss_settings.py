@@ -2,7 +2,7 @@
 
 import itertools
 import typing
-from dataclasses import asdict, field
+from dataclasses import field
 from typing import Literal
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -15,18 +15,7 @@ if typing.TYPE_CHECKING:  # torch takes seconds, and the usual objective needs n
     from gradcache import FalseNegatives, Objective
 
 PLAIN = "info_nce"
-
-
-@job_section
-class FalseNegativeSettings:
-    """Passages of the batch that score so high that they are no negatives, but positives that nobody has judged."""
-
-    max_score: float | None = None
-    """Keep s <= max_score."""
-    absolute_margin: float | None = None
-    """Keep s <= s_pos - margin; -0.1 lets scores up to 0.1 above the positive's pass (UniME)."""
-    relative_margin: NonNegativeFloat | None = None
-    """Keep s <= s_pos - |s_pos| * margin."""
+LIMITS = ("max_score", "absolute_margin", "relative_margin")
 
 
 @job_section
@@ -37,8 +26,12 @@ class LossSettings:
     """What a query's scores become: a name that `negpool objectives` lists, or "module:name" of your own."""
     parameters: Parameters = field(default_factory=dict)
     """What the objective takes, by name; `negpool objectives` lists them."""
-    false_negatives: FalseNegativeSettings = field(default_factory=FalseNegativeSettings)
-    """Which passages of a batch are left out as positives that nobody has judged."""
+    max_score: float | None = None
+    """Passages of the batch that score more are no negatives of a query, but positives that nobody has judged."""
+    absolute_margin: float | None = None
+    """The same of those above s_pos - margin; -0.1 lets scores up to 0.1 above the positive's stay (UniME)."""
+    relative_margin: NonNegativeFloat | None = None
+    """The same of those above s_pos - |s_pos| * margin (NV-Retriever's rule, of the batch)."""
     symmetric: bool = False
     """Also passage -> query, mean of both directions."""
     partition: Literal["each", "joint"] = "each"
@@ -103,18 +96,21 @@ class LossSettings:
         if found.needs_same_side and not self.same_side:
             raise InputError(f"{where}.objective={name!r} is about texts of one side; set loss.same_side=true")
         if not found.sees_columns and self.limits is not None:
-            raise InputError(f"{where}.objective={name!r} looks at no negatives; take loss.false_negatives away")
+            raise InputError(f"{where}.objective={name!r} looks at no negatives; take {' and '.join(self._given_limits())} away")
         return found
 
     @property
     def limits(self) -> "FalseNegatives | None":
         """The limits of false negatives; None: there are none."""
-        given = {name: value for name, value in asdict(self.false_negatives).items() if value is not None}
+        given = self._given_limits()
         if not given:
             return None
         from gradcache import FalseNegatives
 
-        return FalseNegatives(**given)
+        return FalseNegatives(**{name.removeprefix("loss."): value for name, value in given.items()})
+
+    def _given_limits(self) -> dict[str, float]:
+        return {f"loss.{name}": getattr(self, name) for name in LIMITS if getattr(self, name) is not None}
 
     def _check_widths(self) -> None:
         widths, weights = self.widths, self.width_weights

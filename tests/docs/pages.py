@@ -41,6 +41,16 @@ def inline(page: Path, kind: str) -> Iterator[Token]:
         yield from (child for child in token.children or [] if child.type == kind)
 
 
+def save_example(page: Path, folder: Path) -> str | None:
+    """Write the module that a page tells its reader to save into a folder, and return its name; None: it tells nothing."""
+    found = re.search(r"save it as `(\w+)\.py`", page.read_text(encoding="utf-8"))
+    if found is None:
+        return None
+    code = next(block.text for block in blocks(page) if block.language == "python")
+    (folder / f"{found[1]}.py").write_text(code)
+    return found[1]
+
+
 def blocks(page: Path) -> Iterator[Block]:
     """Yield a page's fenced blocks."""
     for token in tokens(page):

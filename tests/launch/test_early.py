@@ -60,10 +60,10 @@ def test_nothing_heavy_is_imported_for_a_job_that_cannot_be_used(tmp_path):
         (["loss.objective=alignment_uniformity"], "is about texts of one side; set loss.same_side=true"),
         (["loss.objective=angle", "loss.symmetric=true"], "scores a pair in one direction only; set loss.symmetric=false"),
         (
-            ["loss.objective=cosent", "loss.false_negatives.max_score=0.7"],
-            "looks at no negatives; take loss.false_negatives away",
+            ["loss.objective=cosent", "loss.max_score=0.7"],
+            "looks at no negatives; take loss.max_score away",
         ),
-        (["loss.false_negatives.max_scor=0.7"], "unknown key loss.false_negatives.max_scor; did you mean max_score?"),
+        (["loss.max_scor=0.7"], "unknown key loss.max_scor; did you mean max_score?"),
     ],
 )
 def test_a_loss_that_has_no_meaning_is_refused_when_the_job_is_read(overrides, words):
