@@ -6,6 +6,7 @@ tests/docs/test_generated.py fails where one of them is not what this writes.
 """
 
 import ast
+import json
 import tomllib
 from collections.abc import Iterator
 from dataclasses import fields
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.objectives import all_objectives
+from launch.presets import PRESETS
 from launch.settings import all_settings
 from mining.job import MineJob
 from trainer.job import TrainJob
@@ -20,12 +22,15 @@ from trainer.job import TrainJob
 DOCS = Path(__file__).resolve().parent
 PACKAGES = ("gradcache", "trainer", "mining", "launch")
 MAP_HEADING = "## The map\n"
-PARAMETERS_HEADING = "## Parameters\n"
+PRESETS_HEADING = "## Presets\n"
 
 
 def pages() -> dict[Path, str]:
     """Return what each page should hold."""
-    made = {DOCS / "architecture.md": (MAP_HEADING, _map()), DOCS / "objectives.md": (PARAMETERS_HEADING, _parameters())}
+    made = {
+        DOCS / "architecture.md": (MAP_HEADING, _map()),
+        DOCS / "objectives.md": (PRESETS_HEADING, _presets() + _parameters()),
+    }
     by_hand = {page: page.read_text(encoding="utf-8").partition(heading)[0] for page, (heading, _) in made.items()}
     return {DOCS / "settings.md": _settings(), **{page: by_hand[page] + "".join(end) for page, end in made.items()}}
 
@@ -66,14 +71,32 @@ def _with_default(key: str, default: str) -> str:
     return f"`{key} = {default}`"
 
 
+def _presets() -> str:
+    about = (
+        "`loss.preset` sets what a published system does, wherever the job says nothing; what the job says otherwise holds, and "
+        "is said. `negpool train JOB.toml --explain` prints each setting with its source. From here on this page is made from "
+        "the code by `python docs/generate.py`."
+    )
+    rows = [
+        (
+            f"`{name}`",
+            preset.source,
+            " ".join(f"`{key}={json.dumps(value)}`" for key, value in preset.settings.items()),
+            preset.note,
+        )
+        for name, preset in PRESETS.items()
+    ]
+    return f"\n{about}\n\n{_table(('preset', 'system', 'settings', 'beside them'), rows)}\n\n"
+
+
 def _parameters() -> str:
-    parts = ["This part is made from the code by `python docs/generate.py`; `negpool objectives` prints the same."]
+    parts = ["## Parameters", "`negpool objectives` prints the same."]
     for name, found in all_objectives().items():
         also = f" It takes the parameters of {base}, too, where they have a meaning." if (base := found["takes_those_of"]) else ""
         parts += [f"### {name}", f"{found['about']} Source: {found['source']}.{also}"]
         rows = [(_with_default(row["name"], row["default"]), row["type"], row["meaning"]) for row in found["parameters"]]
         parts += [_table(("parameter = default", "takes", "meaning"), rows)] if rows else []
-    return "\n" + "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def _map() -> str:

@@ -96,17 +96,39 @@ def _foresee(jobs: Any, as_json: bool) -> int:
 
 
 @app.command(cls=JobCommand, epilog=two_shells())
-def train(job: JobFile, overrides: Overrides = None, allow_change: AllowChange = False, as_json: Json = False) -> int:
+def train(
+    job: JobFile,
+    overrides: Overrides = None,
+    explain: Annotated[bool, typer.Option("--explain", help="print what the job and its loss.preset set, and end")] = False,
+    allow_change: AllowChange = False,
+    as_json: Json = False,
+) -> int:
     """Train only, on one rank or on those of a launcher.
 
     Launchers are torchrun, srun, accelerate launch and deepspeed, with -m negpool.
     """
+    if explain:
+        return _explain(job, overrides or [], as_json)
     from launch.sides import train_side
 
     outcome = train_side(job, overrides or [], allow_change)
     if as_json and outcome is not None:
         print_json(outcome.as_json())
     return 0 if outcome is None or outcome.finished else EXIT_STOPPED
+
+
+def _explain(job: JobFile, overrides: list[str], as_json: bool) -> int:
+    from launch.explain import explain, explain_table
+    from launch.jobfile import read_job
+
+    found = explain(read_job(job, overrides))
+    if as_json:
+        print_json(found)
+    else:
+        results().print(explain_table(found))
+        for remark in found["remarks"]:
+            messages().print(escape(remark))
+    return 0
 
 
 @app.command(cls=JobCommand)

@@ -11,7 +11,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from rich.markup import escape
+
 from launch.jobfile import Jobs
+from launch.output import messages
 from launch.srun import LAUNCHED
 from mining.job import MineJob
 from mining.settings import AUTO, EXACT
@@ -31,6 +34,8 @@ def check_early(jobs: Jobs, trains: bool = True, mines: bool = True) -> None:
 
     trains, mines: which sides the job is for.
     """
+    for remark in jobs.remarks:
+        messages().print(f"[yellow]{escape(remark)}; the job's value holds[/yellow]")
     needs = [*(_needs_of_trainer(jobs.train) if trains else ()), *(_needs_of_miner(jobs.mine) if mines else ())]
     for setting, module, extra in needs:
         if importlib.util.find_spec(module) is None:

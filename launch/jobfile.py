@@ -18,6 +18,7 @@ import pydantic
 import tomli_w
 
 from launch.plan import LaunchSettings
+from launch.presets import apply_preset
 from mining.job import MineJob
 from trainer.errors import InputError
 from trainer.job import TrainJob
@@ -70,6 +71,8 @@ class Jobs:
     launch: LaunchSettings
     # section.key of what the file or an override sets: how a job was told, not what it is
     given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
+    origins: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)  # of what a preset has set
+    remarks: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # where the job differs from its preset
 
     def resolved(self) -> dict[str, Any]:
         """Return every section with every value, defaults included, as TOML can hold it."""
@@ -99,7 +102,9 @@ def read_job(path: Path | None, overrides: Sequence[Override], backend: str | No
             f"out of the job, or use launch/accelerate/{asked}.yaml"
         )
     given = frozenset(f"{section}.{key}" for section, values in table.items() for key in values)
-    return Jobs(_build(TrainJob, table, where), _build(MineJob, table, where), _build(LaunchJob, table, where).launch, given)
+    applied = apply_preset(table)
+    sides = _build(TrainJob, table, where), _build(MineJob, table, where), _build(LaunchJob, table, where).launch
+    return Jobs(*sides, given, applied.origins, tuple(applied.remarks))
 
 
 def _read_table(path: Path) -> dict[str, Any]:

@@ -22,6 +22,8 @@ LIMITS = ("max_score", "absolute_margin", "relative_margin")
 class LossSettings:
     """Section `loss`: what embeddings are trained towards."""
 
+    preset: str | None = None
+    """A published system whose settings hold where the job says nothing; `negpool train JOB.toml --explain` prints them."""
     objective: str = PLAIN
     """What a query's scores become: a name that `negpool objectives` lists, or "module:name" of your own."""
     parameters: Parameters = field(default_factory=dict)

@@ -17,6 +17,7 @@ from gradcache import (
     Candidates,
     DDPSync,
     Extra,
+    FalseNegatives,
     LossOptions,
     NoSync,
     Ragged,
@@ -30,6 +31,8 @@ from gradcache.objectives import (
     CACR,
     AdaptiveMargins,
     AlignmentUniformity,
+    AnglE,
+    CoSENT,
     Progressive,
     Sigmoid,
     symile_rows,
@@ -139,6 +142,17 @@ def near_a_vector(embedding, keys):
     return (embedding - keys[:, None].to(embedding).sin()).square().mean(1)
 
 
+def own_cells(rank, num_queries):
+    """One hard negative of each query, as a cell and no column of its row."""
+    query = torch.arange(num_queries)
+    return Candidates(query=query, passage=num_queries + query, are_columns=False)
+
+
+def grades(rank, num_queries):
+    return {"grade": torch.randint(0, 4, (num_queries,), generator=torch.Generator().manual_seed(80 + rank)).double()}
+
+
+LIMITS = FalseNegatives(max_score=0.8, absolute_margin=-0.3)
 INFO_NCE = LossOptions(objective=InfoNCE())
 CASES = {
     "uniformity": ({"same_side": True}, AlignmentUniformity, {}),
@@ -151,6 +165,18 @@ CASES = {
     "weights": ({"symmetric": True, "same_side": True}, InfoNCE, {"query_values": weights}),
     "candidates": ({}, Distilled, {"candidates": candidates}),
     "own columns": ({"symmetric": True}, Distilled, {"candidates": candidates, "own_only": own_only}),
+    "one denominator": ({"symmetric": True, "same_side": True, "partition": "joint"}, functools.partial(InfoNCE, hardness=2), {}),
+    "one denominator, widths": ({"symmetric": True, "partition": "joint", "widths": (5, 2)}, InfoNCE, {}),
+    "false negatives": ({"symmetric": True, "same_side": True, "false_negatives": LIMITS}, InfoNCE, {}),
+    "false negatives, by autograd": ({"false_negatives": LIMITS}, CACR, {}),
+    "own negatives": (
+        {"symmetric": True, "false_negatives": LIMITS},
+        functools.partial(InfoNCE, hardness=2, hardness_of="own"),
+        {"candidates": own_cells},
+    ),
+    "own negatives alone": ({}, functools.partial(InfoNCE, in_batch=False), {"candidates": own_cells, "own_only": all_own}),
+    "gathered rows": ({}, CoSENT, {"query_values": grades, "own_only": all_own}),
+    "a pair's own score": ({}, AnglE, {"query_values": grades, "own_only": all_own}),
     "no columns": ({}, Distilled, {"candidates": candidates, "own_only": all_own}),
     "extra": ({}, InfoNCE, {"extra": extra}),
     "widths and uniformity": ({"same_side": True, "widths": (6, 3), "width_weights": (1.0, 2.0)}, AlignmentUniformity, {}),
