@@ -6,7 +6,7 @@ from typer.core import TyperGroup
 
 PANELS = {
     "Train": ("init", "run", "train", "mine", "merge"),
-    "Look": ("status", "report", "compare", "eval", "search", "settings"),
+    "Look": ("status", "report", "compare", "eval", "search", "settings", "objectives"),
     "Data": ("data", "encode"),
     "Cluster": ("submit", "doctor"),
     "Proof": ("check", "bench"),

@@ -58,7 +58,7 @@ def settings(
 
 @looking_app.command()
 def objectives(as_json: Json = False) -> int:
-    """List the losses that a job file can name, with their sources and what they take."""
+    """List the losses that a job file can name."""
     from launch.objectives import all_objectives, objectives_text
 
     found = all_objectives()
