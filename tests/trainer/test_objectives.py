@@ -9,12 +9,11 @@ import pytest
 
 from gradcache import OBJECTIVES
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
+from tests.trainer.jobs import tiny_job
 from tests.trainer.worlds import world_of
-from trainer.encoder.settings import ModelSettings
 from trainer.errors import InputError
-from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings
 from trainer.handoff.weights import open_checkpoint
-from trainer.job import BatchSettings, CheckpointSettings, ChunkSettings, EvalSettings, OptimSettings, TrainJob
+from trainer.job import EvalSettings
 from trainer.loss_settings import LossSettings
 from trainer.train import train
 
@@ -48,17 +47,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def job(root, tmp_path):
-    return TrainJob(
-        run=RunSettings(folder=tmp_path / "run", trackers=()),
-        data=DataSettings(path=root / "data", cache=root / "cache"),
-        model=ModelSettings(name=str(root / "encoder")),
-        batch=BatchSettings(queries=7),
-        chunk=ChunkSettings(tokens=64, keep_graphs="all"),
-        optim=OptimSettings(steps=4, lr=1e-3),
-        checkpoint=CheckpointSettings(every_steps=2),
-        negatives=NegativesSettings(per_query=0),
-        eval=EvalSettings(split="none"),
-    )
+    return replace(tiny_job(root, tmp_path / "run", steps=4), eval=EvalSettings(split="none"))
 
 
 def losses(job):

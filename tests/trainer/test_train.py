@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import trainer.milestones
 import trainer.train
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
+from tests.trainer.jobs import tiny_job
 from tests.trainer.worlds import world_of
 from trainer.data.clusters import Clusters
 from trainer.data.sampler import Order, SourceOrder, step_parts
@@ -23,16 +24,14 @@ from trainer.encoder.settings import KEEP_ENCODINGS, ModelSettings
 from trainer.errors import InputError, MustNotGoOn
 from trainer.handoff.manifest import versions
 from trainer.handoff.negatives import publish_negatives
-from trainer.handoff.settings import DataSettings, NegativesSettings, RunSettings, ScheduleEntry, SourceSettings
+from trainer.handoff.settings import NegativesSettings, ScheduleEntry, SourceSettings
 from trainer.handoff.weights import open_checkpoint
 from trainer.job import (
     BatchSettings,
     CheckpointSettings,
-    ChunkSettings,
     EmaSettings,
     EvalSettings,
     OptimSettings,
-    TrainJob,
 )
 from trainer.loss_settings import LossSettings
 from trainer.parts import Parts
@@ -53,16 +52,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def job(root, tmp_path):
-    return TrainJob(
-        run=RunSettings(folder=tmp_path / "run", trackers=()),
-        data=DataSettings(path=root / "data", cache=root / "cache"),
-        model=ModelSettings(name=str(root / "encoder")),
-        batch=BatchSettings(queries=7),
-        chunk=ChunkSettings(tokens=64, keep_graphs="all"),
-        optim=OptimSettings(steps=6, lr=1e-3),
-        checkpoint=CheckpointSettings(every_steps=2),
-        negatives=NegativesSettings(per_query=0),
-    )
+    return tiny_job(root, tmp_path / "run", steps=6)
 
 
 def lines(job):
