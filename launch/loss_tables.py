@@ -58,7 +58,7 @@ def loss_rank_parts(found: dict[str, Any]) -> list[Part]:
 def objective_parts(found: dict[str, Any]) -> list[Part]:
     """Return the time of each objective against InfoNCE's."""
     title = (
-        f"loss and gradients, {found['rows']:,} x {found['columns']:,}, width {found['width']}, {found['precision']}, "
+        f"loss and gradients, {found['num_rows']:,} x {found['num_columns']:,}, width {found['width']}, {found['precision']}, "
         f"{machine_words(found)}, medians of {found['rounds']}"
     )
     rows = [

@@ -16,8 +16,8 @@ WIDTH = 80  # of a terminal that everybody has
 
 
 def all_objectives() -> dict[str, dict[str, Any]]:
-    """Return of each objective what it is, where it comes from, and its parameters."""
-    return {name: _describe(named.make, named.source) for name, named in OBJECTIVES.items()}
+    """Return of each objective what it is, where it comes from, its parameters, and its cost: of InfoNCE's time, on a CPU."""
+    return {name: {**_describe(named.make, named.source), "cost": named.cost} for name, named in OBJECTIVES.items()}
 
 
 def objectives_text(found: dict[str, dict[str, Any]]) -> Text:
@@ -28,7 +28,8 @@ def objectives_text(found: dict[str, dict[str, Any]]) -> Text:
 def _lines(name: str, about: dict[str, Any]) -> Iterator[Text]:
     yield Text(f'loss.objective = "{name}"', style="bold")
     yield from map(Text, textwrap.wrap(about["about"], WIDTH))
-    yield Text(about["source"], style="dim")
+    cost = "no tile of scores is looked at" if about["cost"] is None else f"{about['cost']:.2f} of InfoNCE's time"
+    yield Text(f"{about['source']}; {cost}", style="dim")
     for parameter in about["parameters"]:
         yield Text.assemble("  ", (parameter["name"], "bold cyan"), f" = {parameter['default']}  ", (parameter["type"], "dim"))
         yield from map(Text, textwrap.wrap(parameter["meaning"], WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6))

@@ -28,21 +28,22 @@ class Named:
 
     make: Callable[..., Objective]
     source: str
+    cost: float | None = None  # of InfoNCE's time, see docs/objectives.md; None: it looks at no tile of scores
 
 
 OBJECTIVES: dict[str, Named] = {
-    "info_nce": Named(InfoNCE, "van den Oord et al. 2018, arXiv 1807.03748"),
-    "dcl": Named(DCL, "Yeh et al. 2022, arXiv 2110.06848"),
-    "dclw": Named(DCLW, "Yeh et al. 2022, arXiv 2110.06848"),
-    "debiased": Named(Debiased, "Chuang et al. 2020, arXiv 2007.00224"),
-    "label_smoothing": Named(LabelSmoothing, "Jia et al. 2021 (ALIGN), arXiv 2102.05918"),
-    "progressive": Named(Progressive, "Wu et al. 2023 (PEG), arXiv 2311.11691"),
-    "pair_temperature": Named(PairTemperature, "Wang et al. 2024 (AMCL), arXiv 2310.05615"),
-    "cacr": Named(CACR, "Zheng et al. 2021, arXiv 2105.03746"),
-    "groco": Named(GroCo, "Shvetsova et al. 2023, arXiv 2301.02009"),
-    "adaptive_margins": Named(AdaptiveMargins, "Gienapp et al. 2024 (ARM), arXiv 2407.21515"),
-    "sigmoid": Named(Sigmoid, "Zhai et al. 2023 (SigLIP), arXiv 2303.15343"),
-    "alignment_uniformity": Named(AlignmentUniformity, "Wang and Isola 2020, arXiv 2005.10242"),
+    "info_nce": Named(InfoNCE, "van den Oord et al. 2018, arXiv 1807.03748", 1.0),
+    "dcl": Named(DCL, "Yeh et al. 2022, arXiv 2110.06848", 1.01),
+    "dclw": Named(DCLW, "Yeh et al. 2022, arXiv 2110.06848", 0.96),
+    "debiased": Named(Debiased, "Chuang et al. 2020, arXiv 2007.00224", 1.06),
+    "label_smoothing": Named(LabelSmoothing, "Jia et al. 2021 (ALIGN), arXiv 2102.05918", 1.33),
+    "progressive": Named(Progressive, "Wu et al. 2023 (PEG), arXiv 2311.11691", 1.0),
+    "pair_temperature": Named(PairTemperature, "Wang et al. 2024 (AMCL), arXiv 2310.05615", 1.85),
+    "cacr": Named(CACR, "Zheng et al. 2021, arXiv 2105.03746", 1.44),
+    "groco": Named(GroCo, "Shvetsova et al. 2023, arXiv 2301.02009", 1.54),
+    "adaptive_margins": Named(AdaptiveMargins, "Gienapp et al. 2024 (ARM), arXiv 2407.21515", 1.98),
+    "sigmoid": Named(Sigmoid, "Zhai et al. 2023 (SigLIP), arXiv 2303.15343", 1.18),
+    "alignment_uniformity": Named(AlignmentUniformity, "Wang and Isola 2020, arXiv 2005.10242", 1.88),
     "cosent": Named(CoSENT, "Su 2022, kexue.fm/archives/8847"),
     "angle": Named(AnglE, "Li and Li 2023, arXiv 2309.12871"),
     "correlation": Named(Correlation, "CoDiEmb 2025, arXiv 2508.11442"),

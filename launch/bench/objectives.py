@@ -59,7 +59,7 @@ def bench_objectives(rounds: int, half: bool | None) -> dict[str, Any]:
     }
     ways |= {name: functools.partial(stage.loss, InfoNCE(), **options) for name, options in both.items()}
     found = compared(take_turns(ways, rounds, world), BASE, dict.fromkeys(COMMON, WANTED))
-    sizes = {"rows": ROWS[kind], "columns": COLUMNS[kind], "width": WIDTH[kind]}
+    sizes = {"num_rows": ROWS[kind], "num_columns": COLUMNS[kind], "width": WIDTH[kind]}
     return {**describe(world.device), **sizes, "precision": precision, "rounds": rounds, "objectives": found}
 
 
