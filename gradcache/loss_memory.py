@@ -76,8 +76,10 @@ def loss_bytes(options: LossOptions, sizes: LossSizes, device: torch.device, roo
     summed = (own + here + travelled) * whole  # of queries, targets, passages, and of what travelled
     in_tiles = (rows + columns) * whole + summed * (num_terms > 1)
     behind = summed + (travelled + 3 * own) * whole  # packed to travel; joined, of distinct rows, and of a chunk
-    scores = 4 * rows * columns * len(views) * (2 if options.symmetric and options.same_side else 1)
-    kept = int(min(scores, _may_keep(options, device, room_bytes))) if is_spread else 0
+    is_joint = options.partition == "joint"
+    scores = 4 * rows * columns * len(views) * (2 if options.symmetric and (options.same_side or is_joint) else 1)
+    keeps = is_spread or is_joint or options.objective.has_batch_numbers  # they look at the scores twice
+    kept = int(min(scores, _may_keep(options, device, room_bytes))) if keeps else 0
     tile = _tile_bytes(options, rows, max(1, columns), narrow, device, is_kept=kept == scores)
     return LossBytes(embeddings=embeddings + max(in_tiles, behind - tile - kept), tile=tile, kept_scores=kept)
 

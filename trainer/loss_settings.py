@@ -93,8 +93,11 @@ class LossSettings:
                 f'loss.partition="joint" puts both directions into one denominator, which needs loss.symmetric=true and an '
                 f"objective that has one; found symmetric={str(self.symmetric).lower()} and {where}.objective={name!r}"
             )
-        if found.has_pair_scores and self.symmetric:
-            raise InputError(f"{where}.objective={name!r} scores a pair in one direction only; set loss.symmetric=false")
+        if self.symmetric and not found.sees_columns:
+            raise InputError(
+                f"{where}.objective={name!r} looks at a query's own passages alone, which has one direction; set "
+                "loss.symmetric=false"
+            )
         if found.needs_same_side and not self.same_side:
             raise InputError(f"{where}.objective={name!r} is about texts of one side; set loss.same_side=true")
         if not found.sees_columns and self.limits is not None:

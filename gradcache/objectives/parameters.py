@@ -3,6 +3,8 @@
 import difflib
 import importlib
 import inspect
+import os
+import sys
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -79,14 +81,22 @@ def make_objective(make: Callable[..., Objective], name: str, given: Mapping[str
 
 
 def load(path: str) -> Callable[..., Objective]:
-    """Return what `module:name` names. Raises ValueError, in words for a person, where there is nothing of that name."""
+    """Return what `module:name` names, from the working folder if it is nowhere else on Python's path.
+
+    Raises ValueError, in words for a person, where there is nothing of that name.
+    """
     module, _, name = path.partition(":")
+    sys.path.append(os.getcwd())  # last, so that no file of the folder stands for a package
     try:
         found = getattr(importlib.import_module(module), name)
     except ImportError as error:
-        raise ValueError(f"{path!r}: the module {module} cannot be imported ({error}); it has to lie on Python's path") from error
+        raise ValueError(
+            f"{path!r}: the module {module} cannot be imported ({error}); expected it in the working folder or on Python's path"
+        ) from error
     except AttributeError:
         raise ValueError(f"{path!r}: the module {module} has no {name!r}") from None
+    finally:
+        sys.path.pop()
     if not callable(found):
         raise ValueError(f"{path!r} is a {type(found).__name__}; expected a class, or a function that returns an objective")
     return found

@@ -94,7 +94,7 @@ def check_inline(words):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_negpool_takes_what_a_page_shows(page, tmp_path, monkeypatch):
     if save_example(page, tmp_path) is not None:
-        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.chdir(tmp_path)
     check_page(page, tmp_path)
 
 

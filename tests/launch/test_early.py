@@ -53,12 +53,16 @@ def test_nothing_heavy_is_imported_for_a_job_that_cannot_be_used(tmp_path):
         (["loss.parameters={focal=true}"], "has focal=True; expected a number from 0 to 10"),
         (["loss.parameters.positives=all"], "has positives='all'; expected one of own, mean, sum, supcon"),
         (["loss.objective=nosuch:thing"], "the module nosuch cannot be imported"),
+        (["loss.parameters.in_batch=false", "loss.symmetric=true"], "own passages alone, which has one direction"),
         (["loss.objective=math:pi"], "'math:pi' is a float; expected a class, or a function that returns an objective"),
         (["loss.objective=math:sqr"], "the module math has no 'sqr'"),
         (["loss.objective=dcl", "loss.parameters.focal=1"], "weighs by a probability, which this loss has none of"),
         (["loss.partition=joint"], "needs loss.symmetric=true and an objective that has one; found symmetric=false"),
         (["loss.objective=alignment_uniformity"], "is about texts of one side; set loss.same_side=true"),
-        (["loss.objective=angle", "loss.symmetric=true"], "scores a pair in one direction only; set loss.symmetric=false"),
+        (
+            ["loss.objective=angle", "loss.symmetric=true"],
+            "own passages alone, which has one direction; set loss.symmetric=false",
+        ),
         (
             ["loss.objective=cosent", "loss.max_score=0.7"],
             "looks at no negatives; take loss.max_score away",

@@ -82,11 +82,11 @@ def test_what_an_objective_learns_goes_on_where_it_was(job, tmp_path):
 
 
 def test_an_objective_of_ones_own_is_named_by_its_module(job, tmp_path, monkeypatch):
-    (tmp_path / "my_losses.py").write_text(OWN)
-    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "losses_of_mine.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
     train(job, world_of())
     own = replace(job, run=replace(job.run, folder=tmp_path / "own"))
-    own = replace(own, loss=LossSettings(objective="my_losses:scaled", parameters={"times": 2}))
+    own = replace(own, loss=LossSettings(objective="losses_of_mine:scaled", parameters={"times": 2}))
     train(own, world_of())
     assert losses(own)[0] == pytest.approx(2 * losses(job)[0], rel=1e-6)
 
