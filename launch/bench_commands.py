@@ -102,11 +102,11 @@ def bench_mining(
 ) -> int:
     """Measure encoding, search, a refresh, and a service at work.
 
-    Two ranks, an idle miner and a large one. It takes half an hour on
-    two cores, some ten minutes of it the large one: a hundredth of its
+    Two ranks, an idle miner and a large one. It takes twenty minutes on
+    two cores, some ten of them the large one: a hundredth of its
     passages are queries, and its search is exact. With a million in an
-    index it takes half an hour more, and once as long again to encode
-    the documents of data/code. --out has a picture of recall, too.
+    index it takes ten more, and the first time as long as the documents
+    of data/code are encoded. --out has a picture of recall, too.
     """
     from launch.bench.mining import MiningSizes
     from launch.bench.mining import bench_mining as run_bench

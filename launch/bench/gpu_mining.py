@@ -7,11 +7,12 @@ from launch.bench.exact_search import measure_search
 from launch.bench.gpu_encoder import STEP_DATA, here
 from launch.bench.lines import LeftOut, Row
 from launch.bench.made_texts import write_made
-from launch.bench.recall import Searched, made_in_clusters, measure_index
+from launch.bench.recall import Searched, made_embeddings, measure_index
 from launch.bench.shapes import model_of
 from launch.bench.sizes import Sizes
 from launch.bench.whole_refresh import Corpus, measure_refresh
 from mining.find.index import load_faiss, num_gpus_of
+from mining.find.rates import clustered
 from trainer.errors import InputError
 
 WANTED = {"search": 0.6, "refresh": 1.15}
@@ -57,7 +58,7 @@ def index(sizes: Sizes) -> list[Row]:
         raise LeftOut("not measured: this FAISS sees no GPU")
     queries, passages = sizes.indexed
     width = sizes.search.width
-    found = measure_index(Searched(*made_in_clusters(queries, passages, width), device))
+    found = measure_index(Searched(*made_embeddings(clustered, queries, passages, width), device))
     what = f"{found['factory']}, {queries:,} x {passages:,}, k {found['top_k']}, recall {found['recall']:.3f}"
     return [
         Row(what, round(found["index_s"], 2), "s", less_is_better=True, word="its build included"),

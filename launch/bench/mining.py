@@ -25,7 +25,7 @@ from launch.bench.machine import describe, matmul_rate
 from launch.bench.made_texts import data_of
 from launch.bench.mining_ranks import prepare_service
 from launch.bench.peer import open_peer
-from launch.bench.recall import Searched, made_in_clusters, measure_index
+from launch.bench.recall import Searched, made_embeddings, measure_index
 from launch.bench.shapes import model_of
 from launch.bench.step import PEER, forward_flops, precision_of
 from launch.bench.turns import Turns, share_of_rate, speeds, take_turns
@@ -35,6 +35,7 @@ from launch.output import messages
 from launch.ranks import on_ranks
 from mining.find.cost import FEWEST_LISTS
 from mining.find.index import POINTS_PER_LIST
+from mining.find.rates import clustered, overlapping
 from trainer.data.datasets import open_dataset
 from trainer.encoder.encode import DTYPES, encode_rows
 from trainer.encoder.model import ModelSettings, load_encoder
@@ -111,8 +112,10 @@ def _indexes(path: Path, model: str, sizes: MiningSizes, device: torch.device) -
     found, embedded = {}, embed_data(path, model, sizes.max_tokens, INDEX_QUERIES, sizes.indexed)
     if len(embedded[1]) >= FEWEST_INDEXED:
         found[f"embeddings of {path.name}"] = measure_index(Searched(*embedded, device))
-    made = made_in_clusters(INDEX_QUERIES, sizes.indexed, INDEX_WIDTH)
-    found["made, in clusters, shuffled"] = measure_index(Searched(*made, device), WANTED["index"])
+    ways = {"in clusters": (clustered, WANTED["index"]), "in overlapping clusters": (overlapping, None)}
+    for name, (make, wanted) in ways.items():
+        made = made_embeddings(make, INDEX_QUERIES, sizes.indexed, INDEX_WIDTH)
+        found[f"made, {name}, shuffled"] = measure_index(Searched(*made, device), wanted)
     return found
 
 

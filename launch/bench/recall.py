@@ -28,7 +28,6 @@ from trainer.encoder.topk import BestOf, best_of_keys, merge_top_k
 
 TOP_K, MIN_RECALL = 200, 0.95
 CLUSTER = 1000  # made embeddings around one middle: a query's neighbours are a fifth of them
-DIMENSIONS, BESIDE = 24, 0.1  # of made embeddings: those that matter, and the deviation in all others
 PROBED_QUERIES = 512  # whose recall is measured for every nprobe
 BLOCK_ROWS = 65536  # of an index of its own, at most, in the comparison
 ENOUGH = 0.995  # recall beyond which there is nothing more to see
@@ -48,26 +47,13 @@ class Searched:
         return self.query_QD[:: -(-len(self.query_QD) // PROBED_QUERIES)]
 
 
-def made_in_clusters(num_queries: int, num_passages: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return made embeddings of queries and passages around the same middles, in random order.
+Made = Callable[[int, int, int, int], np.ndarray]  # so many vectors, of a width, of a seed, in so many clusters
 
-    They lie near a space of few dimensions, in which the clusters overlap, as those of texts do: clusters in hundreds of free
-    directions are so far apart that one list of an index has all that a query looks for.
-    """
+
+def made_embeddings(make: Made, num_queries: int, num_passages: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return made embeddings of queries and passages around the same middles, in random order."""
     num_clusters = max(4, num_passages // CLUSTER)
-    draw = np.random.default_rng(num_clusters)
-    middle_Cd = draw.standard_normal((num_clusters, DIMENSIONS), np.float32)
-    direction_dD = draw.standard_normal((DIMENSIONS, width), np.float32) / np.sqrt(DIMENSIONS).astype(np.float32)
-
-    def made(num: int, seed: int) -> np.ndarray:
-        draw = np.random.default_rng([seed, num])
-        vectors = middle_Cd[draw.integers(num_clusters, size=num)] + draw.standard_normal((num, DIMENSIONS), np.float32)
-        vectors = vectors @ direction_dD
-        vectors += BESIDE * draw.standard_normal(vectors.shape, np.float32)
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        return vectors
-
-    return made(num_queries, 1), made(num_passages, 0)
+    return make(num_queries, width, 1, num_clusters), make(num_passages, width, 0, num_clusters)
 
 
 @dataclass(frozen=True)

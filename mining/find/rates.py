@@ -19,6 +19,7 @@ SAMPLE_PASSAGES, SAMPLE_QUERIES = MEASURED_LISTS * POINTS_PER_LIST, 256
 COPIES = 4  # of the sample in the lists that are timed: more than caches hold
 VISITED = 8  # lists that are looked into for a time, at least
 ITERATIONS = 10
+DIMENSIONS, BESIDE = 24, 0.1  # of those whose clusters overlap: dimensions that matter, and the deviation in all others
 CLUSTERS, SPREAD = 200, 0.7  # of made embeddings: how far a passage is from the middle of its cluster, in lengths of the middle
 
 
@@ -38,11 +39,11 @@ def measure_rates(
 ) -> Rates:
     """Return the rates for embeddings of a width.
 
-    sample_nD: embeddings of passages; None: random ones in clusters, which have neighbours as real ones do.
+    sample_nD: embeddings of passages; None: random ones in clusters that overlap, as those of texts do.
     k: neighbours among num_passages; of the sample's, as many are looked for as lie within the same distance.
     """
     if sample_nD is None or len(sample_nD) < 2 * SAMPLE_QUERIES:
-        sample_nD = clustered(SAMPLE_PASSAGES + SAMPLE_QUERIES, width)
+        sample_nD = overlapping(SAMPLE_PASSAGES + SAMPLE_QUERIES, width)
     query_QD, passage_ND = np.split(np.asarray(sample_nD[: SAMPLE_PASSAGES + SAMPLE_QUERIES], np.float32), [SAMPLE_QUERIES])
     num = len(passage_ND)
 
@@ -85,6 +86,22 @@ def clustered(num: int, width: int, seed: int = 0, num_clusters: int = CLUSTERS)
     draw = np.random.default_rng([seed, num])
     vectors = middle_CD[draw.integers(num_clusters, size=num)]
     vectors += SPREAD * draw.standard_normal(vectors.shape, np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors
+
+
+def overlapping(num: int, width: int, seed: int = 0, num_clusters: int = CLUSTERS) -> np.ndarray:
+    """Return the same near a space of few dimensions, in which clusters overlap.
+
+    In hundreds of free directions clusters are so far apart that one list of an index has all that a query looks for.
+    """
+    draw = np.random.default_rng(num_clusters)
+    middle_Cd = draw.standard_normal((num_clusters, DIMENSIONS), np.float32)
+    direction_dD = draw.standard_normal((DIMENSIONS, width), np.float32) / np.float32(np.sqrt(DIMENSIONS))
+    draw = np.random.default_rng([seed, num])
+    vectors = middle_Cd[draw.integers(num_clusters, size=num)] + draw.standard_normal((num, DIMENSIONS), np.float32)
+    vectors = vectors @ direction_dD
+    vectors += BESIDE * draw.standard_normal(vectors.shape, np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors
 

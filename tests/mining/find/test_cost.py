@@ -60,6 +60,10 @@ def test_what_is_measured_is_what_runs(has_sample, monkeypatch):
     assert all(value > 0 for value in vars(easy).values()) and 1 <= easy.nprobe < hard.nprobe <= 16
 
 
+def test_made_embeddings_have_neighbours_in_several_lists_as_texts_have():
+    assert measure_rates(64, 200, 100_000, 0.9, torch.device("cpu")).nprobe >= 4
+
+
 def test_what_was_chosen_stays_chosen_for_the_same_work(tmp_path, monkeypatch):
     slow_lists, slow_exact = replace(RATES, assign_s=1.0), replace(RATES, exact_score_s=1.0)
     for found, load, expected in (
