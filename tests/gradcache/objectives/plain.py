@@ -1,4 +1,4 @@
-"""The losses of REFERENCES over a whole matrix of scores, each as its paper has it: plain, in one graph, and independent of ours.
+"""The published losses over a whole matrix of scores, each as its paper has it: plain, in one graph, and independent of ours.
 
 query: (B, D) unit rows, float64. passage: (P, D); the first B are the queries' own positives, those behind them hard negatives,
 of query `i % B` the i-th. scale: the inverse temperature.
