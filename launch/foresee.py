@@ -15,9 +15,9 @@ import torch
 
 from gradcache.budget import BACKWARD_SHARE, MOST_CHUNK_TOKENS
 from gradcache.loss_memory import LossSizes
+from launch.foreseen_warnings import warnings_of_job, warnings_of_plan
 from launch.jobfile import Jobs
-from launch.plan import Plan, cores_and_gpus, share_out
-from launch.plan_warnings import warnings_of_job, warnings_of_plan
+from launch.shares import Shares, cores_and_gpus, share_out
 from mining.disk import budget
 from mining.find.index import bytes_of_passage, num_trained
 from mining.memory import FREE_SHARE, MemoryPlan, Sizes, held_now, plan_memory
@@ -71,14 +71,14 @@ def foresee(jobs: Jobs) -> dict[str, Any]:
     return found | {"warnings": warnings}
 
 
-def settled(jobs: Jobs, shares: Plan) -> Jobs:
+def settled(jobs: Jobs, shares: Shares) -> Jobs:
     """Return the jobs with what "auto" stands for in precisions on the device of each side."""
     trains, mines = (torch.device("cuda" if gpus else "cpu") for gpus in (shares.train_gpus, shares.mine_gpus))
     train = replace(jobs.train, precision=precision_on(jobs.train.precision, takes_bf16(trains)))
     return Jobs(train, replace(jobs.mine, encode=encode_on(jobs.mine.encode, mines)), jobs.launch, jobs.given)
 
 
-def count_steps(jobs: Jobs, data: RetrievalData, shares: Plan, mean_tokens: dict[str, float]) -> dict[str, Any]:
+def count_steps(jobs: Jobs, data: RetrievalData, shares: Shares, mean_tokens: dict[str, float]) -> dict[str, Any]:
     """Return steps, queries, passages and tokens; mean_tokens: of a text, by side."""
     train = jobs.train
     num_queries, batch = len(data.training_queries(train.data.train_split)), train.batch.queries
@@ -102,7 +102,7 @@ def count_steps(jobs: Jobs, data: RetrievalData, shares: Plan, mean_tokens: dict
     }
 
 
-def measure_rates(encoder: Any, lengths: np.ndarray, shares: Plan, dtype: torch.dtype = torch.float32) -> dict[str, float]:
+def measure_rates(encoder: Any, lengths: np.ndarray, shares: Shares, dtype: torch.dtype = torch.float32) -> dict[str, float]:
     """Return the seconds of a token without and with gradients, and the bytes of its graph, for texts of usual length.
 
     dtype: of the encoder's products (autocast).
@@ -141,7 +141,7 @@ def measure_rates(encoder: Any, lengths: np.ndarray, shares: Plan, dtype: torch.
     return {"forward_s": forward_s / tokens, "both_s": both_s / tokens, "graph_bytes_per_token": held / tokens, "texts": PASSED}
 
 
-def trainer_memory(jobs: Jobs, shares: Plan, encoder: Any, counts: dict[str, Any], bytes_of_token: float) -> dict[str, float]:
+def trainer_memory(jobs: Jobs, shares: Shares, encoder: Any, counts: dict[str, Any], bytes_of_token: float) -> dict[str, float]:
     """Return GiB of a trainer rank by what takes them: the plan that the trainer makes itself, with graphs as they are here."""
     train, device = jobs.train, torch.device("cuda" if shares.train_gpus else "cpu")
     tokens = counts["tokens_a_step_and_rank"]
@@ -162,7 +162,7 @@ def trainer_memory(jobs: Jobs, shares: Plan, encoder: Any, counts: dict[str, Any
     return found | {"libraries": 0.0 if shares.train_gpus else round(max(0, held_now() - memory.weights) / GIB, 3)}
 
 
-def miner_memory(jobs: Jobs, data: RetrievalData, shares: Plan, width: int) -> dict[str, Any]:
+def miner_memory(jobs: Jobs, data: RetrievalData, shares: Shares, width: int) -> dict[str, Any]:
     """Return the miner's own plan of a rank, as mining/memory.py makes it."""
     import psutil
 
@@ -193,7 +193,7 @@ def miner_memory(jobs: Jobs, data: RetrievalData, shares: Plan, width: int) -> d
 
 
 def foresee_time(
-    jobs: Jobs, data: RetrievalData, shares: Plan, counts: dict[str, Any], rates: dict[str, float]
+    jobs: Jobs, data: RetrievalData, shares: Shares, counts: dict[str, Any], rates: dict[str, float]
 ) -> dict[str, Any]:
     """Return seconds of a step, an evaluation, a refresh and all of them, and at which steps negatives are swapped in."""
     train = jobs.train

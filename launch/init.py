@@ -17,7 +17,7 @@ import numpy as np
 from launch.counted import counted
 from launch.init_file import Line, job_text
 from launch.jobfile import read_job
-from launch.plan import LaunchSettings, cores_and_gpus, share_out
+from launch.shares import LaunchSettings, cores_and_gpus, share_out
 from mining.settings import hard_depths
 from trainer.data.datasets import RetrievalData, open_data
 from trainer.data.split import say_missing

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import pydantic
 import tomli_w
 
-from launch.plan import LaunchSettings
 from launch.presets import apply_preset
+from launch.shares import LaunchSettings
 from mining.job import MineJob
 from trainer.errors import InputError
 from trainer.job import TrainJob

@@ -19,8 +19,8 @@ import psutil
 from rich.markup import escape
 
 from launch.early import mpiexec_path
-from launch.plan import LaunchSettings, Plan
 from launch.restarts import CODES, Ended, Past, Start, Verdict, last_words, size_of, verdict
+from launch.shares import LaunchSettings, Shares
 from launch.srun import outside_slurm
 from launch.view import View
 from trainer.encoder.gpu_share import GPU_SHARE
@@ -114,7 +114,7 @@ class Side:
         self.process.terminate()
 
 
-def supervise(run: Path, job_file: Path, settings: LaunchSettings, plan: Plan, view: View) -> Literal["finished", "stopped"]:
+def supervise(run: Path, job_file: Path, settings: LaunchSettings, plan: Shares, view: View) -> Literal["finished", "stopped"]:
     """Run both sides until the trainer is done, or until asked to stop; the trainer alone where the plan has no miner.
 
     Raises RunInUse, before anything is written, where a live process holds a side's place; InputError or MustNotGoOn when the
@@ -152,7 +152,7 @@ def supervise(run: Path, job_file: Path, settings: LaunchSettings, plan: Plan, v
             miner.kill()
 
 
-def sides(run: Path, job_file: Path, plan: Plan) -> tuple[Side, Side]:
+def sides(run: Path, job_file: Path, plan: Shares) -> tuple[Side, Side]:
     """Return the two sides, not started, each with its share of the machine."""
     (run / "logs").mkdir(parents=True, exist_ok=True)
     env = {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(plan.threads)}

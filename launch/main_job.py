@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from launch.counted import counted
+from launch.foreseen_warnings import warnings_of_job
 from launch.jobfile import Jobs
 from launch.local import supervise
 from launch.next_steps import next_steps
 from launch.output import FEW_QUERIES, ROW_TITLES, VERDICT_STYLES, measures_table
 from launch.phases import clock
-from launch.plan import Plan, cores_and_gpus, share_out
-from launch.plan_warnings import warnings_of_job
+from launch.shares import Shares, cores_and_gpus, share_out
 from launch.sides import keep_job
 from launch.view import View
 from trainer.data.datasets import RetrievalData, open_data
@@ -95,7 +95,7 @@ def _add_seconds(run: Path, seconds: float) -> float:
     return earlier + seconds
 
 
-def _announcement(jobs: Jobs, data, plan: Plan) -> str:
+def _announcement(jobs: Jobs, data, plan: Shares) -> str:
     train = jobs.train
     num_queries = len(data.training_queries(train.data.train_split))
     sizes = f"{counted(num_queries, 'training query')}, {counted(len(data.corpus), 'passage')}"

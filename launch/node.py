@@ -19,7 +19,7 @@ import psutil
 from launch.counted import counted
 from launch.imports import lasting_imports
 from launch.leave import ctrl_c_in_one_line
-from launch.plan import LaunchSettings
+from launch.shares import LaunchSettings
 from launch.srun import first_host, port_of
 from trainer.errors import EXIT_REFUSED, EXIT_STOPPED, InputError
 

@@ -9,9 +9,9 @@ from rich.console import Console
 
 from launch.foresee import count_steps, disk_bytes, foresee, swap_steps, trainer_memory
 from launch.foreseen import foreseen_text
+from launch.foreseen_warnings import warnings_of_plan
 from launch.jobfile import read_job
-from launch.plan import Plan
-from launch.plan_warnings import warnings_of_plan
+from launch.shares import Shares
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from tests.trainer.worlds import world_of
 from trainer.data.datasets import open_data
@@ -69,12 +69,12 @@ def test_what_will_not_go_well_is_said_with_its_setting(tmp_path):
         "memory": {"trainer": {"weights": 1e6}, "miner": {"total_gib": 1.0}},
         "disk_gib": 1e9,
     }
-    negatives, memory, disk = warnings_of_plan(plan, Plan(2, 1, 1), draws_negatives=True)
+    negatives, memory, disk = warnings_of_plan(plan, Shares(2, 1, 1), draws_negatives=True)
     assert "a refresh takes as long as some 30 steps, and the run has 20; set optim.epochs higher" in negatives
-    assert "optim.steps higher" in warnings_of_plan(plan, Plan(2, 1, 1), True, "optim.steps")[0]
+    assert "optim.steps higher" in warnings_of_plan(plan, Shares(2, 1, 1), True, "optim.steps")[0]
     assert "2000001.0 GiB are needed" in memory and "chunk.tokens" in memory and "checkpoint.keep" in disk
     fine = {**plan, "memory": {"trainer": {"weights": 0.0}, "miner": {"total_gib": 0.0}}, "disk_gib": 0.0}
-    assert warnings_of_plan(fine, Plan(2, 1, 1), draws_negatives=False) == []
+    assert warnings_of_plan(fine, Shares(2, 1, 1), draws_negatives=False) == []
 
 
 def test_swaps_follow_the_checkpoints_as_fast_as_the_miner_is():
@@ -93,7 +93,7 @@ def test_disk_is_that_of_checkpoints_embeddings_and_versions(root):
 def test_a_fixed_number_of_steps_and_all_negatives_are_counted(root):
     jobs = job(root, "optim.steps=7", "negatives.per_query=all", "sample.num_negatives=3")
     data = open_data(jobs.train.data, {})
-    found = count_steps(jobs, data, Plan(2, 1, 1), {"query": 5.0, "passage": 10.0})
+    found = count_steps(jobs, data, Shares(2, 1, 1), {"query": 5.0, "passage": 10.0})
     assert (found["steps"], found["epochs"], found["passages_a_step"]) == (7, 1.4, 32)
     assert found["tokens_a_step_and_rank"] == (8 * 5 + 32 * 10) / 2
 
@@ -109,7 +109,7 @@ def test_a_trainer_rank_is_foreseen_as_the_trainer_plans_it(root):
     def foreseen(ranks, *words):
         encoder = torch.nn.Linear(4, 4)
         encoder.width = 4
-        return trainer_memory(job(root, *words), Plan(ranks, 1, 1), encoder, counts, 1.0)
+        return trainer_memory(job(root, *words), Shares(ranks, 1, 1), encoder, counts, 1.0)
 
     def kept(ranks, *words):
         return foreseen(ranks, *words)["scores kept"]

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from launch import init as module
 from launch.commands import app
+from launch.foreseen_warnings import warnings_of_job
 from launch.init import batch_of, choose, interval_of, measure
 from launch.jobfile import read_job
-from launch.plan_warnings import warnings_of_job
 from launch.settings import all_settings
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from tests.trainer.worlds import world_of

@@ -17,8 +17,8 @@ from rich.console import Console
 from launch import local
 from launch.early import mpiexec_path
 from launch.local import Side, TrainerDied, supervise
-from launch.plan import LaunchSettings, Plan
 from launch.restarts import Start, last_words, size_of
+from launch.shares import LaunchSettings, Shares
 from launch.view import View
 from trainer.errors import InputError, MustNotGoOn, RunInUse
 
@@ -72,7 +72,7 @@ def supervised(run, monkeypatch, trainer, miner=((0, {"phase": "finished"}, None
     said = io.StringIO()
     with View(Console(file=said, width=500)) as view:
         try:
-            how = supervise(run, run / "job.toml", LaunchSettings(max_restarts=max_restarts), Plan(1, mine_ranks, 1), view)
+            how = supervise(run, run / "job.toml", LaunchSettings(max_restarts=max_restarts), Shares(1, mine_ranks, 1), view)
         except Exception as error:
             how = error
     starts = [len(file.read_text()) if (file := run / f"{name}.starts").exists() else 0 for name in ("trainer", "miner")]

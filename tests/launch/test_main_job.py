@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from launch.foreseen_warnings import warnings_of_job
 from launch.jobfile import read_job
 from launch.main_job import collect_results, tell_results
 from launch.models import evaluate_bm25
 from launch.output import FEW_QUERIES, measures_table
-from launch.plan_warnings import warnings_of_job
 from tests.tiny import write_tiny_dataset
 from trainer.data.datasets import open_data
 from trainer.evaluate import MEASURES, means

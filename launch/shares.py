@@ -28,7 +28,7 @@ class LaunchSettings:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Shares:
     """The shares of both sides."""
 
     train_ranks: int
@@ -51,7 +51,7 @@ class Plan:
         return f"{', '.join(shares)}, {counted(self.threads, 'thread')} each{shared}"
 
 
-def share_out(settings: LaunchSettings, cores: int, gpus: tuple[str, ...], mines: bool = True) -> Plan:
+def share_out(settings: LaunchSettings, cores: int, gpus: tuple[str, ...], mines: bool = True) -> Shares:
     """Return the shares of both sides; without mines all is the trainer's.
 
     cores: that processes may use; gpus: names of those that can be seen, none: all work is done on cores.
@@ -64,7 +64,7 @@ def share_out(settings: LaunchSettings, cores: int, gpus: tuple[str, ...], mines
     threads = max(1, cores // (train_ranks + mine_ranks))
     mine_gpus = gpus[-own:] if own else gpus if mine_ranks else ()
     train_share, mine_share = memory_shares(settings.train_memory_share, train_gpus, mine_gpus, mine_ranks)
-    return Plan(train_ranks, mine_ranks, threads, train_gpus, mine_gpus, train_share, mine_share)
+    return Shares(train_ranks, mine_ranks, threads, train_gpus, mine_gpus, train_share, mine_share)
 
 
 def memory_shares(

@@ -3,25 +3,25 @@
 import pytest
 
 from launch import local
-from launch.plan import LaunchSettings, Plan, cores_and_gpus, share_out
+from launch.shares import LaunchSettings, Shares, cores_and_gpus, share_out
 from trainer.encoder.gpu_share import GPU_SHARE
 
 
 @pytest.mark.parametrize(
     ("gpus", "mine_ranks", "plan", "said"),
     [
-        ("", 1, Plan(2, 1, 5), "2 trainer ranks, 1 miner rank, 5 threads each"),
+        ("", 1, Shares(2, 1, 5), "2 trainer ranks, 1 miner rank, 5 threads each"),
         (
             "0",
             1,
-            Plan(1, 1, 8, ("0",), ("0",), 0.7, 0.3),
+            Shares(1, 1, 8, ("0",), ("0",), 0.7, 0.3),
             "1 trainer rank on GPU 0, 1 miner rank on GPU 0, 8 threads each; the miner shares the trainer's GPU, "
             "70% of its memory for a trainer rank, 30% for a miner rank",
         ),
-        ("01", 1, Plan(1, 1, 8, ("0",), ("1",)), "1 trainer rank on GPU 0, 1 miner rank on GPU 1, 8 threads each"),
-        ("0123", 1, Plan(3, 1, 4, ("0", "1", "2"), ("3",)), "3 trainer ranks on GPU 0,1,2, 1 miner rank on GPU 3"),
-        ("0123", 2, Plan(2, 2, 4, ("0", "1"), ("2", "3")), "2 trainer ranks on GPU 0,1, 2 miner ranks on GPU 2,3"),
-        ("01", 4, Plan(2, 4, 2, ("0", "1"), ("0", "1"), 0.7, 0.15), "; the miner shares the trainer's GPU"),
+        ("01", 1, Shares(1, 1, 8, ("0",), ("1",)), "1 trainer rank on GPU 0, 1 miner rank on GPU 1, 8 threads each"),
+        ("0123", 1, Shares(3, 1, 4, ("0", "1", "2"), ("3",)), "3 trainer ranks on GPU 0,1,2, 1 miner rank on GPU 3"),
+        ("0123", 2, Shares(2, 2, 4, ("0", "1"), ("2", "3")), "2 trainer ranks on GPU 0,1, 2 miner ranks on GPU 2,3"),
+        ("01", 4, Shares(2, 4, 2, ("0", "1"), ("0", "1"), 0.7, 0.15), "; the miner shares the trainer's GPU"),
     ],
 )
 def test_a_machine_is_shared_out(gpus, mine_ranks, plan, said):
@@ -44,8 +44,8 @@ def test_the_gpus_that_the_environment_names_are_shared_out(monkeypatch):
 
 def test_a_trainer_alone_has_the_whole_machine():
     found = share_out(LaunchSettings(train_ranks=2), cores=16, gpus=(), mines=False)
-    assert found == Plan(2, 0, 8) and str(found) == "2 trainer ranks, 8 threads each"
-    assert share_out(LaunchSettings(), cores=16, gpus=("0", "1"), mines=False) == Plan(2, 0, 8, ("0", "1"))
+    assert found == Shares(2, 0, 8) and str(found) == "2 trainer ranks, 8 threads each"
+    assert share_out(LaunchSettings(), cores=16, gpus=("0", "1"), mines=False) == Shares(2, 0, 8, ("0", "1"))
 
 
 def test_the_memory_of_a_shared_gpu_is_divided_as_the_job_says():

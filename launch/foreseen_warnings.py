@@ -8,7 +8,7 @@ import psutil
 
 from launch.counted import counted
 from launch.jobfile import Jobs
-from launch.plan import Plan
+from launch.shares import Shares
 from mining.table.doubts import mining_defeats
 from trainer.data.datasets import RetrievalData
 from trainer.data.split import split_command
@@ -35,7 +35,7 @@ def _of_evaluation(jobs: Jobs, data: RetrievalData) -> list[str]:
     return [f"no {split} queries: nothing will tell whether the model is better; {command} sets some aside"]
 
 
-def warnings_of_plan(found: dict[str, Any], shares: Plan, draws_negatives: bool, length: str = "optim.epochs") -> list[str]:
+def warnings_of_plan(found: dict[str, Any], shares: Shares, draws_negatives: bool, length: str = "optim.epochs") -> list[str]:
     """Return the sentences; draws_negatives: whether steps draw from what is mined. length: the setting of the run's length."""
     return [*_of_negatives(found, draws_negatives, length), *_of_memory(found, shares), *_of_disk(found)]
 
@@ -51,7 +51,7 @@ def _of_negatives(found: dict[str, Any], draws_negatives: bool, length: str) -> 
     ]
 
 
-def _of_memory(found: dict[str, Any], shares: Plan) -> list[str]:
+def _of_memory(found: dict[str, Any], shares: Shares) -> list[str]:
     of_trainers = sum(found["memory"]["trainer"].values())
     if shares.train_gpus:
         import torch  # which is there by then, as the plan has asked it for the GPUs
