@@ -16,6 +16,7 @@ from gradcache.gates import all_gather as _all_gather
 from gradcache.gates import reduce_scatter as _reduce_scatter
 from gradcache.lost import naming_lost_ranks
 from gradcache.ragged import Ragged
+from gradcache.spans import span
 
 # n rows here, N rows of all ranks, D width, Q queries, P passages and X extra columns of all ranks, V values of a query
 
@@ -61,13 +62,13 @@ def gather_integers(values_m: Tensor, group: dist.ProcessGroup | None) -> list[l
 
 def gather_values(values_S: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Return the values of every rank, (W, S). Collective: one small all-gather."""
-    return values_S[None] if group is None else _gathered(values_S, group).view(group.size(), -1)
+    return values_S[None] if group is None else _gathered(values_S, group, "control").view(group.size(), -1)
 
 
 def all_reduce(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Sum values over the ranks, in place, and return them. Collective. Raises LostRank."""
     if group is not None:
-        with naming_lost_ranks(group):
+        with naming_lost_ranks(group), span("control", "all_reduce", values):
             dist.all_reduce(values, group=group)
     return values
 
@@ -88,7 +89,7 @@ def gather_keys(mine: Keys, counts: Counts, group: dist.ProcessGroup | None) -> 
         for passages, extra, queries, positives, hidden in of_ranks
     ]
     lengths = [sum(size) for size in sizes]
-    blocks = _gathered(_padded(packed, max(lengths)), group).view(len(lengths), -1)
+    blocks = _gathered(_padded(packed, max(lengths)), group, "control").view(len(lengths), -1)
     split = [block[:length].split(size) for block, length, size in zip(blocks, lengths, sizes, strict=True)]
     passage, extra, query, target, per_query, positive, *hidden, values = (torch.cat(parts) for parts in zip(*split, strict=True))
     return Keys(
@@ -111,7 +112,7 @@ def gather_rows(parts: Sequence[Tensor], counts: Sequence[list[int]], group: dis
         return list(parts)
     sizes = list(zip(*counts, strict=True))  # of each rank the rows of its parts
     most = max(map(sum, sizes))
-    blocks = _gathered(_padded(torch.cat(list(parts)), most), group).view(len(sizes), most, parts[0].shape[1])
+    blocks = _gathered(_padded(torch.cat(list(parts)), most), group, "gather").view(len(sizes), most, parts[0].shape[1])
     if len(parts) == 1 and all(sum(size) == most for size in sizes):
         return [blocks.flatten(0, 1)]  # no copy
     split = [block[: sum(size)].split(size) for block, size in zip(blocks, sizes, strict=True)]
@@ -136,7 +137,7 @@ def scatter_gradients(parts: Sequence[Tensor], counts: Sequence[list[int]], grou
         for block, of_rank in zip(packed, pieces, strict=True):
             torch.cat(of_rank, out=block[: sum(map(len, of_rank))])
     mine = packed.new_empty(most, parts[0].shape[1])
-    with naming_lost_ranks(group):
+    with naming_lost_ranks(group), span("reduce_scatter", "reduce_scatter", packed):
         _reduce_scatter(mine, packed.view(-1, mine.shape[1]), group=group)
     own = sizes[group.rank()]
     return list(mine[: sum(own)].split(own))
@@ -146,9 +147,9 @@ def exchange(to_ranks: Sequence[Tensor], sizes: Sequence[int], group: dist.Proce
     """Send each rank its values, and return what each has sent; sizes: how much each sends. Collective: one all-to-all."""
     if group is None:
         return list(to_ranks)
-    received = to_ranks[0].new_empty(sum(sizes))
-    with naming_lost_ranks(group):
-        dist.all_to_all_single(received, torch.cat(list(to_ranks)), list(sizes), [len(v) for v in to_ranks], group=group)
+    received, sent = to_ranks[0].new_empty(sum(sizes)), torch.cat(list(to_ranks))
+    with naming_lost_ranks(group), span("statistics", "all_to_all", sent):
+        dist.all_to_all_single(received, sent, list(sizes), [len(v) for v in to_ranks], group=group)
     return list(received.split(list(sizes)))
 
 
@@ -157,10 +158,10 @@ def starts(counts: Sequence[int]) -> list[int]:
     return list(itertools.accumulate(counts, initial=0))
 
 
-def _gathered(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _gathered(mine: Tensor, group: dist.ProcessGroup, phase: str) -> Tensor:
     """Return the tensors of all ranks, one behind the other. gloo knows no bfloat16: bytes travel."""
     every = mine.new_empty(group.size() * len(mine), *mine.shape[1:])
-    with naming_lost_ranks(group):
+    with naming_lost_ranks(group), span(phase, "all_gather", every):
         _all_gather(every.view(torch.uint8), mine.contiguous().view(torch.uint8), group=group)
     return every
 

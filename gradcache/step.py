@@ -6,7 +6,6 @@ Source: Gao et al. 2021, arXiv 2101.06983.
 """
 
 import itertools
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +13,6 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import record_function
 
 from gradcache.agree import agree
 from gradcache.batch import Batch
@@ -25,6 +23,7 @@ from gradcache.lost import naming_lost_ranks
 from gradcache.options import LossOptions
 from gradcache.plan import Plan, chunks_of_each_tower, plan_encoding
 from gradcache.replay import borrowed_generators
+from gradcache.spans import Moment, span
 from gradcache.sync import GradientSync
 from gradcache.temperature import Temperature
 from gradcache.transfers import Arriving, upload
@@ -143,27 +142,28 @@ def cached_step(
     """
     device = temperature.log_scale.device
     rank = 0 if group is None else group.rank()
-    moments = [_moment(device)]
+    moments = [Moment(device)]
     plan = plan_encoding(batch.towers, chunk_tokens, seed, step, rank)
     if sync.communicates_in_forward and group is not None:
         plan = _equalized(plan, batch, chunk_tokens, seed, step, group, device)
     sync.hold()
     with borrowed_generators():
-        with naming_lost_ranks(group), record_function("encode"):  # sharded parameters are gathered within
+        with naming_lost_ranks(group), span("encode"):  # sharded parameters are gathered within
             encoding = encode_all(plan, keep_graphs, sync)
         chunks, share_encoded_twice = encoding.plan.chunks, encoding.share_encoded_twice
-        moments.append(_moment(device))
+        moments.append(Moment(device))
         num_refused, sync.num_forgotten = encoding.num_refused + sync.num_forgotten, 0
-        agreed = agree(batch, encoding, loss.objective, num_refused, group, device)
+        with span("agree"):
+            agreed = agree(batch, encoding, loss.objective, num_refused, group, device)
         scale = weight * _scale_of(scaler, device)
-        with torch.autocast(device.type, enabled=False), naming_lost_ranks(group), record_function("loss"):
+        with torch.autocast(device.type, enabled=False), naming_lost_ranks(group), span("loss"):
             found = global_loss(
                 batch, agreed, options=loss, temperature=temperature, group=group, gradient_scale=scale, progress=progress
             )
-        moments.append(_moment(device))
-        with naming_lost_ranks(group), record_function("backward"):
+        moments.append(Moment(device))
+        with naming_lost_ranks(group), span("backward"):
             backpropagate(encoding, found.gradient_nD, sync, scale, is_last)
-        moments.append(_moment(device))
+        moments.append(Moment(device))
     numbers = Arriving(torch.stack([found.value, found.share_masked]))
     return StepResult(
         num_queries=found.num_queries,
@@ -195,23 +195,7 @@ def _scale_of(scaler: torch.amp.GradScaler | None, device: torch.device) -> floa
     return scaler.scale(torch.ones((), dtype=torch.float64, device=device))
 
 
-def _moment(device: torch.device) -> torch.cuda.Event | float:
-    """Return this moment of the device's work; a GPU passes it when it has done all that is queued."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(device))
-    return event
-
-
-def _measured(numbers: Arriving, moments: Sequence[torch.cuda.Event | float]) -> Measured:
+def _measured(numbers: Arriving, moments: Sequence[Moment]) -> Measured:
     loss, share_masked = numbers.read()
-    encode_s, loss_s, backward_s = (_seconds(*pair) for pair in itertools.pairwise(moments))
+    encode_s, loss_s, backward_s = (end.since(begin) for begin, end in itertools.pairwise(moments))
     return Measured(loss=loss, share_masked=share_masked, encode_s=encode_s, loss_s=loss_s, backward_s=backward_s)
-
-
-def _seconds(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
-    if isinstance(start, float) or isinstance(end, float):
-        return float(end) - float(start)  # type: ignore[arg-type]
-    end.synchronize()
-    return start.elapsed_time(end) / 1000

@@ -12,10 +12,10 @@ import time
 import numpy as np
 import torch
 import xxhash
-from torch.profiler import record_function
 
 from gradcache import NotFinite, StepResult, cached_step
 from gradcache.replay import replay_seed
+from gradcache.spans import span
 from gradcache.way import Way
 from trainer.batches import Share
 from trainer.budget import find_budget
@@ -56,13 +56,7 @@ def train(job: TrainJob, world: World, began: float | None = None) -> Outcome:
             run.status.update(phase="training")
             if state.step == first_step:
                 tell_start(run, imports_s)
-            started = time.perf_counter()
-            result = step(run)
-            with record_function("update"):
-                grad_norm = update(run)
-            state.step += 1
-            with record_function("record"):
-                record(run, result, grad_norm, time.perf_counter() - started - run.compiling.seconds)
+            result, grad_norm = take_step(run)
             check_skipped(run)
             warn_of_step(run, grad_norm, result.spread)
             check_collapsed(run, result.spread)
@@ -120,11 +114,23 @@ def switch_negatives(run: Training) -> bool:
     return asked_to_stop
 
 
+def take_step(run: Training) -> tuple[StepResult, float]:
+    """Take one step with the negatives in force, and return what it found and the gradient's norm. Collective."""
+    started = time.perf_counter()
+    result = step(run)
+    with span("update"):
+        grad_norm = update(run)
+    run.state.step += 1
+    with span("record"):
+        record(run, result, grad_norm, time.perf_counter() - started - run.compiling.seconds)
+    return result, grad_norm
+
+
 def step(run: Training) -> StepResult:
     """Leave the exact gradient of this step in the parameters. Collective."""
     run.compiling.seconds = 0.0
     started, number = time.perf_counter(), run.state.step
-    with record_function("batch"):
+    with span("batch"):
         shares = run.batches.of_step(number, run.order, run.feed.of_step(number))
     run.data_s, parts = time.perf_counter() - started, [share.part for share in shares]
     run.batch_key = xxhash.xxh3_64_hexdigest(np.concatenate([part.rows for part in parts]).tobytes())

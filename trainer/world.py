@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from gradcache.gates import quiet_torch
+from gradcache.spans import span
 from trainer.encoder.auto import takes_bf16
 from trainer.encoder.gpu_share import keep_to_share
 from trainer.errors import TOLD, InputError, MachineFailed, exit_code
@@ -58,7 +59,8 @@ class World:
         if self.control is None:
             return values
         tensor = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
+        with span("control", "all_reduce", tensor):
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return tensor.tolist()
 
     def gather_objects(self, value) -> list:
