@@ -17,6 +17,7 @@ from gradcache.objectives.tile import Objective
 from gradcache.transfers import upload
 
 SPREAD_UNIT = 1e-9  # of what travels as a whole number
+NUM_AGREED = 15  # numbers that a rank tells
 _DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 
@@ -65,6 +66,7 @@ def agree(
     counts = [batch.num_queries, len(batch.shared), extra, *num_keys, len(batch.keys), num_halved]
     known = torch.tensor([*counts, min(widths), max(widths), dtype, *_first_missing(batch, objective)])
     found = torch.tensor([-1, 0, -1]) if embedding_nD is None else _found(batch, embedding_nD)
+    assert len(known) + len(found) == NUM_AGREED
     every = gather_integers(torch.cat([upload(known, device), upload(found, device)]), group)
     columns = [list(column) for column in zip(*every, strict=True)]
     (num_queries, num_shared, num_extra, num_positives, num_hidden, num_rows, halved), columns = columns[:7], columns[7:]
