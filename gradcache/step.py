@@ -71,10 +71,12 @@ class StepResult:
     """
 
     num_queries: int  # of all ranks
+    num_passages: int  # of all ranks, those that are columns
     num_chunks: int
     num_halved: int  # chunks and graphs that did not fit into memory, and backwards of the last step; the most on any rank
     num_tokens: int  # encoded, without padding, a second encoding not counted
     num_padded_tokens: int  # the same with padding
+    num_squared_tokens: int  # the sum of the texts' squared lengths, which attention's work follows
     share_encoded_twice: float  # of the padded tokens
     way: Way  # what travelled to the other ranks, and why
     spread: float | None  # 1 - the mean cosine among queries or passages of a rank, the most of all; None: no rank has two
@@ -167,10 +169,12 @@ def cached_step(
     numbers = Arriving(torch.stack([found.value, found.share_masked]))
     return StepResult(
         num_queries=found.num_queries,
+        num_passages=sum(agreed.counts.passages),
         num_chunks=len(chunks),
         num_halved=agreed.num_halved,
         num_tokens=sum(chunk.num_tokens for chunk in chunks),
         num_padded_tokens=encoding.num_padded_tokens,
+        num_squared_tokens=sum(int(chunk.lengths.square().sum()) for chunk in chunks),
         share_encoded_twice=share_encoded_twice,
         way=found.way,
         spread=agreed.spread,

@@ -27,7 +27,7 @@ def environment() -> dict:
         "python": platform.python_version(),
         "system": platform.platform(),
         "cores": os.cpu_count(),
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -49,7 +49,7 @@ def oldest_supported(name: str) -> str | None:
     return next(bounds, None)
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Return the commit of the checkout that this code runs from, with + when it was changed; None outside one."""
     here = Path(__file__).parent
     try:

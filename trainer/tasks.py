@@ -16,7 +16,7 @@ from trainer.job import TrainJob
 from trainer.loss_settings import LossSettings
 from trainer.precision import PrecisionSettings, product_dtype
 
-SUMMED = ("num_queries", "num_chunks", "num_halved", "num_tokens", "num_padded_tokens")
+SUMMED = ("num_queries", "num_passages", "num_chunks", "num_halved", "num_tokens", "num_padded_tokens", "num_squared_tokens")
 SECONDS = ("encode_s", "loss_s", "backward_s")
 
 

@@ -13,6 +13,7 @@ import torch
 from gradcache import Batch
 from gradcache.plan import encode_chunk, plan_encoding
 from launch.bench.busy import busy_share, count_waits
+from launch.bench.flops import forward_flops
 from launch.bench.job_path import encoded_by, load
 from launch.bench.lines import Row
 from launch.bench.machine import matmul_rate, seconds_of
@@ -20,7 +21,7 @@ from launch.bench.made_texts import MIXES, data_of
 from launch.bench.pairs import Pairs, read_pairs
 from launch.bench.peer import TRIAL_PAIRS, Peer, best_setting, named
 from launch.bench.sizes import Sizes
-from launch.bench.step import NONE_KEPT, PEER, StepBench, forward_flops
+from launch.bench.step import NONE_KEPT, PEER, StepBench
 from launch.bench.turns import take_turns
 from trainer.encoder.encode import DTYPES, encode_rows
 from trainer.encoder.model import Encoder

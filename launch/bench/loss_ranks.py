@@ -9,10 +9,10 @@ from typing import Any
 
 import psutil
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch.bench.loss import BARE, SIZES, about, check_size
 from launch.bench.machine import freed_at_once, measured
+from launch.bench.moved import Moved
 from launch.bench.stage import BareProducts, Stage, make_stage, unit_rows
 from launch.bench.turns import compared, take_turns
 from launch.counted import counted
@@ -108,25 +108,6 @@ def _one_step(world: World, stage: Stage, travels: str) -> dict[str, Any]:
         "moved_bytes": moved_bytes,
         "foreseen_bytes": int(way.foreseen_bytes),
     }
-
-
-class Moved(TorchDispatchMode):
-    """Counts the bytes that a rank sends to others or gets from them, whichever is more, in the collectives called inside."""
-
-    def __init__(self, num_ranks: int):
-        """Start at zero."""
-        super().__init__()
-        self.num_bytes = 0
-        self._share = (num_ranks - 1) / num_ranks
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count a collective, and call everything."""
-        if function.namespace == "c10d":
-            sides = [side if isinstance(side, list) else [side] for side in args[:2]]
-            sizes = [sum(t.nbytes for t in side if isinstance(t, torch.Tensor)) for side in sides]
-            times = 2 if "allreduce" in str(function) else 1  # a sum goes there and back
-            self.num_bytes += int(max(sizes) * times * self._share)
-        return function(*args, **(kwargs or {}))
 
 
 if __name__ == "__main__":

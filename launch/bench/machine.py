@@ -31,7 +31,7 @@ def measured(device: torch.device, held: int | None = None) -> Iterator[Cost]:
     yield cost
     _wait(device)
     cost.seconds = time.perf_counter() - started
-    cost.peak_gib = max(0.0, (_peak_bytes(device) - before) / 2**30)
+    cost.peak_gib = max(0.0, (peak_bytes(device) - before) / 2**30)
 
 
 @contextmanager
@@ -105,7 +105,8 @@ def peak_resident_bytes() -> int:
     return _status_bytes("VmHWM")
 
 
-def _peak_bytes(device: torch.device) -> int:
+def peak_bytes(device: torch.device) -> int:
+    """Return the most memory that this process has held since `start_peak`: of its GPU, or of the host."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
 
 

@@ -20,6 +20,7 @@ import torch
 from launch.bench.bare import batches_of, forward
 from launch.bench.embedded import embed_data
 from launch.bench.exact_search import SearchSize, measure_search
+from launch.bench.flops import forward_flops
 from launch.bench.idle import measure_idle
 from launch.bench.machine import describe, matmul_rate
 from launch.bench.made_texts import data_of
@@ -27,7 +28,7 @@ from launch.bench.mining_ranks import prepare_service
 from launch.bench.peer import open_peer
 from launch.bench.recall import Searched, made_embeddings, measure_index
 from launch.bench.shapes import model_of
-from launch.bench.step import PEER, forward_flops, precision_of
+from launch.bench.step import PEER, precision_of
 from launch.bench.turns import Turns, share_of_rate, speeds, take_turns
 from launch.bench.whole_refresh import Corpus, measure_refresh, write_part
 from launch.counted import counted

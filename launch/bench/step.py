@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gradcache import InfoNCE, LossOptions, Temperature, cached_step
 from gradcache.budget import kept_within, measure_graphs
 from gradcache.plan import Chunk, encode_chunk, plan_encoding
+from launch.bench.flops import forward_flops
 from launch.bench.job_path import encoded_by, load
 from launch.bench.machine import describe, matmul_rate, start_peak
 from launch.bench.made_texts import data_of
@@ -31,7 +31,6 @@ from launch.ranks import answer
 from trainer.backends import parallelize
 from trainer.encoder.auto import takes_bf16
 from trainer.encoder.encode import DTYPES
-from trainer.encoder.model import Encoder
 from trainer.errors import InputError
 from trainer.job import OptimSettings, ParallelSettings
 from trainer.world import World, join_world
@@ -237,18 +236,6 @@ def _gradients(module: nn.Module) -> dict[str, Tensor]:
     """Return the gradients under the names that the transformer itself gives to its parameters."""
     grads = ((name.rsplit("model.", 1)[-1], p.grad) for name, p in module.named_parameters())
     return {name: gradient for name, gradient in grads if gradient is not None}
-
-
-def forward_flops(encoder: Encoder, lengths: np.ndarray) -> float:
-    """Return the operations of one forward of all texts: 2 a matrix weight and token, and 4 L² a width and layer of attention.
-
-    A forward and its backward are three times as many: 6 a weight and token. Padding does not count.
-    """
-    weights = sum(m.weight.numel() for m in encoder.modules() if isinstance(m, nn.Linear))
-    config = encoder.model.config
-    tokens = lengths.astype(np.float64)
-    attention = 4 * config.hidden_size * config.num_hidden_layers
-    return float((2 * weights * tokens + attention * tokens**2).sum())
 
 
 if __name__ == "__main__":

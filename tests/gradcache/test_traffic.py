@@ -28,7 +28,10 @@ CASES = [
     *(replace(PLAIN, gather=way, same_side=True, widths=(64, 16)) for way in ("queries", "passages")),
     replace(PLAIN, gather="queries", product_dtype=torch.bfloat16),
     replace(PLAIN, gather="queries", objective=AdaptiveMargins()),
-    *(replace(PLAIN, gather="queries", symmetric=True, objective=each) for each in (DCLW(), AlignmentUniformity(), PairTemperature())),
+    *(
+        replace(PLAIN, gather="queries", symmetric=True, objective=each)
+        for each in (DCLW(), AlignmentUniformity(), PairTemperature())
+    ),
 ]
 
 

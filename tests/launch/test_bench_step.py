@@ -10,9 +10,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from launch.bench import mining, peer, step
+from launch.bench.flops import forward_flops
 from launch.bench.machine import matmul_rate
 from launch.bench.peer import SETTINGS, Peer, best_setting
-from launch.bench.step import PEER, bench_step, forward_flops, precision_of
+from launch.bench.step import PEER, bench_step, precision_of
 from launch.bench.turns import fits, take_turns
 from launch.tables import as_markdown, step_parts
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
