@@ -1,7 +1,7 @@
 """What a step sends between the ranks, message by message, from sizes alone: a formula, which tests hold against real calls.
 
-Exact are DDP's and FSDP2's messages where every rank has as many rows. DeepSpeed packs and pads by settings of its own; its totals
-are met, not each message.
+Exact are those of the loss where every rank has as many rows. Of the parameters' messages the sum is met: DDP cuts its buckets at
+whole parameters, and FSDP2 pads.
 """
 
 import math

@@ -18,8 +18,8 @@ def forward_flops(encoder: nn.Module, lengths: np.ndarray) -> float:
 def flops_of_tokens(encoder: nn.Module, tokens: float, squared_tokens: float) -> float:
     """Return the operations of one forward: 2 a matrix weight and token, and 4 L² a width and layer of attention.
 
-    A forward and its backward are three times as many: 6 a weight and token. Of two towers a text goes through one, and they count
-    as equal. squared_tokens: the sum of the texts' squared lengths.
+    A forward and its backward are three times as many: 6 a weight and token. Of two towers a text goes through one, and they
+    count as equal. squared_tokens: the sum of the texts' squared lengths.
     """
     towers = [module for module in encoder.modules() if isinstance(module, Encoder) and not module.has_two_towers]
     weights = sum(_numel(m.weight) for m in encoder.modules() if isinstance(m, nn.Linear)) / len(towers)

@@ -1,4 +1,4 @@
-"""Spans: nothing where nobody looks, self times that add up, one kind for each collective; DDP's buckets without a changed bit."""
+"""Spans: nothing where nobody looks, self times that add up, collectives by kind; DDP's buckets without a changed bit."""
 
 import time
 import tracemalloc

@@ -18,7 +18,7 @@ from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from tests.trainer.worlds import world_of
 from trainer.errors import InputError
 
-SLOW_S = 0.05
+SLOW_S = 0.4
 
 
 def made(name, begin_s, end_s, collective=None, self_s=None):
@@ -78,9 +78,9 @@ def root(tmp_path_factory):
     return root
 
 
-def measured(rank, root, slow_rank, *overrides, steps=6):
+def measured(rank, root, slow_rank, *overrides, steps=5):
     """Return what the worker reports of a few steps, in which one rank sleeps before it encodes."""
-    one_step, prepare = worker.one_step, worker.prepare
+    prepare = worker.prepare
 
     def prepare_slowly(job, world):
         run = prepare(job, world)
@@ -95,22 +95,31 @@ def measured(rank, root, slow_rank, *overrides, steps=6):
         return run
 
     worker.prepare = prepare_slowly  # in a process of its own
-    assert one_step is worker.one_step
     return worker.measure(world_of(rank), job_of(root, *overrides), "job", 8, 2, steps)
 
 
 def test_phases_add_up_and_a_slow_rank_shows_as_the_others_waiting(root):
     found = run_ranks(measured, 2, root, 1)[0]
-    assert found["ranks"] == 2 and found["queries_per_rank"] == 4 and len(found["step_s"]) == 6
+    assert found["ranks"] == 2 and found["queries_per_rank"] == 4 and len(found["step_s"]) == 5
     assert set(found["phases"]) == set(PHASES)
-    step_s = sorted(found["step_s"])[3]
+    step_s = sorted(found["step_s"])[2]
     total_s = sum(phase["mean_s"] for name, phase in found["phases"].items() if name != HIDDEN)
     assert total_s == pytest.approx(step_s, rel=0.15)  # medians of phases are of different steps
     first, second = found["ranks_measured"]
-    assert first["idle_s"] > 0.7 * SLOW_S > second["idle_s"] and second["busy_s"] > first["busy_s"] + 0.5 * SLOW_S
+    assert first["idle_s"] > second["idle_s"] + 0.5 * SLOW_S and second["busy_s"] > first["busy_s"] + 0.5 * SLOW_S
     assert found["slowest_rank"] == 1 and found["slowest_host"] == first["host"]
     assert found["phases"]["data"]["max_s"] >= SLOW_S
-    for name in ("encode", "gather", "statistics", "loss", "reduce_scatter", "encode_again", "parameters", "optimizer", "control"):
+    for name in (
+        "encode",
+        "gather",
+        "statistics",
+        "loss",
+        "reduce_scatter",
+        "encode_again",
+        "parameters",
+        "optimizer",
+        "control",
+    ):
         assert found["phases"][name]["mean_s"] > 0, name
     counted, formula = found["bytes"]["counted"], found["bytes"]["formula"]
     assert counted == pytest.approx(formula, rel=0.03)
@@ -122,7 +131,7 @@ def test_phases_add_up_and_a_slow_rank_shows_as_the_others_waiting(root):
     "negatives",
     [
         ["negatives.when_stale=wait", "negatives.max_age_steps=4", "checkpoint.every_steps=2"],
-        ['negatives.schedule=[{checkpoint=2, step=3}, {checkpoint=4, step=9}]', "checkpoint.every_steps=2", "optim.steps=20"],
+        ["negatives.schedule=[{checkpoint=2, step=3}, {checkpoint=4, step=9}]", "checkpoint.every_steps=2", "optim.steps=20"],
         ["batch.clusters=mined", "negatives.first_wait_s=0"],
     ],
     ids=["stale ones are waited for", "a fixed schedule", "mined clusters"],
@@ -135,11 +144,12 @@ def test_a_job_whose_miner_does_not_run_has_as_many_negatives(root, negatives):
 
 
 def alone(rank, root, overrides):
-    return worker.measure(world_of(), job_of(root, *overrides), "job", 8, 1, 3)
+    worker.matmul_rate = lambda *_: 1e9  # in a process of its own; it takes seconds, and is not the question
+    return worker.measure(world_of(rank), job_of(root, *overrides), "job", 8, 1, 3)
 
 
 def test_fsdp2_says_nothing_of_what_it_does_not_tell_apart_and_sends_what_the_formula_says(root):
-    found = run_ranks(measured, 2, root, None, "parallel.backend=fsdp2")[0]
+    found = run_ranks(alone, 2, root, ["parallel.backend=fsdp2"])[0]
     assert found["phases"]["parameters"] is None and found["phases"][HIDDEN] is None
     assert found["bytes"]["counted"] == pytest.approx(found["bytes"]["formula"], rel=0.03)
 

@@ -26,9 +26,9 @@ def own_cores(cores: list[int], rank: int, num_ranks: int, threads: int) -> list
     """Return a rank's cores: as many for each, next to each other."""
     each = len(cores) // num_ranks
     if each < threads:
-        fit = max(1, len(cores) // threads)
+        needed, fit = counted(num_ranks * threads, "core"), counted(len(cores) // threads, "rank")
         raise InputError(
-            f"{counted(num_ranks, 'rank')} of {counted(threads, 'thread')} need {counted(num_ranks * threads, 'core')} of their own, "
-            f"and this machine gives {len(cores)}; {counted(fit, 'rank')} fit, or set --threads lower"
+            f"{counted(num_ranks, 'rank')} of {counted(threads, 'thread')} need {needed} of their own, and this machine gives "
+            f"{len(cores)}; {fit} fit, or set --threads lower"
         )
     return cores[rank * each : (rank + 1) * each]

@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import nn
+
 from gradcache import StepResult
 from gradcache.encode import num_kept_graphs
 from gradcache.loss_memory import LossSizes
 from gradcache.traffic import Message, Sharded, sent_bytes, step_traffic
 from launch.bench.flops import flops_of_tokens, trained_share
-from launch.bench.machine import matmul_rate
 from launch.bench.moved import Moved
 from trainer.encoder.towers import Encoder
 from trainer.precision import DTYPES
@@ -22,19 +23,16 @@ class CountedStep:
     result: StepResult
     sent_bytes: float
     formula_bytes: float | None  # None: there is no formula of this backend
-    matmul_flops_per_s: float
 
 
 def count_step(run: Training, one_step: Callable[[Training], StepResult]) -> CountedStep:
-    """Take a step more, and count what it sends; it is slower for that. Every rank multiplies at once. Collective."""
+    """Take a step more, and count what it sends; it is slower for that. Collective."""
     world = run.world
     with Moved(world.num_ranks) as moved:
         result = one_step(run)
     messages = foreseen_messages(run, result)
     formula = None if messages is None else sum(sent_bytes(message, world.num_ranks) for message in messages)
-    world.barrier()
-    rate = matmul_rate(world.device, DTYPES[run.job.precision.encode])
-    return CountedStep(result, float(moved.num_bytes), formula, rate)
+    return CountedStep(result, float(moved.num_bytes), formula)
 
 
 def foreseen_messages(run: Training, result: StepResult) -> list[Message] | None:
@@ -87,6 +85,6 @@ def work_of_step(run: Training, result: StepResult) -> float:
     return forward * (2 + trained_share(encoder) + result.share_encoded_twice)
 
 
-def numel(parameter) -> int:
+def numel(parameter: nn.Parameter) -> int:
     """Return the numbers of a parameter, whole, however it is sharded."""
     return getattr(parameter, "ds_numel", parameter.numel())

@@ -38,8 +38,7 @@ def report(run: Training, every: Sequence[OfRank], is_drawn: bool) -> dict[str, 
     job, first = run.job, every[0]
     times = compared([rank.steps for rank in every])
     result = first.counted_result
-    known = not isinstance(run.state.parallel.sync, type(None)) and _tells_parameters(run)
-    unknown = () if known else ("parameters", HIDDEN)
+    unknown = () if _tells_parameters(run) else ("parameters", HIDDEN)
     options = next(iter(run.tasks.values())).loss
     found = describe(run.world.device)
     at = commit()

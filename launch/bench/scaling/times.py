@@ -29,8 +29,8 @@ OF_SPANS = {
 }
 HIDDEN = "parameters_hidden"
 PHASES = (
-    "data", "encode", "gather", "statistics", "loss", "reduce_scatter", "encode_again", "parameters", HIDDEN, "optimizer", "control",
-    "idle", "rest",
+    "data", "encode", "gather", "statistics", "loss", "reduce_scatter", "encode_again", "parameters", HIDDEN, "optimizer",
+    "control", "idle", "rest",
 )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """One size of `negpool bench scaling`, on its ranks: steps of a job as `negpool train` takes them, and what they take.
 
-Nothing is evaluated, saved or tracked. No miner runs: negatives are drawn at random once. Each rank keeps its spans of the measured
-steps; at the end rank 0 gets those of all.
+Nothing is evaluated, saved or tracked. No miner runs: negatives are drawn at random once. Each rank keeps its spans of the
+measured steps; at the end rank 0 gets those of all.
 """
 
 import contextlib
@@ -15,15 +15,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from gradcache import StepResult
 from gradcache.buckets import note_buckets
 from gradcache.spans import Recorder, recording, span
-from launch.bench.machine import peak_bytes, start_peak
+from launch.bench.machine import matmul_rate, peak_bytes, start_peak
 from launch.bench.made_texts import MIXES, NUM_PAIRS, data_of
 from launch.bench.scaling.cores import pin_to_own_cores
-from launch.bench.scaling.counted_step import CountedStep, count_step, work_of_step
+from launch.bench.scaling.counted_step import count_step, work_of_step
 from launch.bench.scaling.counters import bytes_sent
 from launch.bench.scaling.negatives import publish_random
 from launch.bench.scaling.report import OfRank, report
@@ -35,6 +36,7 @@ from trainer.early_stop import StopSettings
 from trainer.errors import InputError
 from trainer.job import EvalSettings, ProfileSettings, TrainJob
 from trainer.lost_ranks import naming_lost
+from trainer.precision import DTYPES
 from trainer.prepare import Training, prepare
 from trainer.train import switch_negatives, take_step
 from trainer.world import World, join_world
@@ -45,8 +47,8 @@ def measure_size(
 ) -> dict[str, Any] | None:
     """Return what a size's steps took on rank 0, None elsewhere. Collective.
 
-    job: path of a job file. data: "job", or a name of MIXES. queries: of a step, over all ranks. threads: of a rank on a CPU, which
-    with `pin` has cores of its own.
+    job: path of a job file. data: "job", or a name of MIXES. queries: of a step, over all ranks. threads: of a rank on a CPU,
+    which with `pin` has cores of its own.
     """
     jobs = read_job(Path(job), overrides)
     cores = pin_to_own_cores(os.environ, threads) if pin else None
@@ -63,8 +65,6 @@ def measure_size(
 
 def set_threads(world: World, threads: int) -> None:
     """Have torch compute with so many threads, where it computes on a CPU."""
-    import torch
-
     if world.device.type == "cpu":
         torch.set_num_threads(threads)
 
@@ -93,7 +93,7 @@ def measured_job(job: TrainJob, folder: Path, data: str, queries: int, steps: in
     """Return the job with what is measured of it: its steps, on its own texts or on made ones."""
     if data != "job":
         if data not in MIXES:
-            raise InputError(f'data={data!r} are no made texts; expected "job", or one of {", ".join(MIXES)}')
+            raise InputError(f'data="{data}" are no made texts; expected "job", or one of {", ".join(MIXES)}')
         path = data_of(data, job.data.cache, max(NUM_PAIRS, queries))
         job = replace(job, data=replace(job.data, path=path, columns={}, train_split="train"), sources={})
     return replace(
@@ -133,7 +133,9 @@ def _measure_run(run: Training, warm_up: int, steps: int) -> OfRank:
         world.barrier()
         sent = before, _sent_of_host(world)
     peak = peak_bytes(world.device) / 2**30
-    counted: CountedStep = count_step(run, one_step)
+    counted = count_step(run, one_step)
+    world.barrier()  # every rank multiplies at once
+    rate = matmul_rate(world.device, DTYPES[run.job.precision.encode])
     return OfRank(
         rank=world.rank,
         host=os.environ.get("SLURMD_NODENAME", socket.gethostname()),
@@ -141,7 +143,7 @@ def _measure_run(run: Training, warm_up: int, steps: int) -> OfRank:
         steps=times,
         tokens=statistics.median(result.num_tokens for result in works),
         encoder_flops=statistics.median(work_of_step(run, result) for result in works),
-        matmul_flops_per_s=counted.matmul_flops_per_s,
+        matmul_flops_per_s=rate,
         peak_gib=peak,
         sent=sent,
         counted_bytes=counted.sent_bytes,
