@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gradcache.spans import Recorder, Span
+from gradcache.spans import Recorder, TimedSpan
 
 BUCKET = "bucket"  # the name of their spans
 
@@ -34,7 +34,7 @@ def note_buckets(module: DistributedDataParallel, recorder: Recorder) -> None:
     module.register_comm_hook(None, reduce)
 
 
-def split_reductions(buckets: Sequence[Span], backward_end_s: float) -> tuple[float, float]:
+def split_reductions(buckets: Sequence[TimedSpan], backward_end_s: float) -> tuple[float, float]:
     """Return the seconds from the last bucket's start to the end of a backward, which the step waits for, and those before in
     which buckets were reduced beside the backward.
     """

@@ -20,7 +20,7 @@ _here = threading.local()  # .recorder: of this thread; ranks may be threads of 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Span:
+class TimedSpan:
     """A stretch of time on one rank."""
 
     name: str
@@ -47,7 +47,7 @@ def span(name: str, collective: str | None = None, whole: Tensor | None = None) 
     return record_function(name) if torch.autograd._profiler_enabled() else _NOTHING
 
 
-class Moment:
+class Instant:
     """A moment of a device's work; a GPU passes it when it has done all that is queued."""
 
     def __init__(self, device: torch.device):
@@ -57,7 +57,7 @@ class Moment:
             self._event = torch.cuda.Event(enable_timing=True)
             self._event.record(torch.cuda.current_stream(device))
 
-    def since(self, earlier: "Moment") -> float:
+    def since(self, earlier: "Instant") -> float:
         """Return the seconds between two moments; waits for a GPU to pass the later one."""
         if self._event is None or earlier._event is None:
             return self._host_s - earlier._host_s
@@ -77,7 +77,7 @@ class Recorder:
     @contextlib.contextmanager
     def noting(self, name: str, collective: str | None, num_bytes: int) -> Iterator[None]:
         """Note a span."""
-        noted = _Noted(name, collective, num_bytes, self._open[-1] if self._open else None, Moment(self.device))
+        noted = _Noted(name, collective, num_bytes, self._open[-1] if self._open else None, Instant(self.device))
         self._open.append(len(self._noted))
         self._noted.append(noted)
         try:
@@ -89,11 +89,11 @@ class Recorder:
 
     def begin_beside(self, name: str, collective: str, num_bytes: int) -> "_Noted":
         """Begin a collective that runs beside the others' spans, in whatever thread; its `finish` ends it."""
-        noted = _Noted(name, collective, num_bytes, None, Moment(self.device))
+        noted = _Noted(name, collective, num_bytes, None, Instant(self.device))
         self._beside.append(noted)
         return noted
 
-    def read(self) -> list[Span]:
+    def read(self) -> list[TimedSpan]:
         """Return the spans since the last call, those beside others last, and forget them. Waits for a GPU.
 
         Called outside of all spans.
@@ -108,7 +108,7 @@ class Recorder:
             if each.parent is not None:
                 self_s[each.parent] -= end - begin
         return [
-            Span(name=n.name, begin_s=t[0], end_s=t[1], self_s=s, collective=n.collective, num_bytes=n.num_bytes)
+            TimedSpan(name=n.name, begin_s=t[0], end_s=t[1], self_s=s, collective=n.collective, num_bytes=n.num_bytes)
             for n, t, s in zip(noted, times, self_s, strict=True)
         ]
 
@@ -119,14 +119,14 @@ class _Noted:
     collective: str | None
     num_bytes: int
     parent: int | None
-    begin: Moment
-    end: Moment | None = None
+    begin: Instant
+    end: Instant | None = None
 
     def finish(self) -> None:
-        self.end = Moment(self.begin.device)
+        self.end = Instant(self.begin.device)
 
     @property
-    def last(self) -> Moment:
+    def last(self) -> Instant:
         assert self.end is not None, "spans are read outside of all of them"
         return self.end
 

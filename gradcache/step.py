@@ -23,7 +23,7 @@ from gradcache.lost import naming_lost_ranks
 from gradcache.options import LossOptions
 from gradcache.plan import Plan, chunks_of_each_tower, plan_encoding
 from gradcache.replay import borrowed_generators
-from gradcache.spans import Moment, span
+from gradcache.spans import Instant, span
 from gradcache.sync import GradientSync
 from gradcache.temperature import Temperature
 from gradcache.transfers import Arriving, upload
@@ -144,7 +144,7 @@ def cached_step(
     """
     device = temperature.log_scale.device
     rank = 0 if group is None else group.rank()
-    moments = [Moment(device)]
+    moments = [Instant(device)]
     plan = plan_encoding(batch.towers, chunk_tokens, seed, step, rank)
     if sync.communicates_in_forward and group is not None:
         plan = _equalized(plan, batch, chunk_tokens, seed, step, group, device)
@@ -153,7 +153,7 @@ def cached_step(
         with naming_lost_ranks(group), span("encode"):  # sharded parameters are gathered within
             encoding = encode_all(plan, keep_graphs, sync)
         chunks, share_encoded_twice = encoding.plan.chunks, encoding.share_encoded_twice
-        moments.append(Moment(device))
+        moments.append(Instant(device))
         num_refused, sync.num_forgotten = encoding.num_refused + sync.num_forgotten, 0
         with span("agree"):
             agreed = agree(batch, encoding, loss.objective, num_refused, group, device)
@@ -162,10 +162,10 @@ def cached_step(
             found = global_loss(
                 batch, agreed, options=loss, temperature=temperature, group=group, gradient_scale=scale, progress=progress
             )
-        moments.append(Moment(device))
+        moments.append(Instant(device))
         with naming_lost_ranks(group), span("backward"):
             backpropagate(encoding, found.gradient_nD, sync, scale, is_last)
-        moments.append(Moment(device))
+        moments.append(Instant(device))
     numbers = Arriving(torch.stack([found.value, found.share_masked]))
     return StepResult(
         num_queries=found.num_queries,
@@ -199,7 +199,7 @@ def _scale_of(scaler: torch.amp.GradScaler | None, device: torch.device) -> floa
     return scaler.scale(torch.ones((), dtype=torch.float64, device=device))
 
 
-def _measured(numbers: Arriving, moments: Sequence[Moment]) -> Measured:
+def _measured(numbers: Arriving, moments: Sequence[Instant]) -> Measured:
     loss, share_masked = numbers.read()
     encode_s, loss_s, backward_s = (end.since(begin) for begin, end in itertools.pairwise(moments))
     return Measured(loss=loss, share_masked=share_masked, encode_s=encode_s, loss_s=loss_s, backward_s=backward_s)

@@ -23,7 +23,7 @@ Collective = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
 Travels = Literal["queries", "passages"]
 TIMES = {"all_reduce": 2}  # there and back; others go once
 FIRST_BUCKET_BYTES, BUCKET_BYTES = 2**20, 25 * 2**20  # of DistributedDataParallel, if nothing else is said
-LOOP_NUMBERS = (4, 1)  # what a training loop agrees on before a step, and whether a gradient is broken behind it
+AGREED_NUMBERS, BROKEN_NUMBERS = 4, 1  # that a training loop reduces before a step, and behind it where gradients are whole
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Message:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sharded:
+class ShardTraffic:
     """How often a backend that shards weights moves them in a step."""
 
     chunks: int = 1  # of a rank, the same on each
@@ -44,7 +44,8 @@ class Sharded:
     layers: int = 1  # gathered one by one
     outside_bytes: int = 0  # of the weights outside of layers, gathered together; float32
     frozen_bytes: int = 0  # gathered, too, and never reduced; float32
-    layer_itemsize: int = 4  # bytes of a layer's weight while it is gathered
+    layer_itemsize: int = 4  # bytes of a layer's weight while it is gathered, with fsdp2
+    small_bytes: int = 0  # of the weights that zero3 keeps whole on every rank; float32
     reduces_every_chunk: bool = False
     reshards_after_forward: bool = True
 
@@ -63,27 +64,27 @@ def step_traffic(
     num_value_columns: int = 0,
     positives_per_query: float = 1.0,
     num_towers: int = 1,
-    loop_numbers: tuple[int, ...] = LOOP_NUMBERS,
-    sharded: Sharded | None = None,
+    in_loop: bool = True,
+    sharded: ShardTraffic | None = None,
     device: torch.device | None = None,
 ) -> list[Message]:
     """Return the messages of a step; none of one rank.
 
     trained_bytes: of the trained weights' gradients, float32. backend: ddp, fsdp2, zero0 to zero3.
     num_value_columns: values that travel with each query. positives_per_query: judged positives.
-    loop_numbers: 8-byte numbers of each small reduction of the training loop around the step; () for the step alone.
-    sharded: for fsdp2 and zero2 and zero3. device: on which the choice of what travels is made; None: a CPU.
+    in_loop: with the small messages of the trainer's loop around the step, of its agreements and its optimizer.
+    sharded: for fsdp2, zero2 and zero3. device: on which the choice of what travels is made; None: a CPU.
     """
     if sizes.num_ranks == 1:
         return []
-    how = sharded or Sharded()
-    messages = [Message("all_reduce", "control", 8 * numbers) for numbers in loop_numbers]
+    how = sharded or ShardTraffic()
+    messages = [Message("all_reduce", "control", 8 * AGREED_NUMBERS)] * in_loop
     if backend == "zero3" or backend == "fsdp2" or (backend == "zero2" and how.reduces_every_chunk):
         messages.append(Message("all_gather", "control", 8 * num_towers * sizes.num_ranks))
     messages.append(Message("all_gather", "control", 8 * NUM_AGREED * sizes.num_ranks))
     travels = travelling(options, sizes, device or torch.device("cpu"))
     messages += loss_messages(options, sizes, travels, num_value_columns, positives_per_query)
-    return messages + parameter_messages(trained_bytes, sizes.num_ranks, backend, how)
+    return messages + parameter_messages(trained_bytes, backend, how) + _of_optimizer(backend) * in_loop
 
 
 def sent_bytes(message: Message, num_ranks: int) -> float:
@@ -130,7 +131,7 @@ def loss_messages(
     ]
 
 
-def parameter_messages(trained_bytes: int, num_ranks: int, backend: str, how: Sharded) -> list[Message]:
+def parameter_messages(trained_bytes: int, backend: str, how: ShardTraffic) -> list[Message]:
     """Return how the trained weights' gradients, and sharded weights, move."""
     if backend == "ddp" or backend == "zero0":
         buckets = [min(FIRST_BUCKET_BYTES, trained_bytes)] if backend == "ddp" and trained_bytes else []
@@ -142,7 +143,7 @@ def parameter_messages(trained_bytes: int, num_ranks: int, backend: str, how: Sh
     return _of_zero(trained_bytes, int(backend.removeprefix("zero")), how)
 
 
-def _of_fsdp2(trained_bytes: int, how: Sharded) -> list[Message]:
+def _of_fsdp2(trained_bytes: int, how: ShardTraffic) -> list[Message]:
     """Return the gathers of each layer in every forward and backward, and of the rest, which stays until a backward has ended."""
     again = how.chunks - how.kept  # chunks that are encoded twice
     layer_bytes = max(0, trained_bytes + how.frozen_bytes - how.outside_bytes) // how.layers
@@ -158,8 +159,28 @@ def _of_fsdp2(trained_bytes: int, how: Sharded) -> list[Message]:
     return gathers + sums * how.backwards
 
 
-def _of_zero(trained_bytes: int, stage: int, how: Sharded) -> list[Message]:
-    raise NotImplementedError
+def _of_zero(trained_bytes: int, stage: int, how: ShardTraffic) -> list[Message]:
+    """Return what DeepSpeed 0.19 is seen to do: its first stages sum whole gradients, and gather what each rank has updated.
+
+    Its third stage gathers weights in every forward and backward; those that stay whole are gathered once, behind the update.
+    """
+    if stage < 3:
+        sums = [Message("all_reduce", "parameters", trained_bytes)] * (how.backwards if stage == 2 else 1)
+        return [*sums, Message("all_gather", "parameters", trained_bytes)]
+    passes = 2 * how.chunks + how.chunks - how.kept
+    gathered = max(0, trained_bytes + how.frozen_bytes - how.small_bytes) // how.layers
+    gathers = [Message("all_gather", "parameters", gathered)] * passes * how.layers * (gathered > 0)
+    gathers += [Message("all_gather", "parameters", how.small_bytes)] * (how.small_bytes > 0)
+    return [*gathers, *[Message("reduce_scatter", "parameters", trained_bytes)] * how.backwards]
+
+
+def _of_optimizer(backend: str) -> list[Message]:
+    """Return the small sums before an update: of what is broken, and of norms."""
+    if backend in ("ddp", "zero0"):
+        return [Message("all_reduce", "control", 8 * BROKEN_NUMBERS)]
+    if backend == "fsdp2":
+        return []
+    return [Message("all_reduce", "control", 8 if backend == "zero3" else 4)] * 2
 
 
 def _of_batch(options: LossOptions, own_rows: int, num_ranks: int, num_views: int) -> list[Message]:

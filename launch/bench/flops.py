@@ -1,7 +1,7 @@
 """Operations of a step, by the sizes of its matrices: what a share of a matrix rate is counted from."""
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from gradcache import LossOptions
 from gradcache.loss_memory import LossSizes
@@ -47,5 +47,5 @@ def loss_flops(options: LossOptions, sizes: LossSizes) -> float:
     return 3.0 * 2 * sizes.queries * columns * sum(view.stop - view.first for view in views)
 
 
-def _numel(weight: nn.Parameter) -> int:
+def _numel(weight: Tensor) -> int:
     return getattr(weight, "ds_numel", weight.numel())  # DeepSpeed takes a parameter's values out of it

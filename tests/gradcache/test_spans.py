@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradcache import DDPSync, InfoNCE, LossOptions, Temperature, cached_step
 from gradcache.buckets import BUCKET, note_buckets, split_reductions
-from gradcache.spans import Span, recording, span
+from gradcache.spans import TimedSpan, recording, span
 from tests.gradcache.made import made_batch
 from tests.ranks import run_ranks
 
@@ -72,8 +72,8 @@ def test_torchs_profiler_sees_spans():
     assert "encode" in {event.name for event in profile.events()}
 
 
-def bucket(begin_s: float, end_s: float) -> Span:
-    return Span(name=BUCKET, begin_s=begin_s, end_s=end_s, self_s=0.0, collective="all_reduce", num_bytes=1)
+def bucket(begin_s: float, end_s: float) -> TimedSpan:
+    return TimedSpan(name=BUCKET, begin_s=begin_s, end_s=end_s, self_s=0.0, collective="all_reduce", num_bytes=1)
 
 
 def test_reductions_are_hidden_until_the_last_bucket_starts():

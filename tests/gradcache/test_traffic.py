@@ -11,7 +11,7 @@ import torch.distributed as dist
 from gradcache import DDPSync, InfoNCE, LossOptions, Temperature, cached_step, exchange
 from gradcache.loss_memory import LossSizes
 from gradcache.objectives import DCLW, AdaptiveMargins, AlignmentUniformity, PairTemperature
-from gradcache.traffic import Message, Sharded, parameter_messages, sent_bytes, step_traffic, travelling
+from gradcache.traffic import Message, ShardTraffic, parameter_messages, sent_bytes, step_traffic, travelling
 from gradcache.way import choose_way
 from tests.gradcache.made import made_batch
 from tests.ranks import run_ranks
@@ -78,7 +78,7 @@ def sizes_on(num_ranks: int) -> LossSizes:
 @pytest.mark.parametrize("num_ranks", [2, 3])
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_every_message_of_the_loss_is_foreseen_to_the_byte(number, num_ranks):
-    foreseen = step_traffic(CASES[number], sizes_on(num_ranks), 0, loop_numbers=())
+    foreseen = step_traffic(CASES[number], sizes_on(num_ranks), 0, in_loop=False)
     for of_rank in counted_on(num_ranks):
         assert [(message.collective, message.num_bytes) for message in foreseen] == of_rank[number]
 
@@ -108,5 +108,5 @@ def test_a_message_is_sent_but_for_ones_own_part_and_a_sum_goes_twice():
 
 
 def test_gradients_are_reduced_in_ddps_buckets():
-    sizes = [m.num_bytes for m in parameter_messages(60 * 2**20, 2, "ddp", Sharded())]
+    sizes = [m.num_bytes for m in parameter_messages(60 * 2**20, "ddp", ShardTraffic())]
     assert sizes == [2**20, 25 * 2**20, 25 * 2**20, 9 * 2**20]

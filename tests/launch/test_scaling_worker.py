@@ -1,12 +1,14 @@
 """One size of the scaling benchmark on real ranks: its phases, who waits, what is sent; and the arithmetic behind them."""
 
 import dataclasses
+import importlib.util
+import os
 import time
 
 import pytest
 
 from gradcache.buckets import BUCKET
-from gradcache.spans import Span
+from gradcache.spans import TimedSpan
 from launch.bench.scaling import worker
 from launch.bench.scaling.cores import own_cores
 from launch.bench.scaling.counters import most_sent
@@ -23,10 +25,10 @@ SLOW_S = 0.4
 
 def made(name, begin_s, end_s, collective=None, self_s=None):
     self_s = end_s - begin_s if self_s is None else self_s
-    return Span(name=name, begin_s=begin_s, end_s=end_s, self_s=self_s, collective=collective, num_bytes=800)
+    return TimedSpan(name=name, begin_s=begin_s, end_s=end_s, self_s=self_s, collective=collective, num_bytes=800)
 
 
-def spans_of(gather_s: float, exposed_s: float) -> list[Span]:
+def spans_of(gather_s: float, exposed_s: float) -> list[TimedSpan]:
     """A step of 1 s of encoding, a gather, 2 s of backward, 0.5 s of an update, and 0.25 s between them."""
     first = 1.25 + gather_s
     end = first + 2 + exposed_s
@@ -148,10 +150,24 @@ def alone(rank, root, overrides):
     return worker.measure(world_of(rank), job_of(root, *overrides), "job", 8, 1, 3)
 
 
-def test_fsdp2_says_nothing_of_what_it_does_not_tell_apart_and_sends_what_the_formula_says(root):
-    found = run_ranks(alone, 2, root, ["parallel.backend=fsdp2"])[0]
-    assert found["phases"]["parameters"] is None and found["phases"][HIDDEN] is None
-    assert found["bytes"]["counted"] == pytest.approx(found["bytes"]["formula"], rel=0.03)
+WIDE_OPEN = '{"zero_optimization": {"stage3_param_persistence_threshold": 0}}'  # zero3 keeps no weight whole
+
+
+def sharded(rank, root, cases):
+    os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE="2")  # for DeepSpeed
+    return [alone(rank, root, overrides) for overrides in cases]
+
+
+def test_sharding_backends_send_what_the_formula_says_and_say_nothing_of_what_they_do_not_tell_apart(root):
+    (root / "zero3.json").write_text(WIDE_OPEN)
+    cases = [["parallel.backend=fsdp2"], ["parallel.backend=fsdp2", "parallel.reduce=chunk", "chunk.keep_graphs=0"]]
+    cases += [["parallel.backend=fsdp2", "parallel.reshard_after_forward=false"]]
+    if importlib.util.find_spec("deepspeed") is not None:
+        cases += [["parallel.backend=zero1"], ["parallel.backend=zero2", "parallel.reduce=chunk"], ["parallel.backend=zero3"]]
+        cases += [["parallel.backend=zero3", f"parallel.deepspeed={root}/zero3.json"]]
+    for overrides, found in zip(cases, run_ranks(sharded, 2, root, cases, timeout_s=240)[0], strict=True):
+        assert found["phases"]["parameters"] is None and found["phases"][HIDDEN] is None
+        assert found["bytes"]["counted"] == pytest.approx(found["bytes"]["formula"], rel=0.03), overrides
 
 
 def test_a_whole_start_on_pinned_cores_reports_and_a_batch_that_cannot_be_divided_is_refused(root):

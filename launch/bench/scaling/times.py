@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gradcache.buckets import BUCKET, split_reductions
-from gradcache.spans import Span
+from gradcache.spans import TimedSpan
 from gradcache.traffic import Message, sent_bytes
 
 STEP = "step"  # the name of the span around all others
@@ -35,8 +35,8 @@ PHASES = (
 
 
 @dataclass(frozen=True)
-class Shared:
-    """What all ranks do together in a step, at once."""
+class Call:
+    """What all ranks do together in a step, on one of them."""
 
     phase: str
     collective: str | None  # None: not one alone
@@ -50,12 +50,12 @@ class StepTimes:
 
     step_s: float
     own_s: dict[str, float]  # by phase, of what this rank does alone
-    shared: list[Shared]
+    shared: list[Call]
     hidden_s: float = 0.0  # of parameters' sums beside a backward
-    buckets: list[Shared] = field(default_factory=list)
+    buckets: list[Call] = field(default_factory=list)
 
 
-def times_of_step(spans: Sequence[Span]) -> StepTimes:
+def times_of_step(spans: Sequence[TimedSpan]) -> StepTimes:
     """Return what a step took on this rank, from its spans."""
     own_s: dict[str, float] = {}
     shared = []
@@ -65,7 +65,7 @@ def times_of_step(spans: Sequence[Span]) -> StepTimes:
         if each.name == BUCKET:
             continue
         if each.collective is not None:
-            shared.append(Shared(phase, each.collective, each.num_bytes, each.duration_s))
+            shared.append(Call(phase, each.collective, each.num_bytes, each.duration_s))
         else:
             own_s[phase] = own_s.get(phase, 0.0) + each.self_s
     hidden_s = 0.0
@@ -73,9 +73,9 @@ def times_of_step(spans: Sequence[Span]) -> StepTimes:
         end_s = max(each.end_s for each in spans if each.name == "backward")
         exposed_s, hidden_s = split_reductions(buckets, end_s)
         own_s["encode_again"] -= exposed_s
-        shared.append(Shared("parameters", None, sum(each.num_bytes for each in buckets), exposed_s))
+        shared.append(Call("parameters", None, sum(each.num_bytes for each in buckets), exposed_s))
     (step,) = [each for each in spans if each.name == STEP]
-    of_buckets = [Shared("parameters", "all_reduce", each.num_bytes, each.duration_s) for each in buckets]
+    of_buckets = [Call("parameters", "all_reduce", each.num_bytes, each.duration_s) for each in buckets]
     return StepTimes(step_s=step.duration_s, own_s=own_s, shared=shared, hidden_s=hidden_s, buckets=of_buckets)
 
 
@@ -115,7 +115,7 @@ def compared(steps_of_ranks: Sequence[Sequence[StepTimes]]) -> list[RankTimes]:
     return found
 
 
-def _least(of_ranks: Sequence[StepTimes], kind: Callable[[StepTimes], list[Shared]]) -> list[float]:
+def _least(of_ranks: Sequence[StepTimes], kind: Callable[[StepTimes], list[Call]]) -> list[float]:
     """Return of each thing that the ranks did together the seconds of the rank that came last."""
     return [min(each.seconds for each in together) for together in zip(*(kind(step) for step in of_ranks), strict=True)]
 

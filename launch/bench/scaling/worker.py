@@ -24,10 +24,10 @@ from gradcache.spans import Recorder, recording, span
 from launch.bench.machine import matmul_rate, peak_bytes, start_peak
 from launch.bench.made_texts import MIXES, NUM_PAIRS, data_of
 from launch.bench.scaling.cores import pin_to_own_cores
-from launch.bench.scaling.counted_step import count_step, work_of_step
 from launch.bench.scaling.counters import bytes_sent
-from launch.bench.scaling.negatives import publish_random
-from launch.bench.scaling.report import OfRank, report
+from launch.bench.scaling.random_negatives import publish_random
+from launch.bench.scaling.size_report import RankFigures, report
+from launch.bench.scaling.step_counts import count_step, work_of_step
 from launch.bench.scaling.times import STEP, StepTimes, times_of_step
 from launch.bench.shapes import model_of
 from launch.jobfile import Jobs, read_job
@@ -117,7 +117,7 @@ def one_step(run: Training) -> StepResult:
         return take_step(run)[0]
 
 
-def _measure_run(run: Training, warm_up: int, steps: int) -> OfRank:
+def _measure_run(run: Training, warm_up: int, steps: int) -> RankFigures:
     """Return this rank's part of what is measured. Collective."""
     world, module = run.world, run.state.parallel.module
     start_peak(world.device)
@@ -136,7 +136,7 @@ def _measure_run(run: Training, warm_up: int, steps: int) -> OfRank:
     counted = count_step(run, one_step)
     world.barrier()  # every rank multiplies at once
     rate = matmul_rate(world.device, DTYPES[run.job.precision.encode])
-    return OfRank(
+    return RankFigures(
         rank=world.rank,
         host=os.environ.get("SLURMD_NODENAME", socket.gethostname()),
         ranks_per_node=world.ranks_per_node,

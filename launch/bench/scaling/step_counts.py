@@ -8,7 +8,7 @@ from torch import nn
 from gradcache import StepResult
 from gradcache.encode import num_kept_graphs
 from gradcache.loss_memory import LossSizes
-from gradcache.traffic import Message, Sharded, sent_bytes, step_traffic
+from gradcache.traffic import Message, ShardTraffic, sent_bytes, step_traffic
 from launch.bench.flops import flops_of_tokens, trained_share
 from launch.bench.moved import Moved
 from trainer.encoder.towers import Encoder
@@ -17,36 +17,36 @@ from trainer.prepare import Training
 
 
 @dataclass(frozen=True)
-class CountedStep:
+class StepCounts:
     """One step of this rank."""
 
     result: StepResult
     sent_bytes: float
-    formula_bytes: float | None  # None: there is no formula of this backend
+    formula_bytes: float
 
 
-def count_step(run: Training, one_step: Callable[[Training], StepResult]) -> CountedStep:
+def count_step(run: Training, one_step: Callable[[Training], StepResult]) -> StepCounts:
     """Take a step more, and count what it sends; it is slower for that. Collective."""
     world = run.world
     with Moved(world.num_ranks) as moved:
         result = one_step(run)
-    messages = foreseen_messages(run, result)
-    formula = None if messages is None else sum(sent_bytes(message, world.num_ranks) for message in messages)
-    return CountedStep(result, float(moved.num_bytes), formula)
+    formula = sum(sent_bytes(message, world.num_ranks) for message in foreseen_messages(run, result))
+    return StepCounts(result, float(moved.num_bytes), formula)
 
 
-def foreseen_messages(run: Training, result: StepResult) -> list[Message] | None:
-    """Return the messages of such a step by the formula; None where there is none."""
+def foreseen_messages(run: Training, result: StepResult) -> list[Message]:
+    """Return the messages of such a step by the formula; of several tasks in a step as if they were one."""
     state, world = run.state, run.world
     assert state.budget is not None, "a step was taken"
     encoder = state.parallel.encoder
+    assert isinstance(encoder, Encoder)
     kept = num_kept_graphs(state.budget.keep_graphs, result.num_chunks)
     trained = sum(4 * numel(p) for p in encoder.parameters() if p.requires_grad)
     every = sum(4 * numel(p) for p in encoder.parameters())
-    layers = encoder.layers() if isinstance(encoder, Encoder) else []
+    layers = encoder.layers()
     in_layers = sum(4 * numel(p) for layer in layers for p in layer.parameters())
     parallel = run.job.parallel
-    sharded = Sharded(
+    sharded = ShardTraffic(
         chunks=result.num_chunks,
         kept=kept,
         layers=max(1, len(layers)),
@@ -55,20 +55,18 @@ def foreseen_messages(run: Training, result: StepResult) -> list[Message] | None
         layer_itemsize=DTYPES[run.job.precision.encode].itemsize,
         reduces_every_chunk=parallel.reduce == "chunk",
         reshards_after_forward=parallel.reshard_after_forward,
+        small_bytes=sum(4 * numel(p) for p in encoder.parameters() if getattr(p, "ds_persist", False)),
     )
-    try:
-        return step_traffic(
-            next(iter(run.tasks.values())).loss,
-            sizes_of(run, result),
-            trained,
-            parallel.backend,
-            positives_per_query=len(run.dataset.positive_rows) / run.dataset.num_queries,
-            num_towers=2 if isinstance(encoder, Encoder) and encoder.has_two_towers else 1,
-            sharded=sharded,
-            device=world.device,
-        )
-    except NotImplementedError:
-        return None
+    return step_traffic(
+        next(iter(run.tasks.values())).loss,
+        sizes_of(run, result),
+        trained,
+        parallel.backend,
+        positives_per_query=len(run.dataset.positive_rows) / run.dataset.num_queries,
+        num_towers=2 if encoder.has_two_towers else 1,
+        sharded=sharded,
+        device=world.device,
+    )
 
 
 def sizes_of(run: Training, result: StepResult) -> LossSizes:

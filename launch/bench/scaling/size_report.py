@@ -8,15 +8,15 @@ from typing import Any
 from gradcache import StepResult
 from launch.bench.flops import loss_flops
 from launch.bench.machine import describe
-from launch.bench.scaling.counted_step import sizes_of
 from launch.bench.scaling.counters import most_sent
+from launch.bench.scaling.step_counts import sizes_of
 from launch.bench.scaling.times import HIDDEN, RankTimes, StepTimes, bus_bandwidths, compared, phases_of
 from launch.versions import commit, library_version
 from trainer.prepare import Training
 
 
 @dataclass(frozen=True, kw_only=True)
-class OfRank:
+class RankFigures:
     """What one rank brings."""
 
     rank: int
@@ -29,11 +29,11 @@ class OfRank:
     peak_gib: float  # that the process, or its GPU, held at most
     sent: tuple[dict[str, int], dict[str, int]]  # by the host's interfaces, before and behind the measured steps
     counted_bytes: float
-    formula_bytes: float | None
+    formula_bytes: float
     counted_result: StepResult
 
 
-def report(run: Training, every: Sequence[OfRank], is_drawn: bool) -> dict[str, Any]:
+def report(run: Training, every: Sequence[RankFigures], is_drawn: bool) -> dict[str, Any]:
     """Return the figures of a size. every: rank by rank. is_drawn: whether the negatives were drawn at random."""
     job, first = run.job, every[0]
     times = compared([rank.steps for rank in every])
@@ -76,7 +76,7 @@ def _tells_parameters(run: Training) -> bool:
     return run.world.group is None or run.job.parallel.backend == "ddp"
 
 
-def _bytes(every: Sequence[OfRank]) -> dict[str, Any]:
+def _bytes(every: Sequence[RankFigures]) -> dict[str, Any]:
     """Return what a rank sends in a step: counted, by the formula, and as the hosts' interfaces say; means over the ranks."""
     firsts = {rank.host: rank for rank in reversed(every)}  # each host's first rank
     num_steps = len(every[0].steps)
@@ -91,7 +91,7 @@ def _bytes(every: Sequence[OfRank]) -> dict[str, Any]:
     return {"counted": statistics.mean(rank.counted_bytes for rank in every), "formula": formula, "interface": interface}
 
 
-def _slowest(every: Sequence[OfRank], times: Sequence[RankTimes]) -> dict[str, Any]:
+def _slowest(every: Sequence[RankFigures], times: Sequence[RankTimes]) -> dict[str, Any]:
     """Return the host whose ranks need most time for their own work, and the rank that does."""
     busy: dict[str, list[float]] = {}
     for rank, of_rank in zip(every, times, strict=True):
