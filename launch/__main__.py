@@ -17,6 +17,7 @@ from trainer.errors import EXIT_REFUSED, TOLD, InputError, exit_code
 from trainer.handoff.manifest import disk_error, is_disk_error
 from trainer.handoff.rights import unreadable
 
+TYPERS_CTRL_C = 130  # what newer versions of typer return for it; older ones raise Abort
 # What typer raises for an unknown command or option; it does not export the class, only one derived from it.
 USAGE_ERROR: type[Any] = typer.BadParameter.__bases__[0]
 
@@ -35,6 +36,8 @@ def main() -> None:
 
     try:
         code = app(standalone_mode=False) or 0
+        if code == TYPERS_CTRL_C:
+            raise KeyboardInterrupt
         if "mpi4py.MPI" in sys.modules:
             from mining.ranks import leave_mpi
 

@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from launch.options import Json, Out, Peer, Rounds
-from launch.output import print_json, results
+from launch.options import JobCommand, JobFile, Json, Out, Overrides, Peer, Rounds
+from launch.output import print_json, results, start_logging
+from trainer.errors import EXIT_FAILED, InputError
 
 DataOrMade = Annotated[
     str, typer.Option(help="data set in BEIR's form (negpool data code makes one), or made texts: made-256, made-64, made-mixed")
@@ -154,14 +155,83 @@ def bench_gpu(rounds: Rounds = 3, out: Out = None, as_json: Json = False) -> int
     return _print_bench("gpu", found, gpu_parts(found), out, as_json)
 
 
+@bench_app.command("scaling", cls=JobCommand)
+def bench_scaling(
+    job: JobFile,
+    overrides: Overrides = None,
+    ranks: Annotated[str, typer.Option(help="sizes, as 1,2,4")] = "1,2",
+    mode: Annotated[str, typer.Option(help="strong: the batch stays; weak: each rank's share of it stays")] = "strong,weak",
+    rounds: Rounds = 3,
+    data: Annotated[str, typer.Option(help="job: its own texts; or made ones: made-256, made-64, made-mixed")] = "job",
+    fabric: Annotated[str | None, typer.Option(help="calibrated one, for the peak bandwidth: a file or a known name")] = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="as jobs of Slurm, one for each size and round")] = False,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="a rank for each; 0: launch.train_ranks on cores (--slurm)")] = 0,
+    cpus_per_rank: Annotated[int | None, typer.Option(min=1, help="cores; default: 4 (--slurm)")] = None,
+    partition: Annotated[str | None, typer.Option(help="default: the cluster's (--slurm)")] = None,
+    time: Annotated[str | None, typer.Option(help="limit of a job, as 30 or 1:00:00; default: the partition's (--slurm)")] = None,
+    sbatch: Annotated[list[str] | None, typer.Option(help="more options: --sbatch=--account=me (--slurm)")] = None,
+    warm_up: Annotated[int, typer.Option(min=1, help="steps before those that are measured")] = 10,
+    steps: Annotated[int, typer.Option(min=1, help="measured steps of a start")] = 50,
+    out: Annotated[Path | None, typer.Option(help="folder that keeps all; default: runs/scaling/JOB")] = None,
+    as_json: Json = False,
+) -> int:
+    """Measure a job's step on several numbers of ranks.
+
+    Each size has a start of its own in each round, and every rank as
+    many cores in all sizes. What is measured is kept in --out: an
+    interrupted command goes on from there. Tables and pictures: time,
+    efficiency, phases, bytes, bandwidth, memory.
+    """
+    from launch.bench.scaling.trial_jobs import Allocation
+    from launch.bench.scaling.trials import read_modes, read_ranks
+    from launch.early import check_early
+    from launch.jobfile import read_job
+
+    sizes, modes = read_ranks(ranks), read_modes(mode)
+    of_slurm = {"--gpus-per-node": gpus_per_node, "--cpus-per-rank": cpus_per_rank, "--partition": partition, "--time": time}
+    if (idle := next((name for name, value in (of_slurm | {"--sbatch": sbatch}).items() if value), None)) and not slurm:
+        raise InputError(f"{idle} has no effect on this machine; add --slurm, or leave it out")
+    jobs = read_job(job, overrides or [])
+    if data == "job":
+        check_early(jobs, mines=False)
+    from launch.bench.scaling.run import ScalingPlan
+    from launch.bench.scaling.run import bench_scaling as run_bench
+
+    start_logging()
+    options = tuple(sbatch or ())
+    cluster = {"gpus_per_node": gpus_per_node, "cpus_per_rank": cpus_per_rank or 4, "partition": partition, "time": time}
+    allocation = Allocation(**cluster, options=options) if slurm else None  # type: ignore[arg-type]
+    plan = ScalingPlan(ranks=sizes, modes=modes, rounds=rounds, data=data, warm_up=warm_up, steps=steps)
+    found = run_bench(jobs, plan, out or Path("runs") / "scaling" / job.stem, allocation, fabric)
+    return _print_scaling(found, as_json)
+
+
+def _print_scaling(found: dict[str, Any], as_json: bool) -> int:
+    from launch.bench.report import write_tables
+    from launch.bench.scaling.curves import pictures
+    from launch.bench.scaling.sheets import scaling_parts
+
+    parts, drawn, folder = scaling_parts(found), pictures(found), Path(found["out"])
+    write_tables(folder, "scaling", found, parts, list(drawn))
+    for name, figure in drawn.items():
+        figure.savefig(folder / f"{name}.png", dpi=150)
+    _print_found(found, parts, as_json)
+    return EXIT_FAILED if found["failed"] else 0
+
+
 def _print_bench(name: str, found: dict[str, Any], parts: list[Any], out: Path | None, as_json: bool) -> int:
     from launch.bench.report import write_report
+
+    _print_found(found, parts, as_json)
+    if out is not None:
+        write_report(out, name, found, parts)
+    return 0
+
+
+def _print_found(found: dict[str, Any], parts: list[Any], as_json: bool) -> None:
     from launch.tables import as_text
 
     if as_json:
         print_json(found)
     else:
         results().print(as_text(parts))
-    if out is not None:
-        write_report(out, name, found, parts)
-    return 0

@@ -39,12 +39,20 @@ def on_ranks(module: str, num_ranks: int, *, mpi: bool = False, **arguments: Any
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
         launcher = [*mpi_command(num_ranks), sys.executable] if mpi else torchrun
         said = _wait_for([*launcher, "-m", module], environment)
-        found = json.loads(report.read_text()) if report.exists() else None
+        found = answer_in(report)
     if found is None:
         lines = said.strip().splitlines()
         # torchrun has the last word, and it is about itself.
         words = [line for line in lines if line.startswith("[rank")][-40:] or lines[-40:]
         raise RuntimeError("the ranks died; their last words:\n" + "\n".join(words))
+    return found
+
+
+def answer_in(report: Path) -> dict[str, Any] | None:
+    """Return what rank 0 wrote; None where it wrote nothing. Raises InputError for what it refused."""
+    if not report.exists():
+        return None
+    found: dict[str, Any] = json.loads(report.read_text())
     if "refused" in found:
         raise InputError(found["refused"])
     return found

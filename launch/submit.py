@@ -20,7 +20,6 @@ from typing import Any
 from launch.agree import mpi_plugin
 from launch.jobfile import Jobs
 from launch.sides import keep_job
-from trainer.encoder.model import check_model
 from trainer.errors import InputError, RunInUse
 from trainer.handoff.manifest import disk_error, write_atomically
 
@@ -53,13 +52,7 @@ class Size:
                 f"--time {self.time} is over before a checkpoint can be saved: the signal to save comes {self.save_seconds} s "
                 f"before the limit, or up to {EARLY_S} s earlier; set --time higher, or --save-seconds lower"
             )
-        for option in self.options:
-            if not option.startswith("-"):
-                raise InputError(f"--sbatch={option} is no option of sbatch; expected one word with two dashes, as --account=me")
-        site = f"SBATCH_EXPORT={os.environ.get('SBATCH_EXPORT', 'ALL')}"
-        exported = [site, *(option for option in self.options if option.startswith("--export="))][-1]
-        if "ALL" not in exported.partition("=")[2].split(","):
-            raise InputError(f"{exported} keeps this environment from the jobs, which need it; set --sbatch=--export=ALL")
+        check_options(self.options)
 
 
 def submit(jobs: Jobs, size: Size, dry_run: bool, allow_change: bool = False) -> dict[str, Any]:
@@ -71,9 +64,11 @@ def submit(jobs: Jobs, size: Size, dry_run: bool, allow_change: bool = False) ->
     run = jobs.train.run.folder
     if "\\" in str(run.absolute()):
         raise InputError(f"run.folder={run} has a backslash, and Slurm numbers no logs in such a folder; rename it")
+    from trainer.encoder.model import check_model  # seconds, which a refusal by Slurm does not take
+
     has_slurm = shutil.which("sbatch") is not None
     if has_slurm or not dry_run:
-        _check_slurm(size)
+        check_slurm(size.partition)
     check_model(jobs.train.model.name)
     plugin = _mpi_plugin(has_slurm) if size.miner_nodes else None
     if has_slurm:
@@ -145,6 +140,17 @@ def batch_commands(jobs: Jobs, size: Size, trainers: str = "") -> dict[str, list
     return commands
 
 
+def check_options(options: tuple[str, ...]) -> None:
+    """Raise InputError for what is no option of sbatch, or keeps the environment from jobs."""
+    for option in options:
+        if not option.startswith("-"):
+            raise InputError(f"--sbatch={option} is no option of sbatch; expected one word with two dashes, as --account=me")
+    site = f"SBATCH_EXPORT={os.environ.get('SBATCH_EXPORT', 'ALL')}"
+    exported = [site, *(option for option in options if option.startswith("--export="))][-1]
+    if "ALL" not in exported.partition("=")[2].split(","):
+        raise InputError(f"{exported} keeps this environment from the jobs, which need it; set --sbatch=--export=ALL")
+
+
 def seconds_of(limit: str) -> int | None:
     """Return the seconds of a time limit as Slurm writes it: minutes, m:s, h:m:s, d-h, d-h:m, d-h:m:s; None for no limit."""
     if limit.lower() in ("infinite", "unlimited"):
@@ -158,23 +164,24 @@ def seconds_of(limit: str) -> int | None:
     return (first or 0) * 60 + (second or 0)
 
 
-def _check_slurm(size: Size) -> None:
+def check_slurm(partition: str | None) -> None:
+    """Raise InputError where nothing can be submitted, or the cluster has no such partition."""
     if shutil.which("sbatch") is None:
         raise InputError(
             "there is no sbatch here: this machine is no part of a Slurm cluster; submit from one that is, or use negpool run"
         )
     if not (BATCH_FILES / "train.sbatch").exists():
         raise InputError(f"{BATCH_FILES} has no batch files; install negpool from a checkout, with pip install -e")
-    asked = _ask("sinfo", "-h", "-o", "%R")
+    asked = ask_slurm("sinfo", "-h", "-o", "%R")
     partitions = sorted(set(asked.split()))
-    if size.partition is not None and not set(size.partition.split(",")) <= set(partitions):
-        raise InputError(f"this cluster has no partition {size.partition}; it has {', '.join(partitions)}; set --partition")
+    if partition is not None and not set(partition.split(",")) <= set(partitions):
+        raise InputError(f"this cluster has no partition {partition}; it has {', '.join(partitions)}; set --partition")
 
 
 def _slurm_says(jobs: Jobs, size: Size, environment: dict[str, str]) -> dict[str, str]:
     """Return what Slurm thinks of each command, which it does not run."""
     tried = {name: ["sbatch", "--test-only", *words[1:]] for name, words in batch_commands(jobs, size).items()}
-    return {name: " ".join(_sbatch(environment, words)).strip() for name, words in tried.items()}
+    return {name: " ".join(sbatch(environment, words)).strip() for name, words in tried.items()}
 
 
 def _mpi_plugin(has_slurm: bool) -> str:
@@ -228,7 +235,7 @@ def _submit_all(jobs: Jobs, size: Size, environment: dict[str, str]) -> tuple[di
     for name in batch_commands(jobs, size):
         commands[name] = batch_commands(jobs, size, str(numbers.get("train", "")))[name]
         try:
-            number, _ = _sbatch(environment, commands[name])
+            number, _ = sbatch(environment, commands[name])
         except InputError:
             for earlier in numbers.values():
                 subprocess.run(["scancel", str(earlier)])  # half a run is none
@@ -237,15 +244,16 @@ def _submit_all(jobs: Jobs, size: Size, environment: dict[str, str]) -> tuple[di
     return numbers, commands
 
 
-def _sbatch(environment: dict[str, str], words: list[str]) -> tuple[str, str]:
-    """Return what sbatch answers, and what it says beside: a site may have something to tell everybody."""
+def sbatch(environment: dict[str, str], words: list[str]) -> tuple[str, str]:
+    """Return what sbatch answers, and what it says beside: a site may have something to tell everybody. Raises InputError."""
     done = subprocess.run(words, env={**os.environ, **environment}, capture_output=True, text=True)
     if done.returncode:
         raise InputError(f"Slurm refuses the job: {_first_error(done.stderr)}; the command was: {shlex.join(words)}")
     return done.stdout.strip(), done.stderr.strip()
 
 
-def _ask(*words: str) -> str:
+def ask_slurm(*words: str) -> str:
+    """Return what one of Slurm's commands answers; raises InputError."""
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         raise InputError(f"Slurm does not answer: {words[0]} says {_first_error(done.stderr)}")

@@ -27,7 +27,7 @@ def environment() -> dict:
         "python": platform.python_version(),
         "system": platform.platform(),
         "cores": os.cpu_count(),
-        "commit": commit(),
+        "commit": _commit(),
     }
 
 
@@ -49,12 +49,27 @@ def oldest_supported(name: str) -> str | None:
     return next(bounds, None)
 
 
-def commit() -> str | None:
+def code_version() -> tuple[str, bool]:
+    """Return the commit of the checkout that this code runs from, else negpool's version, and whether a file of it was changed.
+
+    New files do not count: what a benchmark writes into the checkout changes no code.
+    """
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return f"negpool {library_version('negpool')}", False
+    return commit, bool(_git("status", "--porcelain", "--untracked-files=no"))
+
+
+def _commit() -> str | None:
     """Return the commit of the checkout that this code runs from, with + when it was changed; None outside one."""
-    here = Path(__file__).parent
+    commit = _git("rev-parse", "HEAD")
+    return None if commit is None else commit + ("+" if _git("status", "--porcelain") else "")
+
+
+def _git(*words: str) -> str | None:
+    """Return what git says about the checkout that this code runs from; None outside one."""
     try:
-        head = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run(["git", "-C", here, "status", "--porcelain"], capture_output=True, text=True, check=True)
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")

@@ -17,12 +17,8 @@ MOST_SHARE = 1.3  # of a bar, however far beyond the wanted figure
 
 def write_report(folder: Path, name: str, found: dict[str, Any], parts: list[Part]) -> None:
     """Write folder/NAME.json, NAME.md and NAME.png; raises InputError if the folder cannot be written."""
+    write_tables(folder, name, found, parts, [name, *([RECALL] if found.get("index") else [])])
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
-        pictures = [name, *([RECALL] if found.get("index") else [])]
-        shown = "\n\n".join(f"![{each}]({each}.png)" for each in pictures)
-        (folder / f"{name}.md").write_text(f"{shown}\n\n{as_markdown(parts)}")
         picture = folder / f"{name}.png"
         if "rows" in found:
             plot_reached([row for row in found["rows"] if row["wanted"]], picture)
@@ -31,13 +27,28 @@ def write_report(folder: Path, name: str, found: dict[str, Any], parts: list[Par
         if found.get("index"):
             plot_recall(found["index"], folder / f"{RECALL}.png")
     except OSError as error:
-        raise InputError(f"cannot write the report to {folder}: {error.strerror}; set --out to another folder") from error
+        raise _refused(folder, error) from error
+
+
+def write_tables(folder: Path, name: str, found: dict[str, Any], parts: list[Part], pictures: list[str]) -> None:
+    """Write folder/NAME.json and NAME.md, which shows pictures by their names; raises InputError as `write_report`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
+        shown = "\n\n".join(f"![{each}]({each}.png)" for each in pictures)
+        (folder / f"{name}.md").write_text(f"{shown}\n\n{as_markdown(parts)}")
+    except OSError as error:
+        raise _refused(folder, error) from error
+
+
+def _refused(folder: Path, error: OSError) -> InputError:
+    return InputError(f"cannot write the report to {folder}: {error.strerror}; set --out to another folder")
 
 
 def plot_times(sheets: list[Sheet], file: Path) -> None:
     """Draw a bar for every row of every sheet, with its seconds and its ratio."""
     heights = [1 + 0.4 * len(sheet.rows) for sheet in sheets]
-    figure = _figure(sum(heights))
+    figure = new_figure(sum(heights))
     for axes, sheet in zip(figure.subplots(len(sheets), height_ratios=heights, squeeze=False)[:, 0], sheets, strict=True):
         names, seconds = [row[0] for row in sheet.rows], sheet.numbers("seconds")
         bars = axes.barh(names, seconds, color=[OURS if name.startswith("ours") else OTHERS for name in names])
@@ -52,7 +63,7 @@ def plot_times(sheets: list[Sheet], file: Path) -> None:
 
 def plot_reached(rows: list[dict[str, Any]], file: Path) -> None:
     """Draw a bar for every figure, as long as its share of the wanted one, which is a line."""
-    figure = _figure(1.5 + 0.35 * len(rows))
+    figure = new_figure(1.5 + 0.35 * len(rows))
     axes, places = figure.subplots(), range(len(rows))
     shares = [min(MOST_SHARE, _share(row)) for row in rows]
     axes.axvline(1, color=OTHERS, linestyle="--", zorder=0)
@@ -70,7 +81,7 @@ def plot_recall(indexes: dict[str, dict[str, Any]], file: Path) -> None:
 
     Dotted: an index for every block of the corpus.
     """
-    figure = _figure(3.6 * len(indexes))
+    figure = new_figure(3.6 * len(indexes))
     for axes, (name, index) in zip(figure.subplots(len(indexes), squeeze=False)[:, 0], indexes.items(), strict=True):
         for key, style, label in (
             ("points", {"color": OURS, "marker": "o", "linestyle": "-"}, f"one index, {index['factory']}"),
@@ -107,7 +118,8 @@ def _label(row: dict[str, Any]) -> str:
     return row["word"] if row["found"] is None else f"{row['found']:.3g} {row['unit']}; {bound}"
 
 
-def _figure(height: float) -> Any:
+def new_figure(height: float) -> Any:
+    """Return an empty figure, as wide as a page; height: inches. Raises InputError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

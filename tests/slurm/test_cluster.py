@@ -5,7 +5,6 @@ With the schedule of negatives fixed, each run ends with the parameters of the u
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -374,17 +373,6 @@ def test_what_a_cluster_cannot_run_is_refused_in_one_sentence(cluster, root):
     assert not (root / "refused" / "slurm.json").exists()
     said = submit(jobs, replace(SIZE, together=True, options=()), dry_run=True)["slurm_says"]
     assert "to start at" in said["train_and_mine"]
-
-
-def test_scaling_is_measured_for_each_number_of_nodes(cluster, root):
-    jobs = read_job(root / "job.toml", [f"run.folder={root}/scaled", "launch.train_ranks=1"])
-    submit(jobs, replace(SIZE, miner_nodes=0), dry_run=True)  # keeps the job
-    options = ["--array=2%1", "--nodes=3", "--cpus-per-task=1", f"--output={root}/scaling-%a.out"]
-    environment = cluster.env | {"NEGPOOL_PYTHON": sys.executable}
-    command = ["sbatch", "--wait", *options, BATCH_FILES / "scaling.sbatch", root / "scaled" / "job.toml"]
-    subprocess.run(command, env=environment, check=True, timeout=TIMEOUT_S, capture_output=True)
-    (median,) = re.findall(r"nodes: 2, seconds per step: ([0-9.]+) \(median", (root / "scaling-2.out").read_text())
-    assert 0 < float(median) < 10
 
 
 def test_tasks_of_srun_train_and_evaluate_as_one_world(cluster, root):

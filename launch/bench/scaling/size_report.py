@@ -11,7 +11,7 @@ from launch.bench.machine import describe
 from launch.bench.scaling.counters import most_sent
 from launch.bench.scaling.step_counts import sizes_of
 from launch.bench.scaling.times import HIDDEN, RankTimes, StepTimes, bus_bandwidths, compared, phases_of
-from launch.versions import commit, library_version
+from launch.versions import code_version
 from trainer.prepare import Training
 
 
@@ -41,7 +41,7 @@ def report(run: Training, every: Sequence[RankFigures], is_drawn: bool) -> dict[
     unknown = () if _tells_parameters(run) else ("parameters", HIDDEN)
     options = next(iter(run.tasks.values())).loss
     found = describe(run.world.device)
-    at = commit()
+    at, is_modified = code_version()
     return {
         "ranks": len(every),
         "nodes": len({rank.host for rank in every}),
@@ -66,8 +66,8 @@ def report(run: Training, every: Sequence[RankFigures], is_drawn: bool) -> dict[
         **_slowest(every, times),
         "device": found["device"],
         "torch": found["torch"],
-        "commit": (at or library_version("negpool") or "unknown").removesuffix("+"),
-        "is_modified": at is not None and at.endswith("+"),
+        "commit": at,
+        "is_modified": is_modified,
     }
 
 
