@@ -140,6 +140,32 @@ def bench_objectives(
     return _print_bench("objectives", found, objective_parts(found), out, as_json)
 
 
+@bench_app.command("fabric")
+def bench_fabric(
+    ranks: Annotated[int | None, typer.Option(min=2, help="processes on this machine; default: 2")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="turns of each size, at least; medians are shown")] = 5,
+    max_mib: Annotated[int, typer.Option(min=1, help="of the largest message")] = 64,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="file for the fabric; its picture goes beside it")] = None,
+    as_json: Json = False,
+) -> int:
+    """Measure what collectives take, for negpool plan.
+
+    All-gather, reduce-scatter, all-reduce and all-to-all by the size of
+    the message. A latency and a bandwidth of each are fitted on every
+    other size, and checked on the others. Ranks of one machine are
+    started by this command. For several nodes start it by srun or
+    torchrun with a rank for each GPU: then what joins the ranks of a
+    node and what joins the nodes are measured apart. It takes a minute.
+    """
+    from launch.bench.fabric_start import measure_fabric
+    from launch.fabric_tables import fabric_parts
+
+    found = measure_fabric(ranks, rounds, max_mib, out)
+    if found is None:  # a rank that does not speak
+        return 0
+    return _print_bench("fabric", found, fabric_parts(found), None, as_json)
+
+
 @bench_app.command("gpu")
 def bench_gpu(rounds: Rounds = 3, out: Out = None, as_json: Json = False) -> int:
     """Measure all that is promised of a GPU, in eight minutes.
