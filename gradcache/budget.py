@@ -142,16 +142,16 @@ def _graph_bytes(chunk: Chunk) -> int:
 
 def saved_bytes(forward: Callable[[], Any]) -> int:
     """Return the bytes that a forward keeps for its backward: each storage once, parameters and leaves aside."""
-    storages: dict[int, int] = {}
+    storages: dict[int, torch.UntypedStorage] = {}  # kept until all are counted, because a freed address could be used again
 
     def pack(tensor: Tensor) -> Tensor:
         source = tensor if tensor._base is None else tensor._base
         if not (source.is_leaf and source.requires_grad):
             storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+            storages[storage._cdata] = storage  # not by its data: tensors without memory are counted, too
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = forward()  # keeps storages alive until all are counted, because a freed address could be used again
+        kept = forward()
     del kept
-    return sum(storages.values())
+    return sum(storage.nbytes() for storage in storages.values())

@@ -11,9 +11,10 @@ import torch
 
 from gradcache.blocks import BLOCK_BYTES
 from gradcache.exchange import Counts
+from gradcache.free import Device
 from gradcache.options import LossOptions
 from gradcache.tiles import rows_of_tile
-from gradcache.way import GIB, KEPT_ON_CPU_GIB, KEPT_SHARE, choose_way, targets_travel
+from gradcache.way import GIB, KEPT_ON_CPU_GIB, KEPT_SHARE, Way, choose_way, targets_travel
 from gradcache.widths import plan_views
 
 # Copies of a block that are made of its scores: by the closed form of a soft-max, and by autograd of any other objective.
@@ -54,11 +55,11 @@ class LossBytes:
         return self.embeddings + self.tile + self.kept_scores
 
 
-def loss_bytes(options: LossOptions, sizes: LossSizes, device: torch.device, room_bytes: float) -> LossBytes:
+def loss_bytes(options: LossOptions, sizes: LossSizes, device: Device, room_bytes: float) -> LossBytes:
     """Return what the loss of a step holds. room_bytes: what a rank has besides; a share of it may be kept as scores."""
     dtype = options.product_dtype or torch.float32
     views = plan_views(options.widths, options.width_weights, {"embedding": sizes.width}, options.outputs)
-    is_spread = sizes.num_ranks > 1 and _queries_travel(options, sizes, torch.empty(0, sizes.width, dtype=dtype, device=device))
+    is_spread = sizes.num_ranks > 1 and way_of_sizes(options, sizes, device).travels == "queries"
     here, passages_here = sizes.queries_here, sizes.passages_here
     if is_spread:
         rows, columns, travelled = sizes.queries, passages_here, sizes.queries * (2 if targets_travel(options) else 1)
@@ -84,14 +85,16 @@ def loss_bytes(options: LossOptions, sizes: LossSizes, device: torch.device, roo
     return LossBytes(embeddings=embeddings + max(in_tiles, behind - tile - kept), tile=tile, kept_scores=kept)
 
 
-def _queries_travel(options: LossOptions, sizes: LossSizes, no_rows: torch.Tensor) -> bool:
+def way_of_sizes(options: LossOptions, sizes: LossSizes, device: Device) -> Way:
+    """Return what will travel to the other ranks, where every rank brings as much as the largest."""
     here, there = [sizes.queries_here] * sizes.num_ranks, [sizes.passages_here] * sizes.num_ranks
     counts = Counts(queries=here, passages=there, extra=[0] * sizes.num_ranks, positives=here, hidden=here)
     views = plan_views(options.widths, options.width_weights, {"embedding": sizes.width}, options.outputs)
-    return choose_way(options, counts, views, no_rows, sizes.num_ranks).travels == "queries"
+    no_rows = torch.empty(0, sizes.width, dtype=options.product_dtype or torch.float32, device="meta")
+    return choose_way(options, counts, views, no_rows, sizes.num_ranks if sizes.num_ranks > 1 else None, device)
 
 
-def _tile_bytes(options: LossOptions, rows: int, columns: int, narrow: int, device: torch.device, is_kept: bool) -> int:
+def _tile_bytes(options: LossOptions, rows: int, columns: int, narrow: int, device: Device, is_kept: bool) -> int:
     """Return the bytes of a tile of scores, if it is not one that is kept, its gradient in the type of products, and copies of a
     block of it.
     """
@@ -102,7 +105,7 @@ def _tile_bytes(options: LossOptions, rows: int, columns: int, narrow: int, devi
     return tile * (not is_kept) + (tile * narrow // 4 if on_gpu and narrow < 4 else 0) + copies * block
 
 
-def _may_keep(options: LossOptions, device: torch.device, room_bytes: float) -> float:
+def _may_keep(options: LossOptions, device: Device, room_bytes: float) -> float:
     if options.keep_scores_gib is not None:
         return options.keep_scores_gib * GIB
     return KEPT_ON_CPU_GIB * GIB if device.type == "cpu" else KEPT_SHARE * room_bytes

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradcache import fused
 from gradcache.blocks import Blocks
-from gradcache.free import free_bytes
+from gradcache.free import Device, free_bytes
 from gradcache.masks import Masks
 from gradcache.matrix import Matrix, TileGradients
 from gradcache.objectives.tile import FLOOR, Objective, trained_parameters
@@ -166,7 +166,7 @@ class Tiles:
         return self._column_PD.new_empty(num_rows, len(self._column_PD), dtype=self._dtype)
 
 
-def rows_of_tile(row_bytes: int, device: torch.device) -> int:
+def rows_of_tile(row_bytes: int, device: Device) -> int:
     """Return how many rows of scores are evaluated at once."""
     rows = max(1, TILE_BYTES.get(device.type, TILE_BYTES["cuda"]) // row_bytes)
     fewest = FEWEST_ROWS.get(device.type, FEWEST_ROWS["cuda"])

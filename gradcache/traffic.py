@@ -11,12 +11,12 @@ from typing import Literal
 import torch
 
 from gradcache.agree import NUM_AGREED
-from gradcache.exchange import Counts
-from gradcache.loss_memory import LossSizes
+from gradcache.free import Device
+from gradcache.loss_memory import LossSizes, way_of_sizes
 from gradcache.objectives.tile import trained_parameters
 from gradcache.options import LossOptions
 from gradcache.tiles import num_statistics
-from gradcache.way import choose_way, targets_travel
+from gradcache.way import targets_travel
 from gradcache.widths import View, plan_views
 
 Collective = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
@@ -66,7 +66,7 @@ def step_traffic(
     num_towers: int = 1,
     in_loop: bool = True,
     sharded: ShardTraffic | None = None,
-    device: torch.device | None = None,
+    device: Device | None = None,
 ) -> list[Message]:
     """Return the messages of a step; none of one rank.
 
@@ -92,12 +92,9 @@ def sent_bytes(message: Message, num_ranks: int) -> float:
     return TIMES.get(message.collective, 1) * message.num_bytes * (num_ranks - 1) / num_ranks
 
 
-def travelling(options: LossOptions, sizes: LossSizes, device: torch.device) -> Travels:
+def travelling(options: LossOptions, sizes: LossSizes, device: Device) -> Travels:
     """Return what travels, as a step chooses it."""
-    here, there = [sizes.queries_here] * sizes.num_ranks, [sizes.passages_here] * sizes.num_ranks
-    counts = Counts(queries=here, passages=there, extra=[0] * sizes.num_ranks, positives=here, hidden=here)
-    no_rows = torch.empty(0, sizes.width, dtype=options.product_dtype or torch.float32, device=device)
-    return choose_way(options, counts, _views(options, sizes), no_rows, sizes.num_ranks).travels
+    return way_of_sizes(options, sizes, device).travels
 
 
 def loss_messages(

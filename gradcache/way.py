@@ -1,6 +1,5 @@
 """What travels to the other ranks: the passages or the queries. Every rank comes to the same choice by the same numbers."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradcache.exchange import Counts
-from gradcache.free import free_bytes
+from gradcache.free import Device, free_bytes, total_bytes
 from gradcache.options import LossOptions
 from gradcache.tiles import num_statistics
 from gradcache.widths import View
@@ -30,10 +29,18 @@ class Way:
     foreseen_bytes: float = 0.0  # that a rank moves in a step
 
 
-def choose_way(options: LossOptions, counts: Counts, views: Sequence[View], passage_nD: Tensor, num_ranks: int | None) -> Way:
+def choose_way(
+    options: LossOptions,
+    counts: Counts,
+    views: Sequence[View],
+    passage_nD: Tensor,
+    num_ranks: int | None,
+    planned_for: Device | None = None,
+) -> Way:
     """Return the way that is asked for, or the one that is cheaper by bytes and products.
 
     passage_nD: this rank's, for their width, type and device. num_ranks: None in one process.
+    planned_for: the device of a plan, where it is not that of passage_nD.
     Raises ValueError, on every rank alike, where the columns that only one rank holds would be needed on others.
     """
     has_extra = sum(counts.extra) > 0
@@ -44,7 +51,8 @@ def choose_way(options: LossOptions, counts: Counts, views: Sequence[View], pass
         )
     if num_ranks is None:
         return Way("queries" if options.gather == "queries" else "passages", "one process holds all rows")
-    costs = {way: _cost(way, options, counts, views, passage_nD, num_ranks) for way in ("passages", "queries")}
+    device = planned_for or passage_nD.device
+    costs = {way: _cost(way, options, counts, views, passage_nD, num_ranks, device) for way in ("passages", "queries")}
     words = ", ".join(f"{way} {moved / GIB:.3g} GiB" for way, (moved, _) in costs.items())
     again = costs["queries"][1]
     if again:
@@ -54,13 +62,19 @@ def choose_way(options: LossOptions, counts: Counts, views: Sequence[View], pass
         return Way(options.gather, f"asked for; {words}", costs[options.gather][0])
     if has_extra:
         return Way("queries", f"some columns stand on one rank alone; {words}", costs["queries"][0])
-    rate = PRODUCTS_PER_BYTE.get(passage_nD.device.type, PRODUCTS_PER_BYTE["cuda"])
+    rate = PRODUCTS_PER_BYTE.get(device.type, PRODUCTS_PER_BYTE["cuda"])
     cheaper = min(costs, key=lambda way: costs[way][0] + costs[way][1] / rate)
     return Way("queries" if cheaper == "queries" else "passages", words, costs[cheaper][0])
 
 
 def _cost(
-    way: str, options: LossOptions, counts: Counts, views: Sequence[View], passage_nD: Tensor, num_ranks: int
+    way: str,
+    options: LossOptions,
+    counts: Counts,
+    views: Sequence[View],
+    passage_nD: Tensor,
+    num_ranks: int,
+    device: Device,
 ) -> tuple[float, float]:
     """Return the bytes that a rank moves and the operations that it repeats."""
     num_queries, num_passages = sum(counts.queries), sum(counts.passages)
@@ -74,7 +88,7 @@ def _cost(
     numbers = 8 * num_queries * num_statistics(options.objective) * len(views) * spread
     own_columns = max(counts.passages) + (max(counts.queries) if options.same_side else 0) + max(counts.extra)
     scores = 4 * num_queries * own_columns * len(views) * spread
-    again = max(0.0, 1 - kept_by_default(options, passage_nD.device) / max(1, scores))
+    again = max(0.0, 1 - kept_by_default(options, device) / max(1, scores))
     products = 2 * num_queries * own_columns * sum(view.stop - view.first for view in views) * spread
     return (rows * row_bytes + numbers) * share, products * again
 
@@ -84,16 +98,16 @@ def targets_travel(options: LossOptions) -> bool:
     return (options.symmetric and options.same_side) or options.objective.second == "positive"
 
 
-def kept_by_default(options: LossOptions, device: torch.device) -> float:
+def kept_by_default(options: LossOptions, device: Device) -> float:
     """Return the bytes of scores that a step may keep, as the choice of a way sees it: alike on all ranks."""
     if options.keep_scores_gib is not None:
         return options.keep_scores_gib * GIB
-    return KEPT_ON_CPU_GIB * GIB if device.type == "cpu" else KEPT_SHARE * _memory(device)
+    return KEPT_ON_CPU_GIB * GIB if device.type == "cpu" else KEPT_SHARE * total_bytes(device)
 
 
 def keep_bytes(options: LossOptions, device: torch.device) -> int:
     """Return the bytes of scores that this rank keeps. Raises ValueError for more than its memory."""
-    asked, memory = options.keep_scores_gib, _memory(device)
+    asked, memory = options.keep_scores_gib, total_bytes(device)
     if asked is not None and asked * GIB > memory:
         raise ValueError(
             f"keep_scores_gib={asked:g} is more than the {memory / GIB:.1f} GiB of memory that {device} has; set it lower"
@@ -101,9 +115,3 @@ def keep_bytes(options: LossOptions, device: torch.device) -> int:
     if asked is None and device.type == "cuda":
         return int(KEPT_SHARE * free_bytes(device))
     return int(kept_by_default(options, device))
-
-
-def _memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -16,6 +16,7 @@ from launch.mine_commands import mine_app
 from launch.model_commands import model_app
 from launch.options import AllowChange, JobCommand, JobFile, Json, Overrides
 from launch.output import messages, print_json, results, start_logging
+from launch.plan_commands import plan_app
 from launch.recipe import as_typed, two_shells
 from trainer.errors import EXIT_FAILED, EXIT_STOPPED
 
@@ -29,6 +30,7 @@ app.add_typer(init_app)
 app.add_typer(model_app)
 app.add_typer(mine_app)
 app.add_typer(looking_app)
+app.add_typer(plan_app)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 
@@ -145,20 +147,31 @@ def submit(
     max_restarts: Annotated[int, typer.Option(min=0, help="of each job, in a row without a new checkpoint")] = 10,
     together: Annotated[bool, typer.Option("--together", help="one heterogeneous job for both sides")] = False,
     sbatch: Annotated[list[str] | None, typer.Option(help="more of its options: --sbatch=--account=me; repeatable")] = None,
+    device: Annotated[str | None, typer.Option(help="of a rank, as negpool plan takes it: say what the job will take")] = None,
+    fabric: Annotated[str | None, typer.Option(help="what joins the ranks, as negpool plan takes it")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show commands and scripts, and what Slurm thinks of them")] = False,
     allow_change: AllowChange = False,
     as_json: Json = False,
 ) -> int:
-    """Submit trainers and miner to a Slurm cluster."""
+    """Submit trainers and miner to a Slurm cluster.
+
+    With --device and --fabric a plan says first what it will take.
+    """
     from launch.early import check_early
     from launch.jobfile import read_job
+    from launch.plan.submission import foresee_submission, refuse_impossible, submission_words
 
     jobs = read_job(job, overrides or [])
+    num_ranks = nodes * (gpus_per_node or jobs.launch.train_ranks)
+    refuse_impossible(jobs, num_ranks)
     check_early(jobs)
     from launch.submit import Size
     from launch.submit import submit as submit_job
 
     start_logging()
+    planned = None if device is None else foresee_submission(jobs, num_ranks, save_seconds, device, fabric)
+    for warning in [] if planned is None else planned["warnings"]:
+        messages().print(f"[yellow]warning: {escape(warning)}[/yellow]")
     size = Size(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
@@ -173,10 +186,12 @@ def submit(
     )
     found = submit_job(jobs, size, dry_run, allow_change)
     if as_json:
-        print_json(found)
+        print_json(found if planned is None else found | {"plan": planned})
     else:
         from launch.submit import describe
 
+        if planned is not None:
+            results().print(submission_words(planned), markup=False)
         results().print(describe(found), markup=False)
     return 0
 

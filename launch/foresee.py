@@ -29,6 +29,7 @@ from trainer.encoder.auto import encode_on, takes_bf16
 from trainer.encoder.encode import DTYPES
 from trainer.encoder.model import check_model, load_encoder
 from trainer.fits import check_sizes
+from trainer.job import TrainJob
 from trainer.precision import precision_on
 from trainer.step_memory import model_memory, step_memory
 from trainer.tasks import loss_options
@@ -48,8 +49,8 @@ def foresee(jobs: Jobs) -> dict[str, Any]:
     check_model(train.model.name)
     encoder, tokenizer, traits = load_encoder(train.model)
     lengths = {
-        "query": _lengths(data.queries, tokenizer, traits.query_prefix, traits.max_query_tokens),
-        "passage": _lengths(data.corpus, tokenizer, traits.passage_prefix, traits.max_passage_tokens),
+        "query": token_lengths(data.queries, tokenizer, traits.query_prefix, traits.max_query_tokens),
+        "passage": token_lengths(data.corpus, tokenizer, traits.passage_prefix, traits.max_passage_tokens),
     }
     counts = count_steps(jobs, data, shares, {side: float(found.mean()) for side, found in lengths.items()})
     rates = measure_rates(encoder.side("passage"), lengths["passage"], shares, DTYPES[jobs.train.precision.encode])
@@ -83,7 +84,8 @@ def count_steps(jobs: Jobs, data: RetrievalData, shares: Shares, mean_tokens: di
     train = jobs.train
     num_queries, batch = len(data.training_queries(train.data.train_split)), train.batch.queries
     per_epoch = max(1, math.ceil(num_queries / batch))
-    steps = train.optim.steps or max(1, math.ceil(train.optim.epochs * per_epoch))
+    steps = steps_of(train, num_queries, batch)
+    assert steps is not None
     per_query = jobs.mine.sample.num_negatives if train.negatives.per_query == "all" else train.negatives.per_query
     passages = batch * (1 + per_query)
     tokens = batch * mean_tokens["query"] + passages * mean_tokens["passage"]
@@ -100,6 +102,13 @@ def count_steps(jobs: Jobs, data: RetrievalData, shares: Shares, mean_tokens: di
         "tokens_of_refresh": round(corpus + num_queries * mean_tokens["query"]),
         "is_exact": train.batch.mode == "mixed",
     }
+
+
+def steps_of(train: TrainJob, num_queries: int | None, batch: int) -> int | None:
+    """Return the steps of a run; None where they depend on the number of training queries, and that is not known."""
+    if train.optim.steps is not None or num_queries is None:
+        return train.optim.steps
+    return max(1, math.ceil(train.optim.epochs * max(1, math.ceil(num_queries / batch))))
 
 
 def measure_rates(encoder: Any, lengths: np.ndarray, shares: Shares, dtype: torch.dtype = torch.float32) -> dict[str, float]:
@@ -166,14 +175,25 @@ def miner_memory(jobs: Jobs, data: RetrievalData, shares: Shares, width: int) ->
     """Return the miner's own plan of a rank, as mining/memory.py makes it."""
     import psutil
 
+    num_queries = len(data.training_queries(jobs.train.data.train_split))
+    sizes = miner_sizes(jobs, num_queries, len(data.corpus), width, shares.mine_ranks, "cuda" if shares.mine_gpus else "cpu")
+    mine = jobs.mine
+    free = int(held_now() + FREE_SHARE * psutil.virtual_memory().available / shares.mine_ranks)
+    limit = free if mine.mine.memory_gib is None else int(mine.mine.memory_gib * GIB)
+    plan: MemoryPlan = plan_memory(sizes, held_now(), limit)
+    return plan.as_json()
+
+
+def miner_sizes(jobs: Jobs, num_queries: int, num_passages: int, width: int, num_ranks: int, device_type: str) -> Sizes:
+    """Return what decides about the memory of a miner's rank."""
     from trainer.encoder.shards import rows_of_shard
 
-    mine, num_queries = jobs.mine, len(data.training_queries(jobs.train.data.train_split))
+    mine = jobs.mine
     factory = EXACT if mine.index.factory == AUTO else mine.index.factory
-    sizes = Sizes(
+    return Sizes(
         num_queries=num_queries,
-        num_passages=len(data.corpus),
-        shard_rows=rows_of_shard(len(data.corpus)),
+        num_passages=num_passages,
+        shard_rows=rows_of_shard(num_passages),
         width=width,
         stored_bytes=np.dtype(mine.encode.stored_type).itemsize,
         token_width=4 * width,
@@ -181,15 +201,11 @@ def miner_memory(jobs: Jobs, data: RetrievalData, shares: Shares, width: int) ->
         num_candidates=mine.num_candidates,
         num_known=mine.num_known(num_queries, num_queries),
         num_clustered=num_clustered(mine.clusters, num_queries),
-        num_ranks=shares.mine_ranks,
+        num_ranks=num_ranks,
         index_bytes=bytes_of_passage(factory, width),
-        num_trained=num_trained(factory, len(data.corpus)),
-        device_type="cuda" if shares.mine_gpus else "cpu",
+        num_trained=num_trained(factory, num_passages),
+        device_type=device_type,
     )
-    free = int(held_now() + FREE_SHARE * psutil.virtual_memory().available / shares.mine_ranks)
-    limit = free if mine.mine.memory_gib is None else int(mine.mine.memory_gib * GIB)
-    plan: MemoryPlan = plan_memory(sizes, held_now(), limit)
-    return plan.as_json()
 
 
 def foresee_time(
@@ -235,7 +251,8 @@ def disk_bytes(jobs: Jobs, data: RetrievalData, num_queries: int, width: int, nu
     return (jobs.train.checkpoint.keep + 1) * num_parameters * BYTES_OF_PARAMETER + mined
 
 
-def _lengths(texts: Any, tokenizer: Any, prefix: str, most: int) -> np.ndarray:
+def token_lengths(texts: Any, tokenizer: Any, prefix: str, most: int) -> np.ndarray:
+    """Return the tokens of a sample of texts, as the encoder gets them."""
     rows = np.unique(np.linspace(0, len(texts) - 1, min(SAMPLED, len(texts))).astype(int))
     sample = [prefix + text for text in texts[rows]["text"]]
     return np.array([len(ids) for ids in tokenizer(sample, truncation=True, max_length=most)["input_ids"]])

@@ -8,7 +8,7 @@ PANELS = {
     "Train": ("init", "run", "train", "mine", "merge"),
     "Look": ("status", "report", "compare", "eval", "search", "settings", "objectives"),
     "Data": ("data", "encode"),
-    "Cluster": ("submit", "doctor"),
+    "Cluster": ("plan", "submit", "doctor"),
     "Proof": ("check", "bench"),
 }
 WORD_OF_TYPE = {"int": "N", "float": "X", "str": "TEXT", "path": "PATH"}  # what an option takes, where it does not say more

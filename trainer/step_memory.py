@@ -6,11 +6,11 @@ measured by a probe (`trainer/budget.py`). Tests compare the items with what rea
 
 from dataclasses import asdict, dataclass, replace
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from gradcache import LossOptions
+from gradcache.free import Device
 from gradcache.loss_memory import LossSizes, loss_bytes
 from trainer.job import TrainJob
 from trainer.world import World
@@ -94,9 +94,7 @@ def model_memory(encoder: nn.Module, job: TrainJob, num_ranks: int, device_type:
     )
 
 
-def step_memory(
-    model: StepMemory, options: LossOptions, sizes: LossSizes, device: torch.device, limit_bytes: float
-) -> StepMemory:
+def step_memory(model: StepMemory, options: LossOptions, sizes: LossSizes, device: Device, limit_bytes: float) -> StepMemory:
     """Return what a rank holds in a step besides graphs. limit_bytes: what it may hold in all."""
     loss = loss_bytes(options, sizes, device, max(0.0, limit_bytes - model.total))
     return replace(model, embeddings=loss.embeddings, tile=loss.tile, kept_scores=loss.kept_scores)

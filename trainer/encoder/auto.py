@@ -24,12 +24,17 @@ def encode_on(settings: EncodeSettings, device: torch.device) -> EncodeSettings:
 
     On disk a GPU's half precision is float16, which has three more bits of mantissa than bfloat16 and room for any embedding.
     """
+    return encode_for(settings, takes_bf16(device), device.type == "cuda")
+
+
+def encode_for(settings: EncodeSettings, has_bf16: bool, on_gpu: bool) -> EncodeSettings:
+    """Return the same for a device that need not be here."""
     dtype = settings.dtype
     if dtype == AUTO:
-        dtype = "bf16" if takes_bf16(device) else "fp32"
+        dtype = "bf16" if has_bf16 else "fp32"
     stored = settings.stored
     if stored == AUTO:
-        stored = "fp16" if device.type == "cuda" and dtype != "fp32" else "fp32"
+        stored = "fp16" if on_gpu and dtype != "fp32" else "fp32"
     return replace(settings, dtype=dtype, stored=stored)
 
 

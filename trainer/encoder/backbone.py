@@ -32,7 +32,7 @@ def load_backbone(source: str, settings: ModelSettings, is_empty: bool = False, 
     arguments: what the folder of a model gives its configuration.
     """
     base = base_of(source)
-    config = _with_dropout(load_config(source, **arguments), settings.dropout)
+    config = with_dropout(load_config(source, **arguments), settings.dropout)
     if is_empty:
         with init_empty_weights(include_buffers=False):
             model = AutoModel.from_config(config, dtype=torch.float32, **without_pooler(config))
@@ -42,6 +42,11 @@ def load_backbone(source: str, settings: ModelSettings, is_empty: bool = False, 
             if settings.quantize is not None:
                 raise InputError(f"{source} holds adapters, which 4-bit weights cannot take in; leave model.quantize out")
             model = add_to_weights(model, source)
+    return ready_backbone(model, settings)
+
+
+def ready_backbone(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:
+    """Return a model of transformers as we train it; raises InputError for what it cannot do."""
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # keys and values are for generating text, which we do not
     if settings.quantize is not None:
@@ -54,7 +59,7 @@ def load_backbone(source: str, settings: ModelSettings, is_empty: bool = False, 
     if settings.checkpoint_activations:
         if not model.supports_gradient_checkpointing:
             raise InputError(
-                f"model.checkpoint_activations=true cannot be had from a model of type {config.model_type}; "
+                f"model.checkpoint_activations=true cannot be had from a model of type {model.config.model_type}; "
                 "set it to false, or model.name to another model"
             )
         checkpoint_activations(model)
@@ -191,7 +196,8 @@ def _read_weights(source: str, config: PretrainedConfig, settings: ModelSettings
     return model
 
 
-def _with_dropout(config: PretrainedConfig, dropout: float | None) -> PretrainedConfig:
+def with_dropout(config: PretrainedConfig, dropout: float | None) -> PretrainedConfig:
+    """Give a configuration the rate of dropout that a job asks for, everywhere; None: leave it."""
     if dropout is not None:
         for name in DROPOUT_NAMES:
             if hasattr(config, name):

@@ -1,0 +1,65 @@
+"""`negpool plan --device cpu` against steps that are taken: two ranks of one thread, back to back on this machine.
+
+Steps are taken before and behind the plan's own measurement. Where these two differ, the machine is busy with other things, and
+there is nothing to compare a plan's time with: it is tried again, and the test of time is skipped in the end. The memory is
+what it is.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+
+import pytest
+
+from launch.bench.shapes import model_of
+from launch.jobfile import read_job
+from launch.plan.plan_job import Asked, plan_job
+from tests.tiny import write_tiny_dataset
+from trainer.errors import MachineFailed
+
+MEMORY, TIME = 0.15, 0.25
+QUIET = 0.15  # by which two measurements of the same steps may differ
+TRIES = 3
+STEPS, FIRST = 10, 3
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    root = tmp_path_factory.mktemp("measured")
+    write_tiny_dataset(root / "data")
+    paths = [f"data.path={root}/data", f"data.cache={root}/cache", f"model.name={model_of('minilm', root / 'models')}"]
+    kept = ["chunk.tokens=512", "chunk.keep_graphs=0", "eval.split=none", "checkpoint.every_steps=100", "negatives.per_query=0"]
+    return root, [*paths, *kept, "batch.queries=32", f"optim.steps={STEPS}", "model.dropout=0.0"]
+
+
+def take_steps(root, words, number):
+    """Return the median seconds of a step and the peak of a rank in GiB, of a training on two ranks."""
+    run = root / f"run-{number}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    (root / "job.toml").write_text("")
+    command = [*launcher, "-m", "negpool", "train", str(root / "job.toml"), *words, f"run.folder={run}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        raise MachineFailed(done.stderr[-2000:])
+    lines = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line][FIRST:]
+    return statistics.median(step["time/step_s"] for step in steps), steps[-1]["memory/peak_gib"]
+
+
+def test_memory_and_time_of_a_step_come_near_those_that_are_measured(words, monkeypatch):
+    root, settings = words
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    jobs, told = read_job(None, settings), []
+    for attempt in range(TRIES):
+        before_s, peak = take_steps(root, settings, 2 * attempt)
+        row = plan_job(jobs, Asked(ranks=(2,), device="cpu"))["sizes"][0]
+        after_s, _ = take_steps(root, settings, 2 * attempt + 1)
+        assert row["memory_total_gib"] == pytest.approx(peak, rel=MEMORY)
+        told.append((before_s, row["step_s"], after_s))
+        if abs(before_s - after_s) <= QUIET * min(before_s, after_s):
+            assert row["step_s"] == pytest.approx(statistics.mean((before_s, after_s)), rel=TIME)
+            return
+    pytest.skip(f"the machine is not quiet: the same steps took, around the plan, {told}")
