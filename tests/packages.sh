@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Debian's Slurm and Chromium, for the tests that run a cluster and open a report: installed where this is root, no daemon
-# started. Without them these tests are skipped.
+# Debian's Slurm, Chromium and iproute2, for the tests that run a cluster, open a report and make a network: installed where this
+# is root, no daemon started. Without them these tests are skipped.
 set -euo pipefail
 slurm=(munge slurmctld slurmd slurm-client libpmix-dev libpmi2-0)
 missing=()
 dpkg -s "${slurm[@]}" >/dev/null 2>&1 || missing+=("${slurm[@]}")
 command -v chromium >/dev/null || missing+=(chromium)
+command -v tc >/dev/null || missing+=(iproute2)
 (( ${#missing[@]} )) || exit 0
 if [[ $(id -u) != 0 ]] || ! command -v apt-get >/dev/null; then
   echo "== some tests are skipped; as root: apt-get install --no-install-recommends ${missing[*]}" >&2

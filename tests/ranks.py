@@ -22,10 +22,18 @@ PRELOAD = ["torch.distributed.fsdp", "transformers.models.bert.modeling_bert", "
 PRELOAD += ["mining.service", "launch.__main__", "launch.commands", "launch.sides"]  # not MPI, which starts when it is imported
 
 
-def run_ranks(fn: Callable, num_ranks: int, *args: Any, timeout_s: float = 120, start: str = "forkserver") -> list[Any]:
+def run_ranks(
+    fn: Callable,
+    num_ranks: int,
+    *args: Any,
+    timeout_s: float = 120,
+    start: str = "forkserver",
+    before: Callable[[int], None] | None = None,
+) -> list[Any]:
     """Return fn(rank, *args) of every rank; fn is a module's function, and the default group connects the ranks.
 
     start: "spawn" for ranks that use a GPU, which a fork of a process that has looked for GPUs cannot.
+    before: called with the rank on each rank, before the group is made.
     Raises AssertionError with the remote traceback of the first rank that fails; ends all others.
     """
     context = multiprocessing.get_context(start)
@@ -35,7 +43,7 @@ def run_ranks(fn: Callable, num_ranks: int, *args: Any, timeout_s: float = 120, 
         pipes, processes = [], []
         for rank in range(num_ranks):
             receive, send = context.Pipe(duplex=False)
-            process = context.Process(target=_run, args=(fn, rank, num_ranks, Path(folder) / "store", send, args))
+            process = context.Process(target=_run, args=(fn, rank, num_ranks, Path(folder) / "store", send, args, before))
             process.start()
             send.close()
             pipes.append(receive)
@@ -66,9 +74,11 @@ def _collect(pipes: list, deadline: float) -> list[Any]:
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _run(fn: Callable, rank: int, num_ranks: int, store: Path, send, args: tuple) -> None:
+def _run(fn: Callable, rank: int, num_ranks: int, store: Path, send, args: tuple, before: Callable | None) -> None:
     torch.set_num_threads(1)
     try:
+        if before is not None:
+            before(rank)
         timeout = datetime.timedelta(seconds=60)
         dist.init_process_group(
             "gloo", store=dist.FileStore(str(store), num_ranks), rank=rank, world_size=num_ranks, timeout=timeout

@@ -1,13 +1,13 @@
 """`negpool bench fabric`: what each collective takes by the size of its message, and the two constants that say it in short.
 
-Constants are fitted on every other size and checked on the sizes in between. On several nodes the ranks of a node are measured
+Constants are fitted on every other size, the largest among them, and checked on the others. On several nodes the ranks of a node are measured
 among themselves, all nodes at once, then rings with one rank of each node, all of them at once, and at last all ranks together,
 which the constants have to foretell. The collectives are those of a step: gloo's on CPUs, NCCL's on GPUs.
 """
 
 import datetime
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -56,7 +56,7 @@ def measure(world: World, sizes: Sequence[int], rounds: int, name: str) -> dict[
     for part, ranks, group in _parts(world):
         for collective in COLLECTIVES:
             times = times_of(world, ranks, group, collective, sizes, rounds)
-            fitted = {} if part == TOGETHER else dict(list(times.items())[::2])
+            fitted = {} if part == TOGETHER else dict(list(times.items())[::-2])  # the largest one is among them
             if fitted:
                 wires[part][collective] = fit(collective, fitted, len(ranks), part == BETWEEN, all_reduce)
             rows += [
@@ -102,11 +102,18 @@ def _parts(world: World) -> Iterator[tuple[str, list[int], dist.ProcessGroup]]:
 
 
 def times_of(
-    world: World, ranks: list[int], group: dist.ProcessGroup, collective: str, sizes: Sequence[int], rounds: int
+    world: World,
+    ranks: list[int],
+    group: dist.ProcessGroup,
+    collective: str,
+    sizes: Sequence[int],
+    rounds: int,
+    middle: Callable[[Iterable[float]], float] = statistics.median,
 ) -> dict[int, float]:
     """Return the median time of each size of message in bytes; the slowest group's, if several are at work. Collective.
 
     Waiting for others does not count: of each turn's ranks the one counts that came last, and waited least.
+    middle: what is made of the turns.
     """
     found: dict[int, float] = {}
     for size in sizes:
@@ -119,7 +126,7 @@ def times_of(
             world.barrier()
             seconds.append(seconds_of(work, world.device))
         of_ranks = world.gather_objects((tuple(ranks), seconds))
-        found[num_bytes] = world.broadcast(_median(of_ranks) if world.speaks else None)
+        found[num_bytes] = world.broadcast(_of_turns(of_ranks, middle) if world.speaks else None)
         if first_s > LONG_S:
             break
     return found
@@ -129,13 +136,13 @@ def _agreed(world: World, seconds: float) -> float:
     return max(1, world.all_max([int(seconds * 1e9)])[0]) / 1e9
 
 
-def _median(of_ranks: Sequence[tuple[tuple[int, ...], list[float]]]) -> float:
-    """Return the median over the turns of the slowest group's time, which is that of the group's fastest rank."""
+def _of_turns(of_ranks: Sequence[tuple[tuple[int, ...], list[float]]], middle: Callable[[Iterable[float]], float]) -> float:
+    """Return the middle over the turns of the slowest group's time, which is that of the group's fastest rank."""
     groups: dict[tuple[int, ...], list[list[float]]] = {}
     for ranks, seconds in of_ranks:
         groups.setdefault(ranks, []).append(seconds)
     of_groups = [[min(turn) for turn in zip(*times, strict=True)] for times in groups.values()]
-    return statistics.median(max(turn) for turn in zip(*of_groups, strict=True))
+    return middle(max(turn) for turn in zip(*of_groups, strict=True))
 
 
 def made_call(

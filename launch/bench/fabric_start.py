@@ -73,7 +73,7 @@ def plot_bandwidth(found: dict[str, Any], fabric: Fabric, file: Path) -> None:
         axes.set_yscale("log")
         axes.xaxis.set_major_formatter(lambda num_bytes, _: in_units(num_bytes))
         axes.set_title(f"{part}, {counted(rows[0]['ranks'], 'rank')}: {fabric.hardware}", loc="left", fontsize=10)
-        axes.set_xlabel("message, bytes; hollow points: held out of the fit")
+        axes.set_xlabel("message; hollow points were held out, lines are the fit")
         axes.set_ylabel("bus bandwidth of a rank, GB/s")
         axes.legend(fontsize=9, frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
