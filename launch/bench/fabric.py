@@ -1,8 +1,8 @@
 """`negpool bench fabric`: what each collective takes by the size of its message, and the two constants that say it in short.
 
-Constants are fitted on every other size, the largest among them, and checked on the others. On several nodes the ranks of a node are measured
-among themselves, all nodes at once, then rings with one rank of each node, all of them at once, and at last all ranks together,
-which the constants have to foretell. The collectives are those of a step: gloo's on CPUs, NCCL's on GPUs.
+Constants are fitted on every other size, the largest among them, and checked on the others. On several nodes the ranks of a node
+are measured among themselves, all nodes at once, then rings with one rank of each node, all of them at once, and last all ranks
+together, which the constants have to foretell. The collectives are those of a step: gloo's on CPUs, NCCL's on GPUs.
 """
 
 import datetime

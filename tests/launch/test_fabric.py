@@ -146,7 +146,7 @@ def test_the_largest_error_is_that_of_what_was_held_out():
 
 
 def two_nodes_of_two(rank):
-    return measure(world_of(rank, ranks_per_node=2), [1024, 2**16, 2**20, 2**22, 2**24], rounds=3, name="two")
+    return measure(world_of(rank, ranks_per_node=2), [1024, 2**20, 2**24], rounds=3, name="two")
 
 
 def uneven_nodes(rank):
@@ -163,8 +163,8 @@ def test_nodes_are_measured_within_between_and_together():
         "between": {2},
         "together": {4},
     }
-    assert [row["num_bytes"] for row in found["rows"][:5]] == [1024, 2**16, 2**20, 2**22, 2**24]
-    assert [row["is_held_out"] for row in found["rows"][:5]] == [False, True, False, True, False]
+    assert [row["num_bytes"] for row in found["rows"][:3]] == [1024, 2**20, 2**24]
+    assert [row["is_held_out"] for row in found["rows"][:3]] == [False, True, False]
     assert all(row["is_held_out"] for row in found["rows"] if row["part"] == "together")
     fabric = Fabric(**found["fabric"])
     assert set(fabric.inside) == set(fabric.between) == set(COLLECTIVES) and fabric.ranks_per_node == 2
