@@ -1,17 +1,22 @@
 """Fabrics against an emulated network: real ranks, real gloo, real TCP; the rate is that of `tc`.
 
-What the interface counted is held against the formula of a collective's bytes, and times on 4 and 8 ranks against what constants
-that were fitted on 2 ranks say. Two cores are shared by all ranks, so that sizes and rates are those at which the network is the
-slowest part: each rank takes up to a quarter of a core at 1 Gb/s.
+What the interface counted is held against the formula of a collective's bytes, times on 4 and 8 ranks against what constants say
+that were fitted on 2, and a whole step on 2 ranks against its plan. All ranks share two cores. Sizes and rates are those at which
+the network is the slowest part: each rank takes up to a quarter of a core at 1 Gb/s.
 """
+
+import statistics
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
 from launch.bench.fabric import fit, made_call, times_of
 from launch.bench.stage import make_stage
-from launch.fabric import COLLECTIVES, Fabric, sent_bytes
-from tests.network import HEADERS, network, own_sent_bytes
+from launch.fabric import COLLECTIVES, Fabric, sent_bytes, write_fabric
+from launch.jobfile import read_job
+from tests.network import HEADERS, measured_step, network, own_sent_bytes
+from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from tests.trainer.worlds import world_of
 
 TURNS = 5
@@ -52,6 +57,37 @@ def timed(rank, sizes):
     return {name: times_of(world, ranks, world.group, name, sizes, TURNS, min) for name in COLLECTIVES}
 
 
+def fitted(of_two):
+    """A fabric whose nodes have one rank each, from the times on two ranks."""
+    wires = {name: fit(name, times, 2, is_between=True) for name, times in of_two.items()}
+    return Fabric(name="emulated", ranks_per_node=1, hardware="veth", date="", source="measured", between=wires)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """A job of some seconds: an encoder with 12 MB of gradients, which take 1 s at 0.1 Gb/s, and texts of a few words."""
+    folder = tmp_path_factory.mktemp("job")
+    write_tiny_dataset(folder / "data", num_queries=200)
+    small = BertConfig.from_pretrained(write_tiny_encoder(folder / "encoder", dropout=0.0))
+    shape = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
+    BertModel(BertConfig(**small.to_dict() | shape), add_pooling_layer=False).save_pretrained(folder / "encoder")
+    (folder / "job.toml").write_text(
+        f'[run]\nfolder = "{folder}/run"\n[data]\npath = "{folder}/data"\n[model]\nname = "{folder}/encoder"\ndropout = 0.0\n'
+        "[batch]\nqueries = 32\n[negatives]\nper_query = 0\n"
+    )
+    return folder / "job.toml"
+
+
+@pytest.fixture(scope="module")
+def device(job):
+    """This machine as a device of a plan, measured once with two ranks at work: the file."""
+    plan_job = pytest.importorskip("launch.plan.plan_job")
+    devices = pytest.importorskip("launch.plan.devices")
+    found = plan_job.plan_job(read_job(job, []), plan_job.Asked(ranks=(2,), device="cpu"))
+    devices.write_device(job.parent / "device.toml", devices.PlannedDevice(**found["device"]))
+    return job.parent / "device.toml"
+
+
 def test_an_interface_counts_the_bytes_of_the_formula():
     num_bytes = 4 * 2**20
     with network(num_ranks=2, gbit_per_s=10) as made:
@@ -72,12 +108,11 @@ def test_a_loss_sends_queries_there_and_their_gradients_back():
             assert formula < sent / HEADERS < formula * 1.03 + 12 * keys
 
 
-@pytest.mark.parametrize(("num_ranks", "gbit_per_s", "num_bytes"), [(4, 1.0, 16 * 2**20), (8, 0.1, 4 * 2**20)])
+@pytest.mark.parametrize(("num_ranks", "gbit_per_s", "num_bytes"), [(4, 1.0, 16 * 2**20), (8, 0.1, 2 * 2**20)])
 def test_constants_of_two_ranks_foretell_four_and_eight(num_ranks, gbit_per_s, num_bytes):
     with network(2, gbit_per_s) as made:
         of_two = made.run(timed, [1024, num_bytes // 4, num_bytes])[0]
-    wires = {name: fit(name, times, 2, is_between=True) for name, times in of_two.items()}
-    fabric = Fabric(name="emulated", ranks_per_node=1, hardware="veth", date="", source="measured", between=wires)
+    fabric = fitted(of_two)
     with network(num_ranks, gbit_per_s) as made:
         found = made.run(timed, [num_bytes])[0]
     for collective, times in found.items():
@@ -87,12 +122,28 @@ def test_constants_of_two_ranks_foretell_four_and_eight(num_ranks, gbit_per_s, n
         assert times[num_bytes] > 0.9 * wire_s, "faster than the network can be"
 
 
+@pytest.mark.parametrize("gbit_per_s", [0.1, 1.0])
+def test_a_plan_foretells_the_seconds_and_the_bytes_of_a_step(job, device, gbit_per_s):
+    plan_job = pytest.importorskip("launch.plan.plan_job")
+    pytest.importorskip("launch.bench.scaling.worker")
+    with network(2, gbit_per_s) as made:
+        write_fabric(job.parent / "emulated.toml", fitted(made.run(timed, [1024, 2**20, 2**23])[0]))
+        asked = {"job": str(job), "overrides": [], "data": "job", "queries": 32, "threads": 1, "pin": False}
+        found = measured_step(made, **asked, warm_up=2, steps=8)
+    asked = plan_job.Asked(ranks=(2,), device=str(device), fabric=str(job.parent / "emulated.toml"))
+    (planned,) = plan_job.plan_job(read_job(job, []), asked)["sizes"]
+    assert found["nodes"] == 2
+    assert sum(planned["bytes"].values()) == pytest.approx(found["bytes"]["counted"], rel=0.001)
+    assert found["bytes"]["interface"]["sent"] == pytest.approx(found["bytes"]["counted"] * HEADERS, rel=0.03)
+    assert planned["step_s"] == pytest.approx(statistics.median(found["step_s"]), rel=0.25)
+
+
 @pytest.mark.parametrize("delay_ms", [0.05, 1.0])
 def test_a_delay_is_in_the_latency_of_a_hop(delay_ms):
-    with network(2, gbit_per_s=1.0) as made:
-        near = made.run(timed, [1024, 2**20])[0]
     with network(2, gbit_per_s=1.0, delay_ms=delay_ms) as made:
-        far = made.run(timed, [1024, 2**20])[0]
+        far = made.run(timed, [1024, 2**22])[0]
+    with network(2, gbit_per_s=1.0) as made:
+        near = made.run(timed, [1024, 2**22])[0]
     for collective in ("all_gather", "all_reduce"):
         hop_s = fit(collective, far[collective], 2, is_between=True).latency_s
         assert hop_s - fit(collective, near[collective], 2, is_between=True).latency_s > 0.9e-3 * delay_ms
