@@ -65,7 +65,7 @@ class Network:
         return int(shown[shown.index(next(line for line in shown if "TX:" in line)) + 1].split()[0])
 
 
-def measured_step(made: Network, timeout_s: float = 120, **arguments: Any) -> dict[str, Any]:
+def measured_step(made: Network, timeout_s: float = 300, **arguments: Any) -> dict[str, Any]:
     """Return what a job's steps take on the network's ranks, as launch/bench/scaling/worker.py says it; each rank is a process.
 
     arguments: of the worker's `measure_size`. In the answer, `step_s` are seconds and `bytes` what a rank sends in a step.
