@@ -90,8 +90,7 @@ def gather_keys(mine: Keys, counts: Counts, group: dist.ProcessGroup | None) -> 
     ]
     lengths = [sum(size) for size in sizes]
     blocks = _gathered(_padded(packed, max(lengths)), group, "control").view(len(lengths), -1)
-    split = [block[:length].split(size) for block, length, size in zip(blocks, lengths, sizes, strict=True)]
-    passage, extra, query, target, per_query, positive, *hidden, values = (torch.cat(parts) for parts in zip(*split, strict=True))
+    passage, extra, query, target, per_query, positive, *hidden, values = _by_part(blocks, sizes)
     return Keys(
         passage_P=passage,
         extra_X=extra,
@@ -113,10 +112,7 @@ def gather_rows(parts: Sequence[Tensor], counts: Sequence[list[int]], group: dis
     sizes = list(zip(*counts, strict=True))  # of each rank the rows of its parts
     most = max(map(sum, sizes))
     blocks = _gathered(_padded(torch.cat(list(parts)), most), group, "gather").view(len(sizes), most, parts[0].shape[1])
-    if len(parts) == 1 and all(sum(size) == most for size in sizes):
-        return [blocks.flatten(0, 1)]  # no copy
-    split = [block[: sum(size)].split(size) for block, size in zip(blocks, sizes, strict=True)]
-    return [torch.cat(pieces) for pieces in zip(*split, strict=True)]
+    return _by_part(blocks, sizes)
 
 
 def scatter_gradients(parts: Sequence[Tensor], counts: Sequence[list[int]], group: dist.ProcessGroup | None) -> list[Tensor]:
@@ -129,8 +125,8 @@ def scatter_gradients(parts: Sequence[Tensor], counts: Sequence[list[int]], grou
         return list(parts)
     sizes = list(zip(*counts, strict=True))
     most = max(map(sum, sizes))
-    if len(parts) == 1 and all(sum(size) == most for size in sizes):
-        packed = parts[0].contiguous()
+    if _is_even(sizes):
+        packed = _by_rank(parts, counts)
     else:
         packed = parts[0].new_zeros(len(sizes), most, parts[0].shape[1])
         pieces = zip(*(part.split(count) for part, count in zip(parts, counts, strict=True)), strict=True)
@@ -143,19 +139,69 @@ def scatter_gradients(parts: Sequence[Tensor], counts: Sequence[list[int]], grou
     return list(mine[: sum(own)].split(own))
 
 
-def exchange(to_ranks: Sequence[Tensor], sizes: Sequence[int], group: dist.ProcessGroup | None) -> list[Tensor]:
-    """Send each rank its values, and return what each has sent; sizes: how much each sends. Collective: one all-to-all."""
+def exchange(
+    parts: Sequence[Tensor], sent: Sequence[list[int]], received: Sequence[list[int]], group: dist.ProcessGroup | None
+) -> list[Tensor]:
+    """Send each rank its values of each part, and return of each part what all have sent, rank after rank.
+
+    parts: (m,) each, rank after rank. sent: of each part how many values belong to each rank. received: how many each sends.
+    Collective: one all-to-all for all parts.
+    """
     if group is None:
-        return list(to_ranks)
-    received, sent = to_ranks[0].new_empty(sum(sizes)), torch.cat(list(to_ranks))
-    with naming_lost_ranks(group), span("statistics", "all_to_all", sent):
-        dist.all_to_all_single(received, sent, list(sizes), [len(v) for v in to_ranks], group=group)
-    return list(received.split(list(sizes)))
+        return list(parts)
+    of_ranks = list(zip(*received, strict=True))
+    from_ranks, to_ranks = [sum(size) for size in of_ranks], [sum(size) for size in zip(*sent, strict=True)]
+    every, packed = parts[0].new_empty(sum(from_ranks)), _by_rank(parts, sent)
+    with naming_lost_ranks(group), span("statistics", "all_to_all", packed):
+        dist.all_to_all_single(every, packed, from_ranks, to_ranks, group=group)
+    if _is_even(of_ranks):
+        return _by_part(every.view(len(of_ranks), -1), of_ranks)
+    return _joined(every.split(from_ranks), of_ranks)
 
 
 def starts(counts: Sequence[int]) -> list[int]:
     """Return where each rank's rows begin, and where all end."""
     return list(itertools.accumulate(counts, initial=0))
+
+
+def _is_even(sizes: Sequence[Sequence[int]]) -> bool:
+    """Tell whether each rank has as much of each part as the first; sizes: of each rank, of its parts."""
+    first = tuple(sizes[0])
+    return all(tuple(size) == first for size in sizes)
+
+
+def _by_rank(parts: Sequence[Tensor], counts: Sequence[Sequence[int]]) -> Tensor:
+    """Return the values of all parts, rank after rank; counts: of each part those of each rank.
+
+    Thousands of ranks with as many values each are one operation, others thousands. A single part stays where it is.
+    """
+    sizes = list(zip(*counts, strict=True))
+    if len(parts) == 1:
+        return parts[0].contiguous()
+    if _is_even(sizes):
+        blocks = [part.reshape(len(sizes), size, *part.shape[1:]) for part, size in zip(parts, sizes[0], strict=True)]
+        return torch.cat(blocks, dim=1).flatten(0, 1)
+    split = [part.split(list(count)) for part, count in zip(parts, counts, strict=True)]
+    return torch.cat([piece for of_rank in zip(*split, strict=True) for piece in of_rank])
+
+
+def _by_part(blocks: Tensor, sizes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Return each part of all ranks, from a block of each rank, which may have more behind; sizes: of each rank, of its parts.
+
+    A single part that fills the blocks is no copy; any other leaves nothing of them.
+    """
+    if _is_even(sizes):
+        if tuple(sizes[0]) == (blocks.shape[1],):
+            return [blocks.flatten(0, 1)]
+        parts = blocks[:, : sum(sizes[0])].split(list(sizes[0]), dim=1)
+        return [part.clone(memory_format=torch.contiguous_format).flatten(0, 1) for part in parts]
+    return _joined([block[: sum(size)] for block, size in zip(blocks, sizes, strict=True)], sizes)
+
+
+def _joined(blocks: Sequence[Tensor], sizes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Do the same for blocks of any lengths."""
+    split = [block.split(list(size)) for block, size in zip(blocks, sizes, strict=True)]
+    return [torch.cat(pieces) for pieces in zip(*split, strict=True)]
 
 
 def _gathered(mine: Tensor, group: dist.ProcessGroup, phase: str) -> Tensor:

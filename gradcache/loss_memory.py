@@ -1,7 +1,7 @@
 """What the loss of a step holds on one rank, in bytes, from sizes alone: before any batch is encoded.
 
-Counted is what lives at once where most does: embeddings and what travelled of them, their gradients, one tile of scores, and the
-scores that are kept for the gradient. Short lists of keys and cells are left out.
+Counted is what lives at once where most does: embeddings and what travelled of them, their gradients, the keys of all ranks' texts,
+one tile of scores, and the scores that are kept for the gradient. Lists of masked cells are left out.
 """
 
 import math
@@ -19,6 +19,7 @@ from gradcache.widths import plan_views
 
 # Copies of a block that are made of its scores: by the closed form of a soft-max, and by autograd of any other objective.
 CLOSED_COPIES, AUTOGRAD_COPIES = 2, 8
+PASSAGE_KEYS, QUERY_KEYS = 3, 11  # 64-bit numbers that are held of each text of all ranks: keys, positives, first columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,7 @@ class LossSizes:
     passages: int  # of all ranks, those of every query counted
     width: int
     num_ranks: int
+    is_even: bool = False  # every rank has as many of both, in every step: what travels then needs no copy that is padded
 
     @property
     def queries_here(self) -> int:
@@ -45,7 +47,7 @@ class LossSizes:
 class LossBytes:
     """What the loss holds where it holds most."""
 
-    embeddings: int  # with what travelled of them, and gradients
+    embeddings: int  # with what travelled of them, gradients, and keys
     tile: int
     kept_scores: int
 
@@ -74,9 +76,14 @@ def loss_bytes(options: LossOptions, sizes: LossSizes, device: Device, room_byte
     copied = (rows + columns) * (options.same_side or options.widths is not None)
     widened = 4 * (rows + columns) * (narrow < 4 and device.type == "cpu")  # see products.py
     embeddings = sizes.width * (own * (4 + narrow * (narrow < 4)) + (here + travelled + copied) * narrow + widened)
+    embeddings += 8 * (PASSAGE_KEYS * sizes.passages + QUERY_KEYS * sizes.queries)
     summed = (own + here + travelled) * whole  # of queries, targets, passages, and of what travelled
     in_tiles = (rows + columns) * whole + summed * (num_terms > 1)
-    behind = summed + (travelled + 3 * own) * whole  # packed to travel; joined, of distinct rows, and of a chunk
+    travels_alone = not options.objective.returns_positive and not (
+        targets_travel(options) if is_spread else options.symmetric or options.same_side
+    )
+    packed = 0 if travels_alone and sizes.is_even else travelled
+    behind = summed + (packed + 3 * own) * whole  # packed to travel; joined, of distinct rows, and of a chunk
     is_joint = options.partition == "joint"
     scores = 4 * rows * columns * len(views) * (2 if options.symmetric and (options.same_side or is_joint) else 1)
     keeps = is_spread or is_joint or options.objective.has_batch_numbers  # they look at the scores twice

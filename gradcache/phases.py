@@ -74,24 +74,17 @@ def _to_owners(
     begun: Mapping[Term, tuple[Tensor, Tensor]], counts: Counts, group: dist.ProcessGroup | None
 ) -> dict[Term, tuple[Tensor, Tensor]]:
     """Return of each term the statistics of this rank's rows from every rank, (W, B, S), and their siblings' scores."""
-    to_ranks: list[list[Tensor]] = [[] for _ in counts.queries]
+    num_ranks, num_rows = len(counts.queries), counts.queries[0 if group is None else group.rank()]
+    parts, sent, received = [], [], []
     for term, (statistics_RS, scores_s) in begun.items():
-        pieces = zip(statistics_RS.split(counts.queries), scores_s.split(list(term.direction.siblings.sent)), strict=True)
-        for rank, (of_rows, of_siblings) in enumerate(pieces):
-            to_ranks[rank] += [of_rows.flatten(), of_siblings]
-    num_rows = counts.queries[0 if group is None else group.rank()]
-    widths = {term: statistics_RS.shape[1] for term, (statistics_RS, _) in begun.items()}
-    sizes = [
-        [n for term, width in widths.items() for n in (num_rows * width, term.direction.siblings.received[rank])]
-        for rank in range(len(counts.queries))
-    ]
-    by_rank = _exchanged(to_ranks, sizes, group)
+        width, siblings = statistics_RS.shape[1], term.direction.siblings
+        parts += [statistics_RS.flatten(), scores_s]
+        sent += [[n * width for n in counts.queries], list(siblings.sent)]
+        received += [[num_rows * width] * num_ranks, list(siblings.received)]
+    found = _exchanged(parts, sent, received, group)
     return {
-        term: (
-            torch.stack([pieces[2 * i].view(num_rows, width) for pieces in by_rank]),
-            torch.cat([pieces[2 * i + 1] for pieces in by_rank]),
-        )
-        for i, (term, width) in enumerate(widths.items())
+        term: (found[2 * i].view(num_ranks, num_rows, statistics_RS.shape[1]), found[2 * i + 1])
+        for i, (term, (statistics_RS, _)) in enumerate(begun.items())
     }
 
 
@@ -99,29 +92,24 @@ def _from_owners(
     derivatives: Mapping[Term, Tensor], counts: Counts, group: dist.ProcessGroup | None
 ) -> dict[Term, tuple[Tensor, Tensor]]:
     """Return of each term the derivative to this rank's statistics of all rows, (R, S), and to its siblings' scores."""
-    to_ranks: list[list[Tensor]] = [[] for _ in counts.queries]
+    parts, sent, received = [], [], []
     for term, derivative_WBS in derivatives.items():
-        pieces = zip(derivative_WBS, term.sibling_derivatives().split(list(term.direction.siblings.received)), strict=True)
-        for rank, (of_rows, of_siblings) in enumerate(pieces):
-            to_ranks[rank] += [of_rows.flatten(), of_siblings]
-    widths = {term: derivative_WBS.shape[2] for term, derivative_WBS in derivatives.items()}
-    sizes = [
-        [n for term, width in widths.items() for n in (num_rows * width, term.direction.siblings.sent[rank])]
-        for rank, num_rows in enumerate(counts.queries)
-    ]
-    by_rank = _exchanged(to_ranks, sizes, group)
+        (num_ranks, num_rows, width), siblings = derivative_WBS.shape, term.direction.siblings
+        parts += [derivative_WBS.flatten(), term.sibling_derivatives()]
+        sent += [[num_rows * width] * num_ranks, list(siblings.received)]
+        received += [[n * width for n in counts.queries], list(siblings.sent)]
+    found = _exchanged(parts, sent, received, group)
     return {
-        term: (
-            torch.cat([pieces[2 * i].view(n, width) for pieces, n in zip(by_rank, counts.queries, strict=True)]),
-            torch.cat([pieces[2 * i + 1] for pieces in by_rank]),
-        )
-        for i, (term, width) in enumerate(widths.items())
+        term: (found[2 * i].view(-1, derivative_WBS.shape[2]), found[2 * i + 1])
+        for i, (term, derivative_WBS) in enumerate(derivatives.items())
     }
 
 
 def _exchanged(
-    to_ranks: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[int]], group: dist.ProcessGroup | None
-) -> list[Sequence[Tensor]]:
-    """Send each rank its pieces in one message, and return the pieces of each rank's; sizes: of these."""
-    blocks = exchange([torch.cat(list(pieces)) for pieces in to_ranks], [sum(size) for size in sizes], group)
-    return [block.split(list(size)) for block, size in zip(blocks, sizes, strict=True)]
+    parts: Sequence[Tensor], sent: Sequence[list[int]], received: Sequence[list[int]], group: dist.ProcessGroup | None
+) -> list[Tensor]:
+    """Do what `exchange` does, without further parts of which this rank sends and gets nothing: most want no siblings."""
+    used = [i for i, counts in enumerate(zip(sent, received, strict=True)) if i == 0 or any(map(any, counts))]
+    found = exchange(*([values[i] for i in used] for values in (parts, sent, received)), group)
+    by_number = dict(zip(used, found, strict=True))
+    return [by_number.get(i, part[:0]) for i, part in enumerate(parts)]

@@ -26,6 +26,7 @@ from gradcache.tight import is_out_of_memory
 
 TILE_BYTES = {"cpu": 256 * 2**20, "cuda": 1024 * 2**20}  # scores of one tile, by type of device
 FEWEST_ROWS = {"cpu": 1, "cuda": 512}  # of a tile, where memory allows: below, products on a GPU lose speed
+SUMMED_ROWS = {"cpu": 1024, "cuda": 16384}  # whose components are multiplied at once, beside the products
 
 
 class Tiles:
@@ -114,8 +115,10 @@ class Tiles:
             gradient_tD = product(gradient_tP, self._column_PD, out=total.row_RD[rows])
             if not has_scale:
                 # The gradient of the scale is that of the scores times the scores, over the scale; a row's sum of them is
-                # its embedding times its gradient.
-                total.scale += (row_tD * gradient_tD).sum(dtype=torch.float64) / self._matrix.scale
+                # its embedding times its gradient. The products of a whole tile would be as large as its rows, in float64 twice.
+                most = SUMMED_ROWS.get(row_tD.device.type, SUMMED_ROWS["cuda"])
+                for row_bD, gradient_bD in zip(row_tD.split(most), gradient_tD.split(most), strict=True):
+                    total.scale += (row_bD * gradient_bD).sum(dtype=torch.float64) / self._matrix.scale
         if total.column_PD is not None:
             add_product(total.column_PD, gradient_tP[:, : len(total.column_PD)].T, row_tD)
 
