@@ -1,7 +1,7 @@
 """What the loss of a step holds on one rank, in bytes, from sizes alone: before any batch is encoded.
 
-Counted is what lives at once where most does: embeddings and what travelled of them, their gradients, the keys of all ranks' texts,
-one tile of scores, and the scores that are kept for the gradient. Lists of masked cells are left out.
+Counted is what lives at once where most does: embeddings and what travelled of them, their gradients, the keys of all ranks'
+texts, one tile of scores, and the scores that are kept for the gradient. Lists of masked cells are left out.
 """
 
 import math

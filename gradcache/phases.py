@@ -110,6 +110,6 @@ def _exchanged(
 ) -> list[Tensor]:
     """Do what `exchange` does, without further parts of which this rank sends and gets nothing: most want no siblings."""
     used = [i for i, counts in enumerate(zip(sent, received, strict=True)) if i == 0 or any(map(any, counts))]
-    found = exchange(*([values[i] for i in used] for values in (parts, sent, received)), group)
+    found = exchange([parts[i] for i in used], [sent[i] for i in used], [received[i] for i in used], group)
     by_number = dict(zip(used, found, strict=True))
     return [by_number.get(i, part[:0]) for i, part in enumerate(parts)]

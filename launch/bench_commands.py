@@ -245,6 +245,32 @@ def _print_scaling(found: dict[str, Any], as_json: bool) -> int:
     return EXIT_FAILED if found["failed"] else 0
 
 
+@bench_app.command("emulate", cls=JobCommand)
+def bench_emulate(
+    job: JobFile,
+    overrides: Overrides = None,
+    ranks: Annotated[str, typer.Option(help="numbers of ranks, each 2 or more")] = "64,512,4096",
+    queries_per_rank: Annotated[
+        int | None, typer.Option(min=1, help="queries of each rank; default: batch.queries are of all ranks")
+    ] = None,
+    rounds: Rounds = 3,
+    out: Out = None,
+    as_json: Json = False,
+) -> int:
+    """Measure one rank among many on this machine.
+
+    The other ranks do not exist: what they would send is made up here,
+    at full size, from this rank's own. Memory and compute of the one
+    rank are real, communication is none. Training is not touched.
+    """
+    from launch.bench.emulate import bench_emulate as run_bench
+    from launch.bench.emulate import read_ranks
+    from launch.emulate_tables import emulate_parts
+
+    found = run_bench(job, overrides or [], read_ranks(ranks), queries_per_rank, rounds)
+    return _print_bench("emulate", found, emulate_parts(found), out, as_json)
+
+
 def _print_bench(name: str, found: dict[str, Any], parts: list[Any], out: Path | None, as_json: bool) -> int:
     from launch.bench.report import write_report
 

@@ -8,8 +8,7 @@ as possible once: their number is what counts.
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from gradcache import Batch, StepResult, Temperature, cached_step
 from gradcache.budget import BACKWARD_SHARE, measure_graphs
 from gradcache.gates import quiet_torch
+from gradcache.loss_memory import LossSizes
 from gradcache.plan import plan_encoding
 from launch.bench.machine import describe, freed_at_once, start_peak
 from launch.bench.mirrored import Mirrors, fake_world
@@ -33,7 +33,7 @@ from trainer.data.collate import RowEncoder, TrainingSet, Wants, collate
 from trainer.data.datasets import open_data
 from trainer.data.sampler import global_batch
 from trainer.encoder.auto import takes_bf16
-from trainer.encoder.model import Encoder, load_encoder
+from trainer.encoder.model import load_encoder
 from trainer.encoder.packed import packs
 from trainer.errors import InputError
 from trainer.handoff.negatives import Negatives
@@ -41,11 +41,12 @@ from trainer.job import TrainJob
 from trainer.parallel import Parallel
 from trainer.precision import DTYPES, encode_in, precision_on, set_tf32
 from trainer.prepare import tokenized
-from trainer.step_memory import GIB, StepMemory, model_memory, sizes_of, step_memory
+from trainer.step_memory import GIB, StepMemory, model_memory, step_memory
 from trainer.tasks import loss_options
 from trainer.world import World, keep_freed_memory
 
 BACKENDS = ("ddp", "fsdp2")  # DeepSpeed makes groups of its own
+OF_LOSS = ("control", "gather", "masks", "statistics", "loss", "reduce_scatter")  # phases
 USABLE = 0.9  # of the memory that is free
 
 
@@ -81,6 +82,14 @@ def bench_emulate(
     }
 
 
+def read_ranks(words: str) -> list[int]:
+    """Return numbers of ranks from their list; raises InputError for what is none."""
+    try:
+        return [int(word) for word in words.split(",")]
+    except ValueError:
+        raise InputError(f"--ranks {words} is no list of numbers; expected one as 64,512,4096") from None
+
+
 def queries_of_rank(job: TrainJob, num_ranks: int, queries_per_rank: int | None) -> int:
     """Return the queries of a rank; raises InputError for a number of ranks that cannot be emulated."""
     if job.parallel.backend not in BACKENDS:
@@ -107,8 +116,8 @@ def refuse_too_large(plan: StepMemory, num_ranks: int, queries: int, room_bytes:
         largest = max(items, key=items.__getitem__)
         raise InputError(
             f"one of {num_ranks:,} ranks with {counted(queries, 'query')} each would hold {plan.total / GIB:.1f} GiB, "
-            f"{items[largest]:.1f} of them {largest}, and {room_bytes / GIB:.1f} GiB are free for it here; set --queries-per-rank, "
-            "batch.queries or --ranks lower"
+            f"{items[largest]:.1f} of them {largest}, and {room_bytes / GIB:.1f} GiB are free for it here; set "
+            "--queries-per-rank, batch.queries or --ranks lower"
         )
 
 
@@ -143,14 +152,19 @@ class _Bench:
 
     def plan(self, num_ranks: int, queries: int) -> StepMemory:
         """Return what one rank is foreseen to hold, graphs as the encoder makes them here."""
-        world = World(0, num_ranks, self.device, None, None)
         batch = self.batch(queries, self._rows_by(self.encoder.to(self.device)))
         limit = self.room_bytes() if self.job.chunk.memory_gib is None else self.job.chunk.memory_gib * GIB
-        sizes = sizes_of(batch.num_queries, batch.num_passages, self.encoder.width, world)
+        sizes = LossSizes(
+            queries=batch.num_queries * num_ranks,
+            passages=batch.num_passages * num_ranks,
+            width=self.encoder.width,
+            num_ranks=num_ranks,
+            is_even=True,
+        )
         model = model_memory(self.encoder, self.job, num_ranks, self.device.type, is_first=False)
         memory = step_memory(model, self.loss, sizes, self.device, limit)
-        budget = find_budget(self.job, self.loss, batch, self.encoder, world)
-        return with_graphs(memory, batch, budget)
+        world = World(0, num_ranks, self.device, None, None)
+        return with_graphs(memory, batch, find_budget(self.job, self.loss, batch, self.encoder, world))
 
     def batch(self, queries: int, rows: RowEncoder) -> Batch:
         """Return the first batch of so many queries, with their hard negatives."""
@@ -270,20 +284,19 @@ def with_graphs(memory: StepMemory, batch: Batch, budget: RunBudget) -> StepMemo
 
 
 def against_plan(peaks: dict[str, int], plan: StepMemory) -> dict[str, Any]:
-    """Return the peak of a step, and of its loss, beside the plan of what lives in one and does not last."""
-    planned = {name: value for name, value in asdict(plan).items()}
-    lasting = ("weights", "optimizer", "average", "backend", "published")
-    of_step = sum(value for name, value in planned.items() if name not in lasting)
+    """Return the peaks of a step, of its loss and of its second encoding beside the plan of what lives in each and does not last.
+
+    The trainer's plan counts all at once; the loss and the second encoding come one after the other.
+    """
     of_loss = plan.embeddings + plan.tile + plan.kept_scores + plan.kept_graphs
-    in_loss = ("control", "gather", "masks", "statistics", "loss", "reduce_scatter")
-    loss_peak = max(peaks[name] for name in in_loss if name in peaks)
-    peak = max(peaks.values())
-    return {
-        "plan_gib": plan.in_gib(),
-        "peak_gib": round(peak / GIB, 4),
-        "planned_peak_gib": round(of_step / GIB, 4),
-        "plan_over_peak": round(of_step / max(1, peak), 3),
-        "loss_peak_gib": round(loss_peak / GIB, 4),
-        "planned_loss_peak_gib": round(of_loss / GIB, 4),
-        "plan_over_loss_peak": round(of_loss / max(1, loss_peak), 3),
+    of_graphs = plan.gradients + plan.chunk + plan.kept_graphs
+    parts = {
+        "step": (max(peaks.values()), plan.total - plan.lasting),
+        "loss": (max(peaks[name] for name in OF_LOSS if name in peaks), of_loss),
+        "encode_again": (peaks["encode_again"], of_graphs),
     }
+    found = {}
+    for name, (peak, planned) in parts.items():
+        peak_gib, plan_gib, ratio = round(peak / GIB, 4), round(planned / GIB, 4), round(planned / max(1, peak), 3)
+        found[name] = {"peak_gib": peak_gib, "plan_gib": plan_gib, "ratio": ratio}
+    return {"plan_gib": plan.in_gib(), "memory": found}

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
 from torch.nn.parallel import DistributedDataParallel
 
 import gradcache.exchange

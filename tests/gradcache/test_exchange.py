@@ -12,7 +12,13 @@ from gradcache.ragged import Ragged
 from tests.ranks import run_ranks
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-ROWS = [[(2,), (3,)], [(4, 1), (0, 2)], [(0, 3, 1), (2, 0, 0)], [(0, 0), (0, 0)]]  # of each part the rows of each rank
+ROWS = [
+    [(2,), (3,)],
+    [(2, 2), (1, 1)],
+    [(4, 1), (0, 2)],
+    [(0, 3, 1), (2, 0, 0)],
+    [(0, 0), (0, 0)],
+]  # of each part the rows of each rank
 WIDTH = 3
 
 
@@ -98,7 +104,7 @@ def keys_of_all(rank, queries, passages, hidden):
     return {**vars(found), **{name: (each.values_m.tolist(), each.counts_n.tolist()) for name, each in ragged.items()}}
 
 
-@pytest.mark.parametrize(("queries", "passages"), [([2], [3]), ([4, 0], [1, 5]), ([0, 3, 1], [0, 0, 2])])
+@pytest.mark.parametrize(("queries", "passages"), [([2], [3]), ([4, 0], [1, 5]), ([0, 3, 1], [0, 0, 2]), ([3, 3], [2, 2])])
 @pytest.mark.parametrize("hidden", [0, 2])
 def test_keys_of_all_ranks_arrive_with_the_bits_of_their_values(queries, passages, hidden):
     for found in run_ranks(keys_of_all, len(queries), queries, passages, hidden):
@@ -111,3 +117,41 @@ def test_keys_of_all_ranks_arrive_with_the_bits_of_their_values(queries, passage
         assert values == [100 * rank + 50 + i for rank, n in enumerate(queries) for i in range(n * (n - 1) // 2)]
         wanted = torch.tensor([0.1 + rank for rank, n in enumerate(queries) for _ in range(n)], dtype=torch.float64)
         assert torch.equal(found["values_QV"], wanted[:, None].expand(-1, 2))
+
+
+def exchanged(rank, sent):
+    """Return what a rank gets of several parts, of which rank r sends rank q as many values as sent[part][r][q]."""
+    parts = [torch.arange(float(sum(of_ranks[rank]))) + 100 * part + 1000 * rank for part, of_ranks in enumerate(sent)]
+    received = [[from_rank[rank] for from_rank in of_ranks] for of_ranks in sent]
+    return exchange.exchange(parts, [list(of_ranks[rank]) for of_ranks in sent], received, dist.group.WORLD)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        [[(2, 2), (2, 2)]],
+        [[(3, 1), (0, 2)]],
+        [[(2, 2), (2, 2)], [(1, 1), (1, 1)]],
+        [[(2, 2), (2, 2)], [(0, 3), (1, 0)]],
+        [[(0, 2), (0, 2)], [(0, 0), (0, 0)]],
+    ],
+    ids=str,
+)
+def test_each_rank_gets_its_values_of_every_part_from_all(sent):
+    for rank, found in enumerate(run_ranks(exchanged, 2, sent)):
+        for part, of_ranks in enumerate(sent):
+            wanted = []
+            for other, counts in enumerate(of_ranks):
+                first = sum(counts[:rank])
+                wanted += [100 * part + 1000 * other + first + i for i in range(counts[rank])]
+            assert found[part].tolist() == wanted
+
+
+def test_even_parts_are_cut_and_joined_as_uneven_ones_are_and_hold_nothing_beside():
+    blocks, sizes = torch.randn(5, 9), [(2, 0, 4)] * 5
+    pieces = exchange._joined([block[:6] for block in blocks], sizes)
+    found = exchange._by_part(blocks, sizes)
+    assert all(torch.equal(one, other) for one, other in zip(found, pieces, strict=True))
+    assert all(part.untyped_storage().data_ptr() != blocks.untyped_storage().data_ptr() for part in found)
+    packed = exchange._by_rank(found, list(zip(*sizes, strict=True)))
+    assert torch.equal(packed, blocks[:, :6].flatten())
