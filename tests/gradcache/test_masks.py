@@ -8,7 +8,7 @@ from gradcache import Batch, InfoNCE, LossOptions, NoSync, Temperature, Tower, c
 from gradcache.directions import count_masked, directions
 from gradcache.exchange import Counts, Keys
 from gradcache.field import Field, Pools
-from gradcache.masks import Masks, Pairing, first_columns, relate
+from gradcache.masks import Masks, Pairing, first_columns, first_of, relate
 from gradcache.ragged import Ragged
 from gradcache.terms import Source
 from tests.gradcache.named import NAMED
@@ -53,6 +53,12 @@ def test_related_cells_are_those_with_a_key_in_common(seed):
             }
             assert set(zip(row.tolist(), column.tolist(), strict=True)) == wanted
             assert row.tolist() == sorted(row.tolist())
+
+
+@pytest.mark.parametrize("num_columns", [0, 1, 2, 500])
+def test_the_first_column_of_a_text_is_the_one_that_a_search_finds(num_columns):
+    keys = torch.randint(-90, 90, (num_columns,), generator=torch.Generator().manual_seed(num_columns)) * 2**55
+    assert first_columns(keys).tolist() == first_of(keys, keys).tolist() == [keys.tolist().index(key) for key in keys.tolist()]
 
 
 def test_masks_put_groups_of_columns_side_by_side():
