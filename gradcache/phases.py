@@ -100,7 +100,7 @@ def _from_owners(
         received += [[n * width for n in counts.queries], list(siblings.sent)]
     found = _exchanged(parts, sent, received, group)
     return {
-        term: (found[2 * i].view(-1, derivative_WBS.shape[2]), found[2 * i + 1])
+        term: (found[2 * i].view(sum(counts.queries), derivative_WBS.shape[2]), found[2 * i + 1])
         for i, (term, derivative_WBS) in enumerate(derivatives.items())
     }
 
