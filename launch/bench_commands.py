@@ -271,6 +271,53 @@ def bench_emulate(
     return _print_bench("emulate", found, emulate_parts(found), out, as_json)
 
 
+@bench_app.command("overlap", cls=JobCommand)
+def bench_overlap(
+    job: JobFile,
+    overrides: Overrides = None,
+    shares: Annotated[
+        str | None,
+        typer.Option(
+            metavar="1,all,…",
+            help="the miner's: numbers of cores or GPUs of its own; all: both sides use all cores; all:N: so, and the miner at "
+            "niceness N; on one GPU a share of its memory, as 0.3; default: a few that the machine has",
+        ),
+    ] = None,
+    target: Annotated[
+        float | None, typer.Option(help="MRR@10 that is to be reached; default: what the run with the lowest end reached")
+    ] = None,
+    rounds: Rounds = 2,
+    out: Annotated[Path, typer.Option(help="folder of the report, and of all runs: the same command goes on there")] = Path(
+        "runs/overlap"
+    ),
+    as_json: Json = False,
+) -> int:
+    """Measure trainer and miner together against each alone.
+
+    Real runs of a job, by each division of the machine: slow-down of
+    both sides, age of the negatives, and which division reaches an
+    MRR@10 on dev first. No run evaluates while it is timed. The
+    quickstart takes an hour on two cores.
+    """
+    from launch.early import check_early
+    from launch.jobfile import read_job
+
+    check_early(read_job(job, overrides or []))
+    from launch.bench.overlap.measure import bench_overlap as run_bench
+    from launch.bench.overlap.pictures import write_overlap_report
+    from launch.overlap_tables import overlap_parts
+    from launch.tables import as_text
+
+    found = run_bench(job, overrides or [], shares, target, rounds, out)
+    parts = overlap_parts(found)
+    if as_json:
+        print_json(found)
+    else:
+        results().print(as_text(parts))
+    write_overlap_report(out, found, parts)
+    return 0
+
+
 def _print_bench(name: str, found: dict[str, Any], parts: list[Any], out: Path | None, as_json: bool) -> int:
     from launch.bench.report import write_report
 

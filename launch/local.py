@@ -20,7 +20,7 @@ from rich.markup import escape
 
 from launch.early import mpiexec_path
 from launch.restarts import CODES, Ended, Past, Start, Verdict, last_words, size_of, verdict
-from launch.shares import LaunchSettings, Shares
+from launch.shares import LaunchSettings, Shares, cores_in_order
 from launch.srun import outside_slurm
 from launch.view import View
 from trainer.encoder.gpu_share import GPU_SHARE
@@ -57,6 +57,8 @@ class Side:
     command: list[str]
     env: dict[str, str]
     log: Path
+    cores: frozenset[int] = frozenset()  # that it uses; none named: all
+    niceness: int = 0
     past: Past = field(default_factory=Past)  # what is remembered of the starts before
     found: Start | None = None  # in the run folder, by this start
     log_begin: int = 0  # bytes of the log that earlier starts have written
@@ -73,8 +75,19 @@ class Side:
                 stderr=subprocess.STDOUT,
                 env=self.env,
                 start_new_session=True,
-                preexec_fn=die_with_parent,
+                preexec_fn=self._settle,
             )
+
+    def _settle(self) -> None:
+        """Take this side's share of the machine, and end with the supervisor; between fork and exec."""
+        die_with_parent()
+        if self.cores:
+            os.sched_setaffinity(0, self.cores)
+        if self.niceness:
+            os.nice(self.niceness)
+            # Linux may weigh sessions against each other, and niceness only inside of one: see autogroup in sched(7).
+            with contextlib.suppress(OSError):
+                Path("/proc/self/autogroup").write_text(str(self.niceness))
 
     def exit_code(self) -> int | None:
         """Return the code with which the side ended, after clearing what it left behind; None while it lives."""
@@ -178,7 +191,12 @@ def sides(run: Path, job_file: Path, plan: Shares) -> tuple[Side, Side]:
         [*mpiexec, *module, "mine", str(job_file)],
         seeing(plan.mine_gpus, plan.mine_share),
         run / "logs" / "miner.log",
+        niceness=plan.mine_niceness,
     )
+    if plan.mine_cores:
+        cores = cores_in_order()
+        trainer.cores, miner.cores = frozenset(cores[: -plan.mine_cores]), frozenset(cores[-plan.mine_cores :])
+        miner.env["OMP_NUM_THREADS"] = str(plan.mine_threads)
     return trainer, miner
 
 

@@ -37,7 +37,8 @@ def on_ranks(module: str, num_ranks: int, *, mpi: bool = False, **arguments: Any
             REPORT: str(report),
         }
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-        launcher = [*mpi_command(num_ranks), sys.executable] if mpi else torchrun
+        launcher = torchrun if num_ranks > 1 else [sys.executable]  # which a single rank would wait seconds for
+        launcher = [*mpi_command(num_ranks), sys.executable] if mpi else launcher
         said = _wait_for([*launcher, "-m", module], environment)
         found = answer_in(report)
     if found is None:
