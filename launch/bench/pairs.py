@@ -30,6 +30,10 @@ class Pairs:
         """Tokens of every text."""
         return np.concatenate([table.lengths for table in self.tables])
 
+    def select(self, rows: np.ndarray) -> "Pairs":
+        """Return some pairs, in their order."""
+        return Pairs(tuple(side.select(rows) for side in self.texts), tuple(table.select(rows) for table in self.tables))  # type: ignore[arg-type]
+
     def tokens(self, pairs: int) -> np.ndarray:
         """Return the tokens of each text of the first pairs."""
         return np.concatenate([table.lengths[:pairs] for table in self.tables])
@@ -59,11 +63,20 @@ class Pairs:
 
 
 def read_pairs(
-    path: Path, tokenizer: PreTrainedTokenizerBase, num_pairs: int, max_tokens: int, rank: int = 0, num_ranks: int = 1
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    num_pairs: int,
+    max_tokens: int,
+    rank: int = 0,
+    num_ranks: int = 1,
+    only: str | None = None,
 ) -> Pairs:
-    """Return this rank's share of judged pairs of a data set, texts of at most so many tokens; as many on every rank."""
+    """Return this rank's share of judged pairs of a data set, texts of at most so many tokens; as many on every rank.
+
+    only: the split that they are from. Raises InputError where there are fewer.
+    """
     data = open_dataset(path, None)
-    rows = distinct_pairs(data, num_pairs)
+    rows = distinct_pairs(data, num_pairs, only)
     per_rank = len(rows) // num_ranks  # as many everywhere: the peer hangs otherwise
     rows = rows[rank * per_rank : (rank + 1) * per_rank]
     return tokenized((data.queries.select(rows[:, 0]), data.corpus.select(rows[:, 1])), tokenizer, max_tokens)
@@ -75,12 +88,12 @@ def tokenized(texts: tuple[Any, Any], tokenizer: PreTrainedTokenizerBase, max_to
     return Pairs(texts, (queries, passages))
 
 
-def distinct_pairs(data: RetrievalData, num_pairs: int) -> np.ndarray:
-    """Return (query row, corpus row) of judged pairs with distinct texts on both sides, (n, 2) int64."""
+def distinct_pairs(data: RetrievalData, num_pairs: int, only: str | None = None) -> np.ndarray:
+    """Return (query row, corpus row) of judged pairs with distinct texts on both sides, (n, 2) int64; only: a split."""
     keys = data.text_keys
     seen: dict[str, set[int]] = {"queries": set(), "corpus": set()}
     pairs = []
-    for split in sorted(data.qrels, key=lambda name: name != "train"):
+    for split in sorted(data.qrels if only is None else {only} & data.qrels.keys(), key=lambda name: name != "train"):
         rows = data.training_queries(split)
         indptr, positives = data.positives(rows, split)
         for query, passage in zip(rows.tolist(), positives[indptr[:-1]].tolist(), strict=True):
@@ -91,4 +104,7 @@ def distinct_pairs(data: RetrievalData, num_pairs: int) -> np.ndarray:
                 pairs.append((query, passage))
             if len(pairs) == num_pairs:
                 return np.array(pairs)
-    raise InputError(f"{data.path} has {counted(len(pairs), 'pair')} of distinct texts, fewer than {num_pairs}; lower --queries")
+    of, lower = ("", "--queries") if only is None else (f" in its split {only}", "--queries or --steps")
+    raise InputError(
+        f"{data.path} has {counted(len(pairs), 'pair')} of distinct texts{of}, fewer than {num_pairs}; lower {lower}"
+    )

@@ -34,8 +34,8 @@ TRIAL_PAIRS = {"cpu": 48, "cuda": 2048}  # of the batch, to find the best settin
 class Peer:
     """sentence-transformers 6: its cached loss on the same weights and texts."""
 
-    def __init__(self, world: World, name: str, texts: tuple[Any, Any], max_tokens: int, precision: str = "fp32"):
-        """texts: this rank's queries and passages, in a column text. precision: fp32, or bf16 for autocast."""
+    def __init__(self, world: World, name: str, texts: tuple[Any, Any] | None, max_tokens: int, precision: str = "fp32"):
+        """texts: this rank's queries and passages, in a column text, for `step`. precision: fp32, or bf16 for autocast."""
         try:
             from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
         except ImportError as error:
@@ -49,18 +49,27 @@ class Peer:
             parameter.requires_grad_("pooler" not in name)  # not part of the embedding: DDP would wait for its gradient
         self.called: nn.Module = self.model
         if world.group is not None:
-            self.called = DistributedDataParallel(self.model, broadcast_buffers=False)
-        self.features = [self.model.preprocess(list(side["text"])) for side in texts]
+            self.called = DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self.features = self.features_of(texts) if texts is not None else []
+
+    def features_of(self, texts: tuple[Any, Any]) -> list[dict[str, Any]]:
+        """Return what the peer's own preprocessing makes of queries and of passages, on the device."""
+        sides = (self.model.preprocess(list(side["text"])) for side in texts)
+        return [{name: v.to(self.world.device) for name, v in side.items() if isinstance(v, Tensor)} for side in sides]
 
     def step(self, pairs: int, setting: Setting) -> None:
         """Take the peer's step on the first pairs."""
+        features = [{name: v[:pairs] for name, v in side.items()} for side in self.features]
+        self.take(features, self.loss_class, **{"mini_batch_size": 32, **setting})
+
+    def take(self, features: list[dict[str, Any]], loss_class: Any, **setting: Any) -> None:
+        """Take a step on features of queries and passages with one of the peer's losses. Collective."""
         gather = {"gather_across_devices": True} if self.world.group is not None else {}
-        loss = self.loss_class(self.model, scale=1 / TEMPERATURE, **{"mini_batch_size": 32, **setting}, **gather)
+        loss = loss_class(self.model, scale=1 / TEMPERATURE, **setting, **gather)
         loss.model = self.called  # as its own trainer does
-        device = self.world.device
-        features = [{k: v[:pairs].to(device) for k, v in side.items() if isinstance(v, Tensor)} for side in self.features]
-        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss(features, None).backward()
+        with torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            # The loss takes parts out of what it is given.
+            loss([dict(side) for side in features], None).backward()
 
     def trials(self, pairs: int, before: Callable[[], None]) -> dict[str, float | None]:
         """Return the seconds of a step on some pairs with each setting; None: it does not fit into memory. Collective."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gradcache import InfoNCE, LossOptions, Temperature, cached_step
 from gradcache.budget import kept_within, measure_graphs
@@ -24,6 +24,7 @@ from launch.bench.machine import describe, matmul_rate, start_peak
 from launch.bench.made_texts import data_of
 from launch.bench.pairs import Pairs, read_pairs, tokenized
 from launch.bench.peer import TEMPERATURE, TRIAL_PAIRS, Peer, best_setting
+from launch.bench.peers.exact import named_gradients
 from launch.bench.shapes import model_of
 from launch.bench.turns import Turns, compared, take_turns
 from launch.counted import counted
@@ -216,7 +217,7 @@ class StepBench:
         self.ours(self.pairs, pairs, 1)
         for model in self.models:
             model.train()
-        theirs, ours = _gradients(peer.model), _gradients(self.encoder)
+        theirs, ours = named_gradients(peer.model), named_gradients(self.encoder)
         a, b = (torch.cat([found[name].flatten().double() for name in ours]) for found in (ours, theirs))
         return round(float(torch.cosine_similarity(a, b, 0)), 7)
 
@@ -230,12 +231,6 @@ class StepBench:
         kept = kept_within(gib * 2**30, chunks, measure_graphs(chunks[-1].tower))
         tokens = [chunk.num_padded_tokens for chunk in chunks]
         return kept, sum(tokens[len(tokens) - kept :]) / sum(tokens)
-
-
-def _gradients(module: nn.Module) -> dict[str, Tensor]:
-    """Return the gradients under the names that the transformer itself gives to its parameters."""
-    grads = ((name.rsplit("model.", 1)[-1], p.grad) for name, p in module.named_parameters())
-    return {name: gradient for name, gradient in grads if gradient is not None}
 
 
 if __name__ == "__main__":

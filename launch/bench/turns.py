@@ -34,6 +34,7 @@ def take_turns(
 ) -> dict[str, Turns]:
     """Return what every way took: the slowest rank's time, the largest rank's memory above what is held. Collective.
 
+    Every second round has the opposite order, so that a machine that slows down slows everybody down alike.
     A first round measures memory, freed blocks returned at once, and is not timed: in it libraries load and kernels are compiled.
     Of one process a way that does not fit into a GPU's memory is left out, and the others go on.
     before: called before each turn. held: bytes above which memory counts; None: what is held at the start of a turn.
@@ -49,7 +50,7 @@ def take_turns(
         found[name] = Turns(world.all_max([int(cost.peak_gib * 2**20)])[0] / 2**20)
         _say(world, f"memory: {name}: {found[name].peak_gib:.2f} GiB")
     for number in range(rounds):
-        for name in list(found):
+        for name in list(found)[:: -1 if number % 2 else 1]:
             before()
             world.barrier()
             taken = seconds_if_it_fits(ways[name], world)

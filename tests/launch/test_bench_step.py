@@ -154,6 +154,6 @@ def test_the_peer_encodes_in_what_we_encode_in(places, monkeypatch):
     pytest.importorskip("sentence_transformers")
     monkeypatch.setattr(mining, "matmul_rate", lambda device, dtype=torch.float32: 1e9)
     sizes = mining.MiningSizes(texts=12, max_tokens=16, rounds=1)
-    found = mining._encoding(Path(places["data"]), places["model"], sizes, WORLD, "bf16", True)
+    found = mining.measure_encoding(Path(places["data"]), places["model"], sizes, WORLD, "bf16", True)
     assert found["largest_difference"] > 1e-5 or found["largest_difference"] == 0
     assert found["precision"] == "bf16" and found["sides"].keys() == {"bare model", "ours", PEER}

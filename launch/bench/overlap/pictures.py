@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.bench.overlap.dev_scores import MEASURE
-from launch.bench.report import OTHERS, OURS, _figure
+from launch.bench.report import OTHERS, OURS, new_figure
 from launch.tables import Part, as_markdown
 from trainer.errors import InputError
 
@@ -29,7 +29,7 @@ def write_overlap_report(folder: Path, found: dict[str, Any], parts: list[Part])
         shown = "\n\n".join(f"![{name}]({name}.png)" for name in drawn)
         (folder / f"{NAME}.md").write_text(f"{shown}\n\n{as_markdown(parts)}")
         for name, draw in drawn.items():
-            figure = _figure(1.6 + 0.75 * len(found["divisions"]) if name == NAME else 4.5)
+            figure = new_figure(1.6 + 0.75 * len(found["divisions"]) if name == NAME else 4.5)
             axes = figure.subplots()
             draw(axes, found)
             axes.spines[["top", "right"]].set_visible(False)
