@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from launch.bench_commands import bench_app
+from launch.bench_job_commands import bench_app
 from launch.data_commands import data_app, init_app
 from launch.help import Commands
 from launch.looking_commands import looking_app

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 
@@ -23,20 +22,20 @@ from gradcache.loss_memory import LossSizes
 from gradcache.plan import plan_encoding
 from launch.bench.machine import describe, freed_at_once, start_peak
 from launch.bench.mirrored import Mirrors, fake_world
+from launch.bench.scaling.random_negatives import drawn_negatives
 from launch.bench.step_costs import OTHERS, StepCosts
 from launch.bench.turns import free_memory
 from launch.counted import counted
 from launch.jobfile import Jobs, Override, read_job
 from trainer.backends import parallelize
 from trainer.budget import RunBudget, find_budget
-from trainer.data.collate import RowEncoder, TrainingSet, Wants, collate
+from trainer.data.collate import RowEncoder, Wants, collate
 from trainer.data.datasets import open_data
 from trainer.data.sampler import global_batch
 from trainer.encoder.auto import takes_bf16
 from trainer.encoder.model import load_encoder
 from trainer.encoder.packed import packs
 from trainer.errors import InputError
-from trainer.handoff.negatives import Negatives
 from trainer.job import TrainJob
 from trainer.parallel import Parallel
 from trainer.precision import DTYPES, encode_in, precision_on, set_tf32
@@ -253,23 +252,6 @@ def _described(result: StepResult, batch: Batch, num_ranks: int) -> dict[str, An
         "loss": round(result.loss, 4),
         "share_masked": result.share_masked,
     }
-
-
-def drawn_negatives(dataset: TrainingSet, query_n: np.ndarray, per_query: int) -> Negatives | None:
-    """Return so many random passages for each of some queries: each once, as far as there are enough, and no positive of them."""
-    if not per_query:
-        return None
-    starts, stops = dataset.positive_indptr[query_n], dataset.positive_indptr[query_n + 1]
-    taken = np.concatenate([dataset.positive_rows[start:stop] for start, stop in zip(starts, stops, strict=True)])
-    others = np.setdiff1d(np.arange(len(dataset.passage_keys)), taken)
-    if not len(others):
-        raise InputError("the corpus has no passages but positives; set negatives.per_query=0")
-    drawn = np.random.default_rng(0).permutation(others)
-    per_row = min(per_query, len(drawn))
-    count = np.zeros(dataset.num_queries, np.int64)
-    count[query_n] = per_row
-    ids = np.resize(drawn, len(query_n) * per_row)
-    return Negatives(np.concatenate([[0], np.cumsum(count)]), ids, np.zeros(len(ids), np.float32), 0, {})
 
 
 def with_graphs(memory: StepMemory, batch: Batch, budget: RunBudget) -> StepMemory:

@@ -17,7 +17,7 @@ from launch.plan.planned_model import PlannedModel, planned_model
 from launch.plan.planned_texts import PlannedTexts, SaidTexts, planned_texts
 from launch.plan.rank_memory import RankMemory, rank_memory
 from launch.plan.refresh_age import encoding_seconds, ranks_for_age, refresh_of, search_seconds
-from launch.plan.step_times import StepTimes, encoder_rates, phase_bytes, step_times
+from launch.plan.step_times import PlannedTimes, encoder_rates, phase_bytes, step_times
 from launch.plan.step_work import StepWork, messages_of, phase_flops, shards_of, step_work, update_bytes
 from launch.plan.storage import PROCESS_BYTES, storage_of
 from trainer.encoder.auto import encode_for
@@ -162,7 +162,7 @@ def _miner_bytes(jobs: Jobs, asked: Asked, device: PlannedDevice, texts: Planned
 def _step_row(
     work: StepWork,
     memory: RankMemory,
-    times: StepTimes,
+    times: PlannedTimes,
     flops: dict[str, float],
     sent: dict[str, float],
     device: PlannedDevice,
@@ -206,7 +206,7 @@ def _run_row(
     model: PlannedModel,
     texts: PlannedTexts,
     work: StepWork,
-    times: StepTimes,
+    times: PlannedTimes,
 ) -> dict[str, Any]:
     """Return steps, evaluations, refreshes, hours and energy, as far as the data's size is known."""
     train, found = jobs.train, dict[str, Any]()

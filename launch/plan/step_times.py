@@ -30,15 +30,15 @@ PHASES = (
     "control",
     "idle",
 )
-KINDS = {"gather": "network", "reduce_scatter": "network", "parameters": "network", "control": "latency", "optimizer": "memory"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepTimes:
+class PlannedTimes:
     """Seconds of a step."""
 
     phases: dict[str, float]  # they add up to the step
     hidden_s: float  # of the parameters' synchronisation, beside the backward
+    network_s: dict[str, float]  # of the phases, in messages; those that hide are among them
 
     @property
     def step_s(self) -> float:
@@ -54,7 +54,9 @@ class StepTimes:
     def bottleneck(self) -> str:
         """The phase that takes most, and of what."""
         name = max(self.phases, key=lambda phase: self.phases[phase])
-        return f"{name} ({KINDS.get(name, 'products')})"
+        if 2 * self.network_s.get(name, 0.0) > self.phases[name]:
+            return f"{name} (network)"
+        return f"{name} ({'memory' if name == 'optimizer' else 'products'})"
 
 
 def step_times(
@@ -67,7 +69,7 @@ def step_times(
     flops: dict[str, float],
     messages: Sequence[Message],
     bytes_of_update: float,
-) -> StepTimes:
+) -> PlannedTimes:
     """Return what a step takes on ranks that are alike."""
     encode_s, again_s = _encoding_seconds(job, model, device, work, chunks)
     products = device.rate(job.precision.products) * device.loss_share
@@ -87,7 +89,7 @@ def step_times(
         "control": sent.get("control", 0.0),
         "idle": 0.0,
     }
-    return StepTimes(phases=phases, hidden_s=hidden_s)
+    return PlannedTimes(phases=phases, hidden_s=hidden_s, network_s=sent)
 
 
 def encoder_rates(job: TrainJob, device: PlannedDevice) -> tuple[float, float]:

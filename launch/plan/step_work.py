@@ -50,7 +50,9 @@ def step_work(
 ) -> StepWork:
     """Return what a step brings. queries: of all ranks. per_query: hard negatives of a query."""
     passages = queries * (1 + per_query)
-    sizes = LossSizes(queries=queries, passages=passages, width=model.width, num_ranks=num_ranks)
+    sizes = LossSizes(
+        queries=queries, passages=passages, width=model.width, num_ranks=num_ranks, is_even=queries % num_ranks == 0
+    )
     here = sizes.queries_here
     lengths = texts.lengths(here, here * (1 + per_query))
     tokens = float(lengths.sum())

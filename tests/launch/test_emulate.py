@@ -16,7 +16,7 @@ from gradcache import Batch, InfoNCE, LossOptions, NoSync, Temperature, Tower, c
 from gradcache.loss_memory import LossSizes, loss_bytes
 from launch.bench.emulate import bench_emulate, drawn_negatives
 from launch.bench.mirrored import KEY_STEP, Mirrors, fake_world, signs_of_ranks
-from launch.bench_commands import bench_app
+from launch.bench_job_commands import bench_app
 from launch.emulate_tables import emulate_parts
 from launch.tables import as_markdown
 from tests.allocator import Memory

@@ -4,7 +4,9 @@ import time
 
 import numpy as np
 
-from trainer.handoff.negatives import publish_negatives
+from trainer.data.collate import TrainingSet
+from trainer.errors import InputError
+from trainer.handoff.negatives import Negatives, publish_negatives
 from trainer.prepare import Training
 from trainer.train import switch_negatives
 
@@ -34,3 +36,20 @@ def publish_random(run: Training, per_query: int) -> None:
     while run.feed.in_force is None:  # before_step asks all ranks
         switch_negatives(run)
         time.sleep(LOOK_S)
+
+
+def drawn_negatives(dataset: TrainingSet, query_n: np.ndarray, per_query: int) -> Negatives | None:
+    """Return so many random passages for each of some queries: each once, as far as there are enough, and no positive of them."""
+    if not per_query:
+        return None
+    starts, stops = dataset.positive_indptr[query_n], dataset.positive_indptr[query_n + 1]
+    taken = np.concatenate([dataset.positive_rows[start:stop] for start, stop in zip(starts, stops, strict=True)])
+    others = np.setdiff1d(np.arange(len(dataset.passage_keys)), taken)
+    if not len(others):
+        raise InputError("the corpus has no passages but positives; set negatives.per_query=0")
+    drawn = np.random.default_rng(0).permutation(others)
+    per_row = min(per_query, len(drawn))
+    count = np.zeros(dataset.num_queries, np.int64)
+    count[query_n] = per_row
+    ids = np.resize(drawn, len(query_n) * per_row)
+    return Negatives(np.concatenate([[0], np.cumsum(count)]), ids, np.zeros(len(ids), np.float32), 0, {})
