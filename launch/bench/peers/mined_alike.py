@@ -50,8 +50,7 @@ def measure_mined(
         chosen: dict[str, Chosen] = {}
 
         def keep(side: str, mine: Mined) -> None:
-            with contextlib.redirect_stderr(io.StringIO()):  # progress of both
-                chosen[side] = mine()
+            chosen[side] = mine()
 
         ways = {
             OURS: functools.partial(keep, OURS, our_way(folder, model, max_tokens, precision)),
@@ -82,7 +81,8 @@ def our_way(folder: Path, model: str, max_tokens: int, precision: str) -> Mined:
             "precision": precision,
             "data.cache": str(folder / f"cache-{next(numbers)}"),
         }
-        rows = mine_negatives(model, str(folder / "data"), form="tevatron", **settings).to_dataset()
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress
+            rows = mine_negatives(model, str(folder / "data"), form="tevatron", **settings).to_dataset()
         return {row["query"]: {text["text"] for text in row["negative_passages"]} for row in rows}
 
     return mine
