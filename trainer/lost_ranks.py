@@ -37,7 +37,8 @@ def naming_lost(world: World) -> Iterator[None]:
         yield
         return
     is_over = threading.Event()
-    threading.Thread(target=_watch, args=(is_over, world), daemon=True).start()
+    watcher = threading.Thread(target=_watch, args=(is_over, world), daemon=True)
+    watcher.start()
     try:
         with naming_lost_ranks(world.group):
             yield
@@ -46,6 +47,8 @@ def naming_lost(world: World) -> Iterator[None]:
         raise MachineFailed(str(lost)) from lost
     finally:
         is_over.set()
+        # It holds the world's groups: were it the last one to let go of them, at the end of Python, the process would abort.
+        watcher.join(LOOK_EVERY_S)
 
 
 def _watch(is_over: threading.Event, world: World) -> None:

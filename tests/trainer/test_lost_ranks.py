@@ -4,6 +4,7 @@ import datetime
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from gradcache.lost import told_failure
-from tests.ranks import PRELOAD
+from tests.ranks import PRELOAD, run_ranks
 from tests.trainer.test_place import free_port
 from tests.trainer.worlds import world_of
 from trainer import lost_ranks
@@ -126,3 +127,15 @@ def test_only_looks_without_a_sign_of_life_count():
 def test_one_process_waits_for_nobody():
     with pytest.raises(RuntimeError, match="gloo"), naming_lost(world_of()):
         raise RuntimeError("gloo")
+
+
+def threads_left(rank: int) -> int:
+    before = threading.active_count()
+    with naming_lost(world_of(rank)):
+        pass
+    return threading.active_count() - before
+
+
+def test_nobody_watches_any_more_when_all_have_left():
+    # A thread that lets go of the groups while Python ends aborts its rank: the launcher then calls a good end a failure.
+    assert run_ranks(threads_left, 2) == [0, 0]
