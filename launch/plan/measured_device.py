@@ -5,7 +5,6 @@ AdamW's update, and each collective in two sizes, which gives its latency and it
 """
 
 import os
-import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -32,7 +31,7 @@ from trainer.encoder.settings import ModelSettings
 from trainer.job import OptimSettings, ParallelSettings
 from trainer.world import World, join_world
 
-ROUNDS = 3
+ROUNDS = 5
 LOSS_ROWS = 1024
 SIZES = (2**10, 2**23)  # bytes of a collective
 MOST_TOKENS = 1024  # of a measured batch
@@ -68,8 +67,8 @@ def measure_ranks(model: dict[str, Any], encode: str, length: int, tokens: int) 
 
     world = join_world(encode)
     try:
-        process_bytes = psutil.Process().memory_info().rss
         encoder, *_ = load_encoder(pydantic.TypeAdapter(ModelSettings).validate_python(model))
+        process_bytes = psutil.Process().memory_info().rss - sum(p.nbytes for p in encoder.parameters())
         numbers = _mean(world, _rates(world, encoder, encode, length, tokens))
         wires = {name: asdict(_wire(world, name)) for name in COLLECTIVES} if world.group is not None else {}
         about = describe(world.device)
@@ -145,7 +144,7 @@ def _loss_rate(world: World, width: int) -> float:
             step=step,
         )  # fmt: skip
         seconds.append(result.loss_s)
-    return 3 * 2.0 * LOSS_ROWS**2 * width / statistics.median(seconds[1:])
+    return 3 * 2.0 * LOSS_ROWS**2 * width / min(seconds[1:])
 
 
 def _wire(world: World, collective: str) -> Wire:
@@ -173,7 +172,7 @@ def _call(world: World, collective: str, size: int) -> Callable[[], Any]:
 
 
 def _seconds(world: World, work: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> float:
-    """Return the median of some calls that all ranks begin together; a first one is not counted. Collective."""
+    """Return the least time of some calls that all ranks begin together; a first one is not counted. Collective."""
     found = []
     for _ in range(ROUNDS + 1):
         before()
@@ -181,7 +180,7 @@ def _seconds(world: World, work: Callable[[], Any], before: Callable[[], Any] = 
         started = time.perf_counter()
         work()
         found.append(time.perf_counter() - started)
-    return statistics.median(found[1:])
+    return min(found[1:])
 
 
 def _mean(world: World, numbers: dict[str, float]) -> dict[str, float]:
