@@ -68,7 +68,8 @@ def measure_ranks(model: dict[str, Any], encode: str, length: int, tokens: int) 
     world = join_world(encode)
     try:
         encoder, *_ = load_encoder(pydantic.TypeAdapter(ModelSettings).validate_python(model))
-        process_bytes = psutil.Process().memory_info().rss - sum(p.nbytes for p in encoder.parameters())
+        weights = sum(p.nbytes for p in encoder.parameters() if p.detach().sum().isfinite())  # files are mapped: all is read now
+        process_bytes = psutil.Process().memory_info().rss - weights
         numbers = _mean(world, _rates(world, encoder, encode, length, tokens))
         wires = {name: asdict(_wire(world, name)) for name in COLLECTIVES} if world.group is not None else {}
         about = describe(world.device)
