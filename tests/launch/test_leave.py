@@ -6,7 +6,9 @@ import sys
 
 import psutil
 import pytest
+import typer
 
+from launch.__main__ import main
 from tests.tiny import write_tiny_dataset
 
 JOB = '[data]\npath = "{root}/data"\n[model]\nname = "{root}/model"\n[run]\nfolder = "{root}/run"\n'
@@ -79,3 +81,16 @@ def test_a_process_that_was_told_to_ignore_ctrl_c_ignores_it():
     work = "import signal; from launch.leave import ctrl_c_in_one_line as block\nwith block():\n    print(signal.getsignal(2))"
     ran = subprocess.run(["sh", "-c", 'trap "" INT; exec "$0" -c "$1"', sys.executable, work], capture_output=True, text=True)
     assert ran.stdout == f"{signal.SIG_IGN!s}\n"
+
+
+def test_ctrl_c_in_a_command_at_work_is_not_made_an_exit_code_by_the_parser(monkeypatch):
+    app = typer.Typer()
+
+    @app.command()
+    def work() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launch.commands.app", app)
+    monkeypatch.setattr(sys, "argv", ["negpool"])
+    with pytest.raises(KeyboardInterrupt):
+        main()
