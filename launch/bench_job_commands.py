@@ -134,9 +134,10 @@ def bench_overlap(
 
     check_early(read_job(job, overrides or []))
     from launch.bench.overlap.measure import bench_overlap as run_bench
-    from launch.bench.overlap.pictures import write_overlap_report
+    from launch.bench.overlap.pictures import check_pictures, write_overlap_report
     from launch.overlap_tables import overlap_parts
 
+    check_pictures()
     found = run_bench(job, overrides or [], shares, target, rounds, out)
     parts = overlap_parts(found)
     print_found(found, parts, as_json)

@@ -42,6 +42,7 @@ from trainer.metrics import forget_status, read_status, write_end
 
 POLL_S = 0.5
 GONE_AFTER_S = 3.0  # that killed processes may hold a lock
+WITHOUT_MINER = "training goes on without new negatives"  # said of a miner that is not started again
 STOP_GRACE_S = 60.0  # for a checkpoint to be written, before a side is killed
 
 
@@ -240,7 +241,7 @@ def _after_miner(run: Path, miner: Side, code: int, settings: LaunchSettings, vi
         except RunInUse as other:
             view.say(f"{escape(str(other))}; training goes on with the negatives that it publishes")
     elif end.phase != FINISHED and follows.code:
-        view.say(f"the miner cannot go on ({escape(follows.sentence)}); training goes on without new negatives")
+        view.say(f"the miner cannot go on ({escape(follows.sentence)}); {WITHOUT_MINER}")
 
 
 def _judge(run: Path, side: Side, code: int, settings: LaunchSettings) -> tuple[Ended, Verdict]:

@@ -70,7 +70,7 @@ def _ages(found: dict[str, Any]) -> Sheet:
         )
         for row in found["divisions"]
     ]
-    columns = ("miner's share", "age, steps, mean", "largest", "mined from step", "versions swapped", "minutes of training")
+    columns = ("miner's share", "age, steps, mean", "largest", "mined from step", "versions swapped", "minutes, start to end")
     return Sheet("together: negatives in force", columns, rows)
 
 
@@ -88,6 +88,8 @@ def _reached(found: dict[str, Any]) -> Sheet:
 
 def _sentences(found: dict[str, Any]) -> list[Part]:
     said: list[Part] = list(found["notes"])
+    if found["split"] is not None:
+        said.append("Minutes begin when a run is started. The trainer alone was given version 0, which the others wait for.")
     target, first = found["target"], found["soonest"]
     if target is None and found["split"] is not None:
         said.append("No share ended above the untrained model in every round, so none reached anything first; set --target.")

@@ -18,7 +18,7 @@ from launch.bench.overlap.cases import Case
 from launch.bench.overlap.division import Hardware
 from launch.bench.overlap.processor_time import ProcessorTime
 from launch.jobfile import Jobs, Override, read_job
-from launch.local import STOP_GRACE_S, Side, sides
+from launch.local import STOP_GRACE_S, WITHOUT_MINER, Side, sides
 from launch.restarts import last_words
 from launch.shares import Shares, cores_in_order
 from launch.sides import keep_job
@@ -105,6 +105,10 @@ def mine_alone(place: Workplace, case: Case) -> Watched:
     miner = _miner(place, run, case.units)
     _hand_over(place.made, run, negatives_folder, version_name(0))
     waiting = [folder.name for folder in versions(checkpoints_folder(place.made))]
+    if not waiting:
+        raise InputError(
+            f"{place.made} has lost its checkpoints, which the miner alone mines; delete {place.folder} to begin anew"
+        )
 
     def hand_next() -> None:
         """Hand over a checkpoint whenever the last is mined, and in the end say that the trainer is done."""
@@ -137,12 +141,16 @@ def run_together(place: Workplace, case: Case, more: Sequence[Override]) -> Watc
         if both.process is not None:
             taken.look(both.process.pid)
 
-    return _watched(both, run, case.name, look, taken)
+    watched = _watched(both, run, case.name, look, taken)
+    if WITHOUT_MINER in both.log.read_text(errors="replace"):
+        raise MachineFailed(f"the miner of {case.name} did not go to its end; {both.log} says why")
+    return watched
 
 
 def keep_checkpoints(place: Workplace, run: Path) -> None:
     """Keep a trainer's newest checkpoints for the miner alone, but not its last: no service mines that one."""
     found = [open_checkpoint(folder, ENCODER) for folder in versions(checkpoints_folder(run))]
+    shutil.rmtree(checkpoints_folder(place.made), ignore_errors=True)
     names = [checkpoint.folder.name for checkpoint in found if not checkpoint.manifest.get("is_final")]
     for name in names[-REFRESHES:]:
         _hand_over(run, place.made, checkpoints_folder, name)

@@ -1,5 +1,6 @@
 """The report of `negpool bench overlap`: its figures, its tables, and three pictures that can be read without colour."""
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,12 @@ if TYPE_CHECKING:  # whoever has no matplotlib is told so in words
 NAME = "overlap"
 DASHES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX*"
 SHADES = ("#14425f", "#2a6f97", "#6aa5c8", "#a9c9dd")
+
+
+def check_pictures() -> None:
+    """Raise InputError where there is nothing to draw with: sooner than after an hour."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("the pictures of this benchmark need matplotlib; run: pip install 'negpool[bench]'")
 
 
 def write_overlap_report(folder: Path, found: dict[str, Any], parts: list[Part]) -> None:
