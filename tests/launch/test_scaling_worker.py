@@ -58,7 +58,8 @@ def test_what_a_collective_takes_longer_than_on_the_last_rank_is_waiting():
 
 
 def test_cores_are_shared_out_or_what_fits_is_said():
-    assert [own_cores([2, 3, 4, 5, 6], rank, 2, 1) for rank in range(2)] == [[2, 3], [4, 5]]
+    assert [own_cores([2, 3, 4, 5, 6], rank, 2, 2) for rank in range(2)] == [[2, 3], [4, 5]]
+    assert own_cores([2, 3, 4, 5, 6], 0, 1, 2) == [2, 3]
     with pytest.raises(InputError, match="4 ranks of 2 threads need 8 cores of their own, and this machine gives 5; 2 ranks fit"):
         own_cores([2, 3, 4, 5, 6], 0, 4, 2)
 

@@ -23,12 +23,14 @@ def pin_to_own_cores(environment: Mapping[str, str], threads: int) -> list[int]:
 
 
 def own_cores(cores: list[int], rank: int, num_ranks: int, threads: int) -> list[int]:
-    """Return a rank's cores: as many for each, next to each other."""
-    each = len(cores) // num_ranks
-    if each < threads:
+    """Return a rank's cores: one for each of its threads, next to each other, however few the ranks are.
+
+    A core more would take the threads that are not counted, such as that of the process group, and flatter the smaller sizes.
+    """
+    if len(cores) < num_ranks * threads:
         needed, fit = counted(num_ranks * threads, "core"), counted(len(cores) // threads, "rank")
         raise InputError(
             f"{counted(num_ranks, 'rank')} of {counted(threads, 'thread')} need {needed} of their own, and this machine gives "
             f"{len(cores)}; {fit} fit, or set --threads lower"
         )
-    return cores[rank * each : (rank + 1) * each]
+    return cores[rank * threads : (rank + 1) * threads]
