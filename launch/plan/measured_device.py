@@ -5,6 +5,7 @@ AdamW's update, and each collective in two sizes, which gives its latency and it
 """
 
 import os
+import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -145,7 +146,7 @@ def _loss_rate(world: World, width: int) -> float:
             step=step,
         )  # fmt: skip
         seconds.append(result.loss_s)
-    return 3 * 2.0 * LOSS_ROWS**2 * width / min(seconds[1:])
+    return 3 * 2.0 * LOSS_ROWS**2 * width / statistics.median(seconds[1:])
 
 
 def _wire(world: World, collective: str) -> Wire:
@@ -173,7 +174,7 @@ def _call(world: World, collective: str, size: int) -> Callable[[], Any]:
 
 
 def _seconds(world: World, work: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> float:
-    """Return the least time of some calls that all ranks begin together; a first one is not counted. Collective."""
+    """Return the median time of some calls that all ranks begin together; a first one is not counted. Collective."""
     found = []
     for _ in range(ROUNDS + 1):
         before()
@@ -181,7 +182,7 @@ def _seconds(world: World, work: Callable[[], Any], before: Callable[[], Any] = 
         started = time.perf_counter()
         work()
         found.append(time.perf_counter() - started)
-    return min(found[1:])
+    return statistics.median(found[1:])
 
 
 def _mean(world: World, numbers: dict[str, float]) -> dict[str, float]:

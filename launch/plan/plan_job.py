@@ -18,8 +18,9 @@ from launch.plan.planned_texts import PlannedTexts, SaidTexts, planned_texts
 from launch.plan.rank_memory import RankMemory, rank_memory
 from launch.plan.refresh_age import encoding_seconds, ranks_for_age, refresh_of, search_seconds
 from launch.plan.step_times import PlannedTimes, encoder_rates, phase_bytes, step_times
-from launch.plan.step_work import StepWork, messages_of, phase_flops, shards_of, step_work, update_bytes
+from launch.plan.step_work import StepWork, mean_chunk_tokens, messages_of, phase_flops, shards_of, step_work, update_bytes
 from launch.plan.storage import PROCESS_BYTES, storage_of
+from trainer.budget import CPU_BUDGET
 from trainer.encoder.auto import encode_for
 from trainer.errors import InputError
 from trainer.precision import precision_on
@@ -93,8 +94,10 @@ def _settled(jobs: Jobs, asked: Asked) -> tuple[PlannedDevice, Fabric | None, Jo
     if asked.device == HERE:
         from launch.plan.measured_device import measure_here
 
-        chunk = 4096 if train.chunk.tokens == "auto" else train.chunk.tokens
-        device, found = measure_here(train.model, train.precision.encode, texts.passage_tokens, chunk, _ranks_here(asked.ranks))
+        count = _ranks_here(asked.ranks)
+        limit = CPU_BUDGET.chunk_tokens if train.chunk.tokens == "auto" else train.chunk.tokens
+        tokens = mean_chunk_tokens(texts, max(1, train.batch.queries // count), _per_query(jobs), limit)
+        device, found = measure_here(train.model, train.precision.encode, texts.passage_tokens, tokens, count)
         fabric = fabric or found
     else:
         device = find_device(asked.device)
@@ -104,6 +107,12 @@ def _settled(jobs: Jobs, asked: Asked) -> tuple[PlannedDevice, Fabric | None, Jo
             f"{max(asked.ranks)} ranks send each other something; name what joins them by --fabric: {known}, or a file"
         )
     return (device if asked.watts is None else replace(device, watts=asked.watts)), fabric, jobs, model, texts
+
+
+def _per_query(jobs: Jobs) -> int:
+    """Return the hard negatives of a query in a step."""
+    asked = jobs.train.negatives.per_query
+    return jobs.mine.sample.num_negatives if asked == "all" else asked
 
 
 def _ranks_here(ranks: Sequence[int]) -> int:
@@ -128,7 +137,7 @@ def _plan_size(
             f"batch.queries={queries} is less than the {num_ranks} ranks; every rank needs a query, so set batch.queries higher "
             "or plan fewer ranks"
         )
-    per_query = jobs.mine.sample.num_negatives if train.negatives.per_query == "all" else train.negatives.per_query
+    per_query = _per_query(jobs)
     ranks_per_node = num_ranks if fabric is None else min(num_ranks, fabric.ranks_per_node)
     work = step_work(train, model, texts, device, num_ranks, queries, per_query)
     num_shards = shards_of(train, num_ranks, ranks_per_node)

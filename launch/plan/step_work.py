@@ -102,6 +102,13 @@ def chunks_of(work: StepWork, limit: int, is_packed: bool) -> Chunks:
     return Chunks(limit=limit, padded=padded, longest=tuple(int(chunk.max()) for chunk in plan), num_kept=0)
 
 
+def mean_chunk_tokens(texts: PlannedTexts, queries_here: int, per_query: int, limit: int) -> int:
+    """Return the padded tokens of a rank's chunk, in the mean: what is to be measured, where padded chunks are encoded."""
+    lengths = torch.from_numpy(np.ceil(texts.lengths(queries_here, queries_here * (1 + per_query))).astype(np.int64))
+    plan = [lengths[rows] for rows in plan_chunks(lengths, limit)]
+    return math.ceil(sum(len(chunk) * int(chunk.max()) for chunk in plan) / len(plan))
+
+
 def phase_flops(work: StepWork, model: PlannedModel, options: LossOptions, chunks: Chunks, share_kept: float) -> dict[str, float]:
     """Return the operations of each phase on the largest rank; share_kept: of the scores, where two phases look at them."""
     forward = model.forward_flops(chunks.tokens, work.mean_length)
