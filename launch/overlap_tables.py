@@ -3,7 +3,7 @@
 from typing import Any
 
 from launch.counted import counted
-from launch.tables import Part, Sheet, machine_words
+from launch.tables import Part, Sheet
 
 NOT_REACHED = "not reached"
 
@@ -11,7 +11,7 @@ NOT_REACHED = "not reached"
 def overlap_parts(found: dict[str, Any]) -> list[Part]:
     """Return each side alone, both together by each division, what was reached when, and what that comes to."""
     title = (
-        f"{found['job']}, {counted(found['steps'], 'step')}, {counted(found['units'], found['unit'])}, {machine_words(found)}, "
+        f"{found['job']}, {counted(found['steps'], 'step')}, {counted(found['units'], found['unit'])}, {found['device']}, "
         f"medians of {counted(found['rounds'], 'round')}"
     )
     parts: list[Part] = [_alone(f"alone: {title}", found), _speeds(found), _ages(found)]
