@@ -7,7 +7,6 @@ nodes pay what leaves a node, and the tree by which NCCL sums. It knows nothing 
 
 import json
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from annotated_types import Interval
 from pydantic import ConfigDict
 
 from launch.counted import counted
-from launch.jobfile import nearest
+from launch.jobfile import nearest, read_toml
 from trainer.errors import InputError
 
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
@@ -149,12 +148,7 @@ def write_fabric(path: Path, fabric: Fabric) -> None:
 
 def read_fabric(path: Path) -> Fabric:
     """Return the fabric of a file; raises InputError, naming the file and the key, for what is missing or cannot be."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"there is no fabric file {path}; negpool bench fabric --out {path} measures one") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path} is not a readable TOML file: {error}") from error
+    table = read_toml(path, "fabric file", f"negpool bench fabric --out {path} measures one")
     try:
         # Through JSON, in strict mode: no "5" for 5.
         fabric = pydantic.TypeAdapter(Fabric).validate_json(json.dumps(table, default=str), strict=True)

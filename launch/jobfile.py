@@ -87,7 +87,7 @@ def read_job(path: Path | None, overrides: Sequence[Override], backend: str | No
     """
     from_python = bool(overrides) and not any(isinstance(override, str) for override in overrides)
     where = path or Path("the arguments" if from_python else "the command line")
-    table = {} if path is None else _read_table(path)
+    table = {} if path is None else read_toml(path, "job file", "launch/jobs/ has examples")
     for override in overrides:
         _apply(table, override)
     if "\\u0000" in json.dumps(table, default=str):
@@ -107,11 +107,12 @@ def read_job(path: Path | None, overrides: Sequence[Override], backend: str | No
     return Jobs(*sides, given, applied.origins, tuple(applied.remarks))
 
 
-def _read_table(path: Path) -> dict[str, Any]:
+def read_toml(path: Path, what: str, advice: str) -> dict[str, Any]:
+    """Return what a TOML file holds; raises InputError. what: kind of the file, in words; advice: where one comes from."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"there is no job file {path}; launch/jobs/ has examples") from error
+        raise InputError(f"there is no {what} {path}; {advice}") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"{path} is not a readable TOML file: {error}") from error
 
@@ -136,7 +137,7 @@ def refuse_other_job(path: Path, jobs: Jobs) -> None:
     """
     if not path.exists():
         return
-    kept, now = _read_table(path), jobs.resolved()
+    kept, now = read_toml(path, "job file", "launch/jobs/ has examples"), jobs.resolved()
     for section in sorted(now.keys() - MAY_CHANGE):
         was = kept.get(section, {})
         if not isinstance(was, dict):

@@ -5,7 +5,6 @@ they were measured on an H200, and are taken for its neighbours, too, until some
 `process_gib` of the GPUs are assumptions.
 """
 
-import tomllib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,7 +12,7 @@ from typing import Any, Literal, get_args
 import tomli_w
 
 from gradcache.free import AbsentDevice
-from launch.jobfile import nearest
+from launch.jobfile import nearest, read_toml
 from trainer.errors import InputError
 
 GIB = 2**30
@@ -121,12 +120,7 @@ def find_device(name_or_path: str) -> PlannedDevice:
 
 def read_device(path: Path) -> PlannedDevice:
     """Return the device of a file; raises InputError, naming the file and the key, for what is missing or cannot be."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"there is no device file {path}; negpool plan --out DIR leaves one in DIR/device.toml") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path} is not a readable TOML file: {error}") from error
+    table = read_toml(path, "device file", "negpool plan --out DIR leaves one in DIR/device.toml")
     known = {field.name: field for field in fields(PlannedDevice)}
     for key in table:
         if key not in known:

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from launch.plan.step_times import PHASES
+from launch.step_phases import PHASES
 from launch.tables import Part, Sheet
 
 MEMORY = {

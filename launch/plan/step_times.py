@@ -17,19 +17,6 @@ from trainer.job import TrainJob
 # Of the time in which a backward runs, what synchronisation of parameters can hide in. On a CPU both want the same cores.
 HIDING_SHARE = {"cuda": 1.0, "cpu": 0.0}
 LAUNCHES = 25  # kernels of a layer's forward, some of BERT's; a backward has twice as many
-PHASES = (
-    "data",
-    "encode",
-    "gather",
-    "statistics",
-    "loss",
-    "reduce_scatter",
-    "encode_again",
-    "parameters",
-    "optimizer",
-    "control",
-    "idle",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +75,7 @@ def step_times(
         "optimizer": bytes_of_update / device.memory_bytes_per_s,
         "control": sent.get("control", 0.0),
         "idle": 0.0,
+        "rest": 0.0,
     }
     return PlannedTimes(phases=phases, hidden_s=hidden_s, network_s=sent)
 

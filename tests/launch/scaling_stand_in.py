@@ -8,25 +8,14 @@ import os
 import time
 from pathlib import Path
 
-PHASES = (
-    "data",
-    "encode",
-    "gather",
-    "statistics",
-    "loss",
-    "reduce_scatter",
-    "encode_again",
-    "parameters",
-    "optimizer",
-    "control",
-)
+from launch.step_phases import HIDDEN, PHASES
 
 
 def found(ranks: int, queries: int, step_s: float, **more) -> dict:
     """Return what rank 0 reports of a trial whose steps take so long."""
-    phases = {name: {"mean_s": step_s / 12, "max_s": step_s / 11} for name in PHASES}
+    phases = {name: {"mean_s": step_s / len(PHASES), "max_s": step_s / 11} for name in PHASES}
     phases |= {"idle": {"mean_s": step_s / 12, "max_s": step_s / 6}, "rest": {"mean_s": step_s / 12, "max_s": step_s / 12}}
-    phases |= {"parameters_hidden": {"mean_s": step_s / 4, "max_s": step_s / 3}}
+    phases |= {HIDDEN: {"mean_s": step_s / 4, "max_s": step_s / 3}}
     bus = [("all_gather", 2**18), ("reduce_scatter", 2**18), ("all_reduce", 90 * 2**20)] if ranks > 1 else []
     sent = 10**6 * 2 * (ranks - 1) // ranks
     return {

@@ -5,8 +5,8 @@ from typing import Any
 
 from launch.bench.report import new_figure
 from launch.bench.scaling.sheets import bytes_in_words, phase_words
-from launch.bench.scaling.summary import HIDDEN, PHASES
 from launch.counted import counted
+from launch.step_phases import HIDDEN, PHASES
 
 STYLES = {
     "strong": {"color": "#2a6f97", "marker": "o", "linestyle": "-"},

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from launch.bench.scaling.summary import HIDDEN, MESSAGES, PHASES
+from launch.bench.scaling.summary import MESSAGES
 from launch.counted import counted
+from launch.step_phases import HIDDEN, PHASES
 from launch.tables import Part, Sheet, machine_words
 
 WORDS = {  # phases as people read them

@@ -10,7 +10,8 @@ from launch.bench.flops import loss_flops
 from launch.bench.machine import describe
 from launch.bench.scaling.counters import most_sent
 from launch.bench.scaling.step_counts import sizes_of
-from launch.bench.scaling.times import HIDDEN, RankTimes, StepTimes, bus_bandwidths, compared, phases_of
+from launch.bench.scaling.times import RankTimes, StepTimes, bus_bandwidths, compared, phases_of
+from launch.step_phases import HIDDEN
 from launch.versions import code_version
 from trainer.prepare import Training
 

@@ -8,11 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launch.bench.scaling.trials import Trial
+from launch.step_phases import HIDDEN, PHASES
 
-# Of a step, in the order in which they come; together they are the whole step.
-_OF_LOSS = ("gather", "statistics", "loss", "reduce_scatter")
-PHASES = ("data", "encode", *_OF_LOSS, "encode_again", "parameters", "optimizer", "control", "idle", "rest")
-HIDDEN = "parameters_hidden"  # the one phase beside others, and in no sum
 # Of what ranks send to each other; the other phases are work of their own, or waiting.
 MESSAGES = ("gather", "reduce_scatter", "parameters", "control")
 

@@ -13,6 +13,7 @@ from typing import Any
 from gradcache.buckets import BUCKET, split_reductions
 from gradcache.spans import TimedSpan
 from gradcache.traffic import Message, sent_bytes
+from launch.step_phases import HIDDEN, PHASES
 
 STEP = "step"  # the name of the span around all others
 OF_SPANS = {
@@ -27,11 +28,6 @@ OF_SPANS = {
     "backward": "encode_again",
     "update": "optimizer",
 }
-HIDDEN = "parameters_hidden"
-PHASES = (
-    "data", "encode", "gather", "statistics", "loss", "reduce_scatter", "encode_again", "parameters", HIDDEN, "optimizer",
-    "control", "idle", "rest",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,7 @@ class RankTimes:
 
 def compared(steps_of_ranks: Sequence[Sequence[StepTimes]]) -> list[RankTimes]:
     """Return each rank's phases; steps_of_ranks: the same steps of each rank."""
-    found = [RankTimes([], {phase: [] for phase in PHASES}) for _ in steps_of_ranks]
+    found = [RankTimes([], {phase: [] for phase in (*PHASES, HIDDEN)}) for _ in steps_of_ranks]
     for of_ranks in zip(*steps_of_ranks, strict=True):
         taken_s = _least(of_ranks, lambda step: step.shared)
         hidden_s = min(step.hidden_s for step in of_ranks)
@@ -122,7 +118,7 @@ def _least(of_ranks: Sequence[StepTimes], kind: Callable[[StepTimes], list[Call]
 
 def phases_of(ranks: Sequence[RankTimes], unknown: Iterable[str] = ()) -> dict[str, dict[str, float] | None]:
     """Return of each phase the mean and the largest of the ranks' medians; None for those that are not known."""
-    found: dict[str, dict[str, float] | None] = dict.fromkeys(PHASES)
+    found: dict[str, dict[str, float] | None] = dict.fromkeys((*PHASES, HIDDEN))
     for phase in found.keys() - set(unknown):
         medians = [statistics.median(rank.phases[phase]) for rank in ranks]
         found[phase] = {"mean_s": statistics.mean(medians), "max_s": max(medians)}
@@ -143,7 +139,8 @@ def bus_bandwidths(steps_of_ranks: Sequence[Sequence[StepTimes]]) -> list[dict[s
     rows = []
     for (collective, num_bytes), taken in sorted(seconds.items()):
         median_s = statistics.median(taken)
-        sent = sent_bytes(Message(collective, "", num_bytes), len(steps_of_ranks))
-        row = {"collective": collective, "num_bytes": num_bytes, "median_s": median_s, "count": len(taken)}
-        rows.append(row | {"bytes_per_s": sent / median_s if median_s > 0 else None})
+        if median_s > 0:  # else too short for the clock
+            sent = sent_bytes(Message(collective, "", num_bytes), len(steps_of_ranks))
+            row = {"collective": collective, "num_bytes": num_bytes, "median_s": median_s, "count": len(taken)}
+            rows.append(row | {"bytes_per_s": sent / median_s})
     return rows

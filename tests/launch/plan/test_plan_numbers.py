@@ -18,9 +18,9 @@ from launch.plan.planned_model import planned_model
 from launch.plan.planned_texts import SaidTexts, planned_texts
 from launch.plan.rank_memory import rank_memory
 from launch.plan.refresh_age import ranks_for_age, refresh_of
-from launch.plan.step_times import PHASES
 from launch.plan.step_work import step_work
 from launch.plan.storage import own_part_bytes
+from launch.step_phases import PHASES
 from tests.tiny import write_tiny_encoder
 from trainer.encoder.model import load_encoder
 from trainer.encoder.settings import ModelSettings
