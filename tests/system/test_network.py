@@ -15,11 +15,13 @@ from launch.bench.fabric import fit, made_call, times_of
 from launch.bench.stage import make_stage
 from launch.fabric import COLLECTIVES, Fabric, sent_bytes, write_fabric
 from launch.jobfile import read_job
+from launch.plan.devices import PlannedDevice, write_device
+from launch.plan.plan_job import Asked, plan_job
 from tests.network import HEADERS, measured_step, network, own_sent_bytes
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from tests.trainer.worlds import world_of
 
-TURNS = 5
+TURNS, TRIES = 5, 2
 # torch's ProcessGroupGloo sums by an all-reduce, of which each rank keeps its part: twice what a ring would send.
 TIMES_OF_GLOO = {"reduce_scatter": 2}
 
@@ -78,14 +80,11 @@ def job(tmp_path_factory):
     return folder / "job.toml"
 
 
-@pytest.fixture(scope="module")
-def device(job):
-    """This machine as a device of a plan, measured once with two ranks at work: the file."""
-    plan_job = pytest.importorskip("launch.plan.plan_job")
-    devices = pytest.importorskip("launch.plan.devices")
-    found = plan_job.plan_job(read_job(job, []), plan_job.Asked(ranks=(2,), device="cpu"))
-    devices.write_device(job.parent / "device.toml", devices.PlannedDevice(**found["device"]))
-    return job.parent / "device.toml"
+def device_here(job):
+    """This machine as a device of a plan, measured now with two ranks at work: the file."""
+    found = plan_job(read_job(job, []), Asked(ranks=(2,), device="cpu"))
+    write_device(job.parent / "device.toml", PlannedDevice(**found["device"]))
+    return str(job.parent / "device.toml")
 
 
 def test_an_interface_counts_the_bytes_of_the_formula():
@@ -108,6 +107,7 @@ def test_a_loss_sends_queries_there_and_their_gradients_back():
             assert formula < sent / HEADERS < formula * 1.03 + 12 * keys
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("num_ranks", "gbit_per_s", "num_bytes"), [(4, 1.0, 16 * 2**20), (8, 0.1, 2 * 2**20)])
 def test_constants_of_two_ranks_foretell_four_and_eight(num_ranks, gbit_per_s, num_bytes):
     with network(2, gbit_per_s) as made:
@@ -122,22 +122,34 @@ def test_constants_of_two_ranks_foretell_four_and_eight(num_ranks, gbit_per_s, n
         assert times[num_bytes] > 0.9 * wire_s, "faster than the network can be"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("gbit_per_s", [0.1, 1.0])
-def test_a_plan_foretells_the_seconds_and_the_bytes_of_a_step(job, device, gbit_per_s):
-    plan_job = pytest.importorskip("launch.plan.plan_job")
-    pytest.importorskip("launch.bench.scaling.worker")
+def test_a_plan_foretells_the_seconds_and_the_bytes_of_a_step(job, gbit_per_s):
+    """Machine, network and step are measured one after the other: once more where the machine changed in between."""
+    for attempt in range(TRIES):
+        planned, found = planned_and_measured(job, gbit_per_s)
+        assert found["nodes"] == 2
+        assert sum(planned["bytes"].values()) == pytest.approx(found["bytes"]["counted"], rel=0.001)
+        assert found["bytes"]["interface"]["sent"] == pytest.approx(found["bytes"]["counted"] * HEADERS, rel=0.03)
+        expected_s = pytest.approx(statistics.median(found["step_s"]), rel=0.25)
+        if planned["step_s"] == expected_s or attempt == TRIES - 1:
+            assert planned["step_s"] == expected_s
+            return
+
+
+def planned_and_measured(job, gbit_per_s):
+    """What the plan says of a step on an emulated network, and what a step takes there."""
+    device = device_here(job)
     with network(2, gbit_per_s) as made:
         write_fabric(job.parent / "emulated.toml", fitted(made.run(timed, [1024, 2**20, 2**23])[0]))
         asked = {"job": str(job), "overrides": [], "data": "job", "queries": 32, "threads": 1, "pin": False}
         found = measured_step(made, **asked, warm_up=2, steps=8)
-    asked = plan_job.Asked(ranks=(2,), device=str(device), fabric=str(job.parent / "emulated.toml"))
-    (planned,) = plan_job.plan_job(read_job(job, []), asked)["sizes"]
-    assert found["nodes"] == 2
-    assert sum(planned["bytes"].values()) == pytest.approx(found["bytes"]["counted"], rel=0.001)
-    assert found["bytes"]["interface"]["sent"] == pytest.approx(found["bytes"]["counted"] * HEADERS, rel=0.03)
-    assert planned["step_s"] == pytest.approx(statistics.median(found["step_s"]), rel=0.25)
+    asked = Asked(ranks=(2,), device=device, fabric=str(job.parent / "emulated.toml"))
+    (planned,) = plan_job(read_job(job, []), asked)["sizes"]
+    return planned, found
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("delay_ms", [0.05, 1.0])
 def test_a_delay_is_in_the_latency_of_a_hop(delay_ms):
     with network(2, gbit_per_s=1.0, delay_ms=delay_ms) as made:
