@@ -24,6 +24,7 @@ CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
+FirstJobId={first_job}
 SlurmUser=root
 SlurmdUser=root
 # A requeued job may start again when its old credentials are void: after 120 s by default.
@@ -79,13 +80,18 @@ NODE = 'hostname "$1" && mount --bind "$2/hosts" /etc/hosts && slurmd -N "$1" -f
 class Cluster:
     """Nodes n1, n2, …, two GPUs each; a job in partition urgent preempts those in main."""
 
-    def __init__(self, folder: Path, num_nodes: int, cpus: int = 8):
-        """folder: short, for sockets lie in it; processes end with the thread that makes the cluster."""
+    def __init__(self, folder: Path, num_nodes: int, cpus: int = 8, first_job: int = 1):
+        """Processes end with the thread that makes the cluster.
+
+        folder: short, for sockets lie in it.
+        first_job: the number of the first job. Ranks meet at a port that follows from their job's number, so clusters that are
+            up at the same time need numbers of their own, 100 apart.
+        """
         self.folder, self.env = folder, {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
         self.nodes = [f"n{i + 1}" for i in range(num_nodes)]
         self.is_over = False  # told to those who wait for something on it
         self._processes: dict[str, subprocess.Popen] = {}
-        self._write_conf(cpus)
+        self._write_conf(cpus, first_job)
 
     def up(self) -> None:
         """Start everything and wait until all nodes are idle."""
@@ -161,11 +167,11 @@ class Cluster:
                 preexec_fn=_die_with_parent,
             )
 
-    def _write_conf(self, cpus: int) -> None:
+    def _write_conf(self, cpus: int, first_job: int) -> None:
         host, ports = socket.gethostname().split(".")[0], _free_ports(len(self.nodes) + 1)
         for name in ("state", "log", "tmp", "spool"):
             (self.folder / name).mkdir(parents=True)
-        lines = [CONF.format(host=host, port=ports[0], folder=self.folder)]
+        lines = [CONF.format(host=host, port=ports[0], first_job=first_job, folder=self.folder)]
         hosts = Path("/etc/hosts").read_text()
         for number, (node, port) in enumerate(zip(self.nodes, ports[1:], strict=True), 1):
             lines.append(f"NodeName={node} NodeAddr=127.0.1.{number} Port={port} CPUs={cpus} RealMemory=4000 Gres=gpu:2\n")

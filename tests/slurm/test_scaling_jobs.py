@@ -55,7 +55,7 @@ def root():
 
 @pytest.fixture(scope="module")
 def cluster(root):
-    cluster = Cluster(root / "slurm", 4)
+    cluster = Cluster(root / "slurm", 4, first_job=301)
     cluster.env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NEGPOOL_TEST_TRIALS": str(root / "trials.txt")}
     try:
         cluster.up()
