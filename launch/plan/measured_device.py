@@ -19,10 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradcache import Batch, InfoNCE, LossOptions, NoSync, Temperature, Tower, cached_step
+from launch.bench.flops import token_flops
 from launch.bench.machine import describe, matmul_rate
 from launch.fabric import COLLECTIVES, Fabric, Wire, sent_bytes
 from launch.plan.devices import GIB, HERE, PlannedDevice
-from launch.plan.planned_model import flops_of
 from launch.plan.step_work import UPDATE_BYTES
 from launch.ranks import answer, on_ranks
 from trainer.backends import parallelize
@@ -110,9 +110,9 @@ def _encoder_rates(world: World, encoder: Encoder, dtype: torch.dtype, length: i
     rows = max(1, tokens // length)
     ids = torch.randint(0, int(tower.model.config.vocab_size), (rows, length))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    weights, trained, attention = flops_of(tower)
-    forward = rows * length * (weights + attention * length)
-    both = forward + rows * length * (weights + trained + 2 * attention * length)
+    flops = token_flops(tower)
+    forward = flops.forward(rows * length, rows * length**2)
+    both = forward + flops.backward(rows * length, rows * length**2)
     parallel = parallelize(encoder, world, ParallelSettings(), OptimSettings())
     scaler = torch.amp.GradScaler("cpu", enabled=False)
 

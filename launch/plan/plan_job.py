@@ -69,7 +69,7 @@ def plan_job(jobs: Jobs, asked: Asked) -> dict[str, Any]:
             "parameters": model.num_parameters,
             "trained": model.num_trained,
             "width": model.width,
-            "flops_of_token": model.weight_flops,
+            "flops_of_token": model.flops.weights,
             "graph_bytes_of_token": model.graph.per_token + model.graph.per_token_and_length * texts.longest,
         },
         "texts": texts.as_json(),

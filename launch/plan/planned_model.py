@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModel, PretrainedConfig
 
 from gradcache.budget import PROBE_TOKENS, GraphCost, saved_bytes
+from launch.bench.flops import TokenFlops, token_flops
 from launch.bench.shapes import config_of
 from trainer.encoder.architecture import load_config, without_pooler
 from trainer.encoder.backbone import checkpoint_activations, is_decoder, max_positions, ready_backbone, with_dropout
@@ -38,9 +39,7 @@ class PlannedModel:
     source: str  # where its shape comes from
     encoder: Encoder  # of tensors without memory
     traits: Traits  # lengths among them
-    weight_flops: float  # of a token in a forward: 2 for each weight of a matrix
-    trained_weight_flops: float  # the part of it whose matrices are trained, adapters included
-    attention_flops: float  # of a token and each token that it attends to, in a forward
+    flops: TokenFlops
     graph: GraphCost  # that is kept
     graph_at_work: GraphCost  # of a chunk that is encoded again: less, where activations are computed again
     num_layers: int  # of a text's way through one tower
@@ -65,11 +64,11 @@ class PlannedModel:
 
     def forward_flops(self, tokens: float, length: float) -> float:
         """Return the operations of a forward of so many tokens in texts of one length."""
-        return tokens * (self.weight_flops + self.attention_flops * length)
+        return self.flops.forward(tokens, tokens * length)
 
     def backward_flops(self, tokens: float, length: float) -> float:
-        """Return those of the backward: the inputs' gradients, and those of the weights that are trained."""
-        return tokens * (self.weight_flops + self.trained_weight_flops + 2 * self.attention_flops * length)
+        """Return those of the backward."""
+        return self.flops.backward(tokens, tokens * length)
 
 
 def planned_model(settings: ModelSettings, encode: str, device_type: str) -> PlannedModel:
@@ -85,7 +84,6 @@ def planned_model(settings: ModelSettings, encode: str, device_type: str) -> Pla
         if settings.checkpoint_activations:
             checkpoint_activations(encoder.side("passage").model)
             at_work = measure_graph(*about)
-    weight_flops, trained_weight_flops, attention_flops = flops_of(encoder.side("passage"))
     layers = encoder.layers()
     of_layers = [sum(p.numel() for p in layer.parameters()) for layer in layers]
     return PlannedModel(
@@ -93,29 +91,13 @@ def planned_model(settings: ModelSettings, encode: str, device_type: str) -> Pla
         source=source,
         encoder=encoder,
         traits=traits,
-        weight_flops=weight_flops,
-        trained_weight_flops=trained_weight_flops,
-        attention_flops=attention_flops,
+        flops=token_flops(encoder),
         graph=graph,
         graph_at_work=at_work,
         num_layers_of_all=max(1, len(layers)),
         num_layers=len(encoder.side("passage").layers()),
         layer_parameters=max(of_layers, default=0),
         other_parameters=sum(p.numel() for p in encoder.parameters()) - sum(of_layers),
-    )
-
-
-def flops_of(encoder: Encoder) -> tuple[float, float, float]:
-    """Return the operations of a token in a forward: by weights, by those that are trained, and for each token it attends to.
-
-    As `forward_flops` of launch/bench/step.py counts them: 2 a weight of a matrix, 4 a width of all heads and layer.
-    """
-    linear = [m for m in encoder.modules() if isinstance(m, nn.Linear)]
-    config = encoder.model.config
-    return (
-        2.0 * sum(m.weight.numel() for m in linear),
-        2.0 * sum(m.weight.numel() for m in linear if m.weight.requires_grad),
-        4.0 * _heads_width(config) * config.num_hidden_layers,
     )
 
 
@@ -221,8 +203,3 @@ def _take_memory(encoder: nn.Module) -> None:
             module.register_parameter(name, nn.Parameter(fake, parameter.requires_grad))
         for name, buffer in module.named_buffers(recurse=False):
             module.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype), persistent=False)
-
-
-def _heads_width(config: PretrainedConfig) -> int:
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(width * config.num_attention_heads)

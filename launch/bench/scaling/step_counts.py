@@ -9,7 +9,7 @@ from gradcache import StepResult
 from gradcache.encode import num_kept_graphs
 from gradcache.loss_memory import LossSizes
 from gradcache.traffic import Message, ShardTraffic, sent_bytes, step_traffic
-from launch.bench.flops import flops_of_tokens, trained_share
+from launch.bench.flops import token_flops
 from launch.bench.moved import Moved
 from trainer.encoder.towers import Encoder
 from trainer.precision import DTYPES
@@ -77,10 +77,8 @@ def sizes_of(run: Training, result: StepResult) -> LossSizes:
 
 def work_of_step(run: Training, result: StepResult) -> float:
     """Return the operations of this rank's encoder in a step, what is encoded twice included."""
-    encoder = run.state.parallel.encoder
-    forward = flops_of_tokens(encoder, result.num_tokens, result.num_squared_tokens)
-    # A backward is a product for the gradient of the states, and one for that of the weights where they are trained.
-    return forward * (2 + trained_share(encoder) + result.share_encoded_twice)
+    flops, tokens = token_flops(run.state.parallel.encoder), (result.num_tokens, result.num_squared_tokens)
+    return flops.forward(*tokens) * (1 + result.share_encoded_twice) + flops.backward(*tokens)
 
 
 def numel(parameter: nn.Parameter) -> int:

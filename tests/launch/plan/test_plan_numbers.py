@@ -10,6 +10,7 @@ import torch
 
 from gradcache.budget import measure_graphs
 from gradcache.chunks import plan_chunks
+from launch.bench.flops import TokenFlops
 from launch.fabric import COLLECTIVES, Fabric, Wire
 from launch.jobfile import read_job
 from launch.plan.devices import TABLE, PlannedDevice
@@ -61,7 +62,7 @@ def test_a_known_shape_has_its_parameters_and_operations(bert):
     layer = 4 * (768**2 + 768) + 2 * 768 * 3072 + 768 + 3072 + 4 * 768
     assert bert.num_parameters == bert.num_trained == embeddings + 12 * layer
     assert bert.other_parameters == embeddings and bert.layer_parameters == layer and bert.width == 768
-    assert bert.weight_flops == bert.trained_weight_flops == 2 * BERT_WEIGHTS and bert.attention_flops == 4 * 768 * 12
+    assert bert.flops == TokenFlops(weights=2 * BERT_WEIGHTS, trained_weights=2 * BERT_WEIGHTS, attention=4 * 768 * 12)
     assert bert.forward_flops(10, 5) == 10 * (2 * BERT_WEIGHTS + 5 * 4 * 768 * 12)
     assert bert.backward_flops(10, 5) == 2 * bert.forward_flops(10, 5)
 
