@@ -257,6 +257,12 @@ def test_efficiency_is_against_the_smallest_size_of_the_same_round():
     assert weak[1]["peak_gib"] == 4.5 and weak[1]["slowest_over_fastest"] == pytest.approx(1 / 0.97)
 
 
+def test_what_the_machine_itself_loses_is_told_by_a_bare_product():
+    slower = found(2, 16, 1.25) | {"matmul_flops_per_s": 9e10}
+    rows = summary({Trial(1, 8, 1): found(1, 8, 1.0), Trial(2, 16, 1): slower}, {"weak": [(1, 8), (2, 16)]}, None)["weak"]
+    assert [row["efficiency"] for row in rows] == [1, 0.8] and [row["matmul_efficiency"] for row in rows] == [1, 0.9]
+
+
 def test_rounds_that_only_one_size_has_are_compared_by_their_medians():
     rows = rows_of({(1, 8): [1.0], (2, 16): [1.0, 2.0]}, {"weak": [(1, 8), (2, 16)]})["weak"]
     assert rows[1]["efficiency"] == 1 and rows[1]["step_s"] == 1.5

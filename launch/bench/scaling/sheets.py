@@ -15,8 +15,8 @@ WORDS = {  # phases as people read them
     "control": "control messages",
     "idle": "idle, waiting for a slower rank",
 }
-SIZES = ("", "nodes", "queries a rank", "step, ms", "rounds, ms", "tokens/s", "efficiency", "MFU")
-LEAST_BYTES = 1024  # of a message that has a row
+SIZES = ("", "nodes", "queries a rank", "step, ms", "rounds, ms", "tokens/s", "efficiency", "bare product's", "MFU")
+LEAST_BYTES = 16 * 1024  # of a message that has a row
 
 
 def scaling_parts(found: dict[str, Any]) -> list[Part]:
@@ -63,6 +63,7 @@ def _sizes(mode: str, rows: list[dict[str, Any]]) -> Sheet:
             _ms_between(row["step_s_of_rounds"]),
             f"{row['tokens_per_s']:,.0f}",
             f"{row['efficiency']:.3f}",
+            f"{row['matmul_efficiency']:.3f}",
             f"{row['share_of_matmul_rate']:.1%}",
         )
         for row in rows
@@ -126,8 +127,9 @@ def _remarks(found: dict[str, Any]) -> list[str]:
     return [
         "A step's time is that of the slowest rank: the median of the rounds' medians, and beside it the fastest and the slowest "
         "round, and the middle half of all steps. Efficiency: queries of a rank and second against those of the smallest size in "
-        "the same round, median of the rounds. MFU: the share of the rate of a large matrix product, every rank multiplying at "
-        "once. Hidden messages travel beside the backward and are in no sum. Messages below 1 KiB are in scaling.json alone.",
+        "the same round, median of the rounds. Bare product's: the same for the rate of a large matrix product, every rank "
+        "multiplying at once, which is what the machine itself loses. MFU: the share of that rate. Hidden messages travel beside "
+        "the backward and are in no sum. Messages below 16 KiB are in scaling.json alone.",
     ]
 
 

@@ -37,8 +37,7 @@ def _row(rounds: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]], fab
     """Return the figures of one size; rounds: of it, base: of the smallest size, by number."""
     first, of_rounds = rounds[min(rounds)], [_step_s(each) for each in rounds.values()]
     all_steps = [seconds for each in rounds.values() for seconds in each["step_s"]]
-    efficiency = [_rate(rounds[number]) / _rate(base[number]) for number in rounds.keys() & base.keys()]
-    efficiency = efficiency or [_median(rounds, _rate) / _median(base, _rate)]  # no round has both
+    efficiency = _against(rounds, base, _rate)
     products_s = [each["flops"] / each["ranks"] / each["matmul_flops_per_s"] for each in rounds.values()]
     return {
         **{name: first[name] for name in ("ranks", "nodes", "queries", "queries_per_rank", "tokens")},
@@ -49,6 +48,7 @@ def _row(rounds: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]], fab
         "tokens_per_s": _median(rounds, lambda each: each["tokens"] / _step_s(each)),
         "efficiency": statistics.median(efficiency),
         "efficiency_of_rounds": [min(efficiency), max(efficiency)],
+        "matmul_efficiency": statistics.median(_against(rounds, base, lambda each: each["matmul_flops_per_s"])),
         "share_of_matmul_rate": statistics.median(s / t for s, t in zip(products_s, of_rounds, strict=True)),
         "phases": _phases(rounds),
         "bytes": first["bytes"] | {"interface": _interface(rounds)},
@@ -56,6 +56,11 @@ def _row(rounds: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]], fab
         "peak_gib": _median(rounds, lambda each: max(rank["peak_gib"] for rank in each["ranks_measured"])),
         **_slowest(rounds),
     }
+
+
+def _against(rounds: Mapping[int, dict[str, Any]], base: Mapping[int, dict[str, Any]], of: Any) -> list[float]:
+    """Return the ratios of a figure to the smallest size's in the same round, or of the medians where no round has both."""
+    return [of(rounds[n]) / of(base[n]) for n in rounds.keys() & base.keys()] or [_median(rounds, of) / _median(base, of)]
 
 
 def _median(rounds: Mapping[int, dict[str, Any]], of: Any) -> float:
