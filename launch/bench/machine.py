@@ -5,11 +5,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from trainer.world import keep_freed_memory
+
+PRODUCTS = {"cpu": (256, 2048), "cuda": (8192,)}  # sizes of the square matrices whose product gives the rate
+SLOW_PRODUCT = 4e9  # operations a second, below which no larger product is tried
 
 
 @dataclass
@@ -46,10 +50,17 @@ def freed_at_once() -> Iterator[None]:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
-    """Return the machine's floating-point operations per second in a large matrix product, the best of five."""
-    size = 2048 if device.type == "cpu" else 8192
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / min(seconds_of(lambda: left @ right, device) for _ in range(5))
+    """Return the machine's floating-point operations per second in a large matrix product, the best of five.
+
+    A processor that has no instructions for a type would take minutes for a large one: there it is a small one's.
+    """
+    rate = 0.0
+    for size in PRODUCTS[device.type]:
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        rate = 2 * size**3 / min(seconds_of(partial(torch.mm, left, right), device) for _ in range(5))
+        if rate < SLOW_PRODUCT:
+            break
+    return rate
 
 
 def tiled_product(query_QD: torch.Tensor, passage_ND: torch.Tensor, tile: tuple[int, int]) -> None:

@@ -72,7 +72,9 @@ def test_a_gpu_multiplies_in_half_precision_unless_it_is_told_otherwise(monkeypa
 def test_a_product_is_measured_in_the_type_that_is_asked_for(monkeypatch):
     seen = []
     monkeypatch.setattr("launch.bench.machine.seconds_of", lambda work, device: seen.append(work().dtype) or 1.0)
-    assert matmul_rate(CPU, torch.bfloat16) == 2 * 2048**3 and set(seen) == {torch.bfloat16}
+    assert matmul_rate(CPU, torch.bfloat16) == 2 * 256**3 and set(seen) == {torch.bfloat16}, "too slow for a larger one"
+    monkeypatch.setattr("launch.bench.machine.seconds_of", lambda work, device: 1e-3)
+    assert matmul_rate(CPU) == pytest.approx(2 * 2048**3 / 1e-3)
 
 
 def test_a_setting_of_the_peer_that_does_not_fit_is_out_and_the_others_go_on(places, rates, monkeypatch):
