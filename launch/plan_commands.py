@@ -79,7 +79,7 @@ def planned(
 ) -> dict[str, Any]:
     """Return the plan that a command line asks for; arguments as `plan` takes them."""
     from launch.jobfile import read_job
-    from launch.plan.plan_job import Asked, plan_job
+    from launch.plan.plan_job import PlanRequest, plan_job
     from launch.plan.planned_texts import SaidTexts
 
     if mode not in ("strong", "weak"):
@@ -87,7 +87,7 @@ def planned(
     texts = SaidTexts(
         query_tokens=query_tokens, passage_tokens=passage_tokens, num_queries=training_queries, num_passages=passages
     )
-    asked = Asked(
+    asked = PlanRequest(
         ranks=_numbers(ranks),
         device=device,
         fabric=fabric,

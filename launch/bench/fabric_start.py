@@ -28,14 +28,14 @@ def measure_fabric(ranks: int | None, rounds: int, max_mib: int, out: Path | Non
     if is_launched():
         if ranks is not None:
             raise InputError(f"a launcher has started the ranks, and --ranks {ranks} would start others; leave --ranks out")
-        from launch.bench.fabric import bench_fabric
+        from launch.bench.fabric_times import bench_fabric
 
         os.environ.update(world_of_trainers(os.environ))
         found = bench_fabric(**arguments)
     else:
         num_ranks = ranks or 2
         refuse_crowd(num_ranks)
-        found = on_ranks("launch.bench.fabric", num_ranks, **arguments)
+        found = on_ranks("launch.bench.fabric_times", num_ranks, **arguments)
     if found is not None and out is not None:
         fabric = Fabric(**found["fabric"])
         write_fabric(out, fabric)

@@ -18,7 +18,16 @@ from launch.plan.planned_texts import PlannedTexts, SaidTexts, planned_texts
 from launch.plan.rank_memory import RankMemory, rank_memory
 from launch.plan.refresh_age import encoding_seconds, ranks_for_age, refresh_of, search_seconds
 from launch.plan.step_times import PlannedTimes, encoder_rates, phase_bytes, step_times
-from launch.plan.step_work import StepWork, mean_chunk_tokens, messages_of, phase_flops, shards_of, step_work, update_bytes
+from launch.plan.step_work import (
+    StepLoad,
+    StepWork,
+    mean_chunk_tokens,
+    messages_of,
+    phase_flops,
+    shards_of,
+    step_work,
+    update_bytes,
+)
 from launch.plan.storage import PROCESS_BYTES, storage_of
 from trainer.budget import CPU_BUDGET
 from trainer.encoder.auto import encode_for
@@ -31,7 +40,7 @@ NO_LIMIT = 2**60  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class PlanRequest:
     """What the command line asks of a plan."""
 
     ranks: tuple[int, ...]
@@ -50,7 +59,7 @@ class Asked:
             raise InputError(f"--ranks {','.join(map(str, self.ranks))} has no rank in it; expected numbers above 0, as 8,64,512")
 
 
-def plan_job(jobs: Jobs, asked: Asked) -> dict[str, Any]:
+def plan_job(jobs: Jobs, asked: PlanRequest) -> dict[str, Any]:
     """Return the plan of a job for each number of ranks; raises InputError for one that nothing can be said of."""
     device, fabric, jobs, model, texts = _settled(jobs, asked)
     sizes = sorted(set(asked.ranks))
@@ -82,7 +91,7 @@ def plan_job(jobs: Jobs, asked: Asked) -> dict[str, Any]:
     }
 
 
-def _settled(jobs: Jobs, asked: Asked) -> tuple[PlannedDevice, Fabric | None, Jobs, PlannedModel, PlannedTexts]:
+def _settled(jobs: Jobs, asked: PlanRequest) -> tuple[PlannedDevice, Fabric | None, Jobs, PlannedModel, PlannedTexts]:
     """Return all that does not depend on the number of ranks."""
     device_type = "cpu" if asked.device == HERE else find_device(asked.device).type
     has_bf16 = device_type == "cuda"
@@ -122,7 +131,7 @@ def _ranks_here(ranks: Sequence[int]) -> int:
 
 def _plan_size(
     jobs: Jobs,
-    asked: Asked,
+    asked: PlanRequest,
     device: PlannedDevice,
     fabric: Fabric | None,
     model: PlannedModel,
@@ -146,8 +155,8 @@ def _plan_size(
     scores = max(1.0, 4.0 * work.queries * work.sizes.passages_here)
     flops = phase_flops(work, model, options, memory.chunks, min(1.0, memory.items.kept_scores / scores))
     messages = messages_of(work, train, model, device, memory.chunks)
-    updated = update_bytes(model, num_shards)
-    times = step_times(train, model, device, fabric, work, memory.chunks, flops, messages, updated)
+    load = StepLoad(flops=flops, messages=messages, update_bytes=update_bytes(model, num_shards))
+    times = step_times(train, model, device, fabric, work, memory.chunks, load)
     row = _step_row(work, memory, times, flops, phase_bytes(messages, num_ranks), device, train.precision.encode)
     run = _run_row(jobs, asked, device, model, texts, work, times)
     miner = _miner_bytes(jobs, asked, device, texts, model.width) if num_ranks <= ranks_per_node else 0
@@ -157,7 +166,7 @@ def _plan_size(
     return row | run | {"storage": asdict(kept), "nodes": -(-num_ranks // ranks_per_node), "problems": list(memory.problems)}
 
 
-def _miner_bytes(jobs: Jobs, asked: Asked, device: PlannedDevice, texts: PlannedTexts, width: int) -> int:
+def _miner_bytes(jobs: Jobs, asked: PlanRequest, device: PlannedDevice, texts: PlannedTexts, width: int) -> int:
     """Return what the miner's ranks hold in the memory of a host that they share with trainers: its own plan, without a limit."""
     from mining.memory import plan_memory
 
@@ -210,7 +219,7 @@ def _step_row(
 
 def _run_row(
     jobs: Jobs,
-    asked: Asked,
+    asked: PlanRequest,
     device: PlannedDevice,
     model: PlannedModel,
     texts: PlannedTexts,
@@ -236,7 +245,7 @@ def _run_row(
 
 def _refresh_row(
     jobs: Jobs,
-    asked: Asked,
+    asked: PlanRequest,
     device: PlannedDevice,
     model: PlannedModel,
     texts: PlannedTexts,

@@ -11,7 +11,7 @@ from gradcache.traffic import Message, sent_bytes
 from launch.fabric import Fabric
 from launch.plan.devices import PlannedDevice
 from launch.plan.planned_model import PlannedModel
-from launch.plan.step_work import Chunks, StepWork
+from launch.plan.step_work import Chunks, StepLoad, StepWork
 from trainer.job import TrainJob
 
 # Of the time in which a backward runs, what synchronisation of parameters can hide in. On a CPU both want the same cores.
@@ -53,26 +53,24 @@ def step_times(
     fabric: Fabric | None,
     work: StepWork,
     chunks: Chunks,
-    flops: dict[str, float],
-    messages: Sequence[Message],
-    bytes_of_update: float,
+    load: StepLoad,
 ) -> PlannedTimes:
     """Return what a step takes on ranks that are alike."""
     encode_s, again_s = _encoding_seconds(job, model, device, work, chunks)
     products = device.rate(job.precision.products) * device.loss_share
-    sent = _network_seconds(fabric, messages, work.num_ranks)
+    sent = _network_seconds(fabric, load.messages, work.num_ranks)
     sync_s = sent.get("parameters", 0.0)
     hidden_s = min(sync_s, _hiding_seconds(job, device, chunks, encode_s, again_s))
     phases = {
         "data": 0.0,
         "encode": encode_s,
         "gather": sent.get("gather", 0.0),
-        "statistics": flops["statistics"] / products + sent.get("statistics", 0.0),
-        "loss": flops["loss"] / products,
+        "statistics": load.flops["statistics"] / products + sent.get("statistics", 0.0),
+        "loss": load.flops["loss"] / products,
         "reduce_scatter": sent.get("reduce_scatter", 0.0),
         "encode_again": again_s,
         "parameters": sync_s - hidden_s,
-        "optimizer": bytes_of_update / device.memory_bytes_per_s,
+        "optimizer": load.update_bytes / device.memory_bytes_per_s,
         "control": sent.get("control", 0.0),
         "idle": 0.0,
         "rest": 0.0,

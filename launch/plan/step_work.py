@@ -164,6 +164,15 @@ def messages_of(work: StepWork, job: TrainJob, model: PlannedModel, device: Plan
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepLoad:
+    """What a step asks of a rank's device and network."""
+
+    flops: dict[str, float]  # operations by phase
+    messages: list[Message]
+    update_bytes: float  # read and written by the optimizer
+
+
 def update_bytes(model: PlannedModel, num_shards: int) -> float:
     """Return what an update reads and writes on a rank."""
     return UPDATE_BYTES * math.ceil(model.num_trained / num_shards)

@@ -22,9 +22,9 @@ def refuse_impossible(jobs: Jobs, num_ranks: int) -> None:
 
 def foresee_submission(jobs: Jobs, num_ranks: int, save_seconds: int, device: str, fabric: str | None) -> dict[str, Any]:
     """Return the plan of a job on the ranks that are submitted, with what will not go well under `warnings`."""
-    from launch.plan.plan_job import Asked, plan_job
+    from launch.plan.plan_job import PlanRequest, plan_job
 
-    found = plan_job(jobs, Asked(ranks=(num_ranks,), device=device, fabric=fabric))
+    found = plan_job(jobs, PlanRequest(ranks=(num_ranks,), device=device, fabric=fabric))
     row = found["sizes"][0]
     warnings = [f"{problem}; submitted all the same" for problem in row["problems"]]
     needed = row["storage"]["save_seconds"]

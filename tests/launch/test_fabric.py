@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from launch.bench.fabric import checked, fit, measure
 from launch.bench.fabric_start import measure_fabric, refuse_crowd
+from launch.bench.fabric_times import checked, fit, measure
 from launch.fabric import COLLECTIVES, Fabric, Wire, built_in_names, find_fabric, hops, read_fabric, sent_bytes, write_fabric
 from launch.fabric_tables import fabric_parts
 from launch.tables import as_markdown

@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from launch.bench.fabric import fit, made_call, times_of
+from launch.bench.fabric_times import fit, made_call, times_of
 from launch.bench.stage import make_stage
 from launch.fabric import COLLECTIVES, Fabric, sent_bytes, write_fabric
 from launch.jobfile import read_job
 from launch.plan.devices import PlannedDevice, write_device
-from launch.plan.plan_job import Asked, plan_job
+from launch.plan.plan_job import PlanRequest, plan_job
 from tests.network import HEADERS, measured_step, network, own_sent_bytes
 from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from tests.trainer.worlds import world_of
@@ -82,7 +82,7 @@ def job(tmp_path_factory):
 
 def device_here(job):
     """This machine as a device of a plan, measured now with two ranks at work: the file."""
-    found = plan_job(read_job(job, []), Asked(ranks=(2,), device="cpu"))
+    found = plan_job(read_job(job, []), PlanRequest(ranks=(2,), device="cpu"))
     write_device(job.parent / "device.toml", PlannedDevice(**found["device"]))
     return str(job.parent / "device.toml")
 
@@ -144,7 +144,7 @@ def planned_and_measured(job, gbit_per_s):
         write_fabric(job.parent / "emulated.toml", fitted(made.run(timed, [1024, 2**20, 2**23])[0]))
         asked = {"job": str(job), "overrides": [], "data": "job", "queries": 32, "threads": 1, "pin": False}
         found = measured_step(made, **asked, warm_up=2, steps=8)
-    asked = Asked(ranks=(2,), device=device, fabric=str(job.parent / "emulated.toml"))
+    asked = PlanRequest(ranks=(2,), device=device, fabric=str(job.parent / "emulated.toml"))
     (planned,) = plan_job(read_job(job, []), asked)["sizes"]
     return planned, found
 

@@ -16,7 +16,7 @@ import pytest
 from launch.bench.made_texts import data_of
 from launch.bench.shapes import model_of
 from launch.jobfile import read_job
-from launch.plan.plan_job import Asked, plan_job
+from launch.plan.plan_job import PlanRequest, plan_job
 from trainer.errors import MachineFailed
 
 MEMORY, TIME = 0.15, 0.25
@@ -65,7 +65,7 @@ def test_memory_and_time_of_a_step_come_near_those_that_are_measured(words, monk
     after_s, peak = take_steps(root, settings, 0)
     for attempt in range(1, TRIES + 1):
         before_s = after_s
-        row = plan_job(jobs, Asked(ranks=(2,), device="cpu"))["sizes"][0]
+        row = plan_job(jobs, PlanRequest(ranks=(2,), device="cpu"))["sizes"][0]
         after_s, _ = take_steps(root, settings, attempt)
         assert row["memory_total_gib"] == pytest.approx(peak, rel=MEMORY)
         told.append((round(before_s, 2), round(row["step_s"], 2), round(after_s, 2), row["memory_total_gib"], peak))

@@ -14,7 +14,7 @@ from launch.bench.flops import TokenFlops
 from launch.fabric import COLLECTIVES, Fabric, Wire
 from launch.jobfile import read_job
 from launch.plan.devices import TABLE, PlannedDevice
-from launch.plan.plan_job import Asked, plan_job
+from launch.plan.plan_job import PlanRequest, plan_job
 from launch.plan.planned_model import planned_model
 from launch.plan.planned_texts import SaidTexts, planned_texts
 from launch.plan.rank_memory import rank_memory
@@ -49,7 +49,7 @@ def planned(*words, ranks=(2, 4), monkeypatch=None, device=ROUND, **asked):
         patch.setattr(module, "find_device", lambda name: device)
         patch.setattr(module, "find_fabric", lambda name: NET)
         given = {"texts": TEXTS, "fabric": "net", "device": "round"} | asked
-        return plan_job(read_job(None, [*WORDS, *words]), Asked(ranks=ranks, **given))
+        return plan_job(read_job(None, [*WORDS, *words]), PlanRequest(ranks=ranks, **given))
 
 
 @pytest.fixture(scope="module")
