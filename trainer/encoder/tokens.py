@@ -194,6 +194,7 @@ def _build(
         remove_columns=texts.column_names,
         num_proc=_num_proc(len(texts), num_proc),
         cache_file_name=str(folder / "map.arrow"),
+        new_fingerprint="tokens",  # nobody looks by it; otherwise it is made of the pickled tokenizer, which takes a while
         features=datasets.Features(features),
     ).data
     kept = {"lengths": "length", "keys": "key"} | ({} if rules[0].include_prompt else {"prompts": "num_prompt"})
