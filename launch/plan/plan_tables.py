@@ -34,7 +34,7 @@ def plan_parts(found: dict[str, Any]) -> list[Part]:
         f"{model['name']}: {model['parameters'] / 1e6:,.0f} million parameters, {model['trained'] / 1e6:,.0f} trained, "
         f"{model['shape']}. Texts of {texts['query_tokens']:.0f} and {texts['passage_tokens']:.0f} tokens, {texts['source']}.",
         Sheet(f"{title}: a step", _columns(rows), [*_steps(rows)]),
-        Sheet("seconds of a step, by phase", _columns(rows), _phases(rows)),
+        Sheet("ms of a step, by phase", _columns(rows), _phases(rows)),
         Sheet("GiB of a rank", _columns(rows), _memory(rows)),
         Sheet("operations and messages of a rank in a step", _columns(rows), _work(rows)),
         Sheet("the run", _columns(rows), _run(rows)),
@@ -61,8 +61,8 @@ def _steps(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
         _line("what travels", (row["travels"] for row in rows)),
         _line("chunks, graphs kept", (f"{row['chunks']:,}, {row['graphs_kept']:,}" for row in rows)),
         _line("tokens of a chunk", (f"{row['chunk_tokens']:,}" for row in rows)),
-        _line("seconds", (_seconds(row["step_s"]) for row in rows)),
-        _line("seconds without overlap", (_seconds(row["step_without_overlap_s"]) for row in rows)),
+        _line("seconds", (_number(row["step_s"]) for row in rows)),
+        _line("seconds without overlap", (_number(row["step_without_overlap_s"]) for row in rows)),
         _line("tokens/s of all ranks", (f"{row['tokens_per_s']:,.0f}" for row in rows)),
         _line("efficiency", (f"{row['efficiency']:.2f}" for row in rows)),
         _line("of the matrix rate", (f"{row['share_of_matmul_rate']:.0%}" for row in rows)),
@@ -74,8 +74,8 @@ def _steps(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 def _phases(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     names = [phase for phase in PHASES if any(row["phases"][phase] for row in rows)]
-    found = [_line(name, (_seconds(row["phases"][name]) for row in rows)) for name in names]
-    return [*found, _line("parameters, hidden", (_seconds(row["parameters_hidden_s"]) for row in rows))]
+    found = [_line(name, (_number(1000 * row["phases"][name]) for row in rows)) for name in names]
+    return [*found, _line("parameters, hidden", (_number(1000 * row["parameters_hidden_s"]) for row in rows))]
 
 
 def _memory(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -90,8 +90,8 @@ def _work(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     of_flops = [name for name in PHASES if any(row["flops"].get(name) for row in rows)]
     of_bytes = [name for name in PHASES if any(row["bytes"].get(name) for row in rows)]
     return [
-        *(_line(f"TFLOP, {name}", (f"{row['flops'][name] / 1e12:,.4g}" for row in rows)) for name in of_flops),
-        *(_line(f"MiB sent, {name}", (f"{row['bytes'].get(name, 0) / 2**20:,.4g}" for row in rows)) for name in of_bytes),
+        *(_line(f"TFLOP, {name}", (_number(row["flops"][name] / 1e12) for row in rows)) for name in of_flops),
+        *(_line(f"MiB sent, {name}", (_number(row["bytes"].get(name, 0) / 2**20) for row in rows)) for name in of_bytes),
     ]
 
 
@@ -100,27 +100,27 @@ def _run(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     lines = [
         _line("checkpoint, GiB", (f"{each['checkpoint_bytes'] / GIB:.2f}" for each in kept)),
         _line("its files", (f"{each['checkpoint_files']:,}" for each in kept)),
-        _line("its seconds", (_seconds(each["checkpoint_s"]) for each in kept)),
+        _line("its seconds", (_number(each["checkpoint_s"]) for each in kept)),
         _line("--save-seconds needed", (f"{each['save_seconds']:,}" for each in kept)),
         _line("GiB read at a start, all ranks", (f"{each['start_bytes'] / GIB:,.1f}" for each in kept)),
         _line("GiB of a node's host", (f"{sum(each['host_bytes'].values()) / GIB:,.1f}" for each in kept)),
     ]
     if "evaluation_s" in rows[0]:
-        lines.append(_line("evaluation, seconds", (_seconds(row["evaluation_s"]) for row in rows)))
+        lines.append(_line("evaluation, seconds", (_number(row["evaluation_s"]) for row in rows)))
         lines.append(_line("evaluation, steps", (f"{row['evaluation_s'] / row['step_s']:,.1f}" for row in rows)))
     if "refresh" in rows[0]:
         refreshes = [row["refresh"] for row in rows]
-        lines.append(_line("refresh, seconds (ranks)", (f"{_seconds(r['seconds'])} ({r['ranks']})" for r in refreshes)))
+        lines.append(_line("refresh, seconds (ranks)", (f"{_number(r['seconds'])} ({r['ranks']})" for r in refreshes)))
         lines.append(_line("age of negatives, steps", map(_age, rows)))
         if "ranks_for_age" in refreshes[0]:
             wanted = ("never" if r["ranks_for_age"] is None else f"{r['ranks_for_age']:,}" for r in refreshes)
             lines.append(_line("miner ranks for --age", wanted))
     if "steps" in rows[0]:
         lines.append(_line("steps", (f"{row['steps']:,}" for row in rows)))
-        lines.append(_line("hours", (f"{row['run_s'] / HOURS:,.2f}" for row in rows)))
-        lines.append(_line("hours x ranks", (f"{row['rank_hours']:,.1f}" for row in rows)))
+        lines.append(_line("hours", (_number(row["run_s"] / HOURS) for row in rows)))
+        lines.append(_line("hours x ranks", (_number(row["rank_hours"]) for row in rows)))
     if "energy_kwh" in rows[0]:
-        lines.append(_line("kWh", (f"{row['energy_kwh']:,.0f}" for row in rows)))
+        lines.append(_line("kWh", (_number(row["energy_kwh"]) for row in rows)))
     return lines
 
 
@@ -138,5 +138,6 @@ def _verdict(found: dict[str, Any]) -> list[str]:
     return [f"{first['ranks']:,} ranks cannot run: {problem}." for problem in first["problems"]]
 
 
-def _seconds(value: float) -> str:
+def _number(value: float) -> str:
+    """Return three digits, or a whole number."""
     return f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
