@@ -24,7 +24,7 @@ from launch.plan.step_work import (
     mean_chunk_tokens,
     messages_of,
     phase_flops,
-    shards_of,
+    place_ranks,
     step_work,
     update_bytes,
 )
@@ -59,18 +59,31 @@ class PlanRequest:
             raise InputError(f"--ranks {','.join(map(str, self.ranks))} has no rank in it; expected numbers above 0, as 8,64,512")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Planned:
+    """What a plan rests on, whatever the number of ranks."""
+
+    jobs: Jobs  # with precisions as the device has them
+    asked: PlanRequest
+    model: PlannedModel
+    texts: PlannedTexts
+    device: PlannedDevice
+    fabric: Fabric | None  # None: there is one rank
+
+
 def plan_job(jobs: Jobs, asked: PlanRequest) -> dict[str, Any]:
     """Return the plan of a job for each number of ranks; raises InputError for one that nothing can be said of."""
-    device, fabric, jobs, model, texts = _settled(jobs, asked)
+    planned = _settle(jobs, asked)
+    model, texts, fabric, train = planned.model, planned.texts, planned.fabric, planned.jobs.train
     sizes = sorted(set(asked.ranks))
-    rows = [_plan_size(jobs, asked, device, fabric, model, texts, num_ranks, min(sizes)) for num_ranks in sizes]
+    rows = [_plan_size(planned, num_ranks, min(sizes)) for num_ranks in sizes]
     for row in rows:
         rate = row["tokens_of_all"] / row["step_s"] / row["ranks"]
         first = rows[0]["tokens_of_all"] / rows[0]["step_s"] / rows[0]["ranks"]
         row["efficiency"] = rate / first
     first_bad = next((row for row in rows if row["problems"]), None)
     return {
-        "run": str(jobs.train.run.folder),
+        "run": str(train.run.folder),
         "mode": asked.mode,
         "model": {
             "name": model.name,
@@ -82,16 +95,16 @@ def plan_job(jobs: Jobs, asked: PlanRequest) -> dict[str, Any]:
             "graph_bytes_of_token": model.graph.per_token + model.graph.per_token_and_length * texts.longest,
         },
         "texts": texts.as_json(),
-        "device": asdict(device),
+        "device": asdict(planned.device),
         "fabric": None if fabric is None else {"name": fabric.name, "hardware": fabric.hardware, "source": fabric.source},
-        "precision": asdict(jobs.train.precision),
-        "backend": jobs.train.parallel.backend,
+        "precision": asdict(train.precision),
+        "backend": train.parallel.backend,
         "sizes": rows,
         "first_that_cannot_run": None if first_bad is None else {k: first_bad[k] for k in ("ranks", "problems")},
     }
 
 
-def _settled(jobs: Jobs, asked: PlanRequest) -> tuple[PlannedDevice, Fabric | None, Jobs, PlannedModel, PlannedTexts]:
+def _settle(jobs: Jobs, asked: PlanRequest) -> _Planned:
     """Return all that does not depend on the number of ranks."""
     device_type = "cpu" if asked.device == HERE else find_device(asked.device).type
     has_bf16 = device_type == "cuda"
@@ -115,7 +128,8 @@ def _settled(jobs: Jobs, asked: PlanRequest) -> tuple[PlannedDevice, Fabric | No
         raise InputError(
             f"{max(asked.ranks)} ranks send each other something; name what joins them by --fabric: {known}, or a file"
         )
-    return (device if asked.watts is None else replace(device, watts=asked.watts)), fabric, jobs, model, texts
+    device = device if asked.watts is None else replace(device, watts=asked.watts)
+    return _Planned(jobs=jobs, asked=asked, model=model, texts=texts, device=device, fabric=fabric)
 
 
 def _per_query(jobs: Jobs) -> int:
@@ -129,51 +143,40 @@ def _ranks_here(ranks: Sequence[int]) -> int:
     return max((count for count in ranks if count <= len(os.sched_getaffinity(0))), default=1)
 
 
-def _plan_size(
-    jobs: Jobs,
-    asked: PlanRequest,
-    device: PlannedDevice,
-    fabric: Fabric | None,
-    model: PlannedModel,
-    texts: PlannedTexts,
-    num_ranks: int,
-    fewest: int,
-) -> dict[str, Any]:
-    train = jobs.train
+def _plan_size(planned: _Planned, num_ranks: int, fewest: int) -> dict[str, Any]:
+    """Return the plan of one number of ranks. fewest: of all sizes, the smallest."""
+    train, asked, model, texts, device = planned.jobs.train, planned.asked, planned.model, planned.texts, planned.device
     queries = train.batch.queries * (num_ranks if asked.mode == "weak" else fewest) // fewest
     if queries < num_ranks:
         raise InputError(
             f"batch.queries={queries} is less than the {num_ranks} ranks; every rank needs a query, so set batch.queries higher "
             "or plan fewer ranks"
         )
-    per_query = _per_query(jobs)
-    ranks_per_node = num_ranks if fabric is None else min(num_ranks, fabric.ranks_per_node)
-    work = step_work(train, model, texts, device, num_ranks, queries, per_query)
-    num_shards = shards_of(train, num_ranks, ranks_per_node)
-    memory = rank_memory(train, model, texts, device, work, num_shards)
+    placement = place_ranks(train, num_ranks, num_ranks if planned.fabric is None else planned.fabric.ranks_per_node)
+    work = step_work(train, model, texts, device, num_ranks, queries, _per_query(planned.jobs))
+    memory = rank_memory(train, model, texts, device, work, placement.num_shards)
     options = loss_options(train.loss, train.precision)
     scores = max(1.0, 4.0 * work.queries * work.sizes.passages_here)
     flops = phase_flops(work, model, options, memory.chunks, min(1.0, memory.items.kept_scores / scores))
     messages = messages_of(work, train, model, device, memory.chunks)
-    load = StepLoad(flops=flops, messages=messages, update_bytes=update_bytes(model, num_shards))
-    times = step_times(train, model, device, fabric, work, memory.chunks, load)
+    load = StepLoad(flops=flops, messages=messages, update_bytes=update_bytes(model, placement.num_shards))
+    times = step_times(train, model, device, planned.fabric, work, memory.chunks, load)
     row = _step_row(work, memory, times, flops, phase_bytes(messages, num_ranks), device, train.precision.encode)
-    run = _run_row(jobs, asked, device, model, texts, work, times)
-    miner = _miner_bytes(jobs, asked, device, texts, model.width) if num_ranks <= ranks_per_node else 0
-    kept = storage_of(
-        train, model, texts, device.type, num_ranks, ranks_per_node, num_shards, asked.disk_bytes_per_s, times.step_s, miner
-    )
-    return row | run | {"storage": asdict(kept), "nodes": -(-num_ranks // ranks_per_node), "problems": list(memory.problems)}
+    miner = _miner_bytes(planned) if placement.num_nodes == 1 else 0
+    kept = storage_of(train, model, texts, placement, device.type, asked.disk_bytes_per_s, times.step_s, miner)
+    found = {"storage": asdict(kept), "nodes": placement.num_nodes, "problems": list(memory.problems)}
+    return row | _run_row(planned, work, times) | found
 
 
-def _miner_bytes(jobs: Jobs, asked: PlanRequest, device: PlannedDevice, texts: PlannedTexts, width: int) -> int:
+def _miner_bytes(planned: _Planned) -> int:
     """Return what the miner's ranks hold in the memory of a host that they share with trainers: its own plan, without a limit."""
     from mining.memory import plan_memory
 
+    jobs, texts, device = planned.jobs, planned.texts, planned.device
     if texts.num_queries is None or texts.num_passages is None or jobs.train.negatives.per_query == 0:
         return 0
-    ranks = asked.miner_ranks or jobs.launch.mine_ranks
-    sizes = miner_sizes(jobs, texts.num_queries, texts.num_passages, width, ranks, device.type)
+    ranks = planned.asked.miner_ranks or jobs.launch.mine_ranks
+    sizes = miner_sizes(jobs, texts.num_queries, texts.num_passages, planned.model.width, ranks, device.type)
     return ranks * plan_memory(sizes, PROCESS_BYTES[device.type], NO_LIMIT).total
 
 
@@ -217,24 +220,17 @@ def _step_row(
     }
 
 
-def _run_row(
-    jobs: Jobs,
-    asked: PlanRequest,
-    device: PlannedDevice,
-    model: PlannedModel,
-    texts: PlannedTexts,
-    work: StepWork,
-    times: PlannedTimes,
-) -> dict[str, Any]:
+def _run_row(planned: _Planned, work: StepWork, times: PlannedTimes) -> dict[str, Any]:
     """Return steps, evaluations, refreshes, hours and energy, as far as the data's size is known."""
-    train, found = jobs.train, dict[str, Any]()
+    train, model, texts, device = planned.jobs.train, planned.model, planned.texts, planned.device
+    found = dict[str, Any]()
     steps = steps_of(train, texts.num_queries, work.queries)
     if texts.num_passages is not None:
         forward_rate, _ = encoder_rates(train, device)
         flops = model.forward_flops(1.0, texts.passage_tokens)
         found["evaluation_s"] = encoding_seconds(texts.num_passages * texts.passage_tokens, flops, forward_rate, work.num_ranks)
         if texts.num_queries is not None:
-            found |= _refresh_row(jobs, asked, device, model, texts, forward_rate, times.step_s)
+            found |= _refresh_row(planned, forward_rate, times.step_s)
     if steps is not None:
         hours = steps * times.step_s * work.num_ranks / SECONDS_OF_HOUR
         found |= {"steps": steps, "run_s": steps * times.step_s, "rank_hours": hours}
@@ -243,16 +239,9 @@ def _run_row(
     return found
 
 
-def _refresh_row(
-    jobs: Jobs,
-    asked: PlanRequest,
-    device: PlannedDevice,
-    model: PlannedModel,
-    texts: PlannedTexts,
-    forward_rate: float,
-    step_s: float,
-) -> dict[str, Any]:
+def _refresh_row(planned: _Planned, forward_rate: float, step_s: float) -> dict[str, Any]:
     """Return a refresh by the miner's ranks, and the age of what it finds. Its exact search is a product like the loss's."""
+    jobs, asked, model, texts, device = planned.jobs, planned.asked, planned.model, planned.texts, planned.device
     assert texts.num_queries is not None and texts.num_passages is not None
     ranks, every = asked.miner_ranks or jobs.launch.mine_ranks, jobs.train.checkpoint.every_steps
     of_one = 0.0

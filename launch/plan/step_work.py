@@ -178,8 +178,24 @@ def update_bytes(model: PlannedModel, num_shards: int) -> float:
     return UPDATE_BYTES * math.ceil(model.num_trained / num_shards)
 
 
-def shards_of(job: TrainJob, num_ranks: int, ranks_per_node: int) -> int:
-    """Return how many ranks hold one copy of the moments between them."""
-    if job.parallel.backend == "fsdp2" and job.parallel.shard_group == "node":
-        return ranks_per_node
-    return num_ranks if job.parallel.backend in ("fsdp2", "zero1", "zero2", "zero3") else 1
+@dataclass(frozen=True)
+class Placement:
+    """How ranks stand on nodes, and share what a backend shards."""
+
+    num_ranks: int
+    ranks_per_node: int
+    num_shards: int  # ranks that hold one copy of the moments between them
+
+    @property
+    def num_nodes(self) -> int:
+        """The last one may have fewer ranks."""
+        return math.ceil(self.num_ranks / self.ranks_per_node)
+
+
+def place_ranks(job: TrainJob, num_ranks: int, most_per_node: int) -> Placement:
+    """Return the placement that a job's backend gives to so many ranks."""
+    ranks_per_node, num_shards = min(num_ranks, most_per_node), 1
+    if job.parallel.backend in ("fsdp2", "zero1", "zero2", "zero3"):
+        by_node = job.parallel.backend == "fsdp2" and job.parallel.shard_group == "node"
+        num_shards = ranks_per_node if by_node else num_ranks
+    return Placement(num_ranks, ranks_per_node, num_shards)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from launch.plan.planned_model import PlannedModel
 from launch.plan.planned_texts import PlannedTexts
+from launch.plan.step_work import Placement
 from trainer.job import TrainJob
 from trainer.parts import writing_share
 
@@ -33,10 +34,8 @@ def storage_of(
     job: TrainJob,
     model: PlannedModel,
     texts: PlannedTexts,
+    placement: Placement,
     device_type: str,
-    num_ranks: int,
-    ranks_per_node: int,
-    num_shards: int,
     disk_bytes_per_s: float,
     step_s: float,
     miner_bytes: int,
@@ -45,12 +44,12 @@ def storage_of(
 
     miner_bytes: of the miner's ranks on a node that it shares with trainers; 0: it has nodes of its own.
     """
+    num_ranks, ranks_per_node = placement.num_ranks, placement.ranks_per_node
     weights = 4 * model.num_parameters
     state = _state_bytes(job, model)
-    writers = _writers(state, num_ranks, num_shards)
-    part = own_part_bytes(job, model, num_ranks, num_shards)
+    writers = _writers(state, num_ranks, placement.num_shards)
+    part = own_part_bytes(job, model, num_ranks, placement.num_shards)
     seconds = (weights + state) / disk_bytes_per_s
-    nodes = math.ceil(num_ranks / ranks_per_node)
     table = _table_bytes(texts)
     is_sharded = job.parallel.backend == "fsdp2" and num_ranks > 1
     return Storage(
@@ -59,9 +58,9 @@ def storage_of(
         largest_part_bytes=part,
         checkpoint_s=seconds,
         save_seconds=math.ceil(SAVES * seconds + step_s),
-        start_bytes=weights * (1 if is_sharded else num_ranks) + nodes * table,
+        start_bytes=weights * (1 if is_sharded else num_ranks) + placement.num_nodes * table,
         host_bytes={
-            "processes": PROCESS_BYTES[device_type] * min(num_ranks, ranks_per_node),
+            "processes": PROCESS_BYTES[device_type] * ranks_per_node,
             "tokens of all texts, freed when memory is needed": table,
             "copies for checkpoints": part * len([rank for rank in writers if rank < ranks_per_node]),
             "the published copy": weights if device_type == "cuda" else 0,
