@@ -20,6 +20,7 @@ from gradcache.field import Field, Pools
 from gradcache.objectives.tile import Objective, trained_parameters
 from gradcache.options import LossOptions
 from gradcache.phases import evaluate_terms
+from gradcache.spans import span
 from gradcache.temperature import Temperature
 from gradcache.terms import Source, Term
 from gradcache.texts import text_terms
@@ -73,10 +74,12 @@ def global_loss(
     way = choose_way(options, agreed.counts, views, local.passage.rows_ND, None if group is None else group.size())
     dtype = torch.promote_types(local.query.rows_ND.dtype, torch.float32)
     positive_VB = [_own_positives(local, view, options.objective) for view in views]
-    field = _gather(batch, agreed, options, local, positive_VB, outputs, way, group)
+    with span("gather"):
+        field = _gather(batch, agreed, options, local, positive_VB, outputs, way, group)
     scale = temperature.scale().detach().to(dtype)
     num_values, pools = len(batch.query_values), field.pools
-    found = directions(field)
+    with span("masks"):
+        found = directions(field)
     terms = [
         Term(
             direction=direction,
@@ -194,7 +197,9 @@ def _bring_back(terms: Sequence[Term], pools: Pools, agreed: Agreed, group: dist
         others = [further.new_zeros(len(part), len(returned)) for part in parts[1:]]
         parts = [torch.cat([part, more], dim=1) for part, more in zip(parts, [further, *others], strict=True)]
     counts = agreed.counts
-    scattered = scatter_gradients(parts, [counts.passages if name == "passages" else counts.queries for name in there], group)
+    with span("reduce_scatter"):
+        of_ranks = [counts.passages if name == "passages" else counts.queries for name in there]
+        scattered = scatter_gradients(parts, of_ranks, group)
     for (name, _), gradient in zip(there.items(), scattered, strict=True):
         own = own_sources[name].gradient()
         own += gradient[:, : own.shape[1]]

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradcache.exchange import Counts, all_reduce, exchange, gather_values
+from gradcache.spans import span
 from gradcache.terms import Term
 
 # R rows of a term, B rows of this rank, S statistics, W ranks, S2 numbers of the whole batch
@@ -25,17 +26,19 @@ def evaluate_terms(terms: Sequence[Term], counts: Counts, group: dist.ProcessGro
     others = [term for term in terms if not term.is_one_sweep]
     spread = [term for term in others if term.direction.is_spread]
     begun: dict[Term, tuple[Tensor, Tensor]] = {}
-    for term in others:
-        statistics_RS, sibling_scores, kept_bytes = term.statistics(keep_bytes)
-        begun[term] = statistics_RS, sibling_scores
-        keep_bytes -= kept_bytes
-    known = {term: (statistics_RS[None], scores) for term, (statistics_RS, scores) in begun.items()}
-    if spread:
-        known |= _to_owners({term: begun[term] for term in spread}, counts, group)
+    with span("statistics"):
+        for term in others:
+            statistics_RS, sibling_scores, kept_bytes = term.statistics(keep_bytes)
+            begun[term] = statistics_RS, sibling_scores
+            keep_bytes -= kept_bytes
+        known = {term: (statistics_RS[None], scores) for term, (statistics_RS, scores) in begun.items()}
+        if spread:
+            known |= _to_owners({term: begun[term] for term in spread}, counts, group)
     derivatives = _derivatives(known, counts, group)
     back = {term: (derivative_WBS[0], term.sibling_derivatives()) for term, derivative_WBS in derivatives.items()}
     if spread:
-        back |= _from_owners({term: derivatives[term] for term in spread}, counts, group)
+        with span("statistics"):
+            back |= _from_owners({term: derivatives[term] for term in spread}, counts, group)
     for term in others:
         term.gradients(*back[term])
 

@@ -10,13 +10,14 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
 _NOTHING = contextlib.nullcontext()
-_here = threading.local()  # .recorder: of this thread; ranks may be threads of one process
+_here = threading.local()  # .noter: of this thread; ranks may be threads of one process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +42,9 @@ def span(name: str, collective: str | None = None, whole: Tensor | None = None) 
 
     collective, whole: of a span that is one collective, its kind and the buffer whose bytes count.
     """
-    recorder = getattr(_here, "recorder", None)
-    if recorder is not None:
-        return recorder.noting(name, collective, 0 if whole is None else whole.nbytes)
+    noter: Noter | None = getattr(_here, "noter", None)
+    if noter is not None:
+        return noter.noting(name, collective, 0 if whole is None else whole.nbytes)
     return _marked(name)
 
 
@@ -139,9 +140,24 @@ class _Noted:
 @contextlib.contextmanager
 def recording(device: torch.device) -> Iterator[Recorder]:
     """Record the spans of this thread during the block."""
-    before, recorder = getattr(_here, "recorder", None), Recorder(device)
-    _here.recorder = recorder
-    try:
+    recorder = Recorder(device)
+    with noted_by(recorder):
         yield recorder
+
+
+class Noter(Protocol):
+    """Who is told of spans, as a `Recorder` is."""
+
+    def noting(self, name: str, collective: str | None, num_bytes: int) -> AbstractContextManager[object]:
+        """Return what a span is, from its beginning to its end; `span` says what is what."""
+
+
+@contextlib.contextmanager
+def noted_by(noter: Noter) -> Iterator[None]:
+    """Tell of the spans of this thread during the block."""
+    before = getattr(_here, "noter", None)
+    _here.noter = noter
+    try:
+        yield
     finally:
-        _here.recorder = before
+        _here.noter = before

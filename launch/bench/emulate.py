@@ -20,6 +20,7 @@ from gradcache.budget import BACKWARD_SHARE, measure_graphs
 from gradcache.gates import quiet_torch
 from gradcache.loss_memory import LossSizes
 from gradcache.plan import plan_encoding
+from gradcache.spans import span
 from launch.bench.machine import describe, freed_at_once, start_peak
 from launch.bench.mirrored import Mirrors, fake_world
 from launch.bench.scaling.random_negatives import drawn_negatives
@@ -236,7 +237,7 @@ class _Step:
                 seed=bench.job.run.seed,
                 step=0,
             )
-            with costs.phase("optimizer"):
+            with span("update"):
                 self.parallel.update(torch.amp.GradScaler(self.world.device.type, enabled=False))
         return result, costs
 

@@ -1,7 +1,7 @@
 """What each phase of a cached step takes of one rank: seconds and peak memory, of this rank's own work.
 
 A phase that begins within another one is not counted to it. What stands for other ranks is a phase by itself, "others", and no
-part of the step. Phases are found by the functions of gradcache that they are; on a GPU each waits for the device at both ends.
+part of the step. Phases are the step's spans; on a GPU each waits for the device at both ends.
 """
 
 import contextlib
@@ -13,24 +13,11 @@ from typing import Any
 
 import torch
 
-import gradcache.loss
-import gradcache.phases
-import gradcache.step
-from gradcache.terms import Term
+from gradcache.spans import noted_by
 from launch.bench.machine import peak_bytes, restart_peak, start_peak
-from launch.bench.mirrored import replaced
+from launch.step_phases import OF_SPANS, REST
 
-OTHERS = "others"
-PHASES: dict[str, list[tuple[Any, str]]] = {
-    "encode": [(gradcache.step, "encode_all")],
-    "control": [(gradcache.step, "agree")],
-    "gather": [(gradcache.loss, "gather_keys"), (gradcache.loss, "gather_rows")],
-    "masks": [(gradcache.loss, "directions")],
-    "statistics": [(Term, "statistics"), (gradcache.phases, "_to_owners"), (gradcache.phases, "_from_owners")],
-    "loss": [(gradcache.step, "global_loss")],
-    "reduce_scatter": [(gradcache.loss, "scatter_gradients")],
-    "encode_again": [(gradcache.step, "backpropagate")],
-}
+OTHERS, MASKS = "others", "masks"
 
 
 class StepCosts:
@@ -71,11 +58,12 @@ class StepCosts:
     def of_step(self) -> Iterator[None]:
         """Count the phases of what happens inside, from nothing."""
         self._reset()
-        with contextlib.ExitStack() as stack:
-            for name, places in PHASES.items():
-                for module, function in places:
-                    stack.enter_context(replaced(module, function, self.counted(name, getattr(module, function))))
+        with noted_by(self):
             yield
+
+    def noting(self, name: str, collective: str | None, num_bytes: int) -> contextlib.AbstractContextManager[None]:
+        """Count a span to its phase; masks are one here, because they grow with the ranks as nothing else does."""
+        return self.phase(MASKS if name == MASKS else OF_SPANS.get(name, REST))
 
     def _switch(self) -> None:
         """Count what has passed since the last switch to the phase that was running."""

@@ -117,3 +117,5 @@ def test_noting_the_buckets_changes_no_bit_of_the_gradients_of_three_ranks():
         assert all(backward.begin_s <= each.begin_s <= each.end_s <= backward.end_s for each in buckets)
         names = [each.name for each in spans if each.collective is not None and each.name != BUCKET]
         assert names == ["control", "control", "gather", "statistics", "statistics", "reduce_scatter", "control"]
+        of_one_rank = {each.name for each in spans if each.collective is None}
+        assert of_one_rank == {"encode", "agree", "gather", "masks", "statistics", "loss", "reduce_scatter", "backward"}

@@ -13,21 +13,9 @@ from typing import Any
 from gradcache.buckets import BUCKET, split_reductions
 from gradcache.spans import TimedSpan
 from gradcache.traffic import Message, sent_bytes
-from launch.step_phases import HIDDEN, PHASES
+from launch.step_phases import HIDDEN, OF_SPANS, PHASES, REST
 
 STEP = "step"  # the name of the span around all others
-OF_SPANS = {
-    "batch": "data",
-    "encode": "encode",
-    "agree": "control",
-    "loss": "loss",
-    "gather": "gather",
-    "statistics": "statistics",
-    "reduce_scatter": "reduce_scatter",
-    "control": "control",
-    "backward": "encode_again",
-    "update": "optimizer",
-}
 
 
 @dataclass(frozen=True)
@@ -57,7 +45,7 @@ def times_of_step(spans: Sequence[TimedSpan]) -> StepTimes:
     shared = []
     buckets = [each for each in spans if each.name == BUCKET]
     for each in spans:
-        phase = OF_SPANS.get(each.name, "rest")
+        phase = OF_SPANS.get(each.name, REST)
         if each.name == BUCKET:
             continue
         if each.collective is not None:
