@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import is_flash_attn_2_available
 
-from launch.bench.turns import take_turns
+from launch.bench.turns import try_settings
 from trainer.encoder.encode import DTYPES
 from trainer.encoder.source import resolve_model
 from trainer.errors import InputError
@@ -75,8 +75,7 @@ class Peer:
         """Return the seconds of a step on some pairs with each setting; None: it does not fit into memory. Collective."""
         settings = SETTINGS[self.world.device.type]
         ways = {named(setting): functools.partial(self.step, pairs, setting) for setting in settings}
-        turns = take_turns(ways, 1, self.world, before)
-        return {name: turns[name].median_s if name in turns else None for name in ways}
+        return try_settings(ways, self.world, before)
 
 
 def best_setting(trials: Mapping[str, float | None], device: torch.device) -> Setting | None:

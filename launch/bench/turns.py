@@ -12,6 +12,8 @@ from launch.bench.machine import freed_at_once, measured, seconds_of
 from launch.output import messages
 from trainer.world import World
 
+TRIAL_TURNS = 2
+
 
 @dataclass
 class Turns:
@@ -62,6 +64,17 @@ def take_turns(
             found[name].seconds.append(seconds)
             _say(world, f"round {number + 1}: {name}: {seconds:.3g} s")
     return found
+
+
+def try_settings(
+    ways: Mapping[str, Callable[[], Any]], world: World, before: Callable[[], None] = lambda: None
+) -> dict[str, float | None]:
+    """Return the shorter of two turns of each way, None where it does not fit into memory. Collective.
+
+    For a choice among settings: what else the machine does makes a turn longer, and never shorter.
+    """
+    turns = take_turns(ways, TRIAL_TURNS, world, before)
+    return {name: round(min(turns[name].seconds), 4) if name in turns else None for name in ways}
 
 
 def fits(work: Callable[[], Any], world: World) -> bool:

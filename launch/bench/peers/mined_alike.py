@@ -19,7 +19,7 @@ import torch
 
 from launch.bench.peer import open_peer
 from launch.bench.peers.judged_part import write_judged_part
-from launch.bench.turns import compared, take_turns
+from launch.bench.turns import compared, take_turns, try_settings
 from launch.python.hard_negatives import mine_negatives
 from trainer.encoder.encode import DTYPES
 from trainer.encoder.source import resolve_model
@@ -46,7 +46,7 @@ def measure_mined(
         write_judged_part(data, folder / "data", "train", passages // 2, passages // 2)
         theirs = Theirs(folder / "data", model, max_tokens, precision, world.device)
         trials = theirs.trials(world)
-        setting = theirs.settings[min(trials, key=trials.__getitem__)]
+        setting = theirs.settings[min((taken, name) for name, taken in trials.items() if taken is not None)[1]]
         chosen: dict[str, Chosen] = {}
 
         def keep(side: str, mine: Mined) -> None:
@@ -120,10 +120,10 @@ class Theirs:
             )
         return {row["query"]: {row[f"negative_{number + 1}"] for number in range(NEGATIVES)} for row in rows}
 
-    def trials(self, world: World) -> dict[str, float]:
-        """Return the seconds of each setting on a part of the table."""
+    def trials(self, world: World) -> dict[str, float | None]:
+        """Return the seconds of each setting on a part of the table; None: it does not fit into memory."""
         ways = {name: functools.partial(self.mine, setting, TRIED_PASSAGES) for name, setting in self.settings.items()}
-        return {name: round(turns.median_s, 4) for name, turns in take_turns(ways, 1, world).items()}
+        return try_settings(ways, world)
 
 
 def shared(ours: Chosen, theirs: Chosen) -> float:

@@ -20,7 +20,7 @@ from launch.bench.peers.peer_sizes import PeerSizes
 from launch.bench.peers.plain_loop import PlainLoop
 from launch.bench.peers.roster import OURS, contenders
 from launch.bench.peers.training import ShortTraining
-from launch.bench.turns import compared, take_turns
+from launch.bench.turns import compared, take_turns, try_settings
 from launch.counted import counted
 from launch.ranks import answer
 from trainer.errors import InputError
@@ -130,8 +130,7 @@ class WorldBench:
             return Searched({}, settings[0])
         self.say(f"{each.name}: {len(settings)} settings are tried")
         ways = {named(setting): each.prepare(pairs, setting) for setting in settings}
-        turns = take_turns(ways, 1, self.world, self.free_gradients)
-        seconds = {name: turns[name].median_s if name in turns else None for name in ways}
+        seconds = try_settings(ways, self.world, self.free_gradients)
         fitting = [(taken, number) for number, taken in enumerate(seconds.values()) if taken is not None]
         return Searched(seconds, settings[min(fitting)[1]] if fitting else None)
 
