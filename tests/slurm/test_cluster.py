@@ -86,6 +86,7 @@ class Run:
     folder: Path
     train: int = 0  # numbers of Slurm's jobs
     mine: int = 0
+    late: int = 0  # a miner after the end
 
     def submit(self, size: Size = SIZE, *overrides: str) -> "Run":
         jobs = submit(read_job(self.job_file, [f"run.folder={self.folder}", *overrides]), size, dry_run=False)["jobs"]
@@ -145,7 +146,7 @@ def root():
 
 @pytest.fixture(scope="module")
 def cluster(root):
-    cluster, before = Cluster(root / "slurm", 9), dict(os.environ)
+    cluster, before = Cluster(root / "slurm", 11), dict(os.environ)
     slow = str(Path(__file__).parent / "slow")
     os.environ |= {"SLURM_CONF": cluster.env["SLURM_CONF"], "PYTHONPATH": slow, "OMP_NUM_THREADS": "1"}
     try:
@@ -159,17 +160,35 @@ def cluster(root):
 
 @pytest.fixture(scope="module")
 def runs(root, cluster):
-    """Start all runs, three at a time; each comes as what is still to happen."""
-    stories = (undisturbed, limited, preempted, crashed, outlived, too_short)
-    with ThreadPoolExecutor(3) as pool:
+    """Start all runs, four at a time, that which only waits among the first; each comes as what is still to happen."""
+    stories = (too_short, undisturbed, limited, preempted, crashed, outlived)
+    with ThreadPoolExecutor(4) as pool:
         yield {s.__name__: pool.submit(s, Run(cluster, root / "job.toml", root / s.__name__)) for s in stories}
         cluster.is_over = True
         pool.shutdown(cancel_futures=True)
 
 
 def undisturbed(run: Run) -> Run:
-    """Train and mine with GPUs: two ranks on each of two nodes, two miners on a third."""
-    return run.submit(replace(SIZE, gpus_per_node=2, options=())).finished()
+    """Train and mine with GPUs: two ranks on each of two nodes, two miners on a third. Then a miner is started again."""
+    run.submit(replace(SIZE, gpus_per_node=2, options=())).finished()
+    run.late = mine_late(run)
+    return run
+
+
+def mine_late(run: Run) -> int:
+    """Start a miner of a finished run that begins when its script has looked for the trainers twice; return its job."""
+    slow_python, looks = run.folder / "python", run.folder / "looks"
+    # Of the looks that are left each waits half a minute.
+    wait = f"[[ $3 == mine ]] && until [[ $(wc -l <{looks}) -ge 3 ]]; do command sleep 0.2; done"
+    slow_python.write_text(f'#!/bin/bash\n{wait}; exec {sys.executable} "$@"\n')
+    slow_python.chmod(0o755)
+    looks.touch()
+    # A function of the environment takes the place of the command.
+    sleep = f"() {{ echo >>{looks}; command sleep $(($(wc -l <{looks}) > 3 ? 30 : 1)); }}"
+    environment = run.cluster.env | {"NEGPOOL_PYTHON": str(slow_python), "BASH_FUNC_sleep%%": sleep}
+    words = ["sbatch", "--parsable", f"--output={run.folder}/late.out", BATCH_FILES / "mine.sbatch", run.folder / "job.toml"]
+    command = [*map(str, words), str(run.train)]
+    return int(subprocess.run(command, env=environment, timeout=TIMEOUT_S, capture_output=True, text=True, check=True).stdout)
 
 
 def limited(run: Run) -> Run:
@@ -315,23 +334,6 @@ def test_two_nodes_train_while_a_third_mines(runs, root):
     assert swaps == SWAPS
 
 
-def test_a_miner_that_is_started_again_after_the_end_has_time_to_see_it(runs, cluster, root):
-    run = runs["undisturbed"].result()
-    slow_python, looks = root / "python", root / "looks"
-    # The miner begins when the script has looked twice; of the looks that are left each waits half a minute.
-    wait = f"[[ $3 == mine ]] && until [[ $(wc -l <{looks}) -ge 3 ]]; do command sleep 0.2; done"
-    slow_python.write_text(f'#!/bin/bash\n{wait}; exec {sys.executable} "$@"\n')
-    slow_python.chmod(0o755)
-    # A function of the environment takes the place of the command.
-    sleep = f"() {{ echo >>{looks}; command sleep $(($(wc -l <{looks}) > 3 ? 30 : 1)); }}"
-    environment = cluster.env | {"NEGPOOL_PYTHON": str(slow_python), "BASH_FUNC_sleep%%": sleep}
-    looks.touch()
-    command = ["sbatch", "--wait", f"--output={root}/late.out", BATCH_FILES / "mine.sbatch"]
-    subprocess.run([*command, run.folder / "job.toml", str(run.train)], env=environment, timeout=TIMEOUT_S, capture_output=True)
-    said = (root / "late.out").read_text()
-    assert "nothing more to mine: trained to step 60" in said and "CANCELLED" not in said, said
-
-
 def test_a_time_limit_and_a_killed_rank_change_no_bit(runs):
     run = check_story(runs, "limited")
     assert run.restarts() >= 2
@@ -362,6 +364,13 @@ def test_a_time_limit_that_leaves_no_time_to_save_is_said_and_ends_it(runs):
     assert "the time limit came before the first step; not started again: set --time higher" in run.log()
     assert run.restarts() == 1 and run.cluster.job(run.train)["ExitCode"] == "78:0"
     assert read_status(run.folder, "trainer")["phase"] == "must not go on"
+
+
+def test_a_miner_that_is_started_again_after_the_end_has_time_to_see_it(runs):
+    run = runs["undisturbed"].result()
+    run.until(lambda: run.cluster.job(run.late)["JobState"] == "COMPLETED", "the end of the late miner")
+    said = (run.folder / "late.out").read_text()
+    assert "nothing more to mine: trained to step 60" in said and "CANCELLED" not in said, said
 
 
 def test_what_a_cluster_cannot_run_is_refused_in_one_sentence(cluster, root):

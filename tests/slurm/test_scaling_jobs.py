@@ -76,6 +76,7 @@ def run(cluster, words: list[str], **environment: str) -> subprocess.CompletedPr
     )
 
 
+@pytest.mark.alone
 def test_each_size_is_a_job_of_its_own_nodes(cluster, root):
     words = command(root, "1,2,4", "real", "--warm-up", "1", "--steps", "2", start=("-m", "negpool"))
     done = run(cluster, words)
