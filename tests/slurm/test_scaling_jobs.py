@@ -20,7 +20,8 @@ from tests.tiny import write_tiny_dataset, write_tiny_encoder
 from trainer.errors import InputError
 
 REASON = why_not()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+# Beside the other cluster's trainings its ranks would take four times as long.
+pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.alone]
 
 TIMEOUT_S = 400
 JOB = """
@@ -76,7 +77,6 @@ def run(cluster, words: list[str], **environment: str) -> subprocess.CompletedPr
     )
 
 
-@pytest.mark.alone
 def test_each_size_is_a_job_of_its_own_nodes(cluster, root):
     words = command(root, "1,2,4", "real", "--warm-up", "1", "--steps", "2", start=("-m", "negpool"))
     done = run(cluster, words)
